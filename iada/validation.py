@@ -1,0 +1,196 @@
+"""Checks of arguments: each error names the argument, what was expected, what came, the remedy.
+
+Checks of shape, dtype and device are always made. Checks of values read the tensors: they are
+always made for CPU tensors, and for others only inside `value_checks()`, because they wait for
+the device.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_value_checks = contextvars.ContextVar("value_checks", default=False)
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+@contextlib.contextmanager
+def value_checks() -> Iterator[None]:
+    """Check values on accelerators too (labels in range, numbers finite), at the cost of a wait.
+
+    >>> with iada.value_checks():
+    ...     loss = iada.fused_loss(features, weight, bias, labels, covariance=sigma)
+    """
+    token = _value_checks.set(True)
+    try:
+        yield
+    finally:
+        _value_checks.reset(token)
+
+
+def complain(name: str, expected: str, got: str, remedy: str) -> ValueError:
+    """The one form of message this package raises about an argument."""
+    return ValueError(f"{name}: expected {expected}, got {got}; {remedy}")
+
+
+def check_float(name: str, tensor: Tensor, expected: str, sizes: tuple[int | None, ...]) -> None:
+    """A floating-point tensor of the given sizes (None: any)."""
+    check_tensor(name, tensor, expected)
+    if not tensor.dtype.is_floating_point:
+        raise complain(name, expected, f"dtype {tensor.dtype}", f"convert it: {name}.float()")
+    check_sizes(name, tensor, expected, sizes)
+
+
+def check_tensor(name: str, tensor: Tensor, expected: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise complain(
+            name, expected, f"a {type(tensor).__name__}", "wrap it with torch.as_tensor(...)"
+        )
+
+
+def check_sizes(name: str, tensor: Tensor, expected: str, sizes: tuple[int | None, ...]) -> None:
+    same = len(sizes) == tensor.dim() and all(
+        want is None or want == have for want, have in zip(sizes, tensor.shape, strict=True)
+    )
+    if not same:
+        wanted = tuple("any" if size is None else size for size in sizes)
+        raise complain(
+            name,
+            expected,
+            f"shape {tuple(tensor.shape)}",
+            f"reshape or slice it to ({', '.join(map(str, wanted))}), or mend the tensor that "
+            "sets these sizes",
+        )
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device, peer: str) -> None:
+    if tensor.device != device:
+        raise complain(
+            name,
+            f"a tensor on {device}, where {peer} is",
+            f"one on {tensor.device}",
+            f"move it: {name}.to({str(device)!r})",
+        )
+
+
+def check_labels(labels: Tensor, count: int) -> None:
+    """Integer labels (N); which values are allowed is checked by `check_label_values`."""
+    expected = f"integer class indices ({count},), one for each row of features"
+    check_tensor("labels", labels, expected)
+    if labels.dtype == torch.bool or labels.dtype.is_floating_point or labels.dtype.is_complex:
+        raise complain("labels", expected, f"dtype {labels.dtype}", "convert: labels.long()")
+    check_sizes("labels", labels, expected, (count,))
+
+
+def values_are_checked(device: torch.device) -> bool:
+    """Whether reading values is free (CPU) or was asked for; never while being compiled."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type == "cpu" or _value_checks.get()
+
+
+def check_label_values(labels: Tensor, num_classes: int, ignore_index: int | None) -> None:
+    if labels.numel() == 0:
+        return
+    low, high = labels.aminmax()
+    if low >= 0 and high < num_classes:
+        return
+    wrong = (labels < 0) | (labels >= num_classes)
+    if ignore_index is not None:
+        wrong &= labels != ignore_index
+    if wrong.any():
+        row = int(wrong.nonzero()[0, 0])
+        allowed = f"class indices in [0, {num_classes})"
+        remedy = "remap the labels, or give the head one row for each class"
+        if ignore_index is not None:
+            allowed += f" or ignore_index={ignore_index}"
+            remedy += ", or pass the value to leave out as ignore_index"
+        raise complain("labels", allowed, f"{int(labels[row])} at row {row}", remedy)
+
+
+def check_finite(name: str, tensor: Tensor, remedy: str) -> None:
+    if math.isfinite(tensor.sum(dtype=torch.float64)):  # one pass; a sum of finite may overflow
+        return
+    if not torch.isfinite(tensor).all():
+        place = tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())
+        value = float(tensor[place])
+        raise complain(name, "finite numbers", f"{value} at index {place}", remedy)
+
+
+def check_number(name: str, value: float) -> None:
+    """A plain finite number; tensors are refused because reading one waits for its device."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise complain(name, "a finite Python number", repr(value), f"pass float({name})")
+
+
+def check_loss_arguments(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    covariance: Tensor | None,
+    epsilon: Tensor | None,
+    log_prior: Tensor | None,
+    alpha: float,
+    beta: float,
+    ignore_index: int,
+    reduction: str,
+) -> None:
+    """Everything that `fused_loss` and `eager_loss` ask of their arguments."""
+    check_float("features", features, "a floating-point tensor (N, A)", (None, None))
+    count, width = features.shape
+    check_float("weight", weight, f"a floating-point tensor (C, {width})", (None, width))
+    num_classes = weight.shape[0]
+    if num_classes == 0:
+        raise complain("weight", "at least one class", "shape (0, A)", "give the head rows")
+    check_labels(labels, count)
+    if bias is not None:
+        check_float("bias", bias, f"a floating-point tensor ({num_classes},)", (num_classes,))
+    if covariance is not None:
+        check_covariance(covariance, num_classes, width)
+    if epsilon is not None:
+        expected = f"a floating-point tensor ({count},), one strength for each row of features"
+        check_float("epsilon", epsilon, expected, (count,))
+    if log_prior is not None:
+        expected = f"a floating-point tensor ({num_classes},), one log prior for each class"
+        check_float("log_prior", log_prior, expected, (num_classes,))
+    named = [("weight", weight), ("bias", bias), ("labels", labels), ("covariance", covariance)]
+    for name, tensor in [*named, ("epsilon", epsilon), ("log_prior", log_prior)]:
+        if tensor is not None:
+            check_device(name, tensor, features.device, "features")
+    check_number("alpha", alpha)
+    check_number("beta", beta)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise complain("ignore_index", "an int", repr(ignore_index), "pass -100 to ignore nothing")
+    if reduction not in REDUCTIONS:
+        options = ", ".join(map(repr, REDUCTIONS))
+        raise complain("reduction", f"one of {options}", repr(reduction), "pass one of these")
+    if values_are_checked(features.device):
+        check_label_values(labels, num_classes, ignore_index)
+        if epsilon is not None:
+            remedy = "look at the perturbation network's output; its tanh cannot give this"
+            check_finite("epsilon", epsilon.detach(), remedy)
+
+
+def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:
+    full, diagonal = (num_classes, width, width), (num_classes, width)
+    expected = f"a float32 or float64 tensor {full} (full) or {diagonal} (diagonal)"
+    check_tensor("covariance", covariance, expected + " or an iada.ClassCovariance")
+    if covariance.dtype not in (torch.float32, torch.float64):
+        raise complain(
+            "covariance",
+            expected,
+            f"dtype {covariance.dtype}",
+            "keep statistics in float32: covariance.float()",
+        )
+    if tuple(covariance.shape) not in (full, diagonal):
+        raise complain(
+            "covariance",
+            expected,
+            f"shape {tuple(covariance.shape)}",
+            f"build it with iada.ClassCovariance({num_classes}, {width})",
+        )

@@ -1,0 +1,9 @@
+"""Tensors in, tensors out: the computations under `iada`, one module a backend.
+
+`reference` holds the definitions, `closed_form` the torch backend, `contract` what every backend
+takes and returns, `dispatch` the choice among them. This package never imports `iada`.
+"""
+
+from iada_kernels.dispatch import BACKENDS, select_backend
+
+__all__ = ["BACKENDS", "select_backend"]

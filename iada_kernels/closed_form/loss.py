@@ -1,0 +1,221 @@
+"""The IADA loss (Eq. 6) and its gradients in closed form, on torch operators.
+
+With s the scale-free sign, T = sWᵀ, R the class table and D = softmax(z̃) − onehot(y),
+
+    z̃      = hWᵀ + b + ε T + α R[y] + β log π            ℓ = logsumexp(z̃) − z̃_y
+    ∂ℓ/∂h  = D W          ∂ℓ/∂b = Σ_i D_i                 ∂ℓ/∂ε_i = Σ_j D_ij T_ij
+    ∂ℓ/∂W  = Dᵀ(h + ε s) + (through R)                    ∂ℓ/∂log π = β Σ_i D_i
+
+Rows are taken in blocks, so that nothing of size N·A is allocated but the gradient of the
+features; one N×C tensor, D, is kept for the backward pass. No host synchronisation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iada_kernels.closed_form.blocking import blocks, is_one_block, join
+from iada_kernels.closed_form.quadratic import (
+    class_table,
+    class_table_and_product,
+    class_table_backward,
+)
+from iada_kernels.contract import LossGradients, LossInputs, LossNeeds, LossOptions
+
+
+@dataclass(frozen=True)
+class SavedLoss:
+    """What the backward pass needs beside the inputs.
+
+    target (N) is labels with the ignored ones set to 0; residual is D (N, C), 0 where ignored;
+    grad_epsilon is Σ_j D_ij T_ij (N); sign is s (N, A) where the batch is one block, else None
+    and computed again; twice_product is 2 (W − 1w_c) Σ_c where that is small; divisor is what the mean
+    divides by, the rows not ignored, else None.
+    """
+
+    target: Tensor
+    residual: Tensor
+    grad_epsilon: Tensor | None
+    sign: Tensor | None
+    twice_product: Tensor | None
+    divisor: Tensor | None
+
+
+def loss_forward(
+    inputs: LossInputs, options: LossOptions, needs: LossNeeds
+) -> tuple[Tensor, SavedLoss]:
+    """The reduced loss and what `loss_backward` needs."""
+    weight, bias = _head(inputs)
+    dtype = weight.dtype
+    ignored = inputs.labels == options.ignore_index
+    target = inputs.labels.masked_fill(ignored, 0)
+    classes = _table_rows(target, weight)
+    table = twice_product = None
+    if inputs.covariance is not None and needs.weight:
+        table, twice_product = class_table_and_product(weight, inputs.covariance, classes)
+    elif inputs.covariance is not None:
+        table = class_table(weight, inputs.covariance, classes)
+    one_block = is_one_block(*inputs.features.shape)
+
+    losses, residuals, grad_epsilons = [], [], []
+    sign = None
+    for rows in blocks(*inputs.features.shape):
+        y = target[rows, None]
+        z = _linear(inputs.features[rows].to(dtype), weight, bias)
+        if inputs.epsilon is not None:
+            direction = perturbation_sign(z, weight, y)
+            moved = direction @ weight.T  # T
+            z.addcmul_(inputs.epsilon[rows, None].to(dtype), moved)
+            sign = direction if one_block else None
+        if table is not None:
+            z.add_(table[target[rows]] if classes is None else table[rows], alpha=options.alpha)
+        if inputs.log_prior is not None:
+            z.add_(inputs.log_prior.to(dtype), alpha=options.beta)
+        log_probability = z.log_softmax(dim=1)
+        losses.append(-log_probability.gather(1, y)[:, 0])
+        # D_y = −Σ_{j≠y} p_j keeps the digits that p_y − 1 loses on a confident sample.
+        d = log_probability.exp_().scatter_(1, y, 0.0)
+        d.scatter_(1, y, -d.sum(dim=1, keepdim=True)).masked_fill_(ignored[rows, None], 0.0)
+        residuals.append(d)
+        if inputs.epsilon is not None:
+            grad_epsilons.append(torch.linalg.vecdot(d, moved))
+
+    divisor = _divisor(ignored, options)
+    value = _reduce(join(losses).masked_fill_(ignored, 0.0), divisor, options)
+    grad_epsilon = join(grad_epsilons) if grad_epsilons else None
+    return value, SavedLoss(target, join(residuals), grad_epsilon, sign, twice_product, divisor)
+
+
+def loss_backward(
+    inputs: LossInputs,
+    options: LossOptions,
+    saved: SavedLoss,
+    grad_loss: Tensor,
+    needs: LossNeeds,
+) -> LossGradients:
+    """The gradients asked for; those of the features in their dtype, others in the compute dtype."""
+    weight, _ = _head(inputs)
+    if saved.divisor is not None:
+        grad_loss = grad_loss / saved.divisor
+    residual = saved.residual * grad_loss[..., None]
+
+    grads = LossGradients()
+    if needs.epsilon and saved.grad_epsilon is not None:
+        grads.epsilon = saved.grad_epsilon * grad_loss
+    if needs.bias:
+        grads.bias = residual.sum(dim=0)
+    if needs.log_prior:
+        grads.log_prior = residual.sum(dim=0) * options.beta
+    if needs.features:
+        grads.features = _grad_features(inputs, residual, weight)
+    if needs.weight:
+        grads.weight = _grad_weight(inputs, saved, residual)
+    if inputs.covariance is not None and (needs.weight or needs.covariance):
+        classes = _table_rows(saved.target, weight)
+        if classes is None:
+            grad_table = weight.new_zeros(len(weight), len(weight))
+            grad_table.index_add_(0, saved.target, residual, alpha=options.alpha)
+        else:
+            grad_table = residual * options.alpha
+        grads.covariance = class_table_backward(
+            weight,
+            inputs.covariance,
+            classes,
+            saved.twice_product,
+            grad_table,
+            grads.weight,
+            needs.covariance,
+        )
+    return grads
+
+
+def loss_differentiable(inputs: LossInputs, options: LossOptions) -> Tensor:
+    """The same loss as a graph that autograd can differentiate to any order.
+
+    For double backward only: the graph keeps the class table's intermediates, U·C·A numbers.
+    """
+    weight, bias = _head(inputs)
+    ignored = inputs.labels == options.ignore_index
+    target = inputs.labels.masked_fill(ignored, 0)
+    z = logits = _linear(inputs.features.to(weight.dtype), weight, bias)
+    if inputs.epsilon is not None:
+        with torch.no_grad():
+            direction = perturbation_sign(logits, weight, target[:, None])
+        z = z + inputs.epsilon[:, None].to(weight.dtype) * (direction @ weight.T)
+    if inputs.covariance is not None:
+        classes = _table_rows(target, weight)
+        table = class_table(weight, inputs.covariance, classes)
+        z = z + options.alpha * (table[target] if classes is None else table)
+    if inputs.log_prior is not None:
+        z = z + options.beta * inputs.log_prior.to(weight.dtype)
+    losses = -z.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
+    losses = losses.masked_fill(ignored, 0.0)
+    return _reduce(losses, _divisor(ignored, options), options)
+
+
+def perturbation_sign(logits: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """s of Eq. 6 in a form free of scale and so of cancellation: sign(Σ_{j≠y} r_j w_j − w_y).
+
+    logits (n, C), weight (C, A), target (n, 1) → (n, A), in the dtype of the weight.
+    """
+    if len(weight) == 1:
+        return weight.new_zeros(len(logits), weight.shape[1])
+    mixture = logits.scatter(1, target, -torch.inf).softmax(dim=1)
+    return (mixture.scatter_(1, target, -1.0) @ weight).sign_()
+
+
+def _head(inputs: LossInputs) -> tuple[Tensor, Tensor | None]:
+    dtype = inputs.compute_dtype
+    return inputs.weight.to(dtype), None if inputs.bias is None else inputs.bias.to(dtype)
+
+
+def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return features @ weight.T if bias is None else torch.addmm(bias, features, weight.T)
+
+
+def _table_rows(target: Tensor, weight: Tensor) -> Tensor | None:
+    """The classes of the table's rows: all (None), or one row a sample where those are fewer.
+
+    Counting the distinct labels would need the host.
+    """
+    return target if len(target) < len(weight) else None
+
+
+def _divisor(ignored: Tensor, options: LossOptions) -> Tensor | None:
+    if options.reduction != "mean":
+        return None
+    return (len(ignored) - ignored.sum()).clamp_(min=1)
+
+
+def _reduce(losses: Tensor, divisor: Tensor | None, options: LossOptions) -> Tensor:
+    if options.reduction == "none":
+        return losses
+    return losses.sum() if divisor is None else losses.sum() / divisor
+
+
+def _grad_features(inputs: LossInputs, residual: Tensor, weight: Tensor) -> Tensor:
+    """D W, cast block by block."""
+    if inputs.features.dtype == weight.dtype:
+        return residual @ weight
+    grad = torch.empty(inputs.features.shape, dtype=inputs.features.dtype, device=weight.device)
+    for rows in blocks(*grad.shape):
+        grad[rows] = residual[rows] @ weight
+    return grad
+
+
+def _grad_weight(inputs: LossInputs, saved: SavedLoss, residual: Tensor) -> Tensor:
+    """Dᵀ(h + ε s), block by block."""
+    weight, bias = _head(inputs)
+    grad = weight.new_zeros(weight.shape)
+    for rows in blocks(*inputs.features.shape):
+        h = inputs.features[rows].to(weight.dtype)
+        if inputs.epsilon is not None:
+            direction = saved.sign
+            if direction is None:
+                direction = perturbation_sign(
+                    _linear(h, weight, bias), weight, saved.target[rows, None]
+                )
+            h = torch.addcmul(h, inputs.epsilon[rows, None].to(weight.dtype), direction)
+        grad.addmm_(residual[rows].T, h)
+    return grad

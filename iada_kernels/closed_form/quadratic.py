@@ -1,0 +1,169 @@
+"""The class table R of quadratic forms, and its adjoint.
+
+    R[u, j] = ½ (w_j − w_c)ᵀ Σ_c (w_j − w_c)          c the class of row u
+
+ρ of Eq. 6 depends on a sample only through its class, so that one table of U rows serves all N
+samples. Rows are either all the classes (classes=None) or a list of class indices, which may
+repeat. Given G = ∂L/∂R,
+
+    ∂L/∂W   = Σ_u [ diag(G_u)(W − 1w_c) Σ_c − e_c (G_uᵀ (W − 1w_c) Σ_c) ]
+    ∂L/∂Σ_c = ½ Σ_u (W − 1w_c)ᵀ diag(G_u) (W − 1w_c)
+
+Shapes: weight (C, A), covariance (C, A, A) or (C, A), classes (U), R and G (U, C). Scratch is
+bounded by a few blocks, whatever the shape.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from iada_kernels.closed_form.blocking import BLOCK_ELEMENTS, blocks, is_one_block, join
+
+FEW_ROWS = 32  # up to here a second product costs less than a transposed copy of a large Σ
+
+
+def class_table(weight: Tensor, covariance: Tensor, classes: Tensor | None = None) -> Tensor:
+    """R (U, C), differentiable by autograd, in the dtype of `weight`."""
+    if covariance.dim() == 2:
+        return _diagonal_table(weight, covariance, classes)
+    tables = []
+    for delta, sigma, _ in _full_blocks(weight, covariance, classes):
+        tables.append(torch.linalg.vecdot(delta @ sigma, delta) * 0.5)
+    return join(tables)
+
+
+def class_table_and_product(
+    weight: Tensor, covariance: Tensor, classes: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """R and, where that is small, 2 (W − 1w_c) Σ_c (U, C, A), so that ∂L/∂W need not read Σ again."""
+    rows = len(weight) if classes is None else len(classes)
+    if covariance.dim() == 2 or not is_one_block(rows, weight.numel()):
+        return class_table(weight, covariance, classes), None
+    tables, products = [], []
+    for delta, sigma, _ in _full_blocks(weight, covariance, classes):
+        products.append(_twice_product(delta, sigma))
+        tables.append(torch.linalg.vecdot(products[-1], delta) * 0.25)
+    return join(tables), join(products)
+
+
+def class_table_backward(
+    weight: Tensor,
+    covariance: Tensor,
+    classes: Tensor | None,
+    twice_product: Tensor | None,
+    grad_table: Tensor,
+    grad_weight: Tensor | None,
+    needs_covariance: bool,
+) -> Tensor | None:
+    """Add ∂L/∂W to `grad_weight` in place (None: not needed) and return ∂L/∂Σ if needed.
+
+    `twice_product` is what `class_table_and_product` gave. ∂L/∂Σ is in the dtype of `weight`.
+    """
+    if covariance.dim() == 2:
+        return _diagonal_backward(
+            weight, covariance, classes, grad_table, grad_weight, needs_covariance
+        )
+    if grad_weight is not None and twice_product is not None:
+        _add_product(grad_weight, classes, slice(None), twice_product, grad_table)
+        grad_weight = None
+    grad_covariance = weight.new_zeros(covariance.shape) if needs_covariance else None
+    if grad_weight is None and grad_covariance is None:
+        return None
+    for delta, sigma, rows in _full_blocks(weight, covariance, classes):
+        if grad_weight is not None:
+            twice_product = _twice_product(delta, sigma)
+            _add_product(grad_weight, classes, rows, twice_product, grad_table[rows])
+        if grad_covariance is not None:
+            scaled = delta * (0.5 * grad_table[rows, :, None])
+            if classes is None:
+                torch.bmm(scaled.mT, delta, out=grad_covariance[rows])
+            else:
+                grad_covariance.index_add_(0, classes[rows], scaled.mT @ delta)
+    return grad_covariance
+
+
+def _full_blocks(
+    weight: Tensor, covariance: Tensor, classes: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Yield (W − 1w_c, Σ_c, rows) for one block of rows at a time: (u, C, A), (u, A, A), slice."""
+    num_classes, width = weight.shape
+    count = num_classes if classes is None else len(classes)
+    copies_sigma = classes is not None or num_classes > FEW_ROWS or covariance.dtype != weight.dtype
+    for rows in blocks(count, width * (max(width, num_classes) if copies_sigma else num_classes)):
+        index = rows if classes is None else classes[rows]
+        delta = weight[None, :, :] - weight[index][:, None, :]
+        yield delta, covariance[index].to(weight.dtype), rows
+
+
+def _twice_product(rows: Tensor, sigma: Tensor) -> Tensor:
+    """rows (Σ + Σᵀ): a quadratic form sees the symmetric part only, so must its derivative."""
+    if rows.shape[1] <= FEW_ROWS and sigma.numel() > BLOCK_ELEMENTS:
+        return (rows @ sigma).add_(rows @ sigma.mT)
+    return rows @ (sigma + sigma.mT)
+
+
+def _add_product(
+    grad_weight: Tensor,
+    classes: Tensor | None,
+    rows: slice,
+    twice_product: Tensor,
+    grad_table: Tensor,
+) -> None:
+    """Both terms of ∂L/∂W from 2 (W − 1w_c) Σ_c (u, C, A) and G (u, C)."""
+    scaled = twice_product * (0.5 * grad_table[:, :, None])
+    grad_weight += scaled.sum(dim=0)
+    if classes is None:
+        grad_weight[rows] -= scaled.sum(dim=1)
+    else:
+        grad_weight.index_add_(0, classes[rows], scaled.sum(dim=1), alpha=-1)
+
+
+# The diagonal form expands the square, because only then is it a matrix product. Differences of
+# rows do not change when W is centred; without centring, a common offset of the rows would cancel.
+
+
+def _diagonal_table(weight: Tensor, covariance: Tensor, classes: Tensor | None) -> Tensor:
+    weight = weight - weight.mean(dim=0)
+    own, sigma = _own_rows(weight, covariance, classes)
+    cross = sigma * own
+    squares = sigma @ (weight * weight).T - 2 * (cross @ weight.T)
+    table = 0.5 * (squares + torch.linalg.vecdot(cross, own)[:, None])
+    if classes is None:
+        return table - torch.diag(table.diagonal())  # ρ_y = 0, exactly
+    return table.scatter(1, classes[:, None], 0.0)
+
+
+def _diagonal_backward(
+    weight: Tensor,
+    covariance: Tensor,
+    classes: Tensor | None,
+    grad_table: Tensor,
+    grad_weight: Tensor | None,
+    needs_covariance: bool,
+) -> Tensor | None:
+    # Row sums of G times w_c² are written out: they are 0 for the loss, but not for every G.
+    weight = weight - weight.mean(dim=0)
+    own, sigma = _own_rows(weight, covariance, classes)
+    total = grad_table.sum(dim=1, keepdim=True)
+    mixed = grad_table @ weight
+    if grad_weight is not None:
+        grad_weight += weight * (grad_table.T @ sigma) - grad_table.T @ (sigma * own)
+        own_rows = sigma * (total * own - mixed)
+        if classes is None:
+            grad_weight += own_rows
+        else:
+            grad_weight.index_add_(0, classes, own_rows)
+    if not needs_covariance:
+        return None
+    grad_rows = 0.5 * (grad_table @ (weight * weight) + own * (total * own - 2 * mixed))
+    if classes is None:
+        return grad_rows
+    return torch.zeros_like(weight).index_add_(0, classes, grad_rows)
+
+
+def _own_rows(weight: Tensor, covariance: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor]:
+    covariance = covariance.to(weight.dtype)
+    if classes is None:
+        return weight, covariance
+    return weight[classes], covariance[classes]

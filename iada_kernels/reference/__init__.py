@@ -1,0 +1,23 @@
+"""The definitions of IADA in plain differentiable torch: the one oracle of every backend.
+
+Nothing here is fast or frugal. Each function writes an equation of the paper (Zhou et al.,
+IJCAI 2024) as directly as torch allows, follows the dtype of its inputs (use float64 to judge
+others), and is differentiable by autograd to any order.
+"""
+
+from iada_kernels.reference.covariance import covariance_update, population_statistics
+from iada_kernels.reference.loss import (
+    adjusted_logits,
+    iada_loss,
+    perturbation_sign,
+    quadratic_forms,
+)
+
+__all__ = [
+    "adjusted_logits",
+    "covariance_update",
+    "iada_loss",
+    "perturbation_sign",
+    "population_statistics",
+    "quadratic_forms",
+]

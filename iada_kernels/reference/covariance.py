@@ -1,0 +1,50 @@
+"""Class statistics: what the stream has to equal, and one step of the stream.
+
+Population convention (division by n), all history weighted equally.
+"""
+
+import torch
+from torch import Tensor
+
+
+def population_statistics(
+    features: Tensor, labels: Tensor, num_classes: int, diagonal: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Covariance (C, A, A) or (C, A), mean (C, A) and count (C) of each class, in one look."""
+    width = features.shape[1]
+    shape = (num_classes, width) if diagonal else (num_classes, width, width)
+    covariance = features.new_zeros(shape)
+    mean = features.new_zeros(num_classes, width)
+    count = torch.zeros(num_classes, dtype=torch.int64, device=features.device)
+    for c in range(num_classes):
+        rows = features[labels == c]
+        count[c] = len(rows)
+        if len(rows):
+            mean[c] = rows.mean(dim=0)
+            spread = rows - mean[c]
+            covariance[c] = (
+                (spread * spread).mean(dim=0) if diagonal else spread.T @ spread / len(rows)
+            )
+    return covariance, mean, count
+
+
+def covariance_update(
+    covariance: Tensor, mean: Tensor, count: Tensor, features: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One batch of the stream, out of place: (covariance, mean, count) after `features`.
+
+    Σ ← (1−w) Σ + w Σ′ + w(1−w)(μ−μ′)(μ−μ′)ᵀ;  μ ← μ + w(μ′−μ);  n ← n+m;  w = m/(n+m).
+    """
+    diagonal = covariance.dim() == 2
+    batch_covariance, batch_mean, batch_count = population_statistics(
+        features, labels, mean.shape[0], diagonal
+    )
+    w = (batch_count / (count + batch_count).clamp(min=1)).to(mean.dtype)
+    shift = mean - batch_mean
+    w_mean = w[:, None]
+    if diagonal:
+        w_cov, between = w_mean, shift * shift
+    else:
+        w_cov, between = w[:, None, None], shift[:, :, None] * shift[:, None, :]
+    updated = (1 - w_cov) * covariance + w_cov * batch_covariance + w_cov * (1 - w_cov) * between
+    return updated, mean + w_mean * (batch_mean - mean), count + batch_count

@@ -1,0 +1,92 @@
+"""The IADA loss, Eq. 6, with N·C·A temporaries and nothing clever.
+
+Shapes: features (N, A), weight (C, A), bias (C), labels (N), covariance (C, A, A) or its
+diagonal (C, A), epsilon (N), log_prior (C).
+"""
+
+import torch
+from einops import einsum
+from torch import Tensor
+
+
+def perturbation_sign(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The direction of the perturbation, sign(∇_h CE(Wh + b, y)), as a constant (N, A).
+
+    Written without the cancellation of softmax(z) − onehot(y): dividing the gradient by 1 − p_y
+    leaves its sign alone, so with r the softmax over the classes other than y
+    the sign is that of Σ_{j≠y} r_j w_j − w_y. A single class has no direction: zeros.
+    """
+    if weight.shape[0] == 1:
+        return weight.new_zeros(logits.shape[0], weight.shape[1])
+    with torch.no_grad():
+        others = logits.scatter(1, labels[:, None], -torch.inf).softmax(dim=1)
+        return torch.sign(others @ weight - weight[labels])
+
+
+def quadratic_forms(weight: Tensor, covariance: Tensor, labels: Tensor) -> Tensor:
+    """ρ_ij = ½ (w_j − w_y)ᵀ Σ_y (w_j − w_y) with y the label of sample i: (N, C)."""
+    delta = weight[None, :, :] - weight[labels][:, None, :]
+    sigma = covariance[labels]
+    if covariance.dim() == 2:
+        return 0.5 * einsum(delta, sigma, delta, "n c a, n a, n c a -> n c")
+    return 0.5 * einsum(delta, sigma, delta, "n c a, n a b, n c b -> n c")
+
+
+def adjusted_logits(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    covariance: Tensor | None,
+    epsilon: Tensor | None,
+    log_prior: Tensor | None,
+    alpha: float,
+    beta: float,
+    sign: Tensor | None = None,
+) -> Tensor:
+    """z̃ of Eq. 6, (N, C): w_j·(h + δ) + b_j + α ρ_j + β log π_j with δ = ε s.
+
+    `sign` replaces s, so that two precisions can be compared with the same direction.
+    """
+    logits = features @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    adjusted = logits
+    if epsilon is not None:
+        if sign is None:
+            sign = perturbation_sign(logits, weight, labels)
+        adjusted = adjusted + (epsilon[:, None] * sign) @ weight.T
+    if covariance is not None:
+        adjusted = adjusted + alpha * quadratic_forms(weight, covariance, labels)
+    if log_prior is not None:
+        adjusted = adjusted + beta * log_prior
+    return adjusted
+
+
+def iada_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    covariance: Tensor | None,
+    epsilon: Tensor | None = None,
+    log_prior: Tensor | None = None,
+    alpha: float = 0.5,
+    beta: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    sign: Tensor | None = None,
+) -> Tensor:
+    """CE(z̃, y) of Eq. 6. The mean is over the rows that are not ignored; over none it is 0."""
+    valid = labels != ignore_index
+    target = torch.where(valid, labels, 0)
+    adjusted = adjusted_logits(
+        features, weight, bias, target, covariance, epsilon, log_prior, alpha, beta, sign
+    )
+    losses = -adjusted.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
+    losses = torch.where(valid, losses, 0.0)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / valid.sum().clamp(min=1)
