@@ -56,7 +56,9 @@ class ClassCovariance(nn.Module):
         self.structure = structure
         shape = (num_classes, num_features)
         full = structure == "full"
-        self.register_buffer("covariance", torch.zeros(*shape, num_features) if full else torch.zeros(shape))
+        self.register_buffer(
+            "covariance", torch.zeros(*shape, num_features) if full else torch.zeros(shape)
+        )
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
 
