@@ -1,0 +1,111 @@
+"""What a training run is: one frozen dataclass, also readable from TOML."""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iada.covariance import STRUCTURES
+from iada.validation import complain
+
+METHODS = ("ce", "logit-adjustment", "isda", "meta-iada")
+SCHEDULES = ("constant", "cosine", "multistep")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Settings of `iada.Trainer`, with the paper's values for CIFAR-LT as defaults.
+
+    method: "ce", "logit-adjustment", "isda" or "meta-iada".
+    epochs: T2 of Algorithm 1, in epochs.  ce_epochs: T1, the epochs of plain CE before the method.
+    batch_size, meta_batch_size: n and m of Algorithm 1.
+    lr, momentum, weight_decay: of SGD over the classifier; lr is η₁.
+    schedule: "constant", "cosine" (to 0), or "multistep": times gamma at each of milestones.
+    alpha, beta: of Eq. 6.  alpha_ramp: alpha rises linearly from 0 over the method's epochs, as
+    in ISDA.
+    perturbation_lr: Adam's on Ω (η₂ of Eq. 8).  covariance_lr: η₂ of Eq. 9.
+    structure: of the covariance, "full" or "diag".  persistent, project: see `MetaIADA`.
+    clip_norm: largest norm of the classifier's gradient, 0 for no clipping.
+    seed: of initialisation and data order.  checkpoint_every: epochs between checkpoints.
+    """
+
+    method: str = "meta-iada"
+    epochs: int = 200
+    ce_epochs: int = 160
+    batch_size: int = 100
+    meta_batch_size: int = 100
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "multistep"
+    milestones: tuple[int, ...] = (160, 180)
+    gamma: float = 0.01
+    alpha: float = 0.5
+    beta: float = 1.0
+    alpha_ramp: bool = False
+    perturbation_lr: float = 1e-3
+    covariance_lr: float = 1e-3
+    structure: str = "full"
+    persistent: bool = True
+    project: bool = False
+    clip_norm: float = 0.0
+    seed: int = 0
+    checkpoint_every: int = 1
+
+    def __post_init__(self) -> None:
+        choices = {"method": METHODS, "schedule": SCHEDULES, "structure": STRUCTURES}
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), field.default
+            remedy = f"see TrainerConfig.{field.name}"
+            if isinstance(default, tuple):
+                if not all(type(item) is int for item in value):
+                    raise complain(field.name, "a list of integers", repr(value), remedy)
+                object.__setattr__(self, field.name, tuple(value))
+            elif isinstance(default, float) and type(value) is int:
+                object.__setattr__(self, field.name, float(value))
+            elif type(value) is not type(default):
+                wanted = f"a value of type {type(default).__name__}"
+                raise complain(field.name, wanted, repr(value), remedy)
+            if field.name in choices and value not in choices[field.name]:
+                wanted = f"one of {', '.join(map(repr, choices[field.name]))}"
+                raise complain(field.name, wanted, repr(value), remedy)
+        for name in ("epochs", "batch_size", "meta_batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise complain(name, "at least 1", repr(getattr(self, name)), "raise it")
+        if not 0 <= self.ce_epochs <= self.epochs:
+            wanted = f"between 0 and epochs={self.epochs}"
+            raise complain("ce_epochs", wanted, repr(self.ce_epochs), "it counts within epochs")
+
+
+def read_toml(path: Path, sections: dict[str, type]) -> dict[str, Any]:
+    """A TOML file as one dataclass a section; a section or key that is not known is an error.
+
+    Raises ValueError naming the file, the section and the key, and OSError if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            tables = tomllib.load(file)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path}: expected TOML, got {error}; mend that line") from error
+    built = {}
+    for section in tables:
+        if section not in sections:
+            known = ", ".join(f"[{name}]" for name in sections)
+            raise complain(f"{path} [{section}]", known, "another section", "rename or remove it")
+    for section, kind in sections.items():
+        values = tables.get(section, {})
+        known_keys = [field.name for field in dataclasses.fields(kind)]
+        for key in values:
+            if key not in known_keys:
+                raise complain(
+                    f"{path} [{section}] {key}",
+                    f"one of {', '.join(known_keys)}",
+                    "an unknown key",
+                    "rename or remove it",
+                )
+        try:
+            built[section] = kind(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} [{section}] {error}") from error
+    return built

@@ -1,0 +1,1 @@
+"""`python -m iada demo`: real digits, long-tailed and mislabelled, and a report to read."""

@@ -1,0 +1,335 @@
+"""Algorithm 1 whole: plain CE to T1, then the method to T2, with checkpoints and resume."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from iada.baselines import FirstOrder
+from iada.checkpoint import load_checkpoint, save_checkpoint
+from iada.config import TrainerConfig
+from iada.covariance import ClassCovariance
+from iada.data import TensorData, batches, epoch_order, stream_order
+from iada.meta import MetaIADA, MetaStep
+from iada.perturbation import PerturbationNet
+from iada.sample_characteristics import TrainingMemory
+from iada.validation import complain
+
+CHECKPOINT = "checkpoint.pt"
+
+
+class Trainer:
+    """Trains a backbone and a linear head by one of `iada.config.METHODS`.
+
+    >>> trainer = iada.Trainer(backbone, head, train_set, meta_set, config, folder="runs/a")
+    >>> trainer.fit()
+    >>> trainer.class_accuracy(test_set).mean()
+
+    Args:
+        backbone: module from inputs to features (N, A).
+        head: nn.Linear(A, C).
+        train_set: items (input, label); `TensorData`, or any map-style data set.
+        meta_set: the same, small, clean and balanced; None for methods other than "meta-iada".
+        config: a `TrainerConfig`.
+        class_counts: training samples of each class (C); read from the labels of a `TensorData`.
+        folder: where checkpoint.pt is kept; None for no checkpoints.
+        observe: called after each step of the second phase with (trainer, batch, result): result
+            is a `MetaStep`, or the loss of a baseline.
+        validation_set: measured after each epoch into `history`.
+        progress: show a bar, if tqdm is installed.
+        num_workers: of the training loader.
+
+    Attributes:
+        history: one dict an epoch: epoch, loss, and accuracy (mean over classes) where there is
+            a validation set.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Linear,
+        train_set: Dataset,
+        meta_set: Dataset | None,
+        config: TrainerConfig,
+        *,
+        class_counts: Tensor | None = None,
+        folder: str | Path | None = None,
+        observe: "Callable[[Trainer, Sequence[Any], Any], None] | None" = None,
+        validation_set: Dataset | None = None,
+        progress: bool = False,
+        num_workers: int = 0,
+    ) -> None:
+        if config.method == "meta-iada" and meta_set is None:
+            raise complain(
+                "meta_set", "a small clean data set", "None", "pass one, or choose another method"
+            )
+        self.config = config
+        self.backbone, self.head = backbone, head
+        self.train_set, self.meta_set = train_set, meta_set
+        self.validation_set = validation_set
+        self.folder = None if folder is None else Path(folder)
+        self.observe, self.progress, self.num_workers = observe, progress, num_workers
+        if class_counts is None:
+            class_counts = _count_classes(train_set, head.out_features)
+        parameters = [*backbone.parameters(), *head.parameters()]
+        self.optimizer = torch.optim.SGD(
+            [p for p in parameters if p.requires_grad],
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.scheduler = _schedule(self.optimizer, config)
+        self.method = self._build_method(class_counts)
+        self.epoch = 0
+        self.batch = 0
+        self.history: list[dict[str, Any]] = []
+        self._losses: list[Tensor] = []
+
+    def fit(self) -> list[dict[str, Any]]:
+        """Train from wherever the state stands to the last epoch; returns `history`.
+
+        Ctrl-C or SIGTERM finishes the step, leaves a checkpoint in `folder` and raises
+        KeyboardInterrupt. A loss that is not finite raises FloatingPointError naming the step,
+        with the last checkpoint intact.
+        """
+        with self._bar() as tick, _stop_flag() as stopped:
+            while self.epoch < self.config.epochs:
+                if not self._run_epoch(stopped):
+                    self.save()
+                    where = "" if self.folder is None else f"; resume from {self.folder}"
+                    raise KeyboardInterrupt(f"stopped at epoch {self.epoch}{where}")
+                tick()
+        return self.history
+
+    def _run_epoch(self, stopped: Callable[[], bool]) -> bool:
+        """The rest of the current epoch; False if asked to stop before its end."""
+        config, epoch = self.config, self.epoch
+        order = epoch_order(len(self.train_set), config.batch_size, config.seed, epoch)  # type: ignore[arg-type]
+        rest = order[self.batch :]
+        meta_phase = epoch >= config.ce_epochs
+        meta_batches = self._meta_batches(len(order), len(rest)) if meta_phase else None
+        self._set_alpha()
+        self._train_mode(True)
+        for batch in batches(self.train_set, rest, self.num_workers):
+            batch = self._to_device(batch)
+            if meta_phase:
+                meta_batch = None if meta_batches is None else next(meta_batches)
+                result = self.method.step(batch, meta_batch)  # type: ignore[arg-type]
+                self._losses.append(result.loss if isinstance(result, MetaStep) else result)
+                if self.observe is not None:
+                    self.observe(self, batch, result)
+            else:
+                self._losses.append(self.method.cross_entropy_step(batch))
+            self.batch += 1
+            if self.batch < len(order) and stopped():
+                return False
+        self._end_epoch(len(order))
+        return not stopped() or self.epoch == config.epochs
+
+    def _end_epoch(self, steps: int) -> None:
+        losses = torch.stack(self._losses)
+        bad = (~torch.isfinite(losses)).nonzero()
+        if len(bad):
+            step = self.epoch * steps + steps - len(losses) + int(bad[0, 0])
+            raise FloatingPointError(
+                f"loss: expected a finite number, got {float(losses[bad[0, 0]])} at step {step} "
+                f"(epoch {self.epoch}); try a smaller lr or alpha, alpha_ramp=true, or clip_norm"
+            )
+        record: dict[str, Any] = {"epoch": self.epoch, "loss": float(losses.mean())}
+        if self.validation_set is not None:
+            record["accuracy"] = float(self.class_accuracy(self.validation_set).mean())
+        self.history.append(record)
+        if isinstance(self.method, MetaIADA):
+            self.method.memory.end_epoch()
+        self.scheduler.step()
+        self.epoch, self.batch, self._losses = self.epoch + 1, 0, []
+        if self.epoch % self.config.checkpoint_every == 0 or self.epoch == self.config.epochs:
+            self.save()
+
+    @torch.no_grad()
+    def class_accuracy(self, dataset: Dataset, batch_size: int = 512) -> Tensor:
+        """Accuracy of each class on `dataset`, (C) float64; NaN for a class without samples."""
+        training = self.backbone.training
+        self._train_mode(False)
+        num_classes = self.head.out_features
+        right = torch.zeros(num_classes, dtype=torch.float64)
+        total = torch.zeros(num_classes, dtype=torch.float64)
+        rows = torch.arange(len(dataset)).split(batch_size)  # type: ignore[arg-type]
+        for batch in batches(dataset, [part.tolist() for part in rows]):
+            inputs, labels, *_ = self._to_device(batch)
+            hit = (self.head(self.backbone(inputs)).argmax(dim=1) == labels).cpu()
+            right.index_add_(0, labels.cpu(), hit.double())
+            total.index_add_(0, labels.cpu(), torch.ones(len(hit), dtype=torch.float64))
+        self._train_mode(training)
+        return right / total
+
+    def save(self) -> None:
+        """Write checkpoint.pt into `folder`, all or nothing; nothing without a folder."""
+        if self.folder is None:
+            return
+        save_checkpoint(self.folder / CHECKPOINT, self.state_dict())
+
+    def resume(self) -> bool:
+        """Take up checkpoint.pt in `folder` if there is one; whether there was."""
+        if self.folder is None or not (self.folder / CHECKPOINT).exists():
+            return False
+        self.load_state_dict(load_checkpoint(self.folder / CHECKPOINT))
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how the run goes on, the random state included."""
+        cuda = self.head.weight.device.type == "cuda"
+        return {
+            "backbone": self.backbone.state_dict(),
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "method": self.method.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "losses": list(self._losses),
+            "history": self.history,
+            "random_state": torch.get_rng_state(),
+            "cuda_random_state": torch.cuda.get_rng_state_all() if cuda else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.backbone.load_state_dict(state["backbone"])
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.method.load_state_dict(state["method"])
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self._losses = [loss.to(self.head.weight.device) for loss in state["losses"]]
+        self.history = state["history"]
+        torch.set_rng_state(state["random_state"])
+        if state["cuda_random_state"]:
+            torch.cuda.set_rng_state_all(state["cuda_random_state"])
+
+    def _build_method(self, class_counts: Tensor) -> FirstOrder | MetaIADA:
+        config, weight = self.config, self.head.weight
+        shape = (self.head.out_features, self.head.in_features)
+        shared = (self.backbone, self.head, self.optimizer, class_counts)
+        covariance = None
+        if config.method in ("isda", "meta-iada"):
+            dtype = torch.promote_types(torch.float32, weight.dtype)
+            covariance = ClassCovariance(*shape, config.structure).to(weight.device, dtype)
+        if config.method != "meta-iada":
+            return FirstOrder(
+                *shared,
+                covariance=covariance,
+                alpha=config.alpha,
+                beta=config.beta if config.method == "logit-adjustment" else 0.0,
+                clip_norm=config.clip_norm,
+            )
+        perturbation = PerturbationNet().to(weight.device, weight.dtype)
+        memory = TrainingMemory(shape[0], len(self.train_set))  # type: ignore[arg-type]
+        return MetaIADA(
+            *shared,
+            perturbation=perturbation,
+            perturbation_optimizer=torch.optim.Adam(
+                perturbation.parameters(), lr=config.perturbation_lr
+            ),
+            covariance=covariance,
+            memory=memory.to(weight.device, weight.dtype),
+            alpha=config.alpha,
+            beta=config.beta,
+            covariance_lr=config.covariance_lr,
+            persistent=config.persistent,
+            project=config.project,
+            clip_norm=config.clip_norm,
+        )
+
+    def _meta_batches(self, steps: int, rest: int) -> Iterator[Any] | None:
+        if not isinstance(self.method, MetaIADA):
+            return None
+        first = self.epoch * steps + self.batch
+        size = len(self.meta_set)  # type: ignore[arg-type]
+        config = self.config
+        order = list(stream_order(size, config.meta_batch_size, config.seed, first, rest))
+        assert self.meta_set is not None
+        return map(self._to_device, batches(self.meta_set, order))
+
+    def _set_alpha(self) -> None:
+        config = self.config
+        share = 1.0
+        if config.alpha_ramp:
+            share = (self.epoch - config.ce_epochs + 1) / max(1, config.epochs - config.ce_epochs)
+        self.method.alpha = config.alpha * max(0.0, share)
+
+    def _train_mode(self, training: bool) -> None:
+        self.backbone.train(training)
+        self.head.train(training)
+
+    def _to_device(self, batch: Sequence[Any]) -> tuple[Any, ...]:
+        device = self.head.weight.device
+        return tuple(part.to(device, non_blocking=True) for part in batch)
+
+    @contextlib.contextmanager
+    def _bar(self) -> Iterator[Callable[[], None]]:
+        tqdm = None
+        if self.progress:
+            with contextlib.suppress(ImportError):
+                from tqdm.auto import tqdm
+        if tqdm is None:
+            yield lambda: None
+            return
+        with tqdm(total=self.config.epochs, initial=self.epoch, unit="epoch") as bar:
+
+            def tick() -> None:
+                last = self.history[-1]
+                bar.set_postfix({k: f"{v:.4f}" for k, v in last.items() if k != "epoch"})
+                bar.update()
+
+            yield tick
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, config: TrainerConfig
+) -> torch.optim.lr_scheduler.LRScheduler:
+    schedulers = torch.optim.lr_scheduler
+    if config.schedule == "cosine":
+        return schedulers.CosineAnnealingLR(optimizer, config.epochs)
+    milestones = list(config.milestones) if config.schedule == "multistep" else []
+    return schedulers.MultiStepLR(optimizer, milestones, config.gamma)
+
+
+def _count_classes(train_set: Dataset, num_classes: int) -> Tensor:
+    if isinstance(train_set, TensorData):
+        return torch.bincount(train_set.labels, minlength=num_classes)
+    raise complain(
+        "class_counts",
+        f"samples of each class, ({num_classes},)",
+        "None",
+        "pass torch.bincount(training_labels, minlength=C)",
+    )
+
+
+@contextlib.contextmanager
+def _stop_flag() -> Iterator[Callable[[], bool]]:
+    """While inside, a first Ctrl-C or SIGTERM is only noted; a second acts as it did before."""
+    caught = False
+    former: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal caught
+        caught = True
+        restore()
+
+    try:
+        with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
+            for number in (signal.SIGINT, signal.SIGTERM):
+                former[number] = signal.signal(number, note)
+        yield lambda: caught
+    finally:
+        restore()

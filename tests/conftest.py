@@ -1,0 +1,63 @@
+"""Fixtures shared by the suite: the backends that serve here, and small block sizes."""
+
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import settings
+from iada_kernels import BACKENDS, select_backend
+
+settings.register_profile("suite", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("suite")
+
+
+class Target(NamedTuple):
+    """A backend and the device it is tried on."""
+
+    backend: str
+    device: torch.device
+
+
+def _serves(backend: str, device: torch.device) -> bool:
+    try:
+        select_backend(backend, device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _targets() -> list[Target]:
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    found = [Target(name, torch.device(kind)) for name in BACKENDS for kind in devices]
+    return [target for target in found if _serves(*target)]
+
+
+# Session scope, so that hypothesis accepts it next to @given.
+@pytest.fixture(scope="session", params=_targets(), ids=lambda t: f"{t.backend}-{t.device}")
+def target(request) -> Target:
+    """Every backend of this build, on every device of this machine that it serves."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def backend(target: Target) -> str:
+    return target.backend
+
+
+@pytest.fixture(scope="session")
+def device(target: Target) -> torch.device:
+    return target.device
+
+
+@pytest.fixture
+def block_elements(monkeypatch):
+    """A function that sets the block size of the torch closed forms."""
+
+    def set_size(size: int) -> None:
+        # Other modules import the constant by name.
+        for name, module in list(sys.modules.items()):
+            if name.startswith("iada_kernels.closed_form") and hasattr(module, "BLOCK_ELEMENTS"):
+                monkeypatch.setattr(module, "BLOCK_ELEMENTS", size)
+
+    return set_size
