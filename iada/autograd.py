@@ -42,8 +42,7 @@ class IADALossFunction(torch.autograd.Function):
         needs = LossNeeds(*ctx.needs_input_grad[:6])
         if torch.is_grad_enabled():
             return (*_backward_with_graph(ctx, tensors, labels, grad_loss), None, None, None)
-        features, weight, bias, covariance, epsilon, log_prior = tensors
-        inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)
+        inputs = _loss_inputs(tensors, labels)
         grads = ctx.backend.loss_backward(inputs, ctx.options, ctx.saved, grad_loss, needs)
         found = (
             grads.features,
@@ -64,20 +63,20 @@ def _backward_with_graph(
     ctx: Any, tensors: list[Tensor | None], labels: Tensor, grad_loss: Tensor
 ) -> list[Tensor | None]:
     # Views give each argument an identity of its own, should one tensor stand for two.
-    views = [None if t is None else t.view_as(t) for t in tensors]
-    features, weight, bias, covariance, epsilon, log_prior = views
-    inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)  # type: ignore[arg-type]
+    views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+    inputs = _loss_inputs(views, labels)
     with torch.autocast(grad_loss.device.type, enabled=False):
         loss = closed_form.loss_differentiable(inputs, ctx.options)
-    wanted = [i for i in range(len(views)) if ctx.needs_input_grad[i]]
-    found = torch.autograd.grad(
-        loss,
-        [views[i] for i in wanted],  # type: ignore[misc]
-        grad_loss,
-        create_graph=True,
-        allow_unused=True,
-    )
-    grads: list[Tensor | None] = [None] * len(views)
-    for i, grad in zip(wanted, found, strict=True):
-        grads[i] = grad
-    return grads
+    asked = [
+        view if needed else None for view, needed in zip(views, ctx.needs_input_grad, strict=False)
+    ]
+    wanted = [view for view in asked if view is not None]
+    found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True, allow_unused=True))
+    return [None if view is None else next(found) for view in asked]
+
+
+def _loss_inputs(tensors: list[Tensor | None], labels: Tensor) -> LossInputs:
+    features, weight, bias, covariance, epsilon, log_prior = tensors
+    assert features is not None
+    assert weight is not None
+    return LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)

@@ -46,14 +46,12 @@ def eager_loss(
         reduction,
     )
     with full_precision(features.device):
-        given = (features, weight, bias, covariance, epsilon, log_prior)
         dtype = torch.float32
-        for tensor in given:
+        for tensor in (features, weight, bias, covariance, epsilon, log_prior):
             if tensor is not None:
                 dtype = torch.promote_types(dtype, tensor.dtype)
-        features, weight, bias, covariance, epsilon, log_prior = (
-            None if tensor is None else tensor.to(dtype) for tensor in given
-        )
+        features, weight = features.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         labels = labels.long()
         valid = labels != ignore_index
         target = torch.where(valid, labels, 0)
@@ -61,11 +59,11 @@ def eager_loss(
         adjusted = logits
         if epsilon is not None:
             sign = perturbation_sign(logits, weight, target)
-            adjusted = F.linear(features + epsilon[:, None] * sign, weight, bias)
+            adjusted = F.linear(features + epsilon[:, None].to(dtype) * sign, weight, bias)
         if covariance is not None:
-            adjusted = adjusted + alpha * _isda_quadratic(weight, covariance, target)
+            adjusted = adjusted + alpha * _isda_quadratic(weight, covariance.to(dtype), target)
         if log_prior is not None:
-            adjusted = adjusted + beta * log_prior
+            adjusted = adjusted + beta * log_prior.to(dtype)
         losses = F.cross_entropy(adjusted, target, reduction="none")
         losses = torch.where(valid, losses, 0.0)
         if reduction == "none":

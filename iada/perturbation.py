@@ -1,5 +1,6 @@
 """The perturbation network: training characteristics in, perturbation strengths out."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iada.validation import check_float
@@ -32,6 +33,12 @@ class PerturbationNet(nn.Module):
             normal = self.norm(characteristics)
         else:  # One row has no batch statistics: the running ones serve.
             norm = self.norm
-            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-            normal = (characteristics - norm.running_mean) * scale + norm.bias
+            normal = F.batch_norm(
+                characteristics,
+                norm.running_mean,
+                norm.running_var,
+                norm.weight,
+                norm.bias,
+                eps=norm.eps,
+            )
         return self.strength(self.hidden(normal).relu()).squeeze(1).tanh()

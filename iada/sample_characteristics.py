@@ -33,7 +33,7 @@ def loss_and_margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TrainingMemory(nn.Module):
-    """What characteristics remember from the last epoch: means of each class, values of each sample.
+    """Last epoch's loss and margin: the mean of each class, the value of each sample.
 
     Args:
         num_classes: C.
@@ -43,6 +43,7 @@ class TrainingMemory(nn.Module):
     class_means: Tensor
     class_sums: Tensor
     class_counts: Tensor
+    epochs: Tensor
     samples: Tensor
     seen: Tensor
 
@@ -60,7 +61,7 @@ class TrainingMemory(nn.Module):
     def record(
         self, loss: Tensor, margin: Tensor, labels: Tensor, index: Tensor | None = None
     ) -> None:
-        """Take in one batch of the current epoch: loss, margin, labels and sample index, each (N)."""
+        """Take in one batch of the current epoch; every argument is (N)."""
         values = torch.stack([loss, margin], dim=1).to(self.class_sums.dtype)
         self.class_sums.index_add_(0, labels, values)
         self.class_counts.index_add_(0, labels, torch.ones_like(labels))
@@ -70,7 +71,7 @@ class TrainingMemory(nn.Module):
 
     @torch.no_grad()
     def end_epoch(self) -> None:
-        """The epoch's class means become those of the last epoch; a class not seen keeps its own."""
+        """What was recorded becomes the last epoch; a class not seen keeps its means."""
         means = self.class_sums / self.class_counts.clamp(min=1)[:, None]
         self.class_means.copy_(torch.where(self.class_counts[:, None] > 0, means, self.class_means))
         self.class_sums.zero_()

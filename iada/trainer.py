@@ -1,6 +1,7 @@
 """Algorithm 1 whole: plain CE to T1, then the method to T2, with checkpoints and resume."""
 
 import contextlib
+import importlib.util
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -76,9 +77,8 @@ class Trainer:
         self.observe, self.progress, self.num_workers = observe, progress, num_workers
         if class_counts is None:
             class_counts = _count_classes(train_set, head.out_features)
-        parameters = [*backbone.parameters(), *head.parameters()]
         self.optimizer = torch.optim.SGD(
-            [p for p in parameters if p.requires_grad],
+            [p for p in self._parameters() if p.requires_grad],
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -117,29 +117,32 @@ class Trainer:
         self._train_mode(True)
         for batch in batches(self.train_set, rest, self.num_workers):
             batch = self._to_device(batch)
-            if meta_phase:
-                meta_batch = None if meta_batches is None else next(meta_batches)
-                result = self.method.step(batch, meta_batch)  # type: ignore[arg-type]
-                self._losses.append(result.loss if isinstance(result, MetaStep) else result)
-                if self.observe is not None:
-                    self.observe(self, batch, result)
-            else:
-                self._losses.append(self.method.cross_entropy_step(batch))
+            try:
+                if meta_phase:
+                    meta_batch = None if meta_batches is None else next(meta_batches)
+                    result = self.method.step(batch, meta_batch)  # type: ignore[arg-type]
+                else:
+                    result = self.method.cross_entropy_step(batch)
+            except ValueError as error:  # the checks of values see a diverged classifier first
+                if all(bool(torch.isfinite(p).all()) for p in self._parameters()):
+                    raise
+                raise _diverged("a classifier that is not finite", self._step, epoch) from error
+            self._losses.append(result.loss if isinstance(result, MetaStep) else result)
+            if meta_phase and self.observe is not None:
+                self.observe(self, batch, result)
             self.batch += 1
             if self.batch < len(order) and stopped():
                 return False
-        self._end_epoch(len(order))
+        self._end_epoch()
         return not stopped() or self.epoch == config.epochs
 
-    def _end_epoch(self, steps: int) -> None:
+    def _end_epoch(self) -> None:
         losses = torch.stack(self._losses)
         bad = (~torch.isfinite(losses)).nonzero()
         if len(bad):
-            step = self.epoch * steps + steps - len(losses) + int(bad[0, 0])
-            raise FloatingPointError(
-                f"loss: expected a finite number, got {float(losses[bad[0, 0]])} at step {step} "
-                f"(epoch {self.epoch}); try a smaller lr or alpha, alpha_ramp=true, or clip_norm"
-            )
+            first = int(bad[0, 0])
+            step = self._step - len(losses) + first
+            raise _diverged(str(float(losses[first])), step, self.epoch)
         record: dict[str, Any] = {"epoch": self.epoch, "loss": float(losses.mean())}
         if self.validation_set is not None:
             record["accuracy"] = float(self.class_accuracy(self.validation_set).mean())
@@ -263,6 +266,16 @@ class Trainer:
             share = (self.epoch - config.ce_epochs + 1) / max(1, config.epochs - config.ce_epochs)
         self.method.alpha = config.alpha * max(0.0, share)
 
+    @property
+    def _step(self) -> int:
+        """Steps done since the start of the run."""
+        count = len(self.train_set)  # type: ignore[arg-type]
+        return self.epoch * max(1, -(-count // self.config.batch_size)) + self.batch
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.backbone.parameters()
+        yield from self.head.parameters()
+
     def _train_mode(self, training: bool) -> None:
         self.backbone.train(training)
         self.head.train(training)
@@ -273,13 +286,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def _bar(self) -> Iterator[Callable[[], None]]:
-        tqdm = None
-        if self.progress:
-            with contextlib.suppress(ImportError):
-                from tqdm.auto import tqdm
-        if tqdm is None:
+        if not self.progress or importlib.util.find_spec("tqdm") is None:
             yield lambda: None
             return
+        from tqdm.auto import tqdm
+
         with tqdm(total=self.config.epochs, initial=self.epoch, unit="epoch") as bar:
 
             def tick() -> None:
@@ -288,6 +299,13 @@ class Trainer:
                 bar.update()
 
             yield tick
+
+
+def _diverged(got: str, step: int, epoch: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"loss: expected a finite number, got {got} at step {step} (epoch {epoch}); try a smaller "
+        "lr or alpha, alpha_ramp=true, or clip_norm"
+    )
 
 
 def _schedule(

@@ -30,7 +30,7 @@ class LossInputs:
 
     @cached_property
     def compute_dtype(self) -> torch.dtype:
-        """float64 if any tensor is, else float32: what is computed in, and the dtype of the loss."""
+        """float64 if any tensor is, else float32: the dtype of the loss and of what leads to it."""
         tensors = (self.features, self.weight, self.bias, self.covariance, self.epsilon)
         if any(t is not None and t.dtype == torch.float64 for t in (*tensors, self.log_prior)):
             return torch.float64

@@ -201,13 +201,25 @@ def _covariance(
 
 
 def sign_argument(problem: Problem) -> Tensor:
-    """g = Σ_{j≠y} r_j w_j − w_y (N, A), in float64, 0 rows left out."""
+    """g = Σ_{j≠y} r_j w_j − w_y (N, A), in float64."""
     p = problem.double()
-    labels = p.labels.long()
-    target = torch.where(labels == p.options["ignore_index"], 0, labels)
+    target = target_of(p)
     logits = torch.nn.functional.linear(p.features, p.weight, p.bias)
     others = logits.scatter(1, target[:, None], -torch.inf).softmax(dim=1)
     return others @ p.weight - p.weight[target]
+
+
+def adjusted_logits(problem: Problem) -> Tensor:
+    """z̃ (N, C), in float64."""
+    p = problem.double()
+    terms = (p.covariance, p.epsilon, p.log_prior, p.options["alpha"], p.options["beta"])
+    return reference.adjusted_logits(p.features, p.weight, p.bias, target_of(p), *terms)
+
+
+def target_of(problem: Problem) -> Tensor:
+    """The labels as int64, 0 where they are ignored."""
+    labels = problem.labels.long()
+    return torch.where(labels == problem.options["ignore_index"], 0, labels)
 
 
 def sign_margin(problem: Problem) -> float:

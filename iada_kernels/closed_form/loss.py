@@ -30,8 +30,8 @@ class SavedLoss:
 
     target (N) is labels with the ignored ones set to 0; residual is D (N, C), 0 where ignored;
     grad_epsilon is Σ_j D_ij T_ij (N); sign is s (N, A) where the batch is one block, else None
-    and computed again; twice_product is 2 (W − 1w_c) Σ_c where that is small; divisor is what the mean
-    divides by, the rows not ignored, else None.
+    and computed again; twice_product is 2 (W − 1w_c) Σ_c where that is small; divisor is what
+    the mean divides by, the rows not ignored, else None.
     """
 
     target: Tensor
@@ -94,7 +94,7 @@ def loss_backward(
     grad_loss: Tensor,
     needs: LossNeeds,
 ) -> LossGradients:
-    """The gradients asked for; those of the features in their dtype, others in the compute dtype."""
+    """The gradients asked for: of the features in their dtype, others in the compute dtype."""
     weight, _ = _head(inputs)
     if saved.divisor is not None:
         grad_loss = grad_loss / saved.divisor

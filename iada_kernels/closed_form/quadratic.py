@@ -36,7 +36,7 @@ def class_table(weight: Tensor, covariance: Tensor, classes: Tensor | None = Non
 def class_table_and_product(
     weight: Tensor, covariance: Tensor, classes: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """R and, where that is small, 2 (W − 1w_c) Σ_c (U, C, A), so that ∂L/∂W need not read Σ again."""
+    """R and, where that is small, 2 (W − 1w_c) Σ_c (U, C, A): ∂L/∂W need not read Σ again."""
     rows = len(weight) if classes is None else len(classes)
     if covariance.dim() == 2 or not is_one_block(rows, weight.numel()):
         return class_table(weight, covariance, classes), None

@@ -1,0 +1,91 @@
+"""The reference shapes, and random problems of these shapes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = 255
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N samples, C classes, A features; classes: how labels are drawn."""
+
+    name: str
+    samples: int
+    classes: int
+    features: int
+    structure: str
+    labels: str = "long-tail"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.samples}, {self.classes}, {self.features}, {self.structure})"
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("cifar10-r32", 128, 10, 64, "full"),
+        Shape("cifar100-r32", 128, 100, 64, "full"),
+        Shape("cifar10-wrn", 128, 10, 640, "full"),
+        Shape("cifar100-wrn", 128, 100, 640, "full"),
+        Shape("subpop-r50", 64, 2, 2048, "full", "90:10"),
+        Shape("civil-bert", 16, 2, 768, "full", "90:10"),
+        Shape("imagenet-diag", 256, 1000, 2048, "diag"),
+        Shape("inat-diag", 512, 8142, 2048, "diag"),
+        Shape("dense", 131072, 19, 256, "full", "skewed"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors of Eq. 6 in float32; features, weight, bias and epsilon require gradients."""
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor
+    labels: Tensor
+    covariance: Tensor
+    epsilon: Tensor
+    log_prior: Tensor
+
+    @property
+    def differentiable(self) -> tuple[Tensor, ...]:
+        return self.features, self.weight, self.bias, self.epsilon
+
+
+def make_problem(shape: Shape, seed: int = 0) -> Problem:
+    """Random tensors of this shape, never zeros; labels as skewed as the data they stand for."""
+    generator = torch.Generator().manual_seed(seed)
+    n, c, a = shape.samples, shape.classes, shape.features
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    if shape.labels == "90:10":
+        share = torch.tensor([0.9, 0.1])
+    elif shape.labels == "skewed":
+        share = 1 / torch.arange(1, c + 1)
+    else:
+        share = 0.01 ** (torch.arange(c) / max(1, c - 1))
+    labels = torch.multinomial(share, n, replacement=True, generator=generator)
+    if shape.labels == "skewed":
+        labels[torch.rand(n, generator=generator) < 0.05] = IGNORED
+    if shape.structure == "diag":
+        covariance = torch.rand(c, a, generator=generator)
+    else:
+        covariance = torch.empty(c, a, a)
+        for sigma in covariance:  # low-rank plus diagonal, one class at a time to bound memory
+            factor = normal(a, 8) / a**0.5
+            sigma.copy_(factor @ factor.T).diagonal().add_(0.5)
+    return Problem(
+        normal(n, a).requires_grad_(),
+        (normal(c, a) / a**0.5).requires_grad_(),
+        normal(c).requires_grad_(),
+        labels,
+        covariance,
+        (2 * torch.rand(n, generator=generator) - 1).requires_grad_(),
+        share.div(share.sum()).log(),
+    )

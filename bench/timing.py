@@ -1,0 +1,33 @@
+"""Interleaved timing: the sides take turns, so that a machine's drift hits them alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def interleave(
+    sides: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 0.02
+) -> dict[str, list[float]]:
+    """Seconds a call of each side in each round, after one warm-up call each.
+
+    A side is called as often in a round as fills about `seconds`, and at least once.
+    """
+    repeats = {}
+    for name, call in sides.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, round(seconds / (time.perf_counter() - start)))
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            taken[name].append((time.perf_counter() - start) / repeats[name])
+    return taken
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """The median of the ratios round by round."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))

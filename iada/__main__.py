@@ -1,0 +1,8 @@
+"""`python -m iada`."""
+
+import sys
+
+from iada.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""What `python -m iada` does: `demo` and `train`."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from iada.config import TrainerConfig, read_toml
+from iada.data import TensorData
+from iada.models import mlp
+from iada.trainer import Trainer
+from iada.validation import complain
+
+PARTS = ("train", "meta", "validation", "test")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """[data]: where the arrays are.
+
+    kind: "digits" (scikit-learn's, made worse by scenario "long-tail" or "noise"), or "npz".
+    path: an .npz file with arrays {train,meta,validation,test}_inputs (N, ...) of floats and
+    ..._labels (N) of integers; meta and validation may be absent. A relative path counts from the
+    configuration's folder.
+    """
+
+    kind: str = "digits"
+    scenario: str = "long-tail"
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """[model]: an MLP. hidden: widths of its hidden layers. device: a torch device."""
+
+    hidden: tuple[int, ...] = (128, 64)
+    device: str = "cpu"
+
+
+SECTIONS = {"data": DataConfig, "model": ModelConfig, "trainer": TrainerConfig}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code. 130 after Ctrl-C, 2 for an error in the input."""
+    parser = argparse.ArgumentParser(prog="python -m iada", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_demo(commands)
+    _add_train(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}" if str(stop) else "\nstopped")
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}")
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed; pip install 'iada[demo]'")
+        return 2
+
+
+def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("demo", help="train on digits against baselines, write a report")
+    parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder to write")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each method (default 5)")
+    parser.add_argument("--jobs", type=int, default=None, help="processes (default: all cores)")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from tqdm.auto import tqdm
+
+    from iada.demo.report import verdict, write_report
+    from iada.demo.run import as_json, run_all
+    from iada.demo.scenarios import SCENARIOS
+    from iada.demo.settings import METHODS
+    from iada.demo.tables import markdown_table
+
+    if options.seeds < 1 or (options.jobs is not None and options.jobs < 1):
+        raise complain("--seeds, --jobs", "at least 1", "less", "pass a positive number")
+    options.out.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after
+    # Longest first, so that no process waits for a late long one.
+    methods = sorted(METHODS, key=lambda m: m != "meta-iada")
+    jobs = [(s, m, seed) for m in methods for s in SCENARIOS for seed in range(options.seeds)]
+    outcomes = []
+    with tqdm(total=len(jobs), unit="run") as bar:
+        for outcome in run_all(jobs, options.jobs):
+            outcomes.append(outcome)
+            accuracy = 100 * float(np.mean(outcome.class_accuracy))
+            name = f"{outcome.scenario}, {METHODS[outcome.method]}, seed {outcome.seed}"
+            bar.set_postfix_str(f"{name}: {accuracy:.1f} %")
+            bar.update()
+    records = as_json(outcomes)
+    command = f"python -m iada demo --seeds {options.seeds}"
+    page = write_report(records, options.out, command)
+    print(f"\nBalanced test accuracy (%), mean ± std over {options.seeds} seeds\n")
+    print(markdown_table(records))
+    print(f"\n{verdict(records)}\n\nReport: {page}")
+    return 0
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train by a TOML configuration",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="\n\n".join(f"{kind.__doc__}" for kind in SECTIONS.values()),
+        epilog="Ctrl-C finishes the step and leaves a checkpoint; --resume goes on from it.",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="a TOML file, see above")
+    parser.add_argument("--out", type=Path, default=Path("runs/run"), help="folder to write")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    sections = read_toml(options.config, SECTIONS)
+    data, model, config = sections["data"], sections["model"], sections["trainer"]
+    parts = _load_data(data, options.config.parent)
+    num_classes = 1 + max(int(part.labels.max()) for part in parts.values())
+    torch.manual_seed(config.seed)
+    backbone, head = mlp(parts["train"].inputs[0].numel(), model.hidden, num_classes)
+    trainer = Trainer(
+        backbone.to(model.device),
+        head.to(model.device),
+        parts["train"],
+        parts.get("meta"),
+        config,
+        folder=options.out,
+        validation_set=parts.get("validation"),
+        progress=True,
+    )
+    if options.resume:
+        print("resumed" if trainer.resume() else f"nothing to resume in {options.out}: from new")
+    elif (options.out / "checkpoint.pt").exists():
+        raise complain(
+            "--out", "a folder without a checkpoint", str(options.out), "add --resume, or move it"
+        )
+    trainer.save()  # an unwritable folder is found now, not after the first epoch
+    trainer.fit()
+    accuracy = trainer.class_accuracy(parts["test"])
+    balanced = float(accuracy.nanmean())
+    result = {
+        "config": dataclasses.asdict(config),
+        "history": trainer.history,
+        "test_class_accuracy": accuracy.tolist(),
+        "test_balanced_accuracy": balanced,
+    }
+    (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"balanced test accuracy {100 * balanced:.2f} %")
+    print(f"written: {options.out / 'result.json'}")
+    return 0
+
+
+def _load_data(data: DataConfig, folder: Path) -> dict[str, TensorData]:
+    if data.kind == "digits":
+        from iada.demo.scenarios import make_split
+
+        split = make_split(data.scenario, seed=0)
+        found = {part: getattr(split, part) for part in PARTS}
+        return {name: TensorData(part.inputs.float(), part.labels) for name, part in found.items()}
+    if data.kind != "npz":
+        raise complain("[data] kind", "'digits' or 'npz'", repr(data.kind), "choose one of them")
+    path = folder / data.path
+    try:
+        arrays = np.load(path, allow_pickle=False)
+        names = set(arrays.files)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"[data] path: expected an .npz file at {path}, got {error}; see --help"
+        ) from error
+    parts = {}
+    for part in PARTS:
+        keys = f"{part}_inputs", f"{part}_labels"
+        if names.isdisjoint(keys) and part in ("meta", "validation"):
+            continue
+        missing = sorted(set(keys) - names)
+        if missing:
+            raise complain(str(path), ", ".join(keys), f"no {missing[0]}", "add the array")
+        inputs, labels = (torch.from_numpy(np.asarray(arrays[key])) for key in keys)
+        if len(inputs) != len(labels) or not len(inputs):
+            raise complain(
+                f"{path} {part}",
+                "as many labels as inputs, at least one",
+                f"{len(inputs)} inputs and {len(labels)} labels",
+                "mend the arrays",
+            )
+        parts[part] = TensorData(inputs.float(), labels)
+    return parts
