@@ -20,7 +20,8 @@ def select_backend(name: str | None, device: torch.device) -> Backend:
         return closed_form
     if name not in BACKENDS:
         raise ValueError(
-            f"backend: expected None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}"
+            f"backend: expected None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}; "
+            "pass one of these"
         )
     raise RuntimeError(
         f"backend: {name!r} is not part of this build, so that it cannot serve tensors on "
