@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("demo", help="train on digits against baselines, write a report")
     parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder to write")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each method (default 5)")
+    parser.add_argument("--seeds", type=int, default=8, help="runs of each method (default 8)")
     parser.add_argument("--jobs", type=int, default=None, help="processes (default: all cores)")
     parser.set_defaults(run=_demo)
 
