@@ -96,7 +96,7 @@ class ClassCovariance(nn.Module):
             check_label_values(labels, num_classes, ignore_index)
             check_finite("features", features, "skip the batch, or look for what overflowed")
         labels = torch.where(labels == ignore_index, -1, labels)
-        select_backend(backend, device).covariance_update(
+        select_backend(backend, device, features.dtype).covariance_update(
             self.covariance, self.mean, self.count, features, labels
         )
 

@@ -35,7 +35,7 @@ def covariance_update(
     centred = features - batch_mean[labels]
 
     present, batch_mean, divisor = size[:-1], batch_mean[:-1], divisor[:-1]
-    w = (present / (count + present).clamp(min=1)).to(mean.dtype)[:, None]
+    w = (present.to(mean.dtype) / (count + present).clamp(min=1))[:, None]
     shift = batch_mean - mean
     if covariance.dim() == 2:
         spread = sums.index_add(0, labels, centred * centred)[:-1] / divisor

@@ -39,7 +39,7 @@ def covariance_update(
     batch_covariance, batch_mean, batch_count = population_statistics(
         features, labels, mean.shape[0], diagonal
     )
-    w = (batch_count / (count + batch_count).clamp(min=1)).to(mean.dtype)
+    w = batch_count.to(mean.dtype) / (count + batch_count).clamp(min=1)
     shift = mean - batch_mean
     w_mean = w[:, None]
     if diagonal:
