@@ -6,24 +6,30 @@ import os
 
 import torch
 
-REQUIRED_BY = "IADA_REQUIRE_NATIVE"
+REQUIRED_BY = "IADA_REQUIRE_NATIVE"  # set: a missing library is an error
+TAKEN_FROM = "IADA_NATIVE_LIBRARY"  # set: another build of it; "none": act as if there were none
 
 
 def _load() -> tuple[str | None, str]:
     """(path of the library, why it is missing): one of the two."""
-    spec = importlib.util.find_spec("iada_kernels._native")
-    if spec is None or spec.origin is None:
-        return None, "it was not built (no C++ compiler at install time?)"
+    path = os.environ.get(TAKEN_FROM)
+    if path == "none":
+        return None, f"{TAKEN_FROM} turns it off"
+    if path is None:
+        spec = importlib.util.find_spec("iada_kernels._native")
+        if spec is None or spec.origin is None:
+            return None, "it was not built (no C++ compiler or no torch at install time?)"
+        path = spec.origin
     try:
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(path)
     except OSError as error:  # built for another machine, or for a newer torch
-        return None, f"{spec.origin} does not load: {error}"
-    return spec.origin, ""
+        return None, f"{path} does not load: {error}"
+    return path, ""
 
 
 PATH, WHY_MISSING = _load()
 if PATH is None and os.environ.get(REQUIRED_BY, "0") not in ("", "0"):
-    raise ImportError(f"the native CPU library is required ({REQUIRED_BY}) and {WHY_MISSING}")
+    raise ImportError(f"{REQUIRED_BY}: the native CPU library is required; {WHY_MISSING}")
 
 
 def is_available() -> bool:

@@ -50,7 +50,7 @@ def loss_backward(
     grad_loss: Tensor,
     needs: LossNeeds,
 ) -> LossGradients:
-    """The gradients asked for; those of the features in their dtype, others in the compute dtype."""
+    """The gradients asked for: of the features in their dtype, others in the compute dtype."""
     wanted = _wanted(needs)
     residual, partial = saved
     if options.reduction == "none":
