@@ -1,7 +1,7 @@
 """The passes in C++ for CPU tensors: the same contract as `closed_form`, one operator a pass.
 
-The covariance is read as symmetric, as the contract says it is. Only classes that occur in the
-batch cost anything. Results do not depend on the number of threads. Scratch, whatever the shape:
+Only classes that occur in the batch cost anything. Results do not depend on the number of threads.
+Scratch, whatever the shape:
 a few blocks for each thread, 4 Mi numbers of products, 16 gradients of W, W padded and transposed.
 """
 

@@ -4,10 +4,11 @@
 //     ∂L/∂W  += α Σ_u [ diag(G_u) P_u − e_c G_uᵀ P_u ]                 P_u = (W − 1w_c) Σ_c
 //     ∂L/∂Σ_c = ½ α (W − 1w_c)ᵀ diag(G_u) (W − 1w_c)
 //
-// Differences are taken before any product, so that nothing cancels. Σ_c is read once, in columns
-// of kColumns, and as symmetric: (W − 1w_c) Σ_c stands for (W − 1w_c)(Σ_c + Σ_cᵀ)/2.
+// Differences are taken before any product, so that nothing cancels. A quadratic form sees the
+// symmetric part of Σ_c only, so must its derivative: P_u stands for (W − 1w_c)(Σ_c + Σ_cᵀ)/2.
 //
-// Scratch of a thread: kRows rows of differences (A), a panel of Σ_c (A × one tile), one block of P.
+// Scratch of a thread: kRows rows of differences (A), a panel of Σ_c (A × one tile), one block of P;
+// with up to kFewRows classes, P once for each kColumns rows of Σ_c.
 
 #include "passes.hpp"
 #include "product.hpp"
@@ -28,6 +29,33 @@ inline void difference(const T* row, const T* own, int64_t width, T* to) {
 }
 
 inline int64_t column_pieces(int64_t width) { return (width + kColumns - 1) / kColumns; }
+
+// panel (A, one tile) ← columns of Σ, or of (Σ + Σᵀ)/2; zeros where the tile is wider than Σ.
+template <class T>
+void copy_panel(const T* sigma, int64_t width, int64_t n, int64_t columns, bool symmetric, T* panel) {
+  constexpr int64_t tile_columns = kTileColumns<T>;
+  for (int64_t k = 0; k < width; ++k) {
+    const T* from = sigma + k * width + n;
+    T* to = panel + k * tile_columns;
+    if (columns == tile_columns) {
+      store(to, load(from));
+      store(to + kLanes<T>, load(from + kLanes<T>));
+      continue;
+    }
+    for (int64_t i = 0; i < columns; ++i) to[i] = from[i];
+    for (int64_t i = columns; i < tile_columns; ++i) to[i] = 0;
+  }
+  if (!symmetric) return;
+  for (int64_t k = 0; k < width; k += tile_columns) {  // a square at a time stays in the cache
+    const int64_t end = smaller(k + tile_columns, width);
+    for (int64_t i = 0; i < columns; ++i) {
+      const T* row = sigma + (n + i) * width;
+      for (int64_t l = k; l < end; ++l) {
+        panel[l * tile_columns + i] = T(0.5) * (panel[l * tile_columns + i] + row[l]);
+      }
+    }
+  }
+}
 
 // One piece of columns [begin, end) of Σ_c with many rows of W: tiles of products.
 template <class T>
@@ -50,18 +78,9 @@ void piece_of_products(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t 
       const int64_t columns = smaller(tile_columns, end - n);
       const T* source = sigma + n;
       int64_t stride = width;
-      if (columns < tile_columns || width > 192) {  // odd columns; or too many pages to walk again
-        for (int64_t k = 0; k < width; ++k) {
-          const T* from = sigma + k * width + n;
-          T* to = panel + k * tile_columns;
-          if (columns == tile_columns) {
-            store(to, load(from));
-            store(to + kLanes<T>, load(from + kLanes<T>));
-            continue;
-          }
-          for (int64_t i = 0; i < columns; ++i) to[i] = from[i];
-          for (int64_t i = columns; i < tile_columns; ++i) to[i] = 0;
-        }
+      // Copied where both halves are wanted; for odd columns; or for too many pages to walk again.
+      if (p.product != nullptr || columns < tile_columns || width > 192) {
+        copy_panel(sigma, width, n, columns, p.product != nullptr, panel);
         source = panel;
         stride = tile_columns;
       }
@@ -82,22 +101,31 @@ void piece_of_products(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t 
   }
 }
 
-// The same with few rows of W: Σ_c is symmetric, so that P[j, a] = Σ_c[a, :]·(w_j − w_c).
+// The same with few rows of W: a piece is the rows [begin, end) of Σ_c, read once, for dot products
+// with the differences and, where P is wanted, for their share of (W − 1w_c) Σ_c in all columns,
+// which goes to `shares` (C, A).
 template <class T>
 void piece_of_dots(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t end, T* partial,
-                   T* scratch) {
+                   T* shares, T* scratch) {
   const int64_t width = p.width, c = p.classes[u];
   const T* sigma = p.covariance + c * width * width;
   for (int64_t j = 0; j < p.num_classes; ++j) {
-    T* delta = scratch + j * width;
-    difference(p.weight + j * width, p.weight + c * width, width, delta);
+    difference(p.weight + j * width, p.weight + c * width, width, scratch + j * width);
+    if (shares == nullptr) continue;
+    for (int64_t k = 0; k < width; ++k) shares[j * width + k] = 0;
   }
   for (int64_t a = begin; a < end; ++a) {
+    const T* row = sigma + a * width;
     for (int64_t j = 0; j < p.num_classes; ++j) {
+      if (j == c) continue;
       const T* delta = scratch + j * width;
-      const T made = j == c ? T(0) : dot(sigma + a * width, delta, width);
+      const T made = dot(row, delta, width);
       partial[j] += made * delta[a];
-      if (p.product != nullptr) p.product[(u * p.num_classes + j) * width + a] = made;
+      if (shares == nullptr) continue;
+      T* share = shares + j * width;
+      const T x = delta[a] / 2;
+      for (int64_t k = 0; k < width; ++k) share[k] += x * row[k];
+      share[a] += made / 2;
     }
   }
 }
@@ -111,12 +139,19 @@ void full_table(const ClassPass<T>& p) {
                                : (kRows + kTileColumns<T>) * padded<T>(p.width) +
                                      kRows * kTileColumns<T>;
   Buffer<T> partial(p.present * pieces * row);
+  const int64_t share = p.num_classes * p.width;
+  Buffer<T> shares(dots && p.product != nullptr ? p.present * pieces * share : 0);
   parallel_pieces<Buffer<T>>(p.present * pieces, work, scratch, [&](int64_t piece, T* own) {
     const int64_t u = piece / pieces, begin = piece % pieces * kColumns;
     T* sums = partial.data + piece * row;
     for (int64_t j = 0; j < row; ++j) sums[j] = 0;
     const int64_t end = smaller(begin + kColumns, p.width);
-    (dots ? piece_of_dots<T> : piece_of_products<T>)(p, u, begin, end, sums, own);
+    if (dots) {
+      T* own_shares = shares.data == nullptr ? nullptr : shares.data + piece * share;
+      piece_of_dots(p, u, begin, end, sums, own_shares, own);
+    } else {
+      piece_of_products(p, u, begin, end, sums, own);
+    }
   });
   for (int64_t u = 0; u < p.present; ++u) {
     T* table = p.table + u * row;
@@ -126,6 +161,12 @@ void full_table(const ClassPass<T>& p) {
       table[j] = total * p.alpha / 2;
     }
     table[p.classes[u]] = 0;
+    if (shares.data == nullptr) continue;
+    for (int64_t k = 0; k < share; ++k) {
+      T total = 0;
+      for (int64_t i = 0; i < pieces; ++i) total += shares.data[(u * pieces + i) * share + k];
+      p.product[u * share + k] = total;
+    }
   }
 }
 
