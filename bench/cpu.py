@@ -110,7 +110,8 @@ def _step(problem: Problem, backend: str) -> Callable[[], object]:
 
 
 def _eager_step(problem: Problem) -> Callable[[], object]:
-    estimator = ISDAEstimator(*problem.weight.shape, full=problem.covariance.dim() == 3)
+    num_classes, width = problem.weight.shape
+    estimator = ISDAEstimator(num_classes, width, full=problem.covariance.dim() == 3)
 
     def step() -> object:
         estimator.update(problem.features.detach(), problem.labels)

@@ -95,7 +95,8 @@ class ClassCovariance(nn.Module):
         if values_are_checked(device):
             check_label_values(labels, num_classes, ignore_index)
             check_finite("features", features, "skip the batch, or look for what overflowed")
-        labels = torch.where(labels == ignore_index, -1, labels)
+        if 0 <= ignore_index < num_classes:  # a label outside is left out anyway
+            labels = torch.where(labels == ignore_index, -1, labels)
         select_backend(backend, device, features.dtype).covariance_update(
             self.covariance, self.mean, self.count, features, labels
         )

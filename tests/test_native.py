@@ -350,3 +350,17 @@ def test_the_default_on_a_cpu_is_native():
     w = torch.randn(3, 4)
     default = iada.fused_loss(h, w, None, y, covariance=None)
     assert torch.equal(default, iada.fused_loss(h, w, None, y, covariance=None, backend="native"))
+
+
+@needs_library
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="the sanitizers hold memory of their own")
+def test_memory_at_the_dense_shape():
+    """N=131072, C=19, A=256: beyond inputs and gradients, at most twice N×C floats."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--threads", "2", "--memory-of", "dense"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) <= 2 * 4 * 131072 * 19

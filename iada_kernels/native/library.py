@@ -30,6 +30,12 @@ def _load() -> tuple[str | None, str]:
 PATH, WHY_MISSING = _load()
 if PATH is None and os.environ.get(REQUIRED_BY, "0") not in ("", "0"):
     raise ImportError(f"{REQUIRED_BY}: the native CPU library is required; {WHY_MISSING}")
+if PATH is not None:
+    # Called under autograd.Function only: without this, torch's fallback looks for requires_grad at
+    # every call.
+    _autograd = torch.library.Library("iada_native", "IMPL", "Autograd")
+    for _operator in ("loss_forward", "loss_backward", "covariance_update"):
+        _autograd.impl(_operator, torch.library.fallthrough_kernel)
 
 
 def is_available() -> bool:

@@ -4,6 +4,9 @@ The forward operator computes D = softmax(z̃) − onehot(y) and, for a reduced 
 that needs a second look at the features or at Σ; the backward operator scales these and adds
 ∂L/∂h = D W and ∂L/∂Σ. With reduction="none" the rows' weights are known in the backward pass only,
 which then runs the forward operator again with them.
+
+Where the head is large and Σ is not full, the work is in dense products of W: those are torch's,
+and the closed forms, which are made of them, serve the call.
 """
 
 from typing import NamedTuple
@@ -11,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iada_kernels import closed_form
+from iada_kernels.closed_form.loss import SavedLoss as ClosedFormSaved
 from iada_kernels.contract import LossGradients, LossInputs, LossNeeds, LossOptions
 from iada_kernels.native import library
 
@@ -23,6 +28,9 @@ SUM = REDUCTIONS["sum"]
 WEIGHT, BIAS, PRIOR, EPSILON = 2, 4, 32, 16
 
 
+LARGE_HEAD = 2**18  # numbers of W: 1 MiB of float32, more than a core's cache holds beside a block
+
+
 class SavedLoss(NamedTuple):
     """residual is D (N, C); partial holds ∂L/∂W, ∂L/∂b and ∂L/∂ε, those asked for, in a row."""
 
@@ -32,8 +40,11 @@ class SavedLoss(NamedTuple):
 
 def loss_forward(
     inputs: LossInputs, options: LossOptions, needs: LossNeeds
-) -> tuple[Tensor, SavedLoss]:
+) -> tuple[Tensor, SavedLoss | ClosedFormSaved]:
     """The reduced loss and what `loss_backward` needs."""
+    full = inputs.covariance is not None and inputs.covariance.dim() == 3
+    if inputs.weight.numel() > LARGE_HEAD and not full:
+        return closed_form.loss_forward(inputs, options, needs)
     reduction = REDUCTIONS[options.reduction]
     wanted = _wanted(needs)
     if reduction == 0:  # gradients that sum over rows wait for the rows' weights
@@ -46,11 +57,13 @@ def loss_forward(
 def loss_backward(
     inputs: LossInputs,
     options: LossOptions,
-    saved: SavedLoss,
+    saved: SavedLoss | ClosedFormSaved,
     grad_loss: Tensor,
     needs: LossNeeds,
 ) -> LossGradients:
     """The gradients asked for: of the features in their dtype, others in the compute dtype."""
+    if isinstance(saved, ClosedFormSaved):
+        return closed_form.loss_backward(inputs, options, saved, grad_loss, needs)
     wanted = _wanted(needs)
     residual, partial = saved
     if options.reduction == "none":

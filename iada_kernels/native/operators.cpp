@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -139,10 +138,10 @@ LossResult loss_of(const LossCall& call) {
   const bool needs_epsilon = (call.needs & kEpsilon) && call.epsilon.has_value();
   Tensor partial = empty({weight_size + bias_size + (needs_epsilon ? N : 0)}, type);
   T* grads = target<T>(partial);
-  std::memset(grads, 0, static_cast<size_t>(partial.numel()) * sizeof(T));
+  for (int64_t k = 0, end = partial.numel(); k < end; ++k) grads[k] = 0;
   if (counted < N) {  // rows left out
-    if (call.needs) std::memset(target<T>(residual), 0, static_cast<size_t>(N * C) * sizeof(T));
-    if (per_row) std::memset(target<T>(loss), 0, static_cast<size_t>(N) * sizeof(T));
+    if (call.needs) torch::stable::zero_(residual);
+    if (per_row) torch::stable::zero_(loss);
   }
 
   const bool full = call.covariance.has_value() && call.covariance->dim() == 3;
