@@ -30,9 +30,9 @@ inline void difference(const T* row, const T* own, int64_t width, T* to) {
 
 inline int64_t column_pieces(int64_t width) { return (width + kColumns - 1) / kColumns; }
 
-// panel (A, one tile) ← columns of Σ, or of (Σ + Σᵀ)/2; zeros where the tile is wider than Σ.
+// panel (A, one tile) ← columns of Σ, zeros where the tile is wider than Σ.
 template <class T>
-void copy_panel(const T* sigma, int64_t width, int64_t n, int64_t columns, bool symmetric, T* panel) {
+void copy_panel(const T* sigma, int64_t width, int64_t n, int64_t columns, T* panel) {
   constexpr int64_t tile_columns = kTileColumns<T>;
   for (int64_t k = 0; k < width; ++k) {
     const T* from = sigma + k * width + n;
@@ -45,13 +45,31 @@ void copy_panel(const T* sigma, int64_t width, int64_t n, int64_t columns, bool 
     for (int64_t i = 0; i < columns; ++i) to[i] = from[i];
     for (int64_t i = columns; i < tile_columns; ++i) to[i] = 0;
   }
-  if (!symmetric) return;
-  for (int64_t k = 0; k < width; k += tile_columns) {  // a square at a time stays in the cache
-    const int64_t end = smaller(k + tile_columns, width);
+}
+
+// The same of (Σ + Σᵀ)/2.
+template <class T>
+void symmetric_panel(const T* sigma, int64_t width, int64_t n, int64_t columns, T* panel) {
+  constexpr int64_t tile_columns = kTileColumns<T>, lanes = kLanes<T>;
+  copy_panel(sigma, width, n, columns, panel);
+  const Vector<T> half = splat(T(0.5));
+  for (int64_t k = 0; k < width; k += lanes) {
+    if (columns == tile_columns && k + lanes <= width) {
+      for (int64_t i = 0; i < tile_columns; i += lanes) {
+        Vector<T> rows[lanes];
+        for (int64_t l = 0; l < lanes; ++l) rows[l] = load(sigma + (n + i + l) * width + k);
+        transpose<T, lanes / 2>(rows);
+        for (int64_t l = 0; l < lanes; ++l) {
+          T* to = panel + (k + l) * tile_columns + i;
+          store(to, half * (load(to) + rows[l]));
+        }
+      }
+      continue;
+    }
     for (int64_t i = 0; i < columns; ++i) {
-      const T* row = sigma + (n + i) * width;
-      for (int64_t l = k; l < end; ++l) {
-        panel[l * tile_columns + i] = T(0.5) * (panel[l * tile_columns + i] + row[l]);
+      for (int64_t l = k; l < smaller(k + lanes, width); ++l) {
+        T& to = panel[l * tile_columns + i];
+        to = T(0.5) * (to + sigma[(n + i) * width + l]);
       }
     }
   }
@@ -80,7 +98,7 @@ void piece_of_products(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t 
       int64_t stride = width;
       // Copied where both halves are wanted; for odd columns; or for too many pages to walk again.
       if (p.product != nullptr || columns < tile_columns || width > 192) {
-        copy_panel(sigma, width, n, columns, p.product != nullptr, panel);
+        (p.product != nullptr ? symmetric_panel<T> : copy_panel<T>)(sigma, width, n, columns, panel);
         source = panel;
         stride = tile_columns;
       }
@@ -94,6 +112,11 @@ void piece_of_products(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t 
         partial[j0 + j] += sum<T>(s);
         if (p.product != nullptr) {
           T* to = p.product + (u * p.num_classes + j0 + j) * width + n;
+          if (columns == tile_columns) {
+            store(to, load(made));
+            store(to + kLanes<T>, load(made + kLanes<T>));
+            continue;
+          }
           for (int64_t i = 0; i < columns; ++i) to[i] = made[i];
         }
       }
@@ -204,7 +227,7 @@ void diagonal_table(const ClassPass<T>& p) {
 // A piece is a range of columns, which no other piece writes; classes are added in their order.
 template <class T>
 void weight_through_table(const TableBackward<T>& p) {
-  constexpr int64_t columns = 64;
+  constexpr int64_t columns = 128;
   const int64_t width = p.width, row = table_row(p.num_classes);
   const double work = 2.0 * p.present * p.num_classes * width;
   parallel_pieces<Buffer<T>>((width + columns - 1) / columns, work, columns,

@@ -113,18 +113,42 @@ inline void write_block(T* sigma, int64_t A, int64_t i, int64_t k, int64_t rows,
   }
 }
 
-// Few rows: writing Σ is what costs, so all of it is written along its rows.
+// Few rows: passing over Σ is what costs, so each of its rows is read and written in one sweep.
+// Element (a, b) and element (b, a) come from the same operations, and so are equal.
 template <class T>
-void update_rows(T* sigma, int64_t A, int64_t i, int64_t rows_of_all, int64_t at, int64_t depth,
-                 const T* centred, const T* shift, const Factors<T>& f, bool first, T* block) {
-  constexpr int64_t n = kTileColumns<T>;
-  const int64_t panels = padded<T>(A) / n;
-  const T* left = centred + (i * rows_of_all + at) * n;
-  for (int64_t k = 0; k < panels; ++k) {
-    const int64_t rows = smaller(n, A - i * n), columns = smaller(n, A - k * n);
-    product<T>(n, n, depth, left, 1, n, centred + (k * rows_of_all + at) * n, n, block, n, false);
-    combine(sigma, A, i * n, k * n, rows, columns, block, n, shift, f, first);
-    write_block(sigma, A, i * n, k * n, rows, columns, block, n);
+void update_rows(T* sigma, int64_t A, int64_t begin, int64_t end, int64_t rows_of_all, int64_t at,
+                 int64_t depth, const T* centred, const T* shift, const Factors<T>& f, bool first) {
+  constexpr int64_t n = kTileColumns<T>, lanes = kLanes<T>;
+  const Vector<T> batch = splat(f.batch), between = splat(f.between);
+  const Vector<T> keep = splat(first ? f.keep : T(1));
+  const T moved = first ? T(1) : T(0);
+  for (int64_t a = begin; a < end; ++a) {
+    const T* own = centred + (a / n * rows_of_all + at) * n + a % n;
+    const Vector<T> own_shift = splat(moved * shift[a]);
+    for (int64_t k = 0; k < A; k += n) {
+      const T* x = centred + (k / n * rows_of_all + at) * n;
+      Vector<T> sum0{}, sum1{};
+      for (int64_t r = 0; r < depth; ++r) {
+        const Vector<T> left = splat(own[r * n]);
+        sum0 += left * load(x + r * n);
+        sum1 += left * load(x + r * n + lanes);
+      }
+      const int64_t columns = smaller(n, A - k);
+      T* row = sigma + a * A + k;
+      T held[n], shifts[n];
+      const bool whole = columns == n;
+      if (!whole) {
+        for (int64_t b = 0; b < n; ++b) held[b] = b < columns ? row[b] : T(0);
+        for (int64_t b = 0; b < n; ++b) shifts[b] = b < columns ? shift[k + b] : T(0);
+      }
+      const T* from = whole ? row : held;
+      const T* other = whole ? shift + k : shifts;
+      T* to = whole ? row : held;
+      store(to, keep * load(from) + (batch * sum0 + between * (own_shift * load(other))));
+      store(to + lanes, keep * load(from + lanes) +
+                            (batch * sum1 + between * (own_shift * load(other + lanes))));
+      if (!whole) std::memcpy(row, held, columns * sizeof(T));
+    }
   }
 }
 
@@ -194,9 +218,8 @@ void rank_update(const CovarianceUpdate<T>& p, const Segment* segments, int64_t 
         update_blocks(sigma, A, i, rows, segment.at, depth, centred, own_shift, f, first, block);
         continue;
       }
-      for (int64_t panel = i * (kBlock / n); panel < smaller((i + 1) * (kBlock / n), panels); ++panel) {
-        update_rows(sigma, A, panel, rows, segment.at, depth, centred, own_shift, f, first, block);
-      }
+      update_rows(sigma, A, i * kBlock, smaller((i + 1) * kBlock, A), rows, segment.at, depth,
+                  centred, own_shift, f, first);
     }
   });
 }

@@ -123,7 +123,9 @@ def _call(
 
 def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Contiguous and in the compute dtype; itself where it is that already."""
-    return None if tensor is None else tensor.to(dtype).contiguous()
+    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def _wanted(needs: LossNeeds) -> int:

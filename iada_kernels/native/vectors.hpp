@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #ifndef IADA_VECTOR_BYTES
 #define IADA_VECTOR_BYTES 16
@@ -89,6 +90,24 @@ template <class T>
 inline Vector<T> sign(Vector<T> v) {
   const Vector<T> zero{};
   return __builtin_convertvector((v < zero) - (v > zero), Vector<T>);
+}
+
+// A square of one vector's width, transposed in place: rounds of exchanges between rows S apart.
+template <class T, int S, int... I>
+inline void exchange(Vector<T>& a, Vector<T>& b, std::integer_sequence<int, I...>) {
+  constexpr int n = static_cast<int>(kLanes<T>);
+  const Vector<T> low = __builtin_shufflevector(a, b, ((I & S) != 0 ? n + I - S : I)...);
+  b = __builtin_shufflevector(a, b, ((I & S) != 0 ? n + I : I + S)...);
+  a = low;
+}
+template <class T, int S>
+inline void transpose(Vector<T>* rows) {
+  constexpr int n = static_cast<int>(kLanes<T>);
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if ((i & S) == 0) exchange<T, S>(rows[i], rows[i + S], std::make_integer_sequence<int, n>());
+  }
+  if constexpr (S > 1) transpose<T, S / 2>(rows);
 }
 
 // exp, to about 1 ulp: x = n ln 2 + r, |r| ≤ ½ ln 2, a polynomial in r, and n into the exponent.
