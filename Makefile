@@ -20,7 +20,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m iada demo --out demo-report
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

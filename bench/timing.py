@@ -6,18 +6,24 @@ from collections.abc import Callable, Mapping
 
 
 def interleave(
-    sides: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 0.02
+    sides: Mapping[str, Callable[[], object]],
+    rounds: int,
+    seconds: float = 0.02,
+    budget: float = 30.0,
 ) -> dict[str, list[float]]:
     """Seconds a call of each side in each round, after one warm-up call each.
 
-    A side is called as often in a round as fills about `seconds`, and at least once.
+    A side is called as often in a round as fills about `seconds`, and at least once. Fewer rounds,
+    but three at least, where they would take longer than `budget` seconds.
     """
-    repeats = {}
+    repeats, once = {}, 0.0
     for name, call in sides.items():
-        call()
         start = time.perf_counter()
         call()
-        repeats[name] = max(1, round(seconds / (time.perf_counter() - start)))
+        spent = time.perf_counter() - start
+        repeats[name] = max(1, round(seconds / spent))
+        once += repeats[name] * spent
+    rounds = max(3, min(rounds, round(budget / once)))
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():

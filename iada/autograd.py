@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iada.precision import full_precision
 from iada_kernels import closed_form
 from iada_kernels.contract import Backend, LossInputs, LossNeeds, LossOptions
 
@@ -38,12 +39,14 @@ class IADALossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, labels = ctx.saved_tensors
-        needs = LossNeeds(*ctx.needs_input_grad[:6])
-        if torch.is_grad_enabled():
-            return (*_backward_with_graph(ctx, tensors, labels, grad_loss), None, None, None)
-        inputs = _loss_inputs(tensors, labels)
-        grads = ctx.backend.loss_backward(inputs, ctx.options, ctx.saved, grad_loss, needs)
+        with full_precision(grad_loss.device):  # backward may be called under autocast
+            if torch.is_grad_enabled():
+                return (*_backward_with_graph(ctx, grad_loss), None, None, None)
+            *tensors, labels = ctx.saved_tensors
+            needs = LossNeeds(*ctx.needs_input_grad[:6])
+            grads = ctx.backend.loss_backward(
+                _loss_inputs(tensors, labels), ctx.options, ctx.saved, grad_loss, needs
+            )
         found = (
             grads.features,
             grads.weight,
@@ -59,14 +62,11 @@ class IADALossFunction(torch.autograd.Function):
         return (*cast, None, None, None)
 
 
-def _backward_with_graph(
-    ctx: Any, tensors: list[Tensor | None], labels: Tensor, grad_loss: Tensor
-) -> list[Tensor | None]:
+def _backward_with_graph(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
+    *tensors, labels = ctx.saved_tensors
     # Views give each argument an identity of its own, should one tensor stand for two.
     views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-    inputs = _loss_inputs(views, labels)
-    with torch.autocast(grad_loss.device.type, enabled=False):
-        loss = closed_form.loss_differentiable(inputs, ctx.options)
+    loss = closed_form.loss_differentiable(_loss_inputs(views, labels), ctx.options)
     asked = [
         view if needed else None for view, needed in zip(views, ctx.needs_input_grad, strict=False)
     ]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from iada.precision import full_precision
 from iada.validation import (
     check_device,
     check_finite,
@@ -94,12 +95,16 @@ class ClassCovariance(nn.Module):
         labels = labels.long()
         if values_are_checked(device):
             check_label_values(labels, num_classes, ignore_index)
-            check_finite("features", features, "skip the batch, or look for what overflowed")
+            check_finite(
+                "features",
+                features.to(self.mean.dtype),
+                "skip the batch, or look for what overflowed",
+            )
         if 0 <= ignore_index < num_classes:  # a label outside is left out anyway
             labels = torch.where(labels == ignore_index, -1, labels)
-        select_backend(backend, device, features.dtype).covariance_update(
-            self.covariance, self.mean, self.count, features, labels
-        )
+        passes = select_backend(backend, device, features.dtype)
+        with full_precision(device):
+            passes.covariance_update(self.covariance, self.mean, self.count, features, labels)
 
     def reset(self) -> None:
         """Forget everything: zeros in place."""

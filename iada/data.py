@@ -44,10 +44,15 @@ class WithIndex(Dataset):
 
 
 def batches(dataset: Dataset, order: Sequence[list[int]], num_workers: int = 0) -> DataLoader:
-    """A loader of (inputs, labels, index) batches in the given order."""
+    """A loader of (inputs, labels, index) batches in the given order.
+
+    It draws nothing from torch's global random state, which belongs to the model's dropout.
+    """
+    own = torch.Generator().manual_seed(0)
     if isinstance(dataset, TensorData):
-        return DataLoader(dataset, batch_sampler=order, collate_fn=_whole)
-    return DataLoader(WithIndex(dataset), batch_sampler=order, num_workers=num_workers)
+        return DataLoader(dataset, batch_sampler=order, collate_fn=_whole, generator=own)
+    indexed = WithIndex(dataset)
+    return DataLoader(indexed, batch_sampler=order, num_workers=num_workers, generator=own)
 
 
 def _whole(batch: Any) -> Any:

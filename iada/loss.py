@@ -127,6 +127,19 @@ class IADALoss(nn.Module):
     ) -> Tensor:
         """Eq. 6 for features (N, A), the head's weight (C, A) and bias (C), labels (N)."""
         if self.training:
+            check_loss_arguments(  # before the covariance takes the batch in
+                features,
+                weight,
+                bias,
+                labels,
+                self.covariance.covariance,
+                epsilon,
+                self.log_prior,
+                self.alpha,
+                self.beta,
+                self.ignore_index,
+                self.reduction,
+            )
             self.covariance.update(features, labels, ignore_index=self.ignore_index)
         return fused_loss(
             features,

@@ -7,6 +7,7 @@ import torch
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """Autocast off on `device`, at no cost where it is off already."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()

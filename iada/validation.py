@@ -170,7 +170,7 @@ def check_loss_arguments(
         options = ", ".join(map(repr, REDUCTIONS))
         raise complain("reduction", f"one of {options}", repr(reduction), "pass one of these")
     if values_are_checked(features.device):
-        check_label_values(labels, num_classes, ignore_index)
+        check_label_values(labels.long(), num_classes, ignore_index)
         if epsilon is not None:
             remedy = "look at the perturbation network's output; its tanh cannot give this"
             check_finite("epsilon", epsilon.detach(), remedy)

@@ -27,7 +27,8 @@ def select_backend(
         return closed_form
     if name not in BACKENDS:
         raise ValueError(
-            f"backend: expected None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}"
+            f"backend: expected None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}; "
+            "pass one of these"
         )
     reason = "it is not part of this build"
     if name == "native":

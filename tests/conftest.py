@@ -6,9 +6,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from hypothesis import settings
+
 from iada_kernels import BACKENDS, select_backend
 
-settings.register_profile("suite", derandomize=True, deadline=None, max_examples=60)
+settings.register_profile("suite", derandomize=True, deadline=None, max_examples=150)
 settings.load_profile("suite")
 
 
@@ -48,6 +49,15 @@ def backend(target: Target) -> str:
 @pytest.fixture(scope="session")
 def device(target: Target) -> torch.device:
     return target.device
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Many small operators: threads that wait for each other cost more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
-import iada
 import torch
-from iada_kernels import reference
 from torch import Tensor
+
+import iada
+from iada_kernels import reference
 
 TENSORS = ("features", "weight", "bias", "covariance", "epsilon", "log_prior")
 LAYOUTS = ("contiguous", "transposed", "step", "offset", "expanded")

@@ -1,6 +1,5 @@
 """The value and the first gradients of the loss: fused against the definition and against eager."""
 
-import iada
 import pytest
 import torch
 from hypothesis import given
@@ -19,6 +18,10 @@ from problems import (
     sign_argument,
     value_and_gradients,
 )
+
+import iada
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Errors of fused and eager come from different orders of summation; a factor of 4 covers that.
 ERROR_RATIO = 4

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from iada_kernels import reference
 from iada_kernels.closed_form import loss as closed_form_loss
 
@@ -124,4 +125,6 @@ def test_sign_is_a_constant_and_changes_no_argument(sign_of):
 
 def test_the_reference_sign_carries_no_graph():
     logits, weight, labels = confident_samples(15, rows=8)
-    assert not reference_sign(logits.requires_grad_(), weight.requires_grad_(), labels).requires_grad
+    assert not reference_sign(
+        logits.requires_grad_(), weight.requires_grad_(), labels
+    ).requires_grad

@@ -1,0 +1,51 @@
+"""The benchmark's own machinery, at small sizes, and pytest-benchmark's view of both losses."""
+
+import pytest
+import torch
+
+import iada
+from bench.__main__ import step, timed_row
+from bench.memory import peak_bytes
+from bench.shapes import IGNORED, SHAPES, make_problem
+from bench.timing import interleave, ratio
+
+
+def test_sides_take_turns():
+    calls = []
+    sides = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    taken = interleave(sides, rounds=4, seconds=0.0)
+    assert {name: len(rounds) for name, rounds in taken.items()} == {"a": 4, "b": 4}
+    assert calls[-4:] == ["a", "b", "a", "b"]
+    assert ratio([2.0, 9.0, 4.0], [1.0, 1.0, 1.0]) == 4.0
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    megabytes = 2**20 * 64
+
+    def call():
+        torch.ones(megabytes // 4)
+        return torch.ones(megabytes // 4)
+
+    call()
+    assert 0.9 * megabytes < peak_bytes(call) < 2.5 * megabytes
+
+
+@pytest.mark.parametrize("name", ["cifar10-r32", "subpop-r50", "civil-bert"])
+def test_problems_repeat_and_are_skewed(name):
+    one, other = make_problem(SHAPES[name]), make_problem(SHAPES[name])
+    assert torch.equal(one.features, other.features)
+    counts = torch.bincount(one.labels[one.labels != IGNORED])
+    assert counts[0] > counts[-1]
+    assert (one.covariance.diagonal(dim1=-2, dim2=-1) > 0).all()
+
+
+def test_a_row_of_the_table():
+    row = timed_row("cifar10-r32", rounds=3)
+    assert row["ratio"] > 0
+    assert row["eager_ms"] > 0
+
+
+@pytest.mark.parametrize("loss", [iada.fused_loss, iada.eager_loss], ids=lambda f: f.__name__)
+def test_speed_at_cifar10_r32(benchmark, loss):
+    problem = make_problem(SHAPES["cifar10-r32"])
+    benchmark(step, loss, problem)
