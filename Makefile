@@ -1,6 +1,7 @@
 # make demo    trains on real digits and writes demo-report/
 # make test    runs the tests
 # make check   lint and types        make bench   fused against eager
+# make sanitize   the native operators' tests under AddressSanitizer and UBSan
 #
 # TORCH chooses the build of torch, as pip spells it, and PIP_ARGS is passed to pip:
 #   make demo TORCH=torch                                     whatever pip takes by itself
@@ -13,7 +14,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m iada demo --out demo-report
@@ -44,15 +45,30 @@ $(VENV)/.torch: Makefile
 	  echo "shows it for the compute platform CPU."; \
 	  $(BIN)/python -m pip install --quiet $(PIP_ARGS) "torch>=2.11"; \
 	fi
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) "scikit-build-core>=1.0" cmake ninja
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[demo]"
+# Not isolated: the native library is compiled against the torch of the venv.
+NATIVE := CMakeLists.txt $(wildcard iada_kernels/native/*.?pp)
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml $(NATIVE)
+	@$(BIN)/python -m pip install --quiet --no-build-isolation $(PIP_ARGS) -e ".[demo]"
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev]"
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml $(NATIVE)
+	@$(BIN)/python -m pip install --quiet --no-build-isolation $(PIP_ARGS) -e ".[dev]"
 	@touch $(VENV)/.demo $@
+
+# The library alone, instrumented, loaded into an ordinary Python. Python and torch keep memory to
+# the end on purpose: leaks are not looked for.
+sanitize: $(VENV)/.dev
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DIADA_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake --build build/sanitize
+	IADA_NATIVE_LIBRARY=build/sanitize/_native.so IADA_REQUIRE_NATIVE=1 \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_native.py
 
 clean:
 	rm -rf $(VENV) build demo-report

@@ -100,8 +100,9 @@ class ClassCovariance(nn.Module):
                 features.to(self.mean.dtype),
                 "skip the batch, or look for what overflowed",
             )
-        labels = torch.where(labels == ignore_index, -1, labels)
-        passes = select_backend(backend, device)
+        if 0 <= ignore_index < num_classes:  # a label outside is left out anyway
+            labels = torch.where(labels == ignore_index, -1, labels)
+        passes = select_backend(backend, device, features.dtype)
         with full_precision(device):
             passes.covariance_update(self.covariance, self.mean, self.count, features, labels)
 

@@ -74,7 +74,7 @@ def fused_loss(
         ignore_index,
         reduction,
     )
-    passes = select_backend(backend, features.device)
+    passes = select_backend(backend, features.device, features.dtype)
     options = LossOptions(float(alpha), float(beta), ignore_index, reduction)
     with full_precision(features.device):
         return IADALossFunction.apply(

@@ -32,8 +32,9 @@ class LossInputs:
     def compute_dtype(self) -> torch.dtype:
         """float64 if any tensor is, else float32: the dtype of the loss and of what leads to it."""
         tensors = (self.features, self.weight, self.bias, self.covariance, self.epsilon)
-        if any(t is not None and t.dtype == torch.float64 for t in (*tensors, self.log_prior)):
-            return torch.float64
+        for tensor in (*tensors, self.log_prior):
+            if tensor is not None and tensor.dtype == torch.float64:
+                return torch.float64
         return torch.float32
 
 

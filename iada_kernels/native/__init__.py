@@ -1,0 +1,18 @@
+"""The passes in C++ for CPU tensors: the same contract as `closed_form`, one operator a pass.
+
+Only classes that occur in the batch cost anything. Results do not depend on the number of threads.
+Scratch, whatever the shape:
+a few blocks for each thread, 4 Mi numbers of products, 16 gradients of W, W padded and transposed.
+"""
+
+from iada_kernels.native.covariance import covariance_update
+from iada_kernels.native.library import instruction_set, is_available
+from iada_kernels.native.loss import loss_backward, loss_forward
+
+__all__ = [
+    "covariance_update",
+    "instruction_set",
+    "is_available",
+    "loss_backward",
+    "loss_forward",
+]

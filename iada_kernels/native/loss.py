@@ -1,0 +1,139 @@
+"""The IADA loss and its gradients by the native operators.
+
+The forward operator computes D = softmax(z̃) − onehot(y) and, for a reduced loss, every gradient
+that needs a second look at the features or at Σ; the backward operator scales these and adds
+∂L/∂h = D W and ∂L/∂Σ. With reduction="none" the rows' weights are known in the backward pass only,
+which then runs the forward operator again with them.
+
+Where the head is large and Σ is not full, the work is in dense products of W: those are torch's,
+and the closed forms, which are made of them, serve the call.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from iada_kernels import closed_form
+from iada_kernels.closed_form.loss import SavedLoss as ClosedFormSaved
+from iada_kernels.contract import LossGradients, LossInputs, LossNeeds, LossOptions
+from iada_kernels.native import library
+
+if library.is_available():
+    _forward = torch.ops.iada_native.loss_forward.default
+    _backward = torch.ops.iada_native.loss_backward.default
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in operators.cpp
+SUM = REDUCTIONS["sum"]
+WEIGHT, BIAS, PRIOR, EPSILON = 2, 4, 32, 16
+
+
+LARGE_HEAD = 2**18  # numbers of W: 1 MiB of float32, more than a core's cache holds beside a block
+
+
+class SavedLoss(NamedTuple):
+    """residual is D (N, C); partial holds ∂L/∂W, ∂L/∂b and ∂L/∂ε, those asked for, in a row."""
+
+    residual: Tensor
+    partial: Tensor
+
+
+def loss_forward(
+    inputs: LossInputs, options: LossOptions, needs: LossNeeds
+) -> tuple[Tensor, SavedLoss | ClosedFormSaved]:
+    """The reduced loss and what `loss_backward` needs."""
+    full = inputs.covariance is not None and inputs.covariance.dim() == 3
+    if inputs.weight.numel() > LARGE_HEAD and not full:
+        return closed_form.loss_forward(inputs, options, needs)
+    reduction = REDUCTIONS[options.reduction]
+    wanted = _wanted(needs)
+    if reduction == 0:  # gradients that sum over rows wait for the rows' weights
+        wanted &= ~(WEIGHT | BIAS | PRIOR | EPSILON)
+        wanted |= int(wanted == 0 and any((needs.weight, needs.bias, needs.log_prior)))
+    loss, residual, partial = _call(inputs, options, None, reduction, wanted)
+    return loss, SavedLoss(residual, partial)
+
+
+def loss_backward(
+    inputs: LossInputs,
+    options: LossOptions,
+    saved: SavedLoss | ClosedFormSaved,
+    grad_loss: Tensor,
+    needs: LossNeeds,
+) -> LossGradients:
+    """The gradients asked for: of the features in their dtype, others in the compute dtype."""
+    if isinstance(saved, ClosedFormSaved):
+        return closed_form.loss_backward(inputs, options, saved, grad_loss, needs)
+    wanted = _wanted(needs)
+    residual, partial = saved
+    if options.reduction == "none":
+        _, residual, partial = _call(inputs, options, grad_loss, SUM, wanted)
+        grad_loss = grad_loss.new_ones(())
+    weight = _plain(inputs.weight, residual.dtype)
+    features, dim = inputs.features.contiguous(), 0
+    if inputs.covariance is not None:
+        dim = inputs.covariance.dim()
+    found = _backward(
+        grad_loss,
+        features,
+        weight,
+        inputs.labels,
+        residual,
+        partial,
+        dim,
+        options.alpha,
+        options.beta,
+        options.ignore_index,
+        wanted,
+    )
+    return LossGradients(
+        features=found[0] if needs.features else None,
+        weight=found[1] if needs.weight else None,
+        bias=found[2] if needs.bias else None,
+        covariance=found[3] if needs.covariance else None,
+        epsilon=found[4] if needs.epsilon else None,
+        log_prior=found[5] if needs.log_prior else None,
+    )
+
+
+def _call(
+    inputs: LossInputs,
+    options: LossOptions,
+    row_scale: Tensor | None,
+    reduction: int,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = inputs.compute_dtype
+    return _forward(
+        inputs.features.contiguous(),
+        _plain(inputs.weight, dtype),
+        _plain(inputs.bias, dtype),
+        inputs.labels.contiguous(),
+        _plain(inputs.covariance, dtype),
+        _plain(inputs.epsilon, dtype),
+        _plain(inputs.log_prior, dtype),
+        _plain(row_scale, dtype),
+        options.alpha,
+        options.beta,
+        options.ignore_index,
+        reduction,
+        wanted,
+    )
+
+
+def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Contiguous and in the compute dtype; itself where it is that already."""
+    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
+
+
+def _wanted(needs: LossNeeds) -> int:
+    return (
+        needs.features
+        | needs.weight << 1
+        | needs.bias << 2
+        | needs.covariance << 3
+        | needs.epsilon << 4
+        | needs.log_prior << 5
+    )

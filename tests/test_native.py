@@ -1,0 +1,366 @@
+"""The native CPU operators against the torch closed forms and the reference.
+
+Shapes are those that are hard for blocked code. Every other backend-parametrised test covers them
+too; `make sanitize` runs this file alone, on an instrumented library.
+
+Errors are judged against those of the torch closed forms at the same dtype, both relative to the
+reference in float64.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import iada
+from iada_kernels import closed_form, native, reference, select_backend
+from iada_kernels.contract import LossInputs, LossNeeds, LossOptions
+
+needs_library = pytest.mark.skipif(not native.is_available(), reason="no native library here")
+
+# N, C, A: one class, one row, one feature, none, odd sizes around the blocks of 16, 32, 64, 128.
+SHAPES = [
+    (0, 4, 3),
+    (1, 1, 1),
+    (5, 1, 9),
+    (1, 2, 1),
+    (7, 3, 5),
+    (33, 100, 17),
+    (64, 2, 130),
+    (129, 5, 65),
+    (31, 130, 33),
+    (70, 3, 300),
+]
+FIELDS = ("features", "weight", "bias", "labels", "covariance", "epsilon", "log_prior")
+
+
+def inputs(n, c, a, structure="full", ignored=0.1, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    labels = torch.randint(0, c, (n,), generator=generator)
+    labels[torch.rand(n, generator=generator) < ignored] = -100
+    covariance = None
+    if structure == "full":
+        factor = normal(c, a, a) / max(1, 2 * a**0.5)
+        covariance = factor @ factor.mT
+    elif structure == "diag":
+        covariance = normal(c, a).square()
+    return LossInputs(
+        normal(n, a) * scale,
+        normal(c, a) / max(1, a) ** 0.5,
+        normal(c),
+        labels,
+        covariance,
+        torch.rand(n, generator=generator, dtype=torch.float64) - 0.5,
+        normal(c).log_softmax(0),
+    )
+
+
+def cast(given, dtype):
+    tensors = [getattr(given, field) for field in FIELDS]
+    return LossInputs(
+        *(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
+    )
+
+
+def evaluate(backend, given, options, upstream):
+    needs = LossNeeds(
+        given.features is not None,
+        True,
+        given.bias is not None,
+        given.covariance is not None,
+        given.epsilon is not None,
+        given.log_prior is not None,
+    )
+    loss, saved = backend.loss_forward(given, options, needs)
+    grads = backend.loss_backward(given, options, saved, upstream.to(loss.dtype), needs)
+    again = backend.loss_backward(given, options, saved, upstream.to(loss.dtype), needs)
+    for field, first in vars(grads).items():
+        second = getattr(again, field)
+        assert first is second is None or torch.equal(first, second), field
+    return {"loss": loss, **vars(grads)}
+
+
+def distance(found, exact):
+    if exact.numel() == 0:
+        return 0.0
+    return float((found.double() - exact).abs().max())
+
+
+@needs_library
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("structure", ["full", "diag", "none"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_loss_and_gradients(shape, structure, reduction, dtype):
+    exact = inputs(*shape, structure)
+    options = LossOptions(0.5, 1.0, -100, reduction)
+    generator = torch.Generator().manual_seed(3)
+    upstream = torch.randn(
+        (shape[0],) if reduction == "none" else (), generator=generator, dtype=torch.float64
+    )
+    given = cast(exact, dtype)
+    truth = evaluate(closed_form, cast(given, torch.float64), options, upstream)
+    ours = evaluate(native, given, options, upstream)
+    torchs = evaluate(closed_form, given, options, upstream)
+    for name, want in truth.items():
+        if want is None:
+            assert ours[name] is None
+            continue
+        assert ours[name].dtype == torchs[name].dtype
+        assert ours[name].shape == want.shape
+        # A few units in the last place of the numbers summed, where torch happens to be exact.
+        rounding = (
+            64 * torch.finfo(dtype).eps * max(1.0, float(want.abs().max())) if want.numel() else 0
+        )
+        assert distance(ours[name], want) <= 4 * distance(torchs[name], want) + rounding, name
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_read_exactly(dtype):
+    exact = inputs(40, 6, 37, "full")
+    given = cast(exact, dtype)
+    given = LossInputs(
+        given.features, given.weight, given.bias, given.labels,
+        exact.covariance.float(), given.epsilon, given.log_prior,
+    )  # fmt: skip
+    wide = cast(given, torch.float32)
+    options, one = LossOptions(0.5, 1.0, -100, "mean"), torch.ones(())
+    ours, same = evaluate(native, given, options, one), evaluate(native, wide, options, one)
+    for name, found in ours.items():
+        want = same[name].to(dtype) if name == "features" else same[name]
+        torch.testing.assert_close(found, want, rtol=0, atol=0)
+
+
+@needs_library
+def test_half_conversions_cover_every_number():
+    for dtype in (torch.bfloat16, torch.float16):
+        every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        finite = every[every.isfinite()][:, None]
+        state = torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
+        for value in finite[::97]:  # with one row the mean is the row itself
+            covariance, mean, count = (tensor.clone() for tensor in state)
+            native.covariance_update(
+                covariance, mean, count, value[None], torch.zeros(1, dtype=torch.int64)
+            )
+            assert mean.item() == value.float().item()
+
+
+@needs_library
+@pytest.mark.parametrize("full", [True, False], ids=["full", "diag"])
+@pytest.mark.parametrize("shape", [*SHAPES, (128, 10, 64), (1200, 2, 140), (64, 2, 200)], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_covariance_update(shape, full, offset, dtype):
+    n, c, a = shape
+    generator = torch.Generator().manual_seed(4)
+    batches = [
+        (
+            (torch.randn(n, a, generator=generator, dtype=torch.float64) + offset).to(dtype),
+            torch.randint(-1, c + 1, (n,), generator=generator),
+        )
+        for _ in range(3)
+    ]
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def stream(update, kind):
+        held = [
+            torch.zeros(c, a, a, dtype=kind) if full else torch.zeros(c, a, dtype=kind),
+            torch.zeros(c, a, dtype=kind),
+            torch.zeros(c, dtype=torch.int64),
+        ]
+        for features, labels in batches:
+            if update is reference.covariance_update:
+                kept = (labels >= 0) & (labels < c)
+                held = list(update(*held, features[kept].double(), labels[kept]))
+            else:
+                update(*held, features, labels)
+        return held
+
+    truth = stream(reference.covariance_update, torch.float64)
+    ours, torchs = (
+        stream(native.covariance_update, state),
+        stream(closed_form.covariance_update, state),
+    )
+    assert torch.equal(ours[2], truth[2])
+    for found, other, want in list(zip(ours, torchs, truth, strict=True))[:2]:
+        size = max(1.0, float(want.abs().max()), offset)
+        rounding = 16 * torch.finfo(state).eps * size
+        assert distance(found, want) <= 4 * distance(other, want) + rounding
+    if full:
+        assert torch.equal(ours[0], ours[0].mT)
+
+
+@needs_library
+def test_absent_classes_keep_their_bits():
+    covariance, mean = torch.randn(3, 5, 5), torch.randn(3, 5)
+    count = torch.tensor([3, 4, 5])
+    before = covariance.clone(), mean.clone()
+    native.covariance_update(
+        covariance, mean, count, torch.randn(8, 5), torch.ones(8, dtype=torch.int64)
+    )
+    for c in (0, 2):
+        assert torch.equal(covariance[c], before[0][c])
+        assert torch.equal(mean[c], before[1][c])
+    assert count.tolist() == [3, 12, 5]
+
+
+@needs_library
+def test_extreme_values():
+    """Margins of ±200 and huge logits: finite, and as exact as torch."""
+    given = cast(inputs(60, 7, 20, "full", scale=200.0), torch.float32)
+    exact = cast(given, torch.float64)
+    options, one = LossOptions(0.5, 1.0, -100, "sum"), torch.ones((), dtype=torch.float64)
+    ours, torchs = (evaluate(b, given, options, one) for b in (native, closed_form))
+    truth = evaluate(closed_form, exact, options, one)
+    for name, want in truth.items():
+        assert ours[name].isfinite().all(), name
+        rounding = 64 * torch.finfo(torch.float32).eps * float(want.abs().max())
+        assert distance(ours[name], want) <= 4 * distance(torchs[name], want) + rounding, name
+
+
+@needs_library
+def test_labels_out_of_range_are_refused_by_the_operator_itself():
+    given = cast(inputs(6, 3, 4, ignored=0.0), torch.float32)
+    labels = given.labels.clone()
+    labels[2] = 3
+    broken = LossInputs(**{**{f: getattr(given, f) for f in FIELDS}, "labels": labels})
+    with pytest.raises(RuntimeError, match=r"labels.*\[0, 3\).*got 3 at row 2"):
+        native.loss_forward(broken, LossOptions(0.5, 1.0, -100, "mean"), LossNeeds(*[False] * 6))
+
+
+@needs_library
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_the_number_of_threads_changes_nothing(structure):
+    given = cast(inputs(700, 40, 96, structure), torch.float32)
+    options, one = LossOptions(0.5, 1.0, -100, "mean"), torch.ones(())
+    results, states = [], []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(evaluate(native, given, options, one))
+            state = torch.zeros_like(given.covariance), torch.zeros(40, 96), torch.zeros(40).long()
+            native.covariance_update(*state, given.features, given.labels)
+            states.append(state)
+    finally:
+        torch.set_num_threads(threads)
+    for result, state in zip(results[1:], states[1:], strict=True):
+        for name, found in result.items():
+            assert torch.equal(found, results[0][name]), name
+        assert all(map(torch.equal, state, states[0]))
+
+
+@needs_library
+def test_strided_inputs():
+    given = cast(inputs(20, 5, 12, "full"), torch.float32)
+    strided = LossInputs(
+        *(
+            t if f == "labels" else torch.stack([t, t], dim=-1)[..., 0]
+            for f, t in ((f, getattr(given, f)) for f in FIELDS)
+        )
+    )
+    options, one = LossOptions(0.5, 1.0, -100, "mean"), torch.ones(())
+    plain, other = evaluate(native, given, options, one), evaluate(native, strided, options, one)
+    for name, found in other.items():
+        assert torch.equal(found, plain[name]), name
+
+
+def test_native_says_why_it_cannot_serve():
+    with pytest.raises(
+        RuntimeError, match="native.*CPUs only|native.*turns it off|native.*not built"
+    ):
+        select_backend("native", torch.device("meta"))
+    if native.is_available():
+        with pytest.raises(RuntimeError, match="float8"):
+            select_backend("native", torch.device("cpu"), torch.float8_e4m3fn)
+        assert select_backend(None, torch.device("cpu")) is native
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_without_the_library_torch_stands_in():
+    code = """
+import torch, iada, iada_kernels
+from iada_kernels import native
+assert not native.is_available()
+h = torch.randn(4, 3, requires_grad=True)
+iada.fused_loss(h, torch.eye(3), None, torch.arange(4) % 3, covariance=None).backward()
+try:
+    iada.fused_loss(h, torch.eye(3), None, torch.arange(4) % 3, covariance=None, backend="native")
+except RuntimeError as error:
+    print(error)
+"""
+    done = python(code, IADA_NATIVE_LIBRARY="none", IADA_REQUIRE_NATIVE="0")
+    assert done.returncode == 0, done.stderr
+    assert "turns it off" in done.stdout
+
+
+def test_a_required_library_that_is_missing_is_an_error():
+    done = python("import iada", IADA_NATIVE_LIBRARY="none", IADA_REQUIRE_NATIVE="1")
+    assert done.returncode != 0
+    assert "IADA_REQUIRE_NATIVE" in done.stderr
+
+
+@needs_library
+def test_every_instruction_set_agrees():
+    code = """
+import json, torch, iada
+from iada_kernels import native
+torch.manual_seed(0)
+h = torch.randn(50, 33, dtype=torch.float64, requires_grad=True)
+w = torch.randn(9, 33, dtype=torch.float64)
+state = iada.ClassCovariance(9, 33).double()
+y = torch.arange(50) % 7
+state.update(h.detach(), y)
+loss = iada.fused_loss(h, w, None, y, covariance=state, epsilon=torch.linspace(-.9, .9, 50))
+loss.backward()
+print(json.dumps([native.instruction_set(), loss.item(), h.grad.abs().sum().item()]))
+"""
+    sets = {}
+    for name in ("portable", "avx2", "avx512"):
+        done = python(code, IADA_INSTRUCTION_SET=name)
+        assert done.returncode == 0, done.stderr
+        served, *values = json.loads(done.stdout)
+        sets[served] = values
+    assert "portable" in sets
+    for values in sets.values():
+        assert values == pytest.approx(sets["portable"], rel=1e-12)
+
+
+@needs_library
+def test_the_default_on_a_cpu_is_native():
+    h = torch.randn(8, 4)
+    y = torch.arange(8) % 3
+    w = torch.randn(3, 4)
+    default = iada.fused_loss(h, w, None, y, covariance=None)
+    assert torch.equal(default, iada.fused_loss(h, w, None, y, covariance=None, backend="native"))
+
+
+@needs_library
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="the sanitizers hold memory of their own")
+def test_memory_at_the_dense_shape():
+    """N=131072, C=19, A=256: beyond inputs and gradients, at most twice N×C floats."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--threads", "2", "--memory-of", "dense"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) <= 2 * 4 * 131072 * 19
