@@ -5,7 +5,6 @@ devices before; a backend checks nothing and changes no tensor it is given.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +27,7 @@ class LossInputs:
     epsilon: Tensor | None
     log_prior: Tensor | None
 
-    @cached_property
+    @property
     def compute_dtype(self) -> torch.dtype:
         """float64 if any tensor is, else float32: the dtype of the loss and of what leads to it."""
         tensors = (self.features, self.weight, self.bias, self.covariance, self.epsilon)

@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from iada_kernels.native import fakes
+
 REQUIRED_BY = "IADA_REQUIRE_NATIVE"  # set: a missing library is an error
 TAKEN_FROM = "IADA_NATIVE_LIBRARY"  # set: another build of it; "none": act as if there were none
 
@@ -36,6 +38,7 @@ if PATH is not None:
     _autograd = torch.library.Library("iada_native", "IMPL", "Autograd")
     for _operator in ("loss_forward", "loss_backward", "covariance_update"):
         _autograd.impl(_operator, torch.library.fallthrough_kernel)
+    fakes.register()
 
 
 def is_available() -> bool:

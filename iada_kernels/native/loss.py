@@ -18,6 +18,7 @@ from iada_kernels import closed_form
 from iada_kernels.closed_form.loss import SavedLoss as ClosedFormSaved
 from iada_kernels.contract import LossGradients, LossInputs, LossNeeds, LossOptions
 from iada_kernels.native import library
+from iada_kernels.native.fakes import BIAS, EPSILON, PRIOR, WEIGHT
 
 if library.is_available():
     _forward = torch.ops.iada_native.loss_forward.default
@@ -25,9 +26,6 @@ if library.is_available():
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in operators.cpp
 SUM = REDUCTIONS["sum"]
-WEIGHT, BIAS, PRIOR, EPSILON = 2, 4, 32, 16
-
-
 LARGE_HEAD = 2**18  # numbers of W: 1 MiB of float32, more than a core's cache holds beside a block
 
 

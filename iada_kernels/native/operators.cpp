@@ -230,14 +230,14 @@ Gradients gradients_of(double upstream, const Tensor& features, const Tensor& we
   const int64_t N = features.size(0), A = features.size(1), C = weight.size(0);
   const ScalarType type = weight.scalar_type();
   const T scale = static_cast<T>(upstream);
-  const Tensor none = empty({0}, type);
+  const auto none = [type] { return empty({0}, type); };  // outputs of an operator may not alias
   const bool full = covariance_dim == 3;
-  Tensor features_grad = needs & kFeatures ? empty({N, A}, features.scalar_type()) : none;
-  Tensor weight_grad = needs & kWeight ? empty({C, A}, type) : none;
-  Tensor bias_grad = needs & kBias ? empty({C}, type) : none;
-  Tensor epsilon_grad = needs & kEpsilon ? empty({N}, type) : none;
-  Tensor prior_grad = needs & kPrior ? empty({C}, type) : none;
-  Tensor covariance_grad = none;
+  Tensor features_grad = needs & kFeatures ? empty({N, A}, features.scalar_type()) : none();
+  Tensor weight_grad = needs & kWeight ? empty({C, A}, type) : none();
+  Tensor bias_grad = needs & kBias ? empty({C}, type) : none();
+  Tensor epsilon_grad = needs & kEpsilon ? empty({N}, type) : none();
+  Tensor prior_grad = needs & kPrior ? empty({C}, type) : none();
+  Tensor covariance_grad = none();
   if (needs & kFeatures) {
     run(GradFeatures<T>{C, A, N, row_type(features), pointer<T>(residual), pointer<T>(weight), scale,
                         features_grad.mutable_data_ptr()});

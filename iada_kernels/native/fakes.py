@@ -1,0 +1,71 @@
+"""Shapes and dtypes of what the native operators return, for tracing (torch.compile)."""
+
+import torch
+from torch import Tensor
+
+FEATURES, WEIGHT, BIAS, COVARIANCE, EPSILON, PRIOR = (1 << place for place in range(6))
+
+
+def _loss_forward(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    covariance: Tensor | None,
+    epsilon: Tensor | None,
+    log_prior: Tensor | None,
+    row_scale: Tensor | None,
+    alpha: float,
+    beta: float,
+    ignore_index: int,
+    reduction: int,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, classes = features.shape[0], weight.shape[0]
+    partial = weight.numel() if needs & WEIGHT else 0
+    partial += classes if needs & (BIAS | PRIOR) else 0
+    partial += rows if needs & EPSILON and epsilon is not None else 0
+    loss = weight.new_empty((rows,) if reduction == 0 else ())
+    residual = weight.new_empty((rows, classes) if needs else (0,))
+    return loss, residual, weight.new_empty(partial)
+
+
+def _loss_backward(
+    grad_loss: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    residual: Tensor,
+    partial: Tensor,
+    covariance_dim: int,
+    alpha: float,
+    beta: float,
+    ignore_index: int,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    classes, width = weight.shape
+    sigma = (classes, width, width) if covariance_dim == 3 else (classes, width)
+
+    def maybe(need: int, shape: tuple[int, ...]) -> Tensor:
+        return weight.new_empty(shape if needs & need else (0,))
+
+    return (
+        torch.empty_like(features) if needs & FEATURES else weight.new_empty(0),
+        maybe(WEIGHT, (classes, width)),
+        maybe(BIAS, (classes,)),
+        maybe(COVARIANCE, sigma),
+        maybe(EPSILON, (features.shape[0],)),
+        maybe(PRIOR, (classes,)),
+    )
+
+
+def _covariance_update(
+    covariance: Tensor, mean: Tensor, count: Tensor, features: Tensor, labels: Tensor
+) -> None:
+    return None
+
+
+def register() -> None:
+    """Tell torch; to be called once, after the library is loaded."""
+    for fake in (_loss_forward, _loss_backward, _covariance_update):
+        torch.library.register_fake(f"iada_native::{fake.__name__[1:]}", fake)

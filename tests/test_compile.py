@@ -1,0 +1,99 @@
+"""torch.compile takes the loss whole, and the native operators keep what they tell torch."""
+
+import pytest
+import torch
+
+import iada
+from iada_kernels import native
+from iada_kernels.native.fakes import EPSILON, FEATURES, WEIGHT
+
+LABELS = torch.tensor([0, 1, 2, 0, -100, 2, 0])
+
+
+def make_tensors(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"features": (7, 5), "weight": (3, 5), "bias": (3,), "epsilon": (7,)}
+    named = {
+        name: torch.randn(size, generator=generator, dtype=dtype) for name, size in sizes.items()
+    }
+    factor = torch.randn(3, 5, 5, generator=generator, dtype=dtype)
+    return {**named, "covariance": factor @ factor.mT}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_in_one_graph(backend, device, reduction):
+    given = [t.to(device).requires_grad_() for t in make_tensors().values()]
+    labels = LABELS.to(device)
+
+    def loss(features, weight, bias, epsilon, covariance):
+        value = iada.fused_loss(
+            features,
+            weight,
+            bias,
+            labels,
+            covariance=covariance,
+            epsilon=epsilon,
+            reduction=reduction,
+            backend=backend,
+        )
+        return value.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, got = loss(*given), compiled(*given)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(
+        torch.autograd.grad(got, given), torch.autograd.grad(expected, given), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(not native.is_available(), reason="needs the native library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("needs", [0, FEATURES, WEIGHT | EPSILON, 63])
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_opcheck_of_the_native_operators(dtype, needs, reduction):
+    tensors = make_tensors(dtype)
+    features, weight, bias, epsilon, covariance = tensors.values()
+    forward = (
+        features,
+        weight,
+        bias,
+        LABELS,
+        covariance,
+        epsilon,
+        torch.zeros(3, dtype=dtype),
+        None,
+        0.5,
+        1.0,
+        -100,
+        reduction,
+        needs,
+    )
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.iada_native.loss_forward, forward, test_utils=tests)
+    if reduction and needs:
+        _, residual, partial = torch.ops.iada_native.loss_forward(*forward)
+        one = torch.ones((), dtype=dtype)
+        backward = (one, features, weight, LABELS, residual, partial, 3, 0.5, 1.0, -100, needs)
+        torch.library.opcheck(torch.ops.iada_native.loss_backward, backward, test_utils=tests)
+
+
+@pytest.mark.skipif(not native.is_available(), reason="needs the native library")
+def test_opcheck_of_the_native_update():
+    state = (torch.zeros(3, 5, 5), torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64))
+    arguments = (*state, make_tensors()["features"], LABELS)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.iada_native.covariance_update, arguments, test_utils=tests)
+
+
+def test_an_update_before_backward_is_an_error(backend, device):
+    features = make_tensors()["features"].to(device)
+    weight = torch.randn(3, 5, device=device, requires_grad=True)
+    labels = LABELS.to(device)
+    covariance = iada.ClassCovariance(3, 5).to(device)
+    covariance.update(features, labels, backend=backend)
+    features.requires_grad_()
+    loss = iada.fused_loss(features, weight, None, labels, covariance=covariance, backend=backend)
+    covariance.update(features, labels, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
