@@ -1,4 +1,7 @@
-"""`python -m bench`: forward and backward of `fused_loss` against `eager_loss` on this CPU."""
+"""`python -m bench`: forward and backward of `fused_loss` against `eager_loss` on this CPU.
+
+`torch` is the fused loss by the torch closed forms, `fused` by the default backend.
+"""
 
 import argparse
 import json
@@ -6,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch
 
 import iada
 from bench.memory import peak_bytes
-from bench.shapes import IGNORED, SHAPES, Problem, make_problem
+from bench.shapes import EAGER_LIMIT, SHAPES, make_problem
 from bench.timing import interleave, ratio
 
 TIMED = (
@@ -25,7 +29,6 @@ TIMED = (
     "civil-bert",
     "imagenet-diag",
 )
-LIMIT = 12e9  # bytes: an eager form that needs more is not tried
 
 
 def main() -> int:
@@ -45,7 +48,7 @@ def main() -> int:
     print(speed_table(rows))
     dense = memory_row("dense")
     print(
-        f"\ndense {dense['shape']}: the eager form needs {dense['eager_bytes'] / 1e9:,.0f} GB; "
+        f"\n{dense['shape']}: the eager form needs {dense['eager_bytes'] / 1e9:,.0f} GB; "
         f"fused peaks at {dense['fused_bytes'] / 1e6:.1f} MB beyond inputs and gradients, "
         f"{dense['of_logits']:.2f} times N×C floats"
     )
@@ -61,60 +64,40 @@ def main() -> int:
     return 0
 
 
-def step(loss: Any, problem: Problem) -> tuple[torch.Tensor, ...]:
-    """Forward and the gradients of features, weight, bias and epsilon."""
-    value = loss(
-        problem.features,
-        problem.weight,
-        problem.bias,
-        problem.labels,
-        covariance=problem.covariance,
-        epsilon=problem.epsilon,
-        log_prior=problem.log_prior,
-        ignore_index=IGNORED,
-    )
-    return torch.autograd.grad(value, problem.differentiable)
-
-
-def eager_bytes(name: str) -> float:
-    """What the eager form must hold at once at the least: differences, Σ of each sample, N×C×C."""
-    shape = SHAPES[name]
-    n, c, a = shape.samples, shape.classes, shape.features
-    full = a * a + c * c if shape.structure == "full" else a
-    return 4.0 * n * (3 * c * a + full)
-
-
 def timed_row(name: str, rounds: int) -> dict[str, Any]:
-    """One line of the table: median milliseconds of both sides, and the ratio."""
-    problem = make_problem(SHAPES[name])
-    sides = {"fused": lambda: step(iada.fused_loss, problem)}
-    if eager_bytes(name) < LIMIT:
-        sides["eager"] = lambda: step(iada.eager_loss, problem)
-    taken = interleave(sides, rounds)
-    row: dict[str, Any] = {
-        "shape": str(SHAPES[name]),
-        "fused_ms": 1e3 * statistics.median(taken["fused"]),
-        "eager_ms": None,
-        "ratio": None,
-        "eager_bytes": eager_bytes(name),
+    """One line of the table: median milliseconds of each side, and the ratio to the eager form."""
+    shape, problem = SHAPES[name], make_problem(SHAPES[name])
+    sides: dict[str, Callable[[], object]] = {
+        "fused": lambda: problem.gradients(iada.fused_loss),
+        "torch": lambda: problem.gradients(iada.fused_loss, backend="torch"),
     }
-    if "eager" in taken:
-        row["eager_ms"] = 1e3 * statistics.median(taken["eager"])
-        row["ratio"] = ratio(taken["eager"], taken["fused"])
+    if shape.eager_bytes < EAGER_LIMIT:
+        sides["eager"] = lambda: problem.gradients(iada.eager_loss)
+    taken = interleave(sides, rounds)
+    row: dict[str, Any] = {"shape": str(shape), "eager_bytes": shape.eager_bytes}
+    for side, seconds in taken.items():
+        row[f"{side}_ms"] = 1e3 * statistics.median(seconds)
+    for side in ("fused", "torch"):
+        row[f"eager_by_{side}"] = ratio(taken["eager"], taken[side]) if "eager" in taken else None
     return row
 
 
 def speed_table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| shape (N, C, A, Σ) | eager, ms | fused, ms | eager / fused |",
-        "|---|---:|---:|---:|",
+        "| shape (N, C, A, Σ) | eager, ms | torch, ms | fused, ms "
+        "| eager / torch | eager / fused |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        eager = f"needs {row['eager_bytes'] / 1e9:.0f} GB"
-        if row["eager_ms"] is not None:
-            eager = f"{row['eager_ms']:.2f}"
-        times = "" if row["ratio"] is None else f"{row['ratio']:.1f}×"
-        lines.append(f"| {row['shape']} | {eager} | {row['fused_ms']:.2f} | {times} |")
+        cells = [f"needs {row['eager_bytes'] / 1e9:.0f} GB", "", ""]
+        if "eager_ms" in row:
+            times = [f"{row[key]:.1f}×" for key in ("eager_by_torch", "eager_by_fused")]
+            cells = [f"{row['eager_ms']:.2f}", *times]
+        eager, by_torch, by_fused = cells
+        lines.append(
+            f"| {row['shape']} | {eager} | {row['torch_ms']:.2f} | {row['fused_ms']:.2f} "
+            f"| {by_torch} | {by_fused} |"
+        )
     return "\n".join(lines)
 
 
@@ -127,7 +110,7 @@ def memory_row(name: str) -> dict[str, Any]:
     logits = 4 * shape.samples * shape.classes
     return {
         "shape": str(shape),
-        "eager_bytes": eager_bytes(name),
+        "eager_bytes": shape.eager_bytes,
         "fused_bytes": extra,
         "of_logits": extra / logits,
     }
@@ -135,10 +118,10 @@ def memory_row(name: str) -> dict[str, Any]:
 
 def extra_memory(name: str) -> int:
     """Peak of forward and backward beyond the inputs and the returned gradients, in bytes."""
-    step(iada.fused_loss, make_problem(SHAPES["cifar10-r32"]))  # libraries load their buffers
+    make_problem(SHAPES["cifar10-r32"]).gradients(iada.fused_loss)  # libraries load their buffers
     problem = make_problem(SHAPES[name])
     gradients = sum(4 * tensor.numel() for tensor in problem.differentiable)
-    return peak_bytes(lambda: step(iada.fused_loss, problem)) - gradients
+    return peak_bytes(lambda: problem.gradients(iada.fused_loss)) - gradients
 
 
 if __name__ == "__main__":

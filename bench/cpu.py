@@ -19,11 +19,9 @@ import torch.nn.functional as F
 
 import iada
 from bench.isda import ISDAEstimator
-from bench.shapes import IGNORED, SHAPES, Problem, make_problem
+from bench.shapes import EAGER_LIMIT, IGNORED, SHAPES, Problem, make_problem
 from bench.timing import interleave, ratio
 from iada_kernels import native
-
-EAGER_LIMIT = 3e9  # bytes of one side's temporaries beyond which the eager form is not tried
 
 
 def main() -> int:
@@ -50,23 +48,16 @@ def main() -> int:
     return 0
 
 
-def eager_bytes(name: str) -> float:
-    """Temporaries of the eager form: N×C×A differences, Σ of each sample, N×C×C."""
-    shape = SHAPES[name]
-    n, c, a = shape.samples, shape.classes, shape.features
-    return 4.0 * n * (3 * c * a + (a * a + c * c if shape.structure == "full" else a))
-
-
 def timed_row(name: str, rounds: int) -> dict[str, Any]:
     """Median milliseconds of each side, and medians of the ratios round by round."""
     shape, problem = SHAPES[name], make_problem(SHAPES[name])
     sides: dict[str, Callable[[], object]] = {
         "native": _step(problem, "native"),
         "torch": _step(problem, "torch"),
-        "native_loss": lambda: _gradients(iada.fused_loss, problem, backend="native"),
+        "native_loss": lambda: problem.gradients(iada.fused_loss, backend="native"),
         "cross_entropy": lambda: _cross_entropy(problem),
     }
-    if eager_bytes(name) < EAGER_LIMIT:
+    if shape.eager_bytes < EAGER_LIMIT:
         sides["eager"] = _eager_step(problem)
     taken = interleave(sides, rounds)
     row: dict[str, Any] = {"shape": str(shape), "threads": torch.get_num_threads()}
@@ -74,25 +65,10 @@ def timed_row(name: str, rounds: int) -> dict[str, Any]:
         row[side + "_ms"] = 1e3 * statistics.median(seconds)
     row["torch_by_native"] = ratio(taken["torch"], taken["native"])
     row["loss_by_cross_entropy"] = ratio(taken["native_loss"], taken["cross_entropy"])
-    row["eager_bytes"] = eager_bytes(name)
+    row["eager_bytes"] = shape.eager_bytes
     if "eager" in taken:
         row["eager_by_native"] = ratio(taken["eager"], taken["native"])
     return row
-
-
-def _gradients(loss: Callable[..., torch.Tensor], problem: Problem, **more: Any) -> object:
-    value = loss(
-        problem.features,
-        problem.weight,
-        problem.bias,
-        problem.labels,
-        covariance=problem.covariance,
-        epsilon=problem.epsilon,
-        log_prior=problem.log_prior,
-        ignore_index=IGNORED,
-        **more,
-    )
-    return torch.autograd.grad(value, problem.differentiable)
 
 
 def _step(problem: Problem, backend: str) -> Callable[[], object]:
@@ -104,7 +80,7 @@ def _step(problem: Problem, backend: str) -> Callable[[], object]:
         state.update(
             problem.features.detach(), problem.labels, ignore_index=IGNORED, backend=backend
         )
-        return _gradients(iada.fused_loss, problem, backend=backend)
+        return problem.gradients(iada.fused_loss, backend=backend)
 
     return step
 
@@ -115,7 +91,7 @@ def _eager_step(problem: Problem) -> Callable[[], object]:
 
     def step() -> object:
         estimator.update(problem.features.detach(), problem.labels)
-        return _gradients(iada.eager_loss, problem)
+        return problem.gradients(iada.eager_loss)
 
     return step
 

@@ -1,11 +1,14 @@
 """The reference shapes, and random problems of these shapes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 IGNORED = 255
+EAGER_LIMIT = 3e9  # bytes of temporaries beyond which the eager form is not tried
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,12 @@ class Shape:
     features: int
     structure: str
     labels: str = "long-tail"
+
+    @property
+    def eager_bytes(self) -> float:
+        """Temporaries of the eager form in float32: differences, Σ of each sample, N×C×C."""
+        n, c, a = self.samples, self.classes, self.features
+        return 4.0 * n * (3 * c * a + (a * a + c * c if self.structure == "full" else a))
 
     def __str__(self) -> str:
         return f"{self.name} ({self.samples}, {self.classes}, {self.features}, {self.structure})"
@@ -54,6 +63,21 @@ class Problem:
     @property
     def differentiable(self) -> tuple[Tensor, ...]:
         return self.features, self.weight, self.bias, self.epsilon
+
+    def gradients(self, loss: Callable[..., Tensor], **options: Any) -> tuple[Tensor, ...]:
+        """Forward and backward: what a step of `loss` computes for the differentiable tensors."""
+        value = loss(
+            self.features,
+            self.weight,
+            self.bias,
+            self.labels,
+            covariance=self.covariance,
+            epsilon=self.epsilon,
+            log_prior=self.log_prior,
+            ignore_index=IGNORED,
+            **options,
+        )
+        return torch.autograd.grad(value, self.differentiable)
 
 
 def make_problem(shape: Shape, seed: int = 0) -> Problem:
