@@ -1,0 +1,42 @@
+"""The README's examples run as they stand."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from iada.commands import SECTIONS
+from iada.config import read_toml
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_examples():
+    torch.manual_seed(0)
+    swap, meta = blocks("python")
+    batches = [(torch.randn(8, 20), torch.arange(8)), (torch.randn(8, 20), torch.arange(8) + 2)]
+    backbone = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU())
+    names = {
+        "make_backbone": lambda: backbone,
+        "train_labels": torch.arange(100) % 10,
+        "loader": batches,
+        "meta_stream": batches,
+        "optimizer": torch.optim.SGD(backbone.parameters(), lr=0.1),
+    }
+    exec(swap, names)
+    assert int(names["covariance"].count.sum()) == 16
+    assert torch.isfinite(names["loss"])
+    exec(meta, names)
+    assert int(names["meta"].covariance.count.sum()) == 16
+    assert len(swap.strip().splitlines()) <= 15
+
+
+def test_toml_example(tmp_path):
+    (example,) = blocks("toml")
+    path = tmp_path / "run.toml"
+    path.write_text(example)
+    assert read_toml(path, SECTIONS)["trainer"].ce_epochs == 10
