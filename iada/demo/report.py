@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from iada.demo.figures import draw_all
+from iada.demo.run import machine
 from iada.demo.scenarios import IMBALANCE, META, NOISE, SCENARIOS, TEST, TRAIN
 from iada.demo.settings import METHODS
 from iada.demo.tables import markdown_table, summarise
@@ -19,7 +20,8 @@ from iada.demo.tables import markdown_table, summarise
 def write_report(records: Sequence[dict[str, Any]], folder: Path, command: str) -> Path:
     """Write the report of these records into `folder`; the path of its page."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    results = {"machine": machine(), "runs": records}
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     table = markdown_table(records)
     (folder / "table.md").write_text(table + "\n")
     figures = [

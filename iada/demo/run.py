@@ -1,12 +1,16 @@
 """Trains every method on every scenario and seed, some at a time, each on one thread."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
 import os
+import platform
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +21,7 @@ from iada.demo.settings import HIDDEN, trainer_config
 from iada.meta import MetaStep
 from iada.models import mlp
 from iada.trainer import Trainer
+from iada_kernels.dispatch import select_backend
 
 HISTOGRAM_BINS = 20  # of ε over (−1, 1)
 
@@ -81,7 +86,7 @@ class StrengthLog:
 
 
 def run_one(scenario: str, method: str, seed: int) -> Outcome:
-    """Train one method once. In float64, so that other machines round to the same digits."""
+    """Train one method once, in float64 and on one thread: the digits follow from the seed."""
     torch.set_num_threads(1)
     split = make_split(scenario, seed)
     config = trainer_config(scenario, method, seed)
@@ -128,6 +133,21 @@ def run_all(jobs: Sequence[tuple[str, str, int]], workers: int | None = None) ->
                 yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def machine() -> dict[str, str]:
+    """What rounding depends on: equal machines give equal digits, others may not."""
+    processor = platform.machine()
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        processor = found[1] if found else processor
+    backend = select_backend(None, torch.device("cpu"))
+    return {
+        "processor": processor,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "backend": backend.__name__,  # type: ignore[attr-defined]
+    }
 
 
 def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
