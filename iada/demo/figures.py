@@ -102,7 +102,7 @@ def _class_accuracy(records: Records, path: Path) -> None:
 
 def _adversarial_share(records: Records, path: Path) -> None:
     shares = 100 * np.array([r["strengths"]["class_share"] for r in records])
-    figure, axes = plt.subplots(figsize=(6, 2.8))
+    figure, axes = plt.subplots(figsize=(8, 2.8))
     names = [f"C{c + 1}" for c in range(NUM_CLASSES)]
     error = 100 * _spread(shares / 100)
     axes.bar(
