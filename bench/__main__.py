@@ -104,7 +104,8 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
 def memory_row(name: str) -> dict[str, Any]:
     """Peak memory at one shape, measured in a process of its own."""
     shape = SHAPES[name]
-    command = [sys.executable, "-m", "bench", "--memory-of", name]
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-m", "bench", "--memory-of", name, "--threads", threads]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     extra = int(done.stdout)
     logits = 4 * shape.samples * shape.classes

@@ -13,7 +13,7 @@ EAGER_LIMIT = 3e9  # bytes of temporaries beyond which the eager form is not tri
 
 @dataclass(frozen=True)
 class Shape:
-    """N samples, C classes, A features; classes: how labels are drawn."""
+    """N samples, C classes, A features, the structure of Σ; labels: how they are drawn."""
 
     name: str
     samples: int

@@ -1,6 +1,8 @@
 """Checkpoints: written aside and renamed, so that the last good one survives whatever happens."""
 
+import contextlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     Raises OSError if the folder cannot be written or is full; a former file at `path` is intact.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
@@ -28,7 +30,20 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             "another folder (a former checkpoint there is intact)"
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` and see that a file can be written there; OSError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"iada")
+    except OSError as error:
+        raise OSError(
+            f"folder: expected one that can be written at {folder}, got {error}; choose another"
+        ) from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 import argparse
 import dataclasses
 import json
+import math
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from iada.config import TrainerConfig, read_toml
+from iada.checkpoint import check_writable
+from iada.config import TrainerConfig, check_fields, read_toml
 from iada.data import TensorData
 from iada.models import mlp
 from iada.trainer import Trainer
@@ -23,7 +27,8 @@ PARTS = ("train", "meta", "validation", "test")
 class DataConfig:
     """[data]: where the arrays are.
 
-    kind: "digits" (scikit-learn's, made worse by scenario "long-tail" or "noise"), or "npz".
+    kind: "digits" (scikit-learn's, made worse by scenario "long-tail" or "noise": the demo's split
+    of seed 0), or "npz".
     path: an .npz file with arrays {train,meta,validation,test}_inputs (N, ...) of floats and
     ..._labels (N) of integers; meta and validation may be absent. A relative path counts from the
     configuration's folder.
@@ -33,6 +38,9 @@ class DataConfig:
     scenario: str = "long-tail"
     path: str = ""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -40,6 +48,18 @@ class ModelConfig:
 
     hidden: tuple[int, ...] = (128, 64)
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.hidden or min(self.hidden) < 1:
+            raise complain("hidden", "widths from 1", repr(self.hidden), "as in [128, 64]")
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise complain(
+                "device", "a torch device", f"{self.device!r} ({reason})", "try 'cpu'"
+            ) from error
 
 
 SECTIONS = {"data": DataConfig, "model": ModelConfig, "trainer": TrainerConfig}
@@ -58,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{stop}" if str(stop) else "\nstopped")
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; pip install 'iada[demo]'")
+        print(f"error: {error.name} is not installed; pip install 'iada[demo]'", file=sys.stderr)
         return 2
 
 
@@ -84,7 +104,8 @@ def _demo(options: argparse.Namespace) -> int:
 
     if options.seeds < 1 or (options.jobs is not None and options.jobs < 1):
         raise complain("--seeds, --jobs", "at least 1", "less", "pass a positive number")
-    options.out.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after
+    check_writable(options.out)  # before minutes of training, not after
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that workers are stopped too
     # Longest first, so that no process waits for a late long one.
     methods = sorted(METHODS, key=lambda m: m != "meta-iada")
     jobs = [(s, m, seed) for m in methods for s in SCENARIOS for seed in range(options.seeds)]
@@ -142,14 +163,16 @@ def _train(options: argparse.Namespace) -> int:
         raise complain(
             "--out", "a folder without a checkpoint", str(options.out), "add --resume, or move it"
         )
-    trainer.save()  # an unwritable folder is found now, not after the first epoch
+    check_writable(options.out)  # now, not after the first epoch
     trainer.fit()
     accuracy = trainer.class_accuracy(parts["test"])
     balanced = float(accuracy.nanmean())
     result = {
         "config": dataclasses.asdict(config),
         "history": trainer.history,
-        "test_class_accuracy": accuracy.tolist(),
+        "data": dataclasses.asdict(data),
+        "model": dataclasses.asdict(model),
+        "test_class_accuracy": [None if math.isnan(a) else a for a in accuracy.tolist()],
         "test_balanced_accuracy": balanced,
     }
     (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -167,7 +190,10 @@ def _load_data(data: DataConfig, folder: Path) -> dict[str, TensorData]:
         return {name: TensorData(part.inputs.float(), part.labels) for name, part in found.items()}
     if data.kind != "npz":
         raise complain("[data] kind", "'digits' or 'npz'", repr(data.kind), "choose one of them")
-    path = folder / data.path
+    return _load_npz(folder / data.path)
+
+
+def _load_npz(path: Path) -> dict[str, TensorData]:
     try:
         arrays = np.load(path, allow_pickle=False)
         names = set(arrays.files)
@@ -175,7 +201,7 @@ def _load_data(data: DataConfig, folder: Path) -> dict[str, TensorData]:
         raise ValueError(
             f"[data] path: expected an .npz file at {path}, got {error}; see --help"
         ) from error
-    parts = {}
+    parts: dict[str, TensorData] = {}
     for part in PARTS:
         keys = f"{part}_inputs", f"{part}_labels"
         if names.isdisjoint(keys) and part in ("meta", "validation"):
@@ -183,7 +209,14 @@ def _load_data(data: DataConfig, folder: Path) -> dict[str, TensorData]:
         missing = sorted(set(keys) - names)
         if missing:
             raise complain(str(path), ", ".join(keys), f"no {missing[0]}", "add the array")
-        inputs, labels = (torch.from_numpy(np.asarray(arrays[key])) for key in keys)
+        inputs, labels = (np.asarray(arrays[key]) for key in keys)
+        if inputs.ndim < 2 or inputs.dtype.kind not in "fiu" or not np.isfinite(inputs).all():
+            got = f"{inputs.dtype} of shape {inputs.shape}"
+            remedy = "mend the array; NaN and infinity are not allowed"
+            raise complain(f"{path} {keys[0]}", "finite numbers (N, ...)", got, remedy)
+        if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels < 0).any():
+            got = f"{labels.dtype} of shape {labels.shape}, or negative ones"
+            raise complain(f"{path} {keys[1]}", "class indices (N,) from 0", got, "mend the array")
         if len(inputs) != len(labels) or not len(inputs):
             raise complain(
                 f"{path} {part}",
@@ -191,5 +224,13 @@ def _load_data(data: DataConfig, folder: Path) -> dict[str, TensorData]:
                 f"{len(inputs)} inputs and {len(labels)} labels",
                 "mend the arrays",
             )
-        parts[part] = TensorData(inputs.float(), labels)
+        if parts and inputs.shape[1:] != parts["train"].inputs.shape[1:]:
+            shape = tuple(parts["train"].inputs.shape[1:])
+            got = f"{inputs.shape[1:]}"
+            raise complain(
+                f"{path} {keys[0]}", f"samples of shape {shape}, as in train", got, "mend it"
+            )
+        parts[part] = TensorData(
+            torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(labels.astype(np.int64))
+        )
     return parts

@@ -1,6 +1,7 @@
 """What a training run is: one frozen dataclass, also readable from TOML."""
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,18 @@ from iada.validation import complain
 
 METHODS = ("ce", "logit-adjustment", "isda", "meta-iada")
 SCHEDULES = ("constant", "cosine", "multistep")
+LEAST = {
+    "epochs": 1,
+    "ce_epochs": 0,
+    "batch_size": 1,
+    "meta_batch_size": 1,
+    "checkpoint_every": 1,
+    "momentum": 0,
+    "weight_decay": 0,
+    "alpha": 0,
+    "covariance_lr": 0,
+    "clip_norm": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -54,28 +67,50 @@ class TrainerConfig:
     checkpoint_every: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         choices = {"method": METHODS, "schedule": SCHEDULES, "structure": STRUCTURES}
-        for field in dataclasses.fields(self):
-            value, default = getattr(self, field.name), field.default
-            remedy = f"see TrainerConfig.{field.name}"
-            if isinstance(default, tuple):
-                if not all(type(item) is int for item in value):
-                    raise complain(field.name, "a list of integers", repr(value), remedy)
-                object.__setattr__(self, field.name, tuple(value))
-            elif isinstance(default, float) and type(value) is int:
-                object.__setattr__(self, field.name, float(value))
-            elif type(value) is not type(default):
-                wanted = f"a value of type {type(default).__name__}"
-                raise complain(field.name, wanted, repr(value), remedy)
-            if field.name in choices and value not in choices[field.name]:
-                wanted = f"one of {', '.join(map(repr, choices[field.name]))}"
-                raise complain(field.name, wanted, repr(value), remedy)
-        for name in ("epochs", "batch_size", "meta_batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise complain(name, "at least 1", repr(getattr(self, name)), "raise it")
-        if not 0 <= self.ce_epochs <= self.epochs:
-            wanted = f"between 0 and epochs={self.epochs}"
-            raise complain("ce_epochs", wanted, repr(self.ce_epochs), "it counts within epochs")
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                wanted = f"one of {', '.join(map(repr, allowed))}"
+                raise complain(name, wanted, repr(getattr(self, name)), "pass one of these")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise complain(name, f"at least {least}", repr(getattr(self, name)), "raise it")
+        for name in ("lr", "perturbation_lr", "gamma"):
+            if getattr(self, name) <= 0:
+                raise complain(name, "above 0", repr(getattr(self, name)), "raise it")
+        if self.momentum >= 1:
+            raise complain("momentum", "below 1", repr(self.momentum), "0.9 is usual")
+        if any(milestone < 1 for milestone in self.milestones):
+            raise complain("milestones", "epochs from 1", repr(self.milestones), "remove others")
+        if self.ce_epochs > self.epochs:
+            raise complain(
+                "ce_epochs",
+                f"at most epochs={self.epochs}",
+                repr(self.ce_epochs),
+                "set it too: it is the part of epochs that trains with plain CE first",
+            )
+
+
+def check_fields(config: Any) -> None:
+    """Each field of a frozen dataclass has the type of its default; numbers are finite.
+
+    An int stands for a float, and a list for a tuple of the default's kind.
+    """
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        remedy = f"see {type(config).__name__}.{field.name}"
+        if isinstance(default, tuple):
+            if not isinstance(value, list | tuple) or any(type(item) is not int for item in value):
+                raise complain(field.name, "a list of integers", repr(value), remedy)
+            object.__setattr__(config, field.name, tuple(value))
+        elif isinstance(default, float) and type(value) in (int, float):
+            if not math.isfinite(value):
+                raise complain(field.name, "a finite number", repr(value), remedy)
+            object.__setattr__(config, field.name, float(value))
+        elif type(value) is not type(default):
+            wanted = f"a value of type {type(default).__name__}"
+            raise complain(field.name, wanted, repr(value), remedy)
 
 
 def read_toml(path: Path, sections: dict[str, type]) -> dict[str, Any]:
@@ -86,7 +121,7 @@ def read_toml(path: Path, sections: dict[str, type]) -> dict[str, Any]:
     with open(path, "rb") as file:
         try:
             tables = tomllib.load(file)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: expected TOML, got {error}; mend that line") from error
     built = {}
     for section in tables:
@@ -95,6 +130,8 @@ def read_toml(path: Path, sections: dict[str, type]) -> dict[str, Any]:
             raise complain(f"{path} [{section}]", known, "another section", "rename or remove it")
     for section, kind in sections.items():
         values = tables.get(section, {})
+        if not isinstance(values, dict):
+            raise complain(f"{path} [{section}]", "a table", repr(values), f"write [{section}]")
         known_keys = [field.name for field in dataclasses.fields(kind)]
         for key in values:
             if key not in known_keys:

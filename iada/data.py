@@ -30,7 +30,7 @@ class TensorData(Dataset):
 
 
 class WithIndex(Dataset):
-    """A data set of (input, label, ...) items, each with its index appended after the label."""
+    """A data set of (input, label, ...) items as (input, label, index); the rest is dropped."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -43,13 +43,16 @@ class WithIndex(Dataset):
         return item[0], item[1], index
 
 
-def batches(dataset: Dataset, order: Sequence[list[int]], num_workers: int = 0) -> DataLoader:
+def batches(
+    dataset: Dataset, order: Sequence[list[int]], num_workers: int = 0, seed: int = 0
+) -> DataLoader:
     """A loader of (inputs, labels, index) batches in the given order.
 
-    It draws nothing from torch's global random state, which belongs to the model's dropout.
+    It draws nothing from torch's global random state, which belongs to the model's dropout;
+    `seed` is that of the workers. A `TensorData` itself is served without workers.
     """
-    own = torch.Generator().manual_seed(0)
-    if isinstance(dataset, TensorData):
+    own = torch.Generator().manual_seed(seed % 2**63)
+    if type(dataset) is TensorData:  # a subclass may have its own __getitem__
         return DataLoader(dataset, batch_sampler=order, collate_fn=_whole, generator=own)
     indexed = WithIndex(dataset)
     return DataLoader(indexed, batch_sampler=order, num_workers=num_workers, generator=own)
@@ -62,7 +65,7 @@ def _whole(batch: Any) -> Any:
 def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """A permutation of range(count) in batches of nearly equal size, none above `batch_size`.
 
-    Equal parts rather than a remainder, because BatchNorm cannot train on a batch of one.
+    Equal parts rather than a small remainder, whose batch statistics would be poor.
     """
     permutation = torch.randperm(count, generator=_generator(seed, epoch))
     parts = max(1, -(-count // batch_size))

@@ -24,7 +24,13 @@ from iada.loss import fused_loss
 from iada.perturbation import PerturbationNet
 from iada.prior import log_class_prior
 from iada.sample_characteristics import TrainingMemory, characteristics, loss_and_margin
-from iada.validation import complain
+from iada.validation import (
+    check_label_values,
+    check_labels,
+    check_tensor,
+    complain,
+    values_are_checked,
+)
 
 
 @dataclass(frozen=True)
@@ -129,8 +135,8 @@ class MetaIADA:
                 the training set.
             meta_batch: (inputs, labels), of any size.
         """
-        inputs, labels, *rest = batch
-        index = rest[0] if rest else None
+        inputs, labels, index = self._checked("batch", batch)
+        meta_batch = self._checked("meta_batch", meta_batch)[:2]
         head = self.classifier.head
         features, logits = self.classifier(inputs)
         self.covariance.update(features, labels)
@@ -143,6 +149,13 @@ class MetaIADA:
         epsilon = self.perturbation(traits)
         loss = self._loss(features, labels, sigma, epsilon)
         meta_loss = self._meta_loss(loss, meta_batch)
+        if values_are_checked(meta_loss.device) and not torch.isfinite(meta_loss):
+            raise complain(
+                "meta_batch",
+                "a finite cross-entropy after the virtual step",
+                str(float(meta_loss.detach())),
+                "look for bad numbers in its inputs, or lower lr",
+            )
         omega = list(self.perturbation.parameters())
         *grad_omega, grad_sigma = torch.autograd.grad(meta_loss, [*omega, sigma])
         for parameter, grad in zip(omega, grad_omega, strict=True):
@@ -161,13 +174,36 @@ class MetaIADA:
 
         Records losses and margins for the characteristics; Σ is left to the second phase.
         """
-        inputs, labels, *rest = batch
+        inputs, labels, index = self._checked("batch", batch)
         _, logits = self.classifier(inputs)
         losses, margin = loss_and_margin(logits, labels)
-        self.memory.record(losses.detach(), margin.detach(), labels, rest[0] if rest else None)
+        self.memory.record(losses.detach(), margin.detach(), labels, index)
         loss = losses.mean()
         descend(self.optimizer, loss, self.clip_norm)
         return loss.detach()
+
+    def _checked(self, name: str, batch: Sequence[Any]) -> tuple[Any, Tensor, Tensor | None]:
+        """(inputs, int64 labels, index or None), before anything is changed."""
+        if not isinstance(batch, list | tuple) or len(batch) < 2:
+            expected = "(inputs, labels) or (inputs, labels, index)"
+            raise complain(name, expected, f"a {type(batch).__name__}", "pass a tuple")
+        inputs, labels, *rest = batch
+        index = rest[0] if rest else None
+        check_tensor("labels", labels, f"the class indices of {name}")
+        check_labels(labels, len(labels))
+        labels = labels.long()
+        if values_are_checked(labels.device):
+            check_label_values(labels, self.classifier.head.out_features, None)
+            if index is not None and len(self.memory.samples) and len(index):
+                low, high = index.aminmax()
+                if low < 0 or high >= len(self.memory.samples):
+                    raise complain(
+                        f"{name} index",
+                        f"places in [0, {len(self.memory.samples)}), the memory's num_samples",
+                        f"{int(low)} to {int(high)}",
+                        "build TrainingMemory for the whole training set",
+                    )
+        return inputs, labels, index
 
     def state_dict(self) -> dict[str, Any]:
         """Ω, its optimizer, Σ with its statistics, and the memory; not the classifier's part."""

@@ -1,6 +1,7 @@
 """Algorithm 1 whole: plain CE to T1, then the method to T2, with checkpoints and resume."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from iada.data import TensorData, batches, epoch_order, stream_order
 from iada.meta import MetaIADA, MetaStep
 from iada.perturbation import PerturbationNet
 from iada.sample_characteristics import TrainingMemory
-from iada.validation import complain
+from iada.validation import check_label_values, complain
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -45,6 +46,10 @@ class Trainer:
         progress: show a bar, if tqdm is installed.
         num_workers: of the training loader.
 
+    A stopped run goes on bit for bit on a CPU: torch's random state is saved, and the order of the
+    data follows from the seed. Randomness of the data set's own (numpy's, Python's, or a worker's
+    within an epoch) is not saved. Modules in eval mode inside a backbone in training mode stay so.
+
     Attributes:
         history: one dict an epoch: epoch, loss, and accuracy (mean over classes) where there is
             a validation set.
@@ -65,6 +70,13 @@ class Trainer:
         progress: bool = False,
         num_workers: int = 0,
     ) -> None:
+        if not isinstance(head, nn.Linear):
+            got = f"a {type(head).__name__}"
+            raise complain("head", "an nn.Linear", got, "split the model before its last layer")
+        named = {"train_set": train_set, "meta_set": meta_set, "validation_set": validation_set}
+        for name, dataset in named.items():
+            if dataset is not None and len(dataset) == 0:  # type: ignore[arg-type]
+                raise complain(name, "at least one sample", "none", "check how it was selected")
         if config.method == "meta-iada" and meta_set is None:
             raise complain(
                 "meta_set", "a small clean data set", "None", "pass one, or choose another method"
@@ -100,6 +112,7 @@ class Trainer:
         with self._bar() as tick, _stop_flag() as stopped:
             while self.epoch < self.config.epochs:
                 if not self._run_epoch(stopped):
+                    self._check_losses()  # a diverged state must not replace a good checkpoint
                     self.save()
                     where = "" if self.folder is None else f"; resume from {self.folder}"
                     raise KeyboardInterrupt(f"stopped at epoch {self.epoch}{where}")
@@ -114,8 +127,10 @@ class Trainer:
         meta_phase = epoch >= config.ce_epochs
         meta_batches = self._meta_batches(len(order), len(rest)) if meta_phase else None
         self._set_alpha()
-        self._train_mode(True)
-        for batch in batches(self.train_set, rest, self.num_workers):
+        if not self.backbone.training:  # else parts that were put into eval mode stay there
+            self.backbone.train()
+        seed = config.seed * 1_000_003 + self._step
+        for batch in batches(self.train_set, rest, self.num_workers, seed):
             batch = self._to_device(batch)
             try:
                 if meta_phase:
@@ -134,18 +149,13 @@ class Trainer:
             if self.batch < len(order) and stopped():
                 return False
         self._end_epoch()
-        return not stopped() or self.epoch == config.epochs
+        return not stopped()
 
     def _end_epoch(self) -> None:
-        losses = torch.stack(self._losses)
-        bad = (~torch.isfinite(losses)).nonzero()
-        if len(bad):
-            first = int(bad[0, 0])
-            step = self._step - len(losses) + first
-            raise _diverged(str(float(losses[first])), step, self.epoch)
-        record: dict[str, Any] = {"epoch": self.epoch, "loss": float(losses.mean())}
+        mean_loss = self._check_losses()
+        record: dict[str, Any] = {"epoch": self.epoch, "loss": mean_loss}
         if self.validation_set is not None:
-            record["accuracy"] = float(self.class_accuracy(self.validation_set).mean())
+            record["accuracy"] = float(self.class_accuracy(self.validation_set).nanmean())
         self.history.append(record)
         if isinstance(self.method, MetaIADA):
             self.method.memory.end_epoch()
@@ -154,21 +164,29 @@ class Trainer:
         if self.epoch % self.config.checkpoint_every == 0 or self.epoch == self.config.epochs:
             self.save()
 
+    def _check_losses(self) -> float:
+        """The mean of the epoch's losses so far; FloatingPointError if one is not finite."""
+        losses = torch.stack(self._losses) if self._losses else torch.zeros(1)
+        bad = (~torch.isfinite(losses)).nonzero()
+        if len(bad):
+            first = int(bad[0, 0])
+            step = self._step - len(losses) + first
+            raise _diverged(str(float(losses[first])), step, self.epoch)
+        return float(losses.mean())
+
     @torch.no_grad()
     def class_accuracy(self, dataset: Dataset, batch_size: int = 512) -> Tensor:
         """Accuracy of each class on `dataset`, (C) float64; NaN for a class without samples."""
-        training = self.backbone.training
-        self._train_mode(False)
         num_classes = self.head.out_features
         right = torch.zeros(num_classes, dtype=torch.float64)
         total = torch.zeros(num_classes, dtype=torch.float64)
         rows = torch.arange(len(dataset)).split(batch_size)  # type: ignore[arg-type]
-        for batch in batches(dataset, [part.tolist() for part in rows]):
-            inputs, labels, *_ = self._to_device(batch)
-            hit = (self.head(self.backbone(inputs)).argmax(dim=1) == labels).cpu()
-            right.index_add_(0, labels.cpu(), hit.double())
-            total.index_add_(0, labels.cpu(), torch.ones(len(hit), dtype=torch.float64))
-        self._train_mode(training)
+        with _evaluating(self.backbone, self.head):
+            for batch in batches(dataset, [part.tolist() for part in rows]):
+                inputs, labels, *_ = self._to_device(batch)
+                hit = (self.head(self.backbone(inputs)).argmax(dim=1) == labels).cpu()
+                right.index_add_(0, labels.cpu(), hit.double())
+                total.index_add_(0, labels.cpu(), torch.ones(len(hit), dtype=torch.float64))
         return right / total
 
     def save(self) -> None:
@@ -188,6 +206,7 @@ class Trainer:
         """Everything that decides how the run goes on, the random state included."""
         cuda = self.head.weight.device.type == "cuda"
         return {
+            "config": dataclasses.asdict(self.config),
             "backbone": self.backbone.state_dict(),
             "head": self.head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -202,12 +221,23 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.backbone.load_state_dict(state["backbone"])
-        self.head.load_state_dict(state["head"])
+        """The inverse of `state_dict`.
+
+        Raises ValueError, with nothing changed, if the run had other settings (`checkpoint_every`
+        may differ, and `epochs` where no schedule depends on it), or if the model is another.
+        """
+        self._check_same_run(state["config"])
+        try:
+            self.backbone.load_state_dict(state["backbone"])
+            self.head.load_state_dict(state["head"])
+            self.method.load_state_dict(state["method"])
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(
+                f"checkpoint: expected the model and data of this run, got another's ({error}); "
+                "build the same backbone, head and data set, or choose another folder"
+            ) from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.method.load_state_dict(state["method"])
         self.epoch, self.batch = state["epoch"], state["batch"]
         self._losses = [loss.to(self.head.weight.device) for loss in state["losses"]]
         self.history = state["history"]
@@ -215,13 +245,27 @@ class Trainer:
         if state["cuda_random_state"]:
             torch.cuda.set_rng_state_all(state["cuda_random_state"])
 
+    def _check_same_run(self, former: dict[str, Any]) -> None:
+        config = self.config
+        free = {"checkpoint_every"}
+        if config.schedule != "cosine" and not config.alpha_ramp:
+            free.add("epochs")
+        for name, value in dataclasses.asdict(config).items():
+            if name not in free and former.get(name) != value:
+                raise complain(
+                    f"checkpoint's {name}",
+                    f"{value!r} as in this run's settings",
+                    repr(former.get(name)),
+                    "resume with the former settings, or choose another folder",
+                )
+
     def _build_method(self, class_counts: Tensor) -> FirstOrder | MetaIADA:
         config, weight = self.config, self.head.weight
         shape = (self.head.out_features, self.head.in_features)
         shared = (self.backbone, self.head, self.optimizer, class_counts)
         covariance = None
+        dtype = torch.promote_types(torch.float32, weight.dtype)
         if config.method in ("isda", "meta-iada"):
-            dtype = torch.promote_types(torch.float32, weight.dtype)
             covariance = ClassCovariance(*shape, config.structure).to(weight.device, dtype)
         if config.method != "meta-iada":
             return FirstOrder(
@@ -231,7 +275,7 @@ class Trainer:
                 beta=config.beta if config.method == "logit-adjustment" else 0.0,
                 clip_norm=config.clip_norm,
             )
-        perturbation = PerturbationNet().to(weight.device, weight.dtype)
+        perturbation = PerturbationNet().to(weight.device, dtype)
         memory = TrainingMemory(shape[0], len(self.train_set))  # type: ignore[arg-type]
         return MetaIADA(
             *shared,
@@ -240,7 +284,7 @@ class Trainer:
                 perturbation.parameters(), lr=config.perturbation_lr
             ),
             covariance=covariance,
-            memory=memory.to(weight.device, weight.dtype),
+            memory=memory.to(weight.device, dtype),
             alpha=config.alpha,
             beta=config.beta,
             covariance_lr=config.covariance_lr,
@@ -276,10 +320,6 @@ class Trainer:
         yield from self.backbone.parameters()
         yield from self.head.parameters()
 
-    def _train_mode(self, training: bool) -> None:
-        self.backbone.train(training)
-        self.head.train(training)
-
     def _to_device(self, batch: Sequence[Any]) -> tuple[Any, ...]:
         device = self.head.weight.device
         return tuple(part.to(device, non_blocking=True) for part in batch)
@@ -308,6 +348,19 @@ def _diverged(got: str, step: int, epoch: int) -> FloatingPointError:
     )
 
 
+@contextlib.contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode while inside; afterwards each module in the mode it had."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def _schedule(
     optimizer: torch.optim.Optimizer, config: TrainerConfig
 ) -> torch.optim.lr_scheduler.LRScheduler:
@@ -320,6 +373,7 @@ def _schedule(
 
 def _count_classes(train_set: Dataset, num_classes: int) -> Tensor:
     if isinstance(train_set, TensorData):
+        check_label_values(train_set.labels, num_classes, None)
         return torch.bincount(train_set.labels, minlength=num_classes)
     raise complain(
         "class_counts",

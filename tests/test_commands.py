@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def test_train_writes_its_result(config, tmp_path, capsys):
     assert len(result["history"]) == 6
     assert "balanced test accuracy" in capsys.readouterr().out
     assert main(["train", "--config", str(config), "--out", str(out)]) == 2
-    assert "add --resume" in capsys.readouterr().out
+    assert "add --resume" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_a_resumable_checkpoint(config, tmp_path):
@@ -103,6 +104,12 @@ def test_ctrl_c_leaves_a_resumable_checkpoint(config, tmp_path):
         ("[model]", "[net]", r"\[net\]: expected \[data\], \[model\], \[trainer\]"),
         ("lr = 0.1", "lr = ", "expected TOML"),
         ("lr = 0.1", 'lr = "x"', r"\[trainer\] lr: expected a value of type float, got 'x'"),
+        ("[16]", '"abc"', r"\[model\] hidden: expected a list of integers, got 'abc'"),
+        ("[16]", "[-2]", r"\[model\] hidden: expected widths from 1"),
+        ("[16]", '[16]\ndevice = "gpu"', r"\[model\] device: expected a torch device, got 'gpu'"),
+        ("lr = 0.1", "lr = nan", r"\[trainer\] lr: expected a finite number, got nan"),
+        ("lr = 0.1", "clip_norm = -1", r"\[trainer\] clip_norm: expected at least 0, got -1"),
+        ("ce_epochs = 1", "", r"ce_epochs: expected at most epochs=6, got 160; set it too"),
         ('"npz"', '"zip"', r"\[data\] kind: expected 'digits' or 'npz', got 'zip'"),
         ("data.npz", "none.npz", r"\[data\] path: expected an .npz file"),
         ("data.npz", "config.toml", r"\[data\] path: expected an .npz file"),
@@ -113,7 +120,7 @@ def test_configuration_errors_name_the_place(config, tmp_path, capsys, before, a
     assert before in text
     config.write_text(text.replace(before, after))
     assert main(["train", "--config", str(config), "--out", str(tmp_path / "run")]) == 2
-    assert __import__("re").search(message, capsys.readouterr().out)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_npz_without_a_part_is_named(config, tmp_path, capsys):
@@ -121,11 +128,32 @@ def test_npz_without_a_part_is_named(config, tmp_path, capsys):
         kept = {name: arrays[name] for name in arrays.files if name != "test_labels"}
     np.savez(tmp_path / "data.npz", **kept)
     assert main(["train", "--config", str(config), "--out", str(tmp_path / "run")]) == 2
-    assert "no test_labels" in capsys.readouterr().out
+    assert "no test_labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("test_inputs", np.zeros((30, 3)), "samples of shape"),
+        ("train_inputs", np.full((48, 2, 4), np.nan), "finite numbers"),
+        ("train_inputs", np.array(["a"] * 48), "finite numbers"),
+        ("meta_labels", np.full(12, -1), "class indices"),
+        ("meta_labels", np.zeros(12), "class indices"),
+        ("validation_labels", np.zeros(5, dtype=int), "as many labels as inputs"),
+    ],
+)
+def test_damaged_arrays_are_named(config, tmp_path, capsys, name, value, message):
+    with np.load(tmp_path / "data.npz") as arrays:
+        kept = dict(arrays)
+    np.savez(tmp_path / "data.npz", **{**kept, name: value})
+    assert main(["train", "--config", str(config), "--out", str(tmp_path / "run")]) == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert name.split("_")[0] in text
 
 
 def test_an_unwritable_folder_is_found_before_training(config, tmp_path, capsys):
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the folder should be")
     assert main(["train", "--config", str(config), "--out", str(blocked)]) == 2
-    assert "error:" in capsys.readouterr().out
+    assert "folder: expected" in capsys.readouterr().err

@@ -195,6 +195,44 @@ def test_state_dict_resumes_bit_for_bit():
     assert torch.equal(one.covariance.covariance, other.covariance.covariance)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "name"),
+    [
+        (lambda x, y: ((x, y.float()), None), "labels"),
+        (lambda x, y: ((x, y + 5), None), "labels"),
+        (lambda x, y: ((x, y - 100), None), "labels"),
+        (lambda x, y: (None, (x, y + 5)), "labels"),
+        (lambda x, y: (None, (x, y.tolist())), "labels"),
+        (lambda x, y: (x, None), "batch"),
+    ],
+)
+def test_bad_batches_are_refused_before_anything_changes(spoil, name):
+    meta = make_meta()
+    batch, meta_batch = make_batches()
+    bad, bad_meta = spoil(*batch)
+    with pytest.raises(ValueError, match=rf"^{name}: expected"):
+        meta.step(batch if bad is None else bad, meta_batch if bad_meta is None else bad_meta)
+    assert int(meta.covariance.count.sum()) == 0
+    assert int(meta.memory.class_counts.sum()) == 0
+
+
+def test_a_bad_meta_batch_leaves_the_perturbation_network():
+    meta = make_meta()
+    batch, (meta_x, meta_y) = make_batches()
+    with pytest.raises(ValueError, match="^meta_batch: expected a finite cross-entropy"):
+        meta.step(batch, (meta_x * float("nan"), meta_y))
+    assert all(bool(torch.isfinite(p).all()) for p in meta.perturbation.parameters())
+    assert torch.isfinite(meta.covariance.covariance).all()
+
+
+def test_any_integer_labels():
+    one, other = make_meta(), make_meta()
+    (x, y), (meta_x, meta_y) = make_batches()
+    a = one.step((x, y), (meta_x, meta_y))
+    b = other.step((x, y.to(torch.int32)), (meta_x, meta_y.to(torch.uint8)))
+    assert torch.equal(a.loss, b.loss)
+
+
 def test_head_must_be_linear():
     with pytest.raises(ValueError, match=r"^head: expected .*nn\.Linear"):
         iada.MetaIADA(nn.Identity(), nn.Sequential(nn.Linear(5, 3)), None, COUNTS)

@@ -86,6 +86,101 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, method, stop_after):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("other", [{"method": "ce"}, {"lr": 0.2}, {"epochs": 8}, {"seed": 5}])
+def test_resume_refuses_another_run_and_changes_nothing(tmp_path, other):
+    make_trainer(tmp_path).fit()
+    trainer = make_trainer(tmp_path, **other)
+    before = [p.clone() for p in parameters(trainer)]
+    name = next(iter(other))
+    with pytest.raises(ValueError, match=rf"checkpoint's {name}: expected .* got .*; resume with"):
+        trainer.resume()
+    for a, b in zip(before, parameters(trainer), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_resume_refuses_another_model(tmp_path):
+    make_trainer(tmp_path).fit()
+    trainer = make_trainer(tmp_path)
+    trainer.backbone[1] = torch.nn.Linear(8, 5)
+    with pytest.raises(ValueError, match="checkpoint: expected the model and data of this run"):
+        trainer.resume()
+
+
+def test_more_epochs_may_be_added_where_no_schedule_depends_on_them(tmp_path):
+    settings = {"schedule": "multistep", "milestones": (1, 3)}
+    make_trainer(tmp_path, **settings).fit()
+    more = make_trainer(tmp_path, **settings, epochs=6)
+    assert more.resume()
+    assert len(more.fit()) == 6
+
+
+def test_a_stop_after_divergence_keeps_the_good_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, method="ce", ce_epochs=0, lr=1e20)
+    trainer.save()
+    step = trainer.method.step
+
+    def stop_later(*arguments):
+        if trainer.batch == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    trainer.method.step = stop_later
+    with pytest.raises(FloatingPointError, match="at step"):
+        trainer.fit()
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state["head"].values())
+
+
+def test_a_stop_in_the_last_step_is_not_swallowed(tmp_path):
+    trainer = make_trainer(tmp_path, method="ce", epochs=1, ce_epochs=0)
+    trainer.observe = lambda own, batch, result: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
+def test_parts_in_eval_mode_stay_so():
+    trainer = make_trainer(method="ce", epochs=1, ce_epochs=0)
+    trainer.backbone[-1].eval()
+    trainer.fit()
+    trainer.class_accuracy(make_data())
+    assert trainer.backbone.training
+    assert not trainer.backbone[-1].training
+
+
+def test_half_precision_models_train():
+    torch.manual_seed(0)
+    backbone, head = mlp(8, (16,), 3, torch.bfloat16)
+    data = make_data()
+    half = iada.TensorData(data.inputs.bfloat16(), data.labels)
+    iada.Trainer(backbone, head, half, half, iada.TrainerConfig(**SMALL)).fit()
+    assert head.weight.dtype == torch.bfloat16
+
+
+def test_workers_get_another_seed_each_epoch_and_run():
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            return torch.rand(1), i
+
+    def draw(seed):
+        return next(iter(batches(Noisy(), [[0, 1]], num_workers=1, seed=seed)))[0]
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+def test_a_subclass_of_tensor_data_is_asked_item_by_item():
+    class Shifted(iada.TensorData):
+        def __getitem__(self, i):
+            inputs, labels, index = super().__getitem__(i)
+            return inputs + 100, labels, index
+
+    data = Shifted(make_data().inputs, make_data().labels)
+    assert next(iter(batches(data, [[0, 1]])))[0].min() > 50
+
+
 def test_nothing_to_resume(tmp_path):
     assert not make_trainer(tmp_path).resume()
     assert not make_trainer().resume()
@@ -146,6 +241,11 @@ def test_arguments_are_checked():
         ("batch_size", 0),
         ("lr", "fast"),
         ("milestones", [1.5]),
+        ("milestones", 5),
+        ("lr", -0.1),
+        ("lr", float("nan")),
+        ("momentum", 5.0),
+        ("clip_norm", -1.0),
         ("project", 1),
     ],
 )

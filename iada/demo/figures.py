@@ -104,7 +104,7 @@ def _adversarial_share(records: Records, path: Path) -> None:
     shares = 100 * np.array([r["strengths"]["class_share"] for r in records])
     figure, axes = plt.subplots(figsize=(8, 2.8))
     names = [f"C{c + 1}" for c in range(NUM_CLASSES)]
-    error = 100 * _spread(shares / 100)
+    error = _spread(shares)
     axes.bar(
         names, shares.mean(axis=0), yerr=error, color=COLOURS["meta-iada"], error_kw={"lw": 0.8}
     )
@@ -118,7 +118,7 @@ def _clean_against_flipped(records: Records, path: Path) -> None:
         [[r["strengths"]["share_clean"], r["strengths"]["share_flipped"]] for r in records]
     )
     names, colours = ("right label", "flipped label"), ("#0072B2", "#D55E00")
-    error = 100 * _spread(shares / 100)
+    error = _spread(shares)
     left.bar(names, shares.mean(axis=0), yerr=error, color=colours, error_kw={"lw": 0.8})
     left.set(ylabel="adversarial (%)", ylim=(0, 105))
     for name, colour, key in zip(

@@ -21,15 +21,17 @@ def write_report(records: Sequence[dict[str, Any]], folder: Path, command: str) 
     """Write the report of these records into `folder`; the path of its page."""
     folder.mkdir(parents=True, exist_ok=True)
     results = {"machine": machine(), "runs": records}
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     table = markdown_table(records)
-    (folder / "table.md").write_text(table + "\n")
+    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     figures = [
         f'<figure><img src="{name}" alt="{html.escape(caption)}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         for name, caption in draw_all(records, folder).items()
     ]
-    page = string.Template(resources.files("iada.demo").joinpath("page.html").read_text())
+    page = string.Template(
+        resources.files("iada.demo").joinpath("page.html").read_text(encoding="utf-8")
+    )
     text = page.substitute(
         introduction=html.escape(
             f"scikit-learn's digits: {TRAIN} training images a class, {META} for the clean and "
@@ -45,7 +47,7 @@ def write_report(records: Sequence[dict[str, Any]], folder: Path, command: str) 
         torch=torch.__version__,
     )
     path = folder / "index.html"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -27,12 +27,13 @@ def markdown_table(records: Sequence[dict[str, Any]]) -> str:
         "| method | " + " | ".join(SCENARIOS[s] for s in scenarios) + " |",
         "|---|" + "---:|" * len(scenarios),
     ]
+    seeds = len({record["seed"] for record in records})
     best = {s: max((summarise(records, s, m)[0], m) for m in methods)[1] for s in scenarios}
     for method in methods:
         cells = []
         for scenario in scenarios:
             mean, std = summarise(records, scenario, method)
-            cell = f"{mean:.1f} ± {std:.1f}"
+            cell = f"{mean:.1f} ± {std:.1f}" if seeds > 1 else f"{mean:.1f}"
             cells.append(f"**{cell}**" if best[scenario] == method else cell)
         lines.append(f"| {METHODS[method]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
