@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib.util
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from iada.checkpoint import load_checkpoint, save_checkpoint
 from iada.config import TrainerConfig
 from iada.covariance import ClassCovariance
 from iada.data import TensorData, batches, epoch_order, stream_order
+from iada.interrupt import stop_flag
 from iada.meta import MetaIADA, MetaStep
 from iada.perturbation import PerturbationNet
 from iada.sample_characteristics import TrainingMemory
@@ -109,7 +109,7 @@ class Trainer:
         KeyboardInterrupt. A loss that is not finite raises FloatingPointError naming the step,
         with the last checkpoint intact.
         """
-        with self._bar() as tick, _stop_flag() as stopped:
+        with self._bar() as tick, stop_flag() as stopped:
             while self.epoch < self.config.epochs:
                 if not self._run_epoch(stopped):
                     self._check_losses()  # a diverged state must not replace a good checkpoint
@@ -381,27 +381,3 @@ def _count_classes(train_set: Dataset, num_classes: int) -> Tensor:
         "None",
         "pass torch.bincount(training_labels, minlength=C)",
     )
-
-
-@contextlib.contextmanager
-def _stop_flag() -> Iterator[Callable[[], bool]]:
-    """While inside, a first Ctrl-C or SIGTERM is only noted; a second acts as it did before."""
-    caught = False
-    former: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal caught
-        caught = True
-        restore()
-
-    try:
-        with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
-            for number in (signal.SIGINT, signal.SIGTERM):
-                former[number] = signal.signal(number, note)
-        yield lambda: caught
-    finally:
-        restore()

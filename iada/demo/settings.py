@@ -5,8 +5,8 @@ the test images played no part. Epochs, batch size, schedule and clipping are th
 methods; each had the same grid over lr (long tail: 0.2, 0.3, 0.5; noise: 0.02, 0.05, 0.1) and keeps
 its best; the baselines are no better below these grids. Meta-IADA had a few more tries on the long
 tail: alpha (0, 0.02, 0.1, 0.25, 1), T1 (0, 10, 50), Adam's rate, and beta. None of them passed
-Logit Adjustment there. Without clip_norm, ISDA and Meta-IADA can diverge on the long tail at lr 0.2 and
-above; alpha 1 costs Meta-IADA about 11 points.
+Logit Adjustment there. Without clip_norm, ISDA and Meta-IADA can diverge on the long tail at lr 0.2
+and above; alpha 1 costs Meta-IADA about 11 points.
 """
 
 from iada.config import TrainerConfig
