@@ -321,8 +321,7 @@ class Trainer:
         yield from self.head.parameters()
 
     def _to_device(self, batch: Sequence[Any]) -> tuple[Any, ...]:
-        device = self.head.weight.device
-        return tuple(part.to(device, non_blocking=True) for part in batch)
+        return tuple(_moved(part, self.head.weight.device) for part in batch)
 
     @contextlib.contextmanager
     def _bar(self) -> Iterator[Callable[[], None]]:
@@ -339,6 +338,17 @@ class Trainer:
                 bar.update()
 
             yield tick
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    """Tensors, also those in dicts (a tokenizer's output), lists and tuples, on `device`."""
+    if isinstance(part, Tensor):
+        return part.to(device, non_blocking=True)
+    if isinstance(part, dict):
+        return {key: _moved(value, device) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return type(part)(_moved(value, device) for value in part)
+    return part
 
 
 def _diverged(got: str, step: int, epoch: int) -> FloatingPointError:

@@ -220,6 +220,26 @@ def test_any_map_style_data_set():
         assert torch.equal(a, b)
 
 
+def test_inputs_may_be_a_dict():
+    class Tokens(torch.utils.data.Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, i):
+            return {"ids": torch.full((4,), float(i)), "mask": torch.ones(4)}, i % 3
+
+    class Backbone(torch.nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs["ids"] * inputs["mask"])
+
+    config = iada.TrainerConfig(**{**SMALL, "epochs": 2, "ce_epochs": 1, "lr": 0.001})
+    counts = torch.tensor([4, 4, 4])
+    trainer = iada.Trainer(
+        Backbone(4, 5), torch.nn.Linear(5, 3), Tokens(), Tokens(), config, class_counts=counts
+    )
+    assert len(trainer.fit()) == 2
+
+
 def test_arguments_are_checked():
     backbone, head = mlp(8, (16,), 3)
     config = iada.TrainerConfig(**SMALL)
