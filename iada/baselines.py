@@ -70,9 +70,11 @@ class FirstOrder:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
+        """The covariance with its statistics, where the method has one."""
         return {} if self.covariance is None else {"covariance": self.covariance.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
         if self.covariance is not None:
             self.covariance.load_state_dict(state["covariance"])
 

@@ -55,6 +55,7 @@ class Classifier(nn.Module):
         self.head = head
 
     def forward(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Features h (N, A) and logits z = Wh + b (N, C)."""
         features = self.backbone(inputs)
         return features, self.head(features)
 

@@ -26,6 +26,10 @@ class PerturbationNet(nn.Module):
         self.strength = nn.Linear(hidden, 1)
 
     def forward(self, characteristics: Tensor) -> Tensor:
+        """ε (N,) of characteristics (N, 15). A single row is normalised by running statistics.
+
+        Raises ValueError for another width or dtype.
+        """
         width = self.norm.num_features
         expected = f"a floating-point tensor (N, {width})"
         check_float("characteristics", characteristics, expected, (None, width))

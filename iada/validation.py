@@ -46,6 +46,7 @@ def check_float(name: str, tensor: Tensor, expected: str, sizes: tuple[int | Non
 
 
 def check_tensor(name: str, tensor: Tensor, expected: str) -> None:
+    """A torch tensor, whatever its dtype."""
     if not isinstance(tensor, Tensor):
         raise complain(
             name, expected, f"a {type(tensor).__name__}", "wrap it with torch.as_tensor(...)"
@@ -53,6 +54,7 @@ def check_tensor(name: str, tensor: Tensor, expected: str) -> None:
 
 
 def check_sizes(name: str, tensor: Tensor, expected: str, sizes: tuple[int | None, ...]) -> None:
+    """As many axes as `sizes`, each of that size (None: any)."""
     same = len(sizes) == tensor.dim() and all(
         want is None or want == have for want, have in zip(sizes, tensor.shape, strict=True)
     )
@@ -68,6 +70,7 @@ def check_sizes(name: str, tensor: Tensor, expected: str, sizes: tuple[int | Non
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, peer: str) -> None:
+    """On `device`, where `peer` is."""
     if tensor.device != device:
         raise complain(
             name,
@@ -94,6 +97,7 @@ def values_are_checked(device: torch.device) -> bool:
 
 
 def check_label_values(labels: Tensor, num_classes: int, ignore_index: int | None) -> None:
+    """Labels in [0, C) or `ignore_index`; reads them, and names the first row that is wrong."""
     if labels.numel() == 0:
         return
     low, high = labels.aminmax()
@@ -113,6 +117,7 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int | Non
 
 
 def check_finite(name: str, tensor: Tensor, remedy: str) -> None:
+    """No NaN and no infinity; reads the tensor, and names the first place that is wrong."""
     if math.isfinite(tensor.sum(dtype=torch.float64)):  # one pass; a sum of finite may overflow
         return
     if not torch.isfinite(tensor).all():
@@ -177,6 +182,7 @@ def check_loss_arguments(
 
 
 def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:
+    """float32 or float64, full (C, A, A) or diagonal (C, A)."""
     full, diagonal = (num_classes, width, width), (num_classes, width)
     expected = f"a float32 or float64 tensor {full} (full) or {diagonal} (diagonal)"
     check_tensor("covariance", covariance, expected + " or an iada.ClassCovariance")

@@ -12,6 +12,7 @@ from iada_kernels.native import library
 
 
 def main() -> int:
+    """Print the table; the exit code."""
     for name in ("iada", "torch", "triton"):
         print(f"{name:8} {_version(name)}")
     print(f"{'python':8} {platform.python_version()} on {platform.machine()}")

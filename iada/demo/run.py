@@ -67,6 +67,7 @@ class StrengthLog:
             self.epsilon.append(result.epsilon)
 
     def summary(self, split: Split) -> Strengths:
+        """Shares and histograms over all visits seen."""
         index, epsilon = torch.cat(self.index), torch.cat(self.epsilon)
         labels, flipped = split.train.labels[index], split.flipped[index]
         adversarial = (epsilon > 0).double()

@@ -42,6 +42,7 @@ if PATH is not None:
 
 
 def is_available() -> bool:
+    """Whether the compiled library is loaded; else WHY_MISSING says why not."""
     return PATH is not None
 
 
