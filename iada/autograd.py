@@ -7,7 +7,13 @@ from torch import Tensor
 
 from iada.precision import full_precision
 from iada_kernels import closed_form
-from iada_kernels.contract import Backend, LossInputs, LossNeeds, LossOptions
+from iada_kernels.contract import (
+    Backend,
+    ClassStatistics,
+    LossInputs,
+    LossNeeds,
+    LossOptions,
+)
 
 
 class IADALossFunction(torch.autograd.Function):
@@ -29,10 +35,11 @@ class IADALossFunction(torch.autograd.Function):
         labels: Tensor,
         options: LossOptions,
         backend: Backend,
+        stream: ClassStatistics | None,
     ) -> Tensor:
         inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)
         needs = LossNeeds(*ctx.needs_input_grad[:6])
-        loss, ctx.saved = backend.loss_forward(inputs, options, needs)
+        loss, ctx.saved = backend.loss_forward(inputs, options, needs, stream)
         ctx.save_for_backward(features, weight, bias, covariance, epsilon, log_prior, labels)
         ctx.options, ctx.backend = options, backend
         return loss
@@ -41,7 +48,7 @@ class IADALossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         with full_precision(grad_loss.device):  # backward may be called under autocast
             if torch.is_grad_enabled():
-                return (*_backward_with_graph(ctx, grad_loss), None, None, None)
+                return (*_backward_with_graph(ctx, grad_loss), None, None, None, None)
             *tensors, labels = ctx.saved_tensors
             needs = LossNeeds(*ctx.needs_input_grad[:6])
             grads = ctx.backend.loss_backward(
@@ -59,7 +66,7 @@ class IADALossFunction(torch.autograd.Function):
             None if grad is None or tensor is None else grad.to(tensor.dtype)
             for grad, tensor in zip(found, tensors, strict=True)
         ]
-        return (*cast, None, None, None)
+        return (*cast, None, None, None, None)
 
 
 def _backward_with_graph(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from iada.precision import full_precision
 from iada.validation import (
     check_device,
-    check_finite,
+    check_finite_features,
     check_float,
     check_label_values,
     check_labels,
@@ -95,11 +95,7 @@ class ClassCovariance(nn.Module):
         labels = labels.long()
         if values_are_checked(device):
             check_label_values(labels, num_classes, ignore_index)
-            check_finite(
-                "features",
-                features.to(self.mean.dtype),
-                "skip the batch, or look for what overflowed",
-            )
+        check_finite_features(features, self.mean.dtype)
         if 0 <= ignore_index < num_classes:  # a label outside is left out anyway
             labels = torch.where(labels == ignore_index, -1, labels)
         passes = select_backend(backend, device, features.dtype)

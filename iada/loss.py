@@ -6,8 +6,8 @@ from iada.autograd import IADALossFunction
 from iada.covariance import ClassCovariance
 from iada.precision import full_precision
 from iada.prior import log_class_prior
-from iada.validation import check_loss_arguments
-from iada_kernels.contract import LossOptions
+from iada.validation import check_finite_features, check_loss_arguments
+from iada_kernels.contract import ClassStatistics, LossOptions
 from iada_kernels.dispatch import select_backend
 
 
@@ -76,16 +76,16 @@ def fused_loss(
     )
     passes = select_backend(backend, features.device, features.dtype)
     options = LossOptions(float(alpha), float(beta), ignore_index, reduction)
+    tensors = (features, weight, bias, covariance, epsilon, log_prior, labels.long())
     with full_precision(features.device):
-        return IADALossFunction.apply(
-            features, weight, bias, covariance, epsilon, log_prior, labels.long(), options, passes
-        )
+        return IADALossFunction.apply(*tensors, options, passes, None)
 
 
 class IADALoss(nn.Module):
     """The loss with the state it needs: class covariance and log prior.
 
-    In training mode each call first streams the batch's detached features into the covariance.
+    In training mode each call first streams the batch's detached features into the covariance; loss
+    and update are one call of the backend.
 
     Args:
         num_classes: C.
@@ -93,7 +93,7 @@ class IADALoss(nn.Module):
         class_counts: training samples of each class, (C), from which π follows; None for no
             adjustment.
         structure: "full" or "diag", see `ClassCovariance`.
-        alpha, beta, ignore_index, reduction: as in `fused_loss`. alpha and beta are plain
+        alpha, beta, ignore_index, reduction, backend: as in `fused_loss`. alpha and beta are plain
             attributes, to be annealed.
     """
 
@@ -109,6 +109,7 @@ class IADALoss(nn.Module):
         beta: float = 1.0,
         ignore_index: int = -100,
         reduction: str = "mean",
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         self.covariance = ClassCovariance(num_classes, num_features, structure)
@@ -116,6 +117,7 @@ class IADALoss(nn.Module):
         self.register_buffer("log_prior", prior)
         self.alpha, self.beta = alpha, beta
         self.ignore_index, self.reduction = ignore_index, reduction
+        self.backend = backend
 
     def forward(
         self,
@@ -126,34 +128,20 @@ class IADALoss(nn.Module):
         epsilon: Tensor | None = None,
     ) -> Tensor:
         """Eq. 6 for features (N, A), the head's weight (C, A) and bias (C), labels (N)."""
-        if self.training:
-            check_loss_arguments(  # before the covariance takes the batch in
-                features,
-                weight,
-                bias,
-                labels,
-                self.covariance.covariance,
-                epsilon,
-                self.log_prior,
-                self.alpha,
-                self.beta,
-                self.ignore_index,
-                self.reduction,
-            )
-            self.covariance.update(features, labels, ignore_index=self.ignore_index)
-        return fused_loss(
-            features,
-            weight,
-            bias,
-            labels,
-            covariance=self.covariance,
-            epsilon=epsilon,
-            log_prior=self.log_prior,
-            alpha=self.alpha,
-            beta=self.beta,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
+        sigma = self.covariance.covariance
+        arguments = (features, weight, bias, labels, sigma, epsilon, self.log_prior)
+        check_loss_arguments(*arguments, self.alpha, self.beta, self.ignore_index, self.reduction)
+        options = LossOptions(
+            float(self.alpha), float(self.beta), self.ignore_index, self.reduction
         )
+        stream = None
+        if self.training:
+            check_finite_features(features, sigma.dtype)
+            stream = ClassStatistics(self.covariance.mean, self.covariance.count)
+        passes = select_backend(self.backend, features.device, features.dtype)
+        tensors = (features, weight, bias, sigma, epsilon, self.log_prior, labels.long())
+        with full_precision(features.device):
+            return IADALossFunction.apply(*tensors, options, passes, stream)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, reduction={self.reduction!r}"

@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iada.precision import full_precision
 from iada.validation import check_labels, check_sizes, complain
+from iada_kernels.dispatch import select_backend
 
 
 def loss_and_margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +91,7 @@ def characteristics(
     memory: TrainingMemory | None = None,
     index: Tensor | None = None,
     neighbours: int = 5,
+    backend: str | None = None,
 ) -> Tensor:
     """The fifteen characteristics of each sample, (N, 15), detached, at least float32.
 
@@ -101,6 +104,7 @@ def characteristics(
         memory: last epoch's means; None leaves columns 7, 9, 10, 12, 13 and 14 at 0.
         index: of each sample in the training set, (N) int64, for columns 13 and 14.
         neighbours: k of column 15.
+        backend: as in `fused_loss`.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -117,16 +121,10 @@ def characteristics(
     h, z, w = features.to(dtype), logits.to(dtype), weight.to(dtype)
     labels = labels.long()
 
-    loss, margin = loss_and_margin(z, labels)
-    log_p = z.log_softmax(dim=1)
-    p = log_p.exp()
-    own = p.gather(1, labels[:, None])[:, 0]
-    # ‖onehot − p‖² = (1 − p_y)² + Σ_{j≠y} p_j², without cancellation at confident samples.
-    others = p.scatter(1, labels[:, None], 0.0)
-    distance = (others.sum(dim=1).square() + others.square().sum(dim=1)).sqrt()
-    entropy = -(p * log_p).nan_to_num(0.0).sum(dim=1)
-    own_weight = w[labels]
-
+    passes = select_backend(backend, z.device, z.dtype)
+    with full_precision(z.device):
+        batch = passes.characteristics(h, z, labels, w, neighbours)
+    loss, margin, distance, cosine, entropy, norm, own, share = batch.unbind(dim=1)
     zero = torch.zeros_like(loss)
     class_loss = class_margin = loss_excess = margin_excess = loss_change = margin_change = zero
     if memory is not None:
@@ -143,29 +141,17 @@ def characteristics(
         loss,
         margin,
         distance,
-        F.cosine_similarity(h, own_weight, dim=1),
+        cosine,
         entropy,
         log_prior.to(dtype).exp()[labels],
         class_loss,
-        own_weight.norm(dim=1),
+        norm,
         loss_excess,
         margin_excess,
         own,
         class_margin,
         loss_change,
         margin_change,
-        same_label_share(h, labels, neighbours),
+        share,
     ]
     return torch.stack(columns, dim=1)
-
-
-def same_label_share(features: Tensor, labels: Tensor, neighbours: int) -> Tensor:
-    """The share of the same label among each row's k nearest others by cosine, (N); 0 if alone."""
-    count = len(features)
-    k = min(neighbours, count - 1)
-    if k < 1:
-        return features.new_zeros(count)
-    unit = F.normalize(features, dim=1)
-    similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
-    nearest = similarity.topk(k, dim=1).indices
-    return (labels[nearest] == labels[:, None]).to(features.dtype).mean(dim=1)

@@ -126,6 +126,13 @@ def check_finite(name: str, tensor: Tensor, remedy: str) -> None:
         raise complain(name, "finite numbers", f"{value} at index {place}", remedy)
 
 
+def check_finite_features(features: Tensor, dtype: torch.dtype) -> None:
+    """Finite at the statistics' dtype, where values are checked: others would spoil Σ for good."""
+    if values_are_checked(features.device):
+        remedy = "skip the batch, or look for what overflowed"
+        check_finite("features", features.detach().to(dtype), remedy)
+
+
 def check_number(name: str, value: float) -> None:
     """A plain finite number; tensors are refused because reading one waits for its device."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -304,3 +304,41 @@ def test_module_trains_the_head_and_anneals_alpha():
 def test_sign_margin_of_the_problems_is_what_it_says():
     problem = random_problem(rows=20, margin=1e-3)
     assert sign_argument(problem).abs().min() > 1e-3 * problem.weight.abs().max()
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("ignore_index", [-100, 2])
+def test_the_loss_module_updates_and_computes_in_one_call(structure, ignore_index, target):
+    problem = random_problem(31, 5, 6, structure=None, ignore_index=ignore_index).to(target.device)
+    generator = torch.Generator().manual_seed(0)
+    history = torch.randn(40, 6, generator=generator).to(target.device)
+    classes = (torch.arange(40) % 4).to(target.device)
+
+    def run(module, update):
+        weight = problem.weight.clone().requires_grad_()
+        features = problem.features.clone().requires_grad_()
+        loss = module(features, weight, problem.bias, problem.labels, problem.epsilon)
+        version = module.covariance.covariance._version
+        if update:
+            assert version > 0
+        return loss, *torch.autograd.grad(loss, [features, weight])
+
+    def build():
+        module = iada.IADALoss(
+            5, 6, structure=structure, ignore_index=ignore_index, backend=target.backend
+        )
+        module = module.double().to(target.device)
+        module.covariance.update(history.double(), classes)
+        return module
+
+    fused, apart = build(), build()
+    found = run(fused, update=True)
+    apart.covariance.update(
+        problem.features, problem.labels, ignore_index=ignore_index, backend="torch"
+    )
+    apart.eval()
+    for have, want in zip(found, run(apart, update=False), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-11, atol=1e-12)
+    for have, want in zip(fused.buffers(), apart.buffers(), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-11, atol=1e-12)
+    assert torch.equal(fused.covariance.count.cpu()[4:], apart.covariance.count.cpu()[4:])

@@ -11,8 +11,8 @@ from torch import nn
 
 import iada
 from iada.meta import nearest_positive_semidefinite
-from iada.sample_characteristics import same_label_share
 from iada_kernels import reference
+from iada_kernels.reference import same_label_share
 
 COUNTS = torch.tensor([40, 20, 10])
 

@@ -16,12 +16,19 @@ import torch
 from torch import Tensor
 
 from iada_kernels.closed_form.blocking import blocks, is_one_block, join
+from iada_kernels.closed_form.covariance import covariance_update
 from iada_kernels.closed_form.quadratic import (
     class_table,
     class_table_and_product,
     class_table_backward,
 )
-from iada_kernels.contract import LossGradients, LossInputs, LossNeeds, LossOptions
+from iada_kernels.contract import (
+    ClassStatistics,
+    LossGradients,
+    LossInputs,
+    LossNeeds,
+    LossOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,19 @@ class SavedLoss:
 
 
 def loss_forward(
-    inputs: LossInputs, options: LossOptions, needs: LossNeeds
+    inputs: LossInputs,
+    options: LossOptions,
+    needs: LossNeeds,
+    stream: ClassStatistics | None = None,
 ) -> tuple[Tensor, SavedLoss]:
-    """The reduced loss and what `loss_backward` needs."""
+    """The reduced loss and what `loss_backward` needs; the batch first goes into a `stream`."""
+    if stream is not None:
+        take_in(inputs, options, stream)
     weight, bias = _head(inputs)
     dtype = weight.dtype
     ignored = inputs.labels == options.ignore_index
     target = inputs.labels.masked_fill(ignored, 0)
-    classes = _table_rows(target, weight)
+    classes = table_rows(target, weight)
     table = twice_product = None
     if inputs.covariance is not None and needs.weight:
         table, twice_product = class_table_and_product(weight, inputs.covariance, classes)
@@ -112,7 +124,7 @@ def loss_backward(
     if needs.weight:
         grads.weight = _grad_weight(inputs, saved, residual)
     if inputs.covariance is not None and (needs.weight or needs.covariance):
-        classes = _table_rows(saved.target, weight)
+        classes = table_rows(saved.target, weight)
         if classes is None:
             grad_table = weight.new_zeros(len(weight), len(weight))
             grad_table.index_add_(0, saved.target, residual, alpha=options.alpha)
@@ -144,7 +156,7 @@ def loss_differentiable(inputs: LossInputs, options: LossOptions) -> Tensor:
             direction = perturbation_sign(logits, weight, target[:, None])
         z = z + inputs.epsilon[:, None].to(weight.dtype) * (direction @ weight.T)
     if inputs.covariance is not None:
-        classes = _table_rows(target, weight)
+        classes = table_rows(target, weight)
         table = class_table(weight, inputs.covariance, classes)
         z = z + options.alpha * (table[target] if classes is None else table)
     if inputs.log_prior is not None:
@@ -152,6 +164,15 @@ def loss_differentiable(inputs: LossInputs, options: LossOptions) -> Tensor:
     losses = -z.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
     losses = losses.masked_fill(ignored, 0.0)
     return _reduce(losses, _divisor(ignored, options), options)
+
+
+def take_in(inputs: LossInputs, options: LossOptions, stream: ClassStatistics) -> None:
+    """The streaming update with the rows that are not ignored."""
+    assert inputs.covariance is not None
+    labels = inputs.labels
+    if 0 <= options.ignore_index < len(stream.mean):  # a label outside is left out anyway
+        labels = torch.where(labels == options.ignore_index, -1, labels)
+    covariance_update(inputs.covariance, stream.mean, stream.count, inputs.features, labels)
 
 
 def perturbation_sign(logits: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -174,7 +195,7 @@ def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return features @ weight.T if bias is None else torch.addmm(bias, features, weight.T)
 
 
-def _table_rows(target: Tensor, weight: Tensor) -> Tensor | None:
+def table_rows(target: Tensor, weight: Tensor) -> Tensor | None:
     """The classes of the table's rows: all (None), or one row a sample where those are fewer.
 
     Counting the distinct labels would need the host.

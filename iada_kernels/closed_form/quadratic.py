@@ -47,6 +47,26 @@ def class_table_and_product(
     return join(tables), join(products)
 
 
+def class_table_and_tangent(
+    weight: Tensor, weight_tangent: Tensor, covariance: Tensor, classes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """R and its derivative along V, Ṙ[u, j] = (w_j − w_c)ᵀ Σ_c (V_j − V_c), (U, C) each."""
+    if covariance.dim() == 2:
+        return _diagonal_table_and_tangent(weight, weight_tangent, covariance, classes)
+    tables, tangents = [], []
+    for delta, sigma, rows in _full_blocks(weight, covariance, classes):
+        product = _twice_product(delta, sigma)
+        tables.append(torch.linalg.vecdot(product, delta) * 0.25)
+        moved = differences(weight_tangent, rows if classes is None else classes[rows])
+        tangents.append(torch.linalg.vecdot(product, moved) * 0.5)
+    return join(tables), join(tangents)
+
+
+def differences(matrix: Tensor, index: Tensor | slice) -> Tensor:
+    """m_j − m_u for the rows u that `index` names: (U, C, A) of a matrix (C, A)."""
+    return matrix[None, :, :] - matrix[index][:, None, :]
+
+
 def class_table_backward(
     weight: Tensor,
     covariance: Tensor,
@@ -92,8 +112,7 @@ def _full_blocks(
     copies_sigma = classes is not None or num_classes > FEW_ROWS or covariance.dtype != weight.dtype
     for rows in blocks(count, width * (max(width, num_classes) if copies_sigma else num_classes)):
         index = rows if classes is None else classes[rows]
-        delta = weight[None, :, :] - weight[index][:, None, :]
-        yield delta, covariance[index].to(weight.dtype), rows
+        yield differences(weight, index), covariance[index].to(weight.dtype), rows
 
 
 def _twice_product(rows: Tensor, sigma: Tensor) -> Tensor:
@@ -132,6 +151,22 @@ def _diagonal_table(weight: Tensor, covariance: Tensor, classes: Tensor | None) 
     if classes is None:
         return table - torch.diag(table.diagonal())  # ρ_y = 0, exactly
     return table.scatter(1, classes[:, None], 0.0)
+
+
+def _diagonal_table_and_tangent(
+    weight: Tensor, weight_tangent: Tensor, covariance: Tensor, classes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    weight_tangent = weight_tangent - weight_tangent.mean(dim=0)
+    table = _diagonal_table(weight, covariance, classes)
+    weight = weight - weight.mean(dim=0)
+    own, sigma = _own_rows(weight, covariance, classes)
+    own_tangent = weight_tangent if classes is None else weight_tangent[classes]
+    tangent = sigma @ (weight * weight_tangent).T - (sigma * own) @ weight_tangent.T
+    tangent -= (sigma * own_tangent) @ weight.T
+    tangent += torch.linalg.vecdot(sigma * own, own_tangent)[:, None]
+    if classes is None:
+        return table, tangent - torch.diag(tangent.diagonal())
+    return table, tangent.scatter(1, classes[:, None], 0.0)
 
 
 def _diagonal_backward(

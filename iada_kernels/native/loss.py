@@ -16,8 +16,15 @@ from torch import Tensor
 
 from iada_kernels import closed_form
 from iada_kernels.closed_form.loss import SavedLoss as ClosedFormSaved
-from iada_kernels.contract import LossGradients, LossInputs, LossNeeds, LossOptions
+from iada_kernels.contract import (
+    ClassStatistics,
+    LossGradients,
+    LossInputs,
+    LossNeeds,
+    LossOptions,
+)
 from iada_kernels.native import library
+from iada_kernels.native.covariance import covariance_update
 from iada_kernels.native.fakes import BIAS, EPSILON, PRIOR, WEIGHT
 
 if library.is_available():
@@ -37,9 +44,18 @@ class SavedLoss(NamedTuple):
 
 
 def loss_forward(
-    inputs: LossInputs, options: LossOptions, needs: LossNeeds
+    inputs: LossInputs,
+    options: LossOptions,
+    needs: LossNeeds,
+    stream: ClassStatistics | None = None,
 ) -> tuple[Tensor, SavedLoss | ClosedFormSaved]:
-    """The reduced loss and what `loss_backward` needs."""
+    """The reduced loss and what `loss_backward` needs; the batch first goes into a `stream`."""
+    if stream is not None:
+        assert inputs.covariance is not None
+        labels = inputs.labels
+        if 0 <= options.ignore_index < len(stream.mean):
+            labels = torch.where(labels == options.ignore_index, -1, labels)
+        covariance_update(inputs.covariance, stream.mean, stream.count, inputs.features, labels)
     full = inputs.covariance is not None and inputs.covariance.dim() == 3
     if inputs.weight.numel() > LARGE_HEAD and not full:
         return closed_form.loss_forward(inputs, options, needs)

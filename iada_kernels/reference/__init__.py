@@ -5,7 +5,9 @@ IJCAI 2024) as directly as torch allows, follows the dtype of its inputs (use fl
 others), and is differentiable by autograd to any order.
 """
 
+from iada_kernels.reference.characteristics import batch_characteristics, same_label_share
 from iada_kernels.reference.covariance import covariance_update, population_statistics
+from iada_kernels.reference.hypergradient import directional_derivative, hypergradient
 from iada_kernels.reference.loss import (
     adjusted_logits,
     iada_loss,
@@ -15,9 +17,13 @@ from iada_kernels.reference.loss import (
 
 __all__ = [
     "adjusted_logits",
+    "batch_characteristics",
     "covariance_update",
+    "directional_derivative",
+    "hypergradient",
     "iada_loss",
     "perturbation_sign",
     "population_statistics",
     "quadratic_forms",
+    "same_label_share",
 ]

@@ -1,0 +1,145 @@
+"""The hypergradient of the head in closed form, on torch operators (design of Eq. 8 and 9).
+
+L̇ is the derivative of the loss along (ḣ, V, v_b). With q = softmax(z̃), D = q − onehot(y),
+
+    ż̃_ij     = w_j·ḣ_i + V_j·(h_i + ε_i s_i) + v_bj + α Ṙ[y_i, j]
+    c_ij     = q_ij (ż̃_ij − Σ_k q_ik ż̃_ik)
+    ∂L̇/∂ε_i  = Σ_j D_ij V_j·s_i + Σ_j c_ij T_ij
+    ∂L̇/∂Σ_u  = α Σ_j [ Dᵤ_j sym((w_j − w_u)(V_j − V_u)ᵀ) + ½ cᵤ_j (w_j − w_u)(w_j − w_u)ᵀ ]
+
+with Dᵤ and cᵤ the sums of D and c over the samples of class u: nothing of size N·C·A.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iada_kernels.closed_form.blocking import blocks, join
+from iada_kernels.closed_form.loss import perturbation_sign, table_rows
+from iada_kernels.closed_form.quadratic import class_table_and_tangent, differences
+from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
+
+
+@dataclass(frozen=True)
+class ClassSums:
+    """α D and α c summed over each class's samples, divided as the loss is: (U, C) each.
+
+    classes (U) names the rows, which may repeat; None stands for every class in order.
+    """
+
+    classes: Tensor | None
+    residual: Tensor
+    curvature: Tensor
+
+
+def hypergradient(
+    inputs: LossInputs, options: LossOptions, tangents: HeadTangents, needs_covariance: bool
+) -> tuple[Tensor | None, ClassSums | None]:
+    """∂L̇/∂ε (N) and the sums from which `covariance_step` makes ∂L̇/∂Σ."""
+    dtype = inputs.compute_dtype
+    weight = inputs.weight.to(dtype)
+    bias = 0.0 if inputs.bias is None else inputs.bias.to(dtype)
+    ignored = inputs.labels == options.ignore_index
+    target = inputs.labels.masked_fill(ignored, 0)
+    classes = table_rows(target, weight)
+    table = table_tangent = None
+    if inputs.covariance is not None:
+        table, table_tangent = class_table_and_tangent(
+            weight, tangents.weight, inputs.covariance, classes
+        )
+    share = (~ignored).to(dtype)
+    if options.reduction == "mean":
+        share /= share.sum().clamp(min=1)
+
+    residuals, curvatures, grads = [], [], []
+    for rows in blocks(*inputs.features.shape):
+        h, y = inputs.features[rows].to(dtype), target[rows, None]
+        z = h @ weight.T + bias
+        z_tangent = h @ tangents.weight.T
+        if inputs.epsilon is not None:
+            sign = perturbation_sign(z, weight, y)
+            moved, moved_tangent = sign @ weight.T, sign @ tangents.weight.T
+            strength = inputs.epsilon[rows, None].to(dtype)
+            z.addcmul_(strength, moved)
+            z_tangent.addcmul_(strength, moved_tangent)
+        if table is not None and table_tangent is not None:
+            place = rows if classes is not None else target[rows]
+            z.add_(table[place], alpha=options.alpha)
+            z_tangent.add_(table_tangent[place], alpha=options.alpha)
+        if inputs.log_prior is not None:
+            z.add_(inputs.log_prior.to(dtype), alpha=options.beta)
+        if tangents.features is not None:
+            z_tangent.addmm_(tangents.features[rows], weight.T)
+        if tangents.bias is not None:
+            z_tangent += tangents.bias
+        # Relative to the own class both D and c keep the digits that 1 − q_y loses.
+        z_tangent -= z_tangent.gather(1, y)
+        q = z.softmax(dim=1)
+        own = q.gather(1, y)
+        residual = q.scatter(1, y, 0.0)
+        curvature = residual * z_tangent
+        mean = curvature.sum(dim=1, keepdim=True)
+        curvature -= residual * mean
+        curvature.scatter_(1, y, -own * mean)
+        residual.scatter_(1, y, -residual.sum(dim=1, keepdim=True))
+        residual *= share[rows, None]
+        curvature *= share[rows, None]
+        if inputs.epsilon is not None:
+            grads.append(
+                torch.linalg.vecdot(residual, moved_tangent) + torch.linalg.vecdot(curvature, moved)
+            )
+        residuals.append(residual)
+        curvatures.append(curvature)
+
+    grad_epsilon = join(grads) if grads else None
+    if not needs_covariance or inputs.covariance is None:
+        return grad_epsilon, None
+    residual, curvature = join(residuals) * options.alpha, join(curvatures) * options.alpha
+    if classes is None:
+        zero = weight.new_zeros(len(weight), len(weight))
+        residual = zero.index_add(0, target, residual)
+        curvature = zero.index_add_(0, target, curvature)
+    return grad_epsilon, ClassSums(classes, residual, curvature)
+
+
+def covariance_step(
+    covariance: Tensor, weight: Tensor, weight_tangent: Tensor, sums: ClassSums, scale: float
+) -> None:
+    """Σ += scale · ∂L̇/∂Σ in place, for covariance (C, A, A) or (C, A)."""
+    dtype = sums.residual.dtype
+    weight, weight_tangent = weight.to(dtype), weight_tangent.to(dtype)
+    num_classes, width = weight.shape
+    if covariance.dim() == 2:
+        _add(covariance, sums.classes, slice(None), _diagonal(weight, weight_tangent, sums), scale)
+        return
+    count = num_classes if sums.classes is None else len(sums.classes)
+    for rows in blocks(count, width * max(width, num_classes)):
+        index = rows if sums.classes is None else sums.classes[rows]
+        delta, moved = differences(weight, index), differences(weight_tangent, index)
+        moved *= sums.residual[rows, :, None]
+        moved.addcmul_(delta, sums.curvature[rows, :, None], value=0.5)
+        grad = delta.mT @ moved
+        _add(covariance, sums.classes, rows, (grad + grad.mT) * 0.5, scale)
+
+
+def _add(
+    covariance: Tensor, classes: Tensor | None, rows: slice, grad: Tensor, scale: float
+) -> None:
+    if classes is None:
+        covariance[rows].add_(grad, alpha=scale)
+    else:
+        covariance.index_add_(0, classes[rows], grad.to(covariance.dtype), alpha=scale)
+
+
+def _diagonal(weight: Tensor, weight_tangent: Tensor, sums: ClassSums) -> Tensor:
+    """∂L̇/∂Σ of variances, (U, A); rows are centred, because expanding a square cancels."""
+    weight = weight - weight.mean(dim=0)
+    weight_tangent = weight_tangent - weight_tangent.mean(dim=0)
+    index = slice(None) if sums.classes is None else sums.classes
+    own, own_tangent = weight[index], weight_tangent[index]
+    residual, curvature = sums.residual, sums.curvature
+    # Rows of D and c sum to 0, but for rounding: terms in w_u ∘ w_u vanish.
+    grad = residual @ (weight * weight_tangent) + 0.5 * (curvature @ (weight * weight))
+    grad -= own * (residual @ weight_tangent + curvature @ weight)
+    return grad.sub_(own_tangent * (residual @ weight))
