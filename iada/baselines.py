@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from iada.covariance import ClassCovariance
+from iada.distributed import Group, average, gather_rows, row_counts, running_statistics
 from iada.loss import fused_loss
 from iada.prior import log_class_prior
 
@@ -22,6 +23,7 @@ class FirstOrder:
         covariance: a `ClassCovariance`, or None.
         alpha, beta: of Eq. 6; plain attributes.
         clip_norm: largest norm of the gradient, 0 for no clipping.
+        process_group: ranks that share every batch, each with its rows (see `iada.distributed`).
     """
 
     def __init__(
@@ -35,11 +37,13 @@ class FirstOrder:
         alpha: float = 0.5,
         beta: float = 0.0,
         clip_norm: float = 0.0,
+        process_group: Group = None,
     ) -> None:
         self.backbone, self.head, self.optimizer = backbone, head, optimizer
         self.log_prior = log_class_prior(class_counts, head.out_features).to(head.weight)
         self.covariance = covariance
         self.alpha, self.beta, self.clip_norm = alpha, beta, clip_norm
+        self.group = process_group
 
     def cross_entropy_step(self, batch: Sequence[Any]) -> Tensor:
         """Plain CE on (inputs, labels, ...); the loss, detached."""
@@ -53,9 +57,11 @@ class FirstOrder:
         self, batch: Sequence[Any], covariance: ClassCovariance | None, beta: float
     ) -> Tensor:
         inputs, labels = batch[0], batch[1]
+        counts = row_counts(len(labels), self.group)
         features = self.backbone(inputs)
-        if covariance is not None:
-            covariance.update(features, labels)
+        if covariance is not None:  # of the whole batch, by every rank alike
+            rows = gather_rows(features, counts, self.group)
+            covariance.update(rows, gather_rows(labels, counts, self.group))
         loss = fused_loss(
             features,
             self.head.weight,
@@ -66,8 +72,10 @@ class FirstOrder:
             alpha=self.alpha,
             beta=beta,
         )
-        descend(self.optimizer, loss, self.clip_norm)
-        return loss.detach()
+        descend(self.optimizer, loss, self.clip_norm, counts, self.group)
+        value = loss.detach()
+        average([value, *running_statistics(self.backbone)], counts, self.group)
+        return value
 
     def state_dict(self) -> dict[str, Any]:
         """The covariance with its statistics, where the method has one."""
@@ -79,11 +87,21 @@ class FirstOrder:
             self.covariance.load_state_dict(state["covariance"])
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float) -> None:
-    """One optimizer step on `loss`, its gradient clipped to `clip_norm` unless that is 0."""
+def descend(
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    clip_norm: float,
+    counts: Sequence[int] = (),
+    group: Group = None,
+) -> None:
+    """One optimizer step on `loss`, its gradient clipped to `clip_norm` unless that is 0.
+
+    With a group, on the mean of the ranks' losses, weighted by `counts`, their rows.
+    """
     optimizer.zero_grad()
     loss.backward()
+    parameters = [p for part in optimizer.param_groups for p in part["params"]]
+    average([p.grad for p in parameters if p.grad is not None], counts, group)
     if clip_norm > 0:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
     optimizer.step()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-FORMAT = "iada-checkpoint-1"
+FORMAT = "iada-checkpoint-2"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -24,6 +24,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+        _folder_to_disk(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise OSError(
             f"checkpoint: expected to write {path}, got {error}; free some space or choose "
@@ -44,6 +45,13 @@ def check_writable(folder: Path) -> None:
         raise OSError(
             f"folder: expected one that can be written at {folder}, got {error}; choose another"
         ) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a kill in the middle of writing left aside in `folder`."""
+    for aside in folder.glob(".*.part"):
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -68,3 +76,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "load it with the version of iada, or the program, that wrote it"
         )
     return state
+
+
+def _folder_to_disk(folder: Path) -> None:
+    """Make the new name outlast a loss of power, where folders can be opened."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

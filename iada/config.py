@@ -7,11 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from iada.covariance import STRUCTURES
 from iada.validation import complain
 
 METHODS = ("ce", "logit-adjustment", "isda", "meta-iada")
 SCHEDULES = ("constant", "cosine", "multistep")
+UNITS = ("epoch", "step")
+# LBFGS asks for the loss many times in a step.
+OPTIMIZERS = tuple(
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    if name not in ("Optimizer", "LBFGS")
+)
 LEAST = {
     "epochs": 1,
     "ce_epochs": 0,
@@ -23,6 +33,7 @@ LEAST = {
     "alpha": 0,
     "covariance_lr": 0,
     "clip_norm": 0,
+    "warmup_epochs": 0,
 }
 
 
@@ -33,14 +44,20 @@ class TrainerConfig:
     method: "ce", "logit-adjustment", "isda" or "meta-iada".
     epochs: T2 of Algorithm 1, in epochs.  ce_epochs: T1, the epochs of plain CE before the method.
     batch_size, meta_batch_size: n and m of Algorithm 1.
-    lr, momentum, weight_decay: of SGD over the classifier; lr is η₁.
+    optimizer: of the classifier, by its name in torch.optim: "SGD", "Adam", "AdamW", …
+    lr, momentum, weight_decay: its arguments (momentum where it has one); lr is η₁.
+    optimizer_options: its other arguments, as in { betas = [0.9, 0.98], eps = 1e-6 }.
     schedule: "constant", "cosine" (to 0), or "multistep": times gamma at each of milestones.
+    warmup_epochs: lr rises linearly from a hundredth over so many epochs (parts of one with
+    schedule_each "step"), then the schedule begins; milestones count from the start of the run.
+    schedule_each: "epoch" or "step": how often lr moves.
     alpha, beta: of Eq. 6.  alpha_ramp: alpha rises linearly from 0 over the method's epochs, as
     in ISDA.
     perturbation_lr: Adam's on Ω (η₂ of Eq. 8).  covariance_lr: η₂ of Eq. 9.
     structure: of the covariance, "full" or "diag".  persistent, project: see `MetaIADA`.
     clip_norm: largest norm of the classifier's gradient, 0 for no clipping.
-    seed: of initialisation and data order.  checkpoint_every: epochs between checkpoints.
+    seed: of initialisation, data order, and what the data set draws.
+    checkpoint_every: epochs between checkpoints.
     """
 
     method: str = "meta-iada"
@@ -48,12 +65,16 @@ class TrainerConfig:
     ce_epochs: int = 160
     batch_size: int = 100
     meta_batch_size: int = 100
+    optimizer: str = "SGD"
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    optimizer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     schedule: str = "multistep"
     milestones: tuple[int, ...] = (160, 180)
     gamma: float = 0.01
+    warmup_epochs: float = 0.0
+    schedule_each: str = "epoch"
     alpha: float = 0.5
     beta: float = 1.0
     alpha_ramp: bool = False
@@ -68,7 +89,13 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        choices = {"method": METHODS, "schedule": SCHEDULES, "structure": STRUCTURES}
+        choices = {
+            "method": METHODS,
+            "schedule": SCHEDULES,
+            "schedule_each": UNITS,
+            "structure": STRUCTURES,
+            "optimizer": OPTIMIZERS,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 wanted = f"one of {', '.join(map(repr, allowed))}"
@@ -81,6 +108,14 @@ class TrainerConfig:
                 raise complain(name, "above 0", repr(getattr(self, name)), "raise it")
         if self.momentum >= 1:
             raise complain("momentum", "below 1", repr(self.momentum), "0.9 is usual")
+        twice = {"lr", "momentum", "weight_decay"} & set(self.optimizer_options)
+        if twice:
+            name = min(twice)
+            remedy = f"set {name} itself"
+            raise complain("optimizer_options", "other arguments than lr", repr(name), remedy)
+        if self.warmup_epochs >= self.epochs:
+            expected = f"less than epochs={self.epochs}"
+            raise complain("warmup_epochs", expected, repr(self.warmup_epochs), "lower it")
         if any(milestone < 1 for milestone in self.milestones):
             raise complain("milestones", "epochs from 1", repr(self.milestones), "remove others")
         if self.ce_epochs > self.epochs:
@@ -92,6 +127,24 @@ class TrainerConfig:
             )
 
 
+def check_same_run(config: TrainerConfig, former: dict[str, Any]) -> None:
+    """ValueError if a run with the settings `former` cannot go on with `config`.
+
+    `checkpoint_every` may differ, and `epochs` where no schedule depends on it.
+    """
+    free = {"checkpoint_every"}
+    if config.schedule != "cosine" and not config.alpha_ramp:
+        free.add("epochs")
+    for name, value in dataclasses.asdict(config).items():
+        if name not in free and former.get(name) != value:
+            raise complain(
+                f"checkpoint's {name}",
+                f"{value!r} as in this run's settings",
+                repr(former.get(name)),
+                "resume with the former settings, or choose another folder",
+            )
+
+
 def check_fields(config: Any) -> None:
     """Each field of a frozen dataclass has the type of its default; numbers are finite.
 
@@ -99,6 +152,8 @@ def check_fields(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         value, default = getattr(config, field.name), field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         remedy = f"see {type(config).__name__}.{field.name}"
         if isinstance(default, tuple):
             if not isinstance(value, list | tuple) or any(type(item) is not int for item in value):

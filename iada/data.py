@@ -1,4 +1,4 @@
-"""Batches whose order is a function of (seed, epoch, step), so that a run can resume anywhere."""
+"""Batches that are a function of (seed, epoch, step), so that a run can resume anywhere."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from iada.validation import check_labels, check_tensor
+from iada.random_state import preserved, seed_host, seed_of
+from iada.validation import check_label_values, check_labels, check_tensor, complain
 
 
 class TensorData(Dataset):
@@ -29,11 +30,29 @@ class TensorData(Dataset):
         return self.inputs[rows], self.labels[rows], rows
 
 
-class WithIndex(Dataset):
-    """A data set of (input, label, ...) items as (input, label, index); the rest is dropped."""
+def count_classes(dataset: Dataset, num_classes: int) -> Tensor:
+    """Samples of each class, (C), of a `TensorData`; ValueError for another data set."""
+    if isinstance(dataset, TensorData):
+        check_label_values(dataset.labels, num_classes, None)
+        return torch.bincount(dataset.labels, minlength=num_classes)
+    raise complain(
+        "class_counts",
+        f"samples of each class, ({num_classes},)",
+        "None",
+        "pass torch.bincount(training_labels, minlength=C)",
+    )
 
-    def __init__(self, dataset: Dataset) -> None:
+
+class WithIndex(Dataset):
+    """A data set of (input, label, ...) items as (input, label, index); the rest is dropped.
+
+    A batch is asked for as (step, indices), so that each sample's draws follow from its place in
+    the run: see `iada.random_state`.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int = 0) -> None:
         self.dataset = dataset
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -42,20 +61,48 @@ class WithIndex(Dataset):
         item = self.dataset[index]
         return item[0], item[1], index
 
+    def __getitems__(self, place: tuple[int, Sequence[int]]) -> list[tuple[Any, Any, int]]:
+        step, indices = place
+        items = []
+        with preserved():
+            for index in indices:
+                seed_host(seed_of(self.seed, step, index))
+                items.append(self[index])
+        return items
+
 
 def batches(
-    dataset: Dataset, order: Sequence[list[int]], num_workers: int = 0, seed: int = 0
+    dataset: Dataset,
+    order: Sequence[list[int]],
+    num_workers: int = 0,
+    seed: int = 0,
+    first_step: int = 0,
 ) -> DataLoader:
     """A loader of (inputs, labels, index) batches in the given order.
 
-    It draws nothing from torch's global random state, which belongs to the model's dropout;
-    `seed` is that of the workers. A `TensorData` itself is served without workers.
+    It leaves the global random generators as they were: those belong to the model's dropout. What
+    the data set draws from them itself follows from `seed`, the step (`first_step` for the first
+    of `order`) and the sample. A `TensorData` itself is served without workers.
     """
-    own = torch.Generator().manual_seed(seed % 2**63)
+    own = torch.Generator().manual_seed(seed_of(seed, first_step))
     if type(dataset) is TensorData:  # a subclass may have its own __getitem__
         return DataLoader(dataset, batch_sampler=order, collate_fn=_whole, generator=own)
-    indexed = WithIndex(dataset)
-    return DataLoader(indexed, batch_sampler=order, num_workers=num_workers, generator=own)
+    indexed = WithIndex(dataset, seed)
+    places = list(enumerate(order, first_step))
+    return DataLoader(indexed, batch_sampler=places, num_workers=num_workers, generator=own)  # type: ignore[arg-type]
+
+
+def to_device(part: Any, device: torch.device) -> Any:
+    """Tensors, also those in dicts (a tokenizer's output), lists and tuples, on `device`."""
+    if isinstance(part, Tensor):
+        if device.type == "cuda" and part.device.type == "cpu":
+            part = part.pin_memory()  # else the copy waits for the work before it
+        return part.to(device, non_blocking=True)
+    if isinstance(part, dict):
+        return {key: to_device(value, device) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return type(part)(to_device(value, device) for value in part)
+    return part
 
 
 def _whole(batch: Any) -> Any:

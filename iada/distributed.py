@@ -10,6 +10,7 @@ function is the identity. All ranks of the group must make the same calls in the
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,6 +94,17 @@ def average(tensors: Iterable[Tensor], counts: Sequence[int], group: Group) -> N
 
 
 @torch.no_grad()
+def add_up(tensors: Iterable[Tensor], group: Group) -> None:
+    """Each tensor becomes, in place, its sum over the ranks."""
+    if group is None:
+        return
+    for same in _by_dtype(tensors).values():
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
+        dist.all_reduce(flat, group=group)
+        _scatter(flat, same)
+
+
+@torch.no_grad()
 def broadcast(tensors: Iterable[Tensor], group: Group) -> None:
     """Each tensor becomes, in place, what rank 0 has."""
     if group is None:
@@ -102,6 +114,24 @@ def broadcast(tensors: Iterable[Tensor], group: Group) -> None:
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
         dist.broadcast(flat, source, group=group)
         _scatter(flat, same)
+
+
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """A small picklable value of every rank, in the order of ranks, on every rank."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * size_of(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def broadcast_object(value: Any, group: Group) -> Any:
+    """Rank 0's picklable value, on every rank."""
+    if group is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group=group)
+    return box[0]
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:

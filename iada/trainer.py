@@ -1,8 +1,6 @@
 """Algorithm 1 whole: plain CE to T1, then the method to T2, with checkpoints and resume."""
 
-import contextlib
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from iada import random_state
 from iada.baselines import FirstOrder
-from iada.checkpoint import load_checkpoint, save_checkpoint
-from iada.config import TrainerConfig
+from iada.checkpoint import check_writable, load_checkpoint, remove_leftovers, save_checkpoint
+from iada.config import TrainerConfig, check_same_run
 from iada.covariance import ClassCovariance
-from iada.data import TensorData, batches, epoch_order, stream_order
+from iada.data import batches, count_classes, epoch_order, stream_order, to_device
+from iada.distributed import (
+    any_rank,
+    broadcast,
+    broadcast_object,
+    current_group,
+    gather_objects,
+    own_part,
+    rank_of,
+    size_of,
+)
+from iada.divergence import LossWatch, all_finite, diverged, tensors_in
+from iada.evaluate import class_accuracy
 from iada.interrupt import stop_flag
-from iada.meta import MetaIADA, MetaStep
+from iada.logs import open_logs
+from iada.measures import EpochMeasures, PhaseTimes
+from iada.meta import MetaIADA
 from iada.perturbation import PerturbationNet
 from iada.sample_characteristics import TrainingMemory
-from iada.validation import check_label_values, complain
+from iada.schedule import alpha_at, build_optimizer, build_schedule
+from iada.validation import complain
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -39,20 +53,25 @@ class Trainer:
         meta_set: the same, small, clean and balanced; None for methods other than "meta-iada".
         config: a `TrainerConfig`.
         class_counts: training samples of each class (C); read from the labels of a `TensorData`.
-        folder: where checkpoint.pt is kept; None for no checkpoints.
+        folder: where checkpoint.pt and log.csv are kept; None for neither.
         observe: called after each step of the second phase with (trainer, batch, result): result
             is a `MetaStep`, or the loss of a baseline.
         validation_set: measured after each epoch into `history`.
         progress: show a bar, if tqdm is installed.
         num_workers: of the training loader.
+        tensorboard: write the log for TensorBoard too, into `folder`.
 
-    A stopped run goes on bit for bit on a CPU: torch's random state is saved, and the order of the
-    data follows from the seed. Randomness of the data set's own (numpy's, Python's, or a worker's
-    within an epoch) is not saved. Modules in eval mode inside a backbone in training mode stay so.
+    A stopped run goes on bit for bit on a CPU: the order of the data follows from the seed, as does
+    what a data set draws from the global generators of torch, Python and numpy for each sample,
+    with or without workers; their state, from which dropout draws, is saved. Generators that a data
+    set keeps as its own are not. Modules in eval mode inside a backbone in training mode stay so.
+
+    Where torch.distributed is initialised, each rank trains on its part of every batch, rank 0
+    writes, and all ranks must make the same calls: docs/training.md.
 
     Attributes:
         history: one dict an epoch: epoch, loss, and accuracy (mean over classes) where there is
-            a validation set.
+            a validation set. log.csv has more.
     """
 
     def __init__(
@@ -69,6 +88,7 @@ class Trainer:
         validation_set: Dataset | None = None,
         progress: bool = False,
         num_workers: int = 0,
+        tensorboard: bool = False,
     ) -> None:
         if not isinstance(head, nn.Linear):
             got = f"a {type(head).__name__}"
@@ -81,130 +101,177 @@ class Trainer:
             raise complain(
                 "meta_set", "a small clean data set", "None", "pass one, or choose another method"
             )
+        if tensorboard and folder is None:
+            raise complain("folder", "one for TensorBoard's files", "None", "pass a folder")
         self.config = config
         self.backbone, self.head = backbone, head
         self.train_set, self.meta_set = train_set, meta_set
         self.validation_set = validation_set
         self.folder = None if folder is None else Path(folder)
         self.observe, self.progress, self.num_workers = observe, progress, num_workers
+        self.tensorboard = tensorboard
+        self.group = current_group()
+        self._check_parts()
+        broadcast([*backbone.parameters(), *backbone.buffers(), *head.parameters()], self.group)
         if class_counts is None:
-            class_counts = _count_classes(train_set, head.out_features)
-        self.optimizer = torch.optim.SGD(
-            [p for p in self._parameters() if p.requires_grad],
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-        self.scheduler = _schedule(self.optimizer, config)
+            class_counts = count_classes(train_set, head.out_features)
+        self.optimizer = build_optimizer(self._parameters(), config)
+        self.scheduler = build_schedule(self.optimizer, config, self._steps)
         self.method = self._build_method(class_counts)
         self.epoch = 0
         self.batch = 0
         self.history: list[dict[str, Any]] = []
-        self._losses: list[Tensor] = []
+        self._measures = self._new_measures()
+        self._times = PhaseTimes()
+        self._owns_checkpoint = False
 
     def fit(self) -> list[dict[str, Any]]:
         """Train from wherever the state stands to the last epoch; returns `history`.
 
         Ctrl-C or SIGTERM finishes the step, leaves a checkpoint in `folder` and raises
         KeyboardInterrupt. A loss that is not finite raises FloatingPointError naming the step,
-        with the last checkpoint intact.
+        with the last checkpoint intact. A folder that is full or cannot be written raises OSError,
+        before training or with the last checkpoint intact, and one with the checkpoint of another
+        run ValueError.
         """
-        with self._bar() as tick, stop_flag() as stopped:
-            while self.epoch < self.config.epochs:
-                if not self._run_epoch(stopped):
-                    self._check_losses()  # a diverged state must not replace a good checkpoint
-                    self.save()
-                    where = "" if self.folder is None else f"; resume from {self.folder}"
-                    raise KeyboardInterrupt(f"stopped at epoch {self.epoch}{where}")
-                tick()
+        config, rank = self.config, rank_of(self.group)
+        if self.epoch == config.epochs:
+            return self.history
+        if rank > 0 and self._step == 0:  # else all ranks would draw the same dropout masks
+            random_state.seed_all(random_state.seed_of(config.seed, rank), self._device)
+        with stop_flag() as stopped:
+            self._prepare_folder()
+            places = (self.folder, self.tensorboard, self.progress) if rank == 0 else ()
+            with open_logs(self.epoch, config.epochs, *places) as write:
+                while self.epoch < config.epochs:
+                    if not self._run_epoch(stopped, write):
+                        self.save()
+                        where = "" if self.folder is None else f"; resume from {self.folder}"
+                        raise KeyboardInterrupt(f"stopped at epoch {self.epoch}{where}")
         return self.history
 
-    def _run_epoch(self, stopped: Callable[[], bool]) -> bool:
-        """The rest of the current epoch; False if asked to stop before its end."""
+    def _prepare_folder(self) -> None:
+        """Find out now whether a checkpoint can be written."""
+        if self.folder is None:
+            return
+        if rank_of(self.group) == 0:
+            check_writable(self.folder)
+            remove_leftovers(self.folder)
+            if (self.folder / CHECKPOINT).exists() and not self._owns_checkpoint:
+                remedy = "call resume() first, or move it"
+                raise complain("folder", "no checkpoint of another run", str(self.folder), remedy)
+        if not self._owns_checkpoint:
+            self.save()
+
+    def _run_epoch(
+        self, stopped: Callable[[], bool], write: Callable[[dict[str, Any]], None]
+    ) -> bool:
+        """The rest of the current epoch; False if asked to stop, with a state to be saved."""
         config, epoch = self.config, self.epoch
         order = epoch_order(len(self.train_set), config.batch_size, config.seed, epoch)  # type: ignore[arg-type]
         rest = order[self.batch :]
         meta_phase = epoch >= config.ce_epochs
-        meta_batches = self._meta_batches(len(order), len(rest)) if meta_phase else None
-        self._set_alpha()
+        self.method.alpha = alpha_at(config, epoch)
         if not self.backbone.training:  # else parts that were put into eval mode stay there
             self.backbone.train()
-        seed = config.seed * 1_000_003 + self._step
-        for batch in batches(self.train_set, rest, self.num_workers, seed):
-            batch = self._to_device(batch)
-            try:
-                if meta_phase:
-                    meta_batch = None if meta_batches is None else next(meta_batches)
-                    result = self.method.step(batch, meta_batch)  # type: ignore[arg-type]
-                else:
-                    result = self.method.cross_entropy_step(batch)
-            except ValueError as error:  # the checks of values see a diverged classifier first
-                if all(bool(torch.isfinite(p).all()) for p in self._parameters()):
-                    raise
-                raise _diverged("a classifier that is not finite", self._step, epoch) from error
-            self._losses.append(result.loss if isinstance(result, MetaStep) else result)
-            if meta_phase and self.observe is not None:
-                self.observe(self, batch, result)
-            self.batch += 1
-            if self.batch < len(order) and stopped():
+        watch = LossWatch(self._measures.losses, epoch, self._step - self.batch)
+        train = iter(self._loader(self.train_set, rest, self.num_workers))
+        meta = (
+            iter(self._loader(self.meta_set, self._meta_order(len(rest)))) if meta_phase else None
+        )
+        for _ in rest:
+            with self._times.phase("data"):
+                batch = next(train)
+                meta_batch = None if meta is None else next(meta, None)
+            with self._times.phase("step"):
+                self._step_on(batch, meta_batch, meta_phase)
+                watch.look(self.batch)
+            if self.batch < len(order) and any_rank(stopped(), self.group):
+                self._check_finite(watch)  # a diverged state must not replace a good checkpoint
                 return False
-        self._end_epoch()
-        return not stopped()
+        with self._times.phase("step"):
+            self._check_finite(watch)
+        self._end_epoch(write)
+        return not any_rank(stopped(), self.group)
 
-    def _end_epoch(self) -> None:
-        mean_loss = self._check_losses()
-        record: dict[str, Any] = {"epoch": self.epoch, "loss": mean_loss}
+    def _step_on(self, batch: Any, meta_batch: Any, meta_phase: bool) -> None:
+        """One step of the method, or of plain CE before it."""
+        try:
+            if meta_phase:
+                result = self.method.step(batch, meta_batch)
+            else:
+                result = self.method.cross_entropy_step(batch)
+        except ValueError as error:  # the checks of values see a diverged classifier first
+            if all_finite(self._parameters()):
+                raise
+            got = "a classifier that is not finite"
+            raise diverged(got, self._step, self.epoch) from error
+        self._measures.record(self.batch, result, batch[1])
+        if meta_phase and self.observe is not None:
+            self.observe(self, batch, result)
+        self.batch += 1
+        if self.config.schedule_each == "step":
+            self.scheduler.step()
+
+    def _end_epoch(self, write: Callable[[dict[str, Any]], None]) -> None:
+        covariance = self.method.covariance
+        row = {"epoch": self.epoch, **self._measures.summary(covariance, self.group)}
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["alpha"] = self.method.alpha if self.epoch >= self.config.ce_epochs else None
         if self.validation_set is not None:
-            record["accuracy"] = float(self.class_accuracy(self.validation_set).nanmean())
-        self.history.append(record)
+            with self._times.phase("validation"):
+                row["accuracy"] = float(self.class_accuracy(self.validation_set).nanmean())
+        kept = ("epoch", "loss", "accuracy")
+        self.history.append({name: row[name] for name in kept if name in row})
+        write({**row, **self._times.take()})
         if isinstance(self.method, MetaIADA):
             self.method.memory.end_epoch()
-        self.scheduler.step()
-        self.epoch, self.batch, self._losses = self.epoch + 1, 0, []
+        if self.config.schedule_each == "epoch":
+            self.scheduler.step()
+        self.epoch, self.batch, self._measures = self.epoch + 1, 0, self._new_measures()
         if self.epoch % self.config.checkpoint_every == 0 or self.epoch == self.config.epochs:
-            self.save()
+            with self._times.phase("checkpoint"):
+                self.save()
 
-    def _check_losses(self) -> float:
-        """The mean of the epoch's losses so far; FloatingPointError if one is not finite."""
-        losses = torch.stack(self._losses) if self._losses else torch.zeros(1)
-        bad = (~torch.isfinite(losses)).nonzero()
-        if len(bad):
-            first = int(bad[0, 0])
-            step = self._step - len(losses) + first
-            raise _diverged(str(float(losses[first])), step, self.epoch)
-        return float(losses.mean())
+    def _check_finite(self, watch: LossWatch) -> None:
+        """FloatingPointError if a loss so far, or what the last step left, is not finite."""
+        watch.finish(self.batch)
+        if not all_finite([*self._parameters(), *tensors_in(self.method.state_dict())]):
+            raise diverged("parameters that are not finite", self._step - 1, self.epoch)
 
-    @torch.no_grad()
     def class_accuracy(self, dataset: Dataset, batch_size: int = 512) -> Tensor:
         """Accuracy of each class on `dataset`, (C) float64; NaN for a class without samples."""
-        num_classes = self.head.out_features
-        right = torch.zeros(num_classes, dtype=torch.float64)
-        total = torch.zeros(num_classes, dtype=torch.float64)
-        rows = torch.arange(len(dataset)).split(batch_size)  # type: ignore[arg-type]
-        with _evaluating(self.backbone, self.head):
-            for batch in batches(dataset, [part.tolist() for part in rows]):
-                inputs, labels, *_ = self._to_device(batch)
-                hit = (self.head(self.backbone(inputs)).argmax(dim=1) == labels).cpu()
-                right.index_add_(0, labels.cpu(), hit.double())
-                total.index_add_(0, labels.cpu(), torch.ones(len(hit), dtype=torch.float64))
-        return right / total
+        return class_accuracy(self.backbone, self.head, dataset, batch_size)
 
     def save(self) -> None:
         """Write checkpoint.pt into `folder`, all or nothing; nothing without a folder."""
         if self.folder is None:
             return
-        save_checkpoint(self.folder / CHECKPOINT, self.state_dict())
+        state = self.state_dict()
+        if rank_of(self.group) == 0:
+            save_checkpoint(self.folder / CHECKPOINT, state)
+        self._owns_checkpoint = True
 
     def resume(self) -> bool:
-        """Take up checkpoint.pt in `folder` if there is one; whether there was."""
-        if self.folder is None or not (self.folder / CHECKPOINT).exists():
+        """Take up checkpoint.pt in `folder` if there is one; whether there was.
+
+        Rank 0 reads it for all.
+        """
+        state = None
+        if self.folder is not None and rank_of(self.group) == 0:
+            remove_leftovers(self.folder)
+            if (self.folder / CHECKPOINT).exists():
+                state = load_checkpoint(self.folder / CHECKPOINT)
+        state = broadcast_object(state, self.group)
+        if state is None:
             return False
-        self.load_state_dict(load_checkpoint(self.folder / CHECKPOINT))
+        self.load_state_dict(state)
+        self._owns_checkpoint = True
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides how the run goes on, the random state included."""
-        cuda = self.head.weight.device.type == "cuda"
+        """Everything that decides how the run goes on, the random state of all ranks included."""
+        random = random_state.capture(self._device)
         return {
             "config": dataclasses.asdict(self.config),
             "backbone": self.backbone.state_dict(),
@@ -214,10 +281,9 @@ class Trainer:
             "method": self.method.state_dict(),
             "epoch": self.epoch,
             "batch": self.batch,
-            "losses": list(self._losses),
+            "measures": self._measures.state_dict(),
             "history": self.history,
-            "random_state": torch.get_rng_state(),
-            "cuda_random_state": torch.cuda.get_rng_state_all() if cuda else [],
+            "random_state": gather_objects(random, self.group),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -226,11 +292,12 @@ class Trainer:
         Raises ValueError, with nothing changed, if the run had other settings (`checkpoint_every`
         may differ, and `epochs` where no schedule depends on it), or if the model is another.
         """
-        self._check_same_run(state["config"])
+        check_same_run(self.config, state["config"])
         try:
             self.backbone.load_state_dict(state["backbone"])
             self.head.load_state_dict(state["head"])
             self.method.load_state_dict(state["method"])
+            self._measures.load_state_dict(state["measures"])
         except (RuntimeError, KeyError) as error:
             raise ValueError(
                 f"checkpoint: expected the model and data of this run, got another's ({error}); "
@@ -239,25 +306,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.batch = state["epoch"], state["batch"]
-        self._losses = [loss.to(self.head.weight.device) for loss in state["losses"]]
         self.history = state["history"]
-        torch.set_rng_state(state["random_state"])
-        if state["cuda_random_state"]:
-            torch.cuda.set_rng_state_all(state["cuda_random_state"])
-
-    def _check_same_run(self, former: dict[str, Any]) -> None:
-        config = self.config
-        free = {"checkpoint_every"}
-        if config.schedule != "cosine" and not config.alpha_ramp:
-            free.add("epochs")
-        for name, value in dataclasses.asdict(config).items():
-            if name not in free and former.get(name) != value:
-                raise complain(
-                    f"checkpoint's {name}",
-                    f"{value!r} as in this run's settings",
-                    repr(former.get(name)),
-                    "resume with the former settings, or choose another folder",
-                )
+        rank = rank_of(self.group)
+        if rank < len(state["random_state"]):  # else there are more ranks than before
+            random_state.restore(state["random_state"][rank], self._device)
 
     def _build_method(self, class_counts: Tensor) -> FirstOrder | MetaIADA:
         config, weight = self.config, self.head.weight
@@ -274,6 +326,7 @@ class Trainer:
                 alpha=config.alpha,
                 beta=config.beta if config.method == "logit-adjustment" else 0.0,
                 clip_norm=config.clip_norm,
+                process_group=self.group,
             )
         perturbation = PerturbationNet().to(weight.device, dtype)
         memory = TrainingMemory(shape[0], len(self.train_set))  # type: ignore[arg-type]
@@ -293,101 +346,57 @@ class Trainer:
             clip_norm=config.clip_norm,
         )
 
-    def _meta_batches(self, steps: int, rest: int) -> Iterator[Any] | None:
-        if not isinstance(self.method, MetaIADA):
-            return None
-        first = self.epoch * steps + self.batch
-        size = len(self.meta_set)  # type: ignore[arg-type]
-        config = self.config
-        order = list(stream_order(size, config.meta_batch_size, config.seed, first, rest))
-        assert self.meta_set is not None
-        return map(self._to_device, batches(self.meta_set, order))
+    def _meta_order(self, steps: int) -> list[list[int]]:
+        """The meta set's batches of the next `steps` steps; none for other methods."""
+        if self.meta_set is None or not isinstance(self.method, MetaIADA):
+            return []
+        size, config = len(self.meta_set), self.config  # type: ignore[arg-type]
+        return list(stream_order(size, config.meta_batch_size, config.seed, self._step, steps))
 
-    def _set_alpha(self) -> None:
-        config = self.config
-        share = 1.0
-        if config.alpha_ramp:
-            share = (self.epoch - config.ce_epochs + 1) / max(1, config.epochs - config.ce_epochs)
-        self.method.alpha = config.alpha * max(0.0, share)
+    def _loader(
+        self, dataset: Dataset | None, order: list[list[int]], num_workers: int = 0
+    ) -> Iterator[tuple[Any, ...]]:
+        """This rank's part of each batch, on the device."""
+        if dataset is None:
+            return iter(())
+        own = [rows[own_part(len(rows), self.group)] for rows in order]
+        loader = batches(dataset, own, num_workers, self.config.seed, self._step)
+        return (to_device(tuple(batch), self._device) for batch in loader)
+
+    def _new_measures(self) -> EpochMeasures:
+        dtype = torch.promote_types(torch.float32, self.head.weight.dtype)
+        return EpochMeasures(self._steps, self.head.out_features).to(self._device, dtype)
+
+    def _check_parts(self) -> None:
+        """Several processes: each has rows in every batch, and the model is not wrapped."""
+        if self.group is None:
+            return
+        if isinstance(self.backbone, nn.parallel.DistributedDataParallel):
+            remedy = "pass backbone.module: the trainer averages gradients itself"
+            raise complain("backbone", "a plain module", "DistributedDataParallel", remedy)
+        ranks = size_of(self.group)
+        sizes = {"batch_size": len(self.train_set) // self._steps}  # type: ignore[arg-type]
+        if self.meta_set is not None:
+            sizes["meta_batch_size"] = min(self.config.meta_batch_size, len(self.meta_set))  # type: ignore[arg-type]
+        for name, size in sizes.items():
+            if size < ranks:
+                expected = f"a row for each of {ranks} processes in every batch"
+                raise complain(name, expected, f"{size} rows", "start fewer, or raise it")
+
+    @property
+    def _steps(self) -> int:
+        """Steps of an epoch."""
+        return max(1, -(-len(self.train_set) // self.config.batch_size))  # type: ignore[arg-type]
 
     @property
     def _step(self) -> int:
         """Steps done since the start of the run."""
-        count = len(self.train_set)  # type: ignore[arg-type]
-        return self.epoch * max(1, -(-count // self.config.batch_size)) + self.batch
+        return self.epoch * self._steps + self.batch
+
+    @property
+    def _device(self) -> torch.device:
+        return self.head.weight.device
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         yield from self.backbone.parameters()
         yield from self.head.parameters()
-
-    def _to_device(self, batch: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(_moved(part, self.head.weight.device) for part in batch)
-
-    @contextlib.contextmanager
-    def _bar(self) -> Iterator[Callable[[], None]]:
-        if not self.progress or importlib.util.find_spec("tqdm") is None:
-            yield lambda: None
-            return
-        from tqdm.auto import tqdm
-
-        with tqdm(total=self.config.epochs, initial=self.epoch, unit="epoch") as bar:
-
-            def tick() -> None:
-                last = self.history[-1]
-                bar.set_postfix({k: f"{v:.4f}" for k, v in last.items() if k != "epoch"})
-                bar.update()
-
-            yield tick
-
-
-def _moved(part: Any, device: torch.device) -> Any:
-    """Tensors, also those in dicts (a tokenizer's output), lists and tuples, on `device`."""
-    if isinstance(part, Tensor):
-        return part.to(device, non_blocking=True)
-    if isinstance(part, dict):
-        return {key: _moved(value, device) for key, value in part.items()}
-    if isinstance(part, list | tuple):
-        return type(part)(_moved(value, device) for value in part)
-    return part
-
-
-def _diverged(got: str, step: int, epoch: int) -> FloatingPointError:
-    return FloatingPointError(
-        f"loss: expected a finite number, got {got} at step {step} (epoch {epoch}); try a smaller "
-        "lr or alpha, alpha_ramp=true, or clip_norm"
-    )
-
-
-@contextlib.contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode while inside; afterwards each module in the mode it had."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, config: TrainerConfig
-) -> torch.optim.lr_scheduler.LRScheduler:
-    schedulers = torch.optim.lr_scheduler
-    if config.schedule == "cosine":
-        return schedulers.CosineAnnealingLR(optimizer, config.epochs)
-    milestones = list(config.milestones) if config.schedule == "multistep" else []
-    return schedulers.MultiStepLR(optimizer, milestones, config.gamma)
-
-
-def _count_classes(train_set: Dataset, num_classes: int) -> Tensor:
-    if isinstance(train_set, TensorData):
-        check_label_values(train_set.labels, num_classes, None)
-        return torch.bincount(train_set.labels, minlength=num_classes)
-    raise complain(
-        "class_counts",
-        f"samples of each class, ({num_classes},)",
-        "None",
-        "pass torch.bincount(training_labels, minlength=C)",
-    )

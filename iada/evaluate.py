@@ -1,0 +1,41 @@
+"""Accuracy of each class on a data set."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from iada.data import batches, to_device
+
+
+@torch.no_grad()
+def class_accuracy(
+    backbone: nn.Module, head: nn.Linear, dataset: Dataset, batch_size: int = 512
+) -> Tensor:
+    """The share of right answers in each class, (C) float64; NaN for a class without samples."""
+    device = head.weight.device
+    right = torch.zeros(head.out_features, dtype=torch.float64)
+    total = torch.zeros(head.out_features, dtype=torch.float64)
+    rows = torch.arange(len(dataset)).split(batch_size)  # type: ignore[arg-type]
+    with _evaluating(backbone, head):
+        for batch in batches(dataset, [part.tolist() for part in rows]):
+            inputs, labels, *_ = to_device(tuple(batch), device)
+            hit = (head(backbone(inputs)).argmax(dim=1) == labels).cpu()
+            right.index_add_(0, labels.cpu(), hit.double())
+            total.index_add_(0, labels.cpu(), torch.ones(len(hit), dtype=torch.float64))
+    return right / total
+
+
+@contextlib.contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode while inside; afterwards each module in the mode it had."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,112 @@
+"""What one epoch of training is described by, and the time that its phases took."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iada.covariance import ClassCovariance
+from iada.distributed import Group, add_up
+from iada.meta import MetaStep
+
+HISTOGRAM_BINS = 20  # of ε over (−1, 1)
+PHASES = ("data", "step", "validation", "checkpoint")
+
+
+class EpochMeasures(nn.Module):
+    """Losses and strengths of one epoch, kept on the model's device: no step waits for the host.
+
+    Args:
+        steps: of the epoch.
+        num_classes: C.
+
+    Attributes:
+        losses, meta_losses: of each step, (steps); NaN where there was none.
+        epsilon_histogram: samples in equal bins of ε over (−1, 1), (20) int64.
+        adversarial, visits: samples with ε > 0, and with any ε, of each class, (C) int64.
+    """
+
+    losses: Tensor
+    meta_losses: Tensor
+    epsilon_histogram: Tensor
+    adversarial: Tensor
+    visits: Tensor
+
+    def __init__(self, steps: int, num_classes: int) -> None:
+        super().__init__()
+        for name in ("losses", "meta_losses"):
+            self.register_buffer(name, torch.full((steps,), torch.nan))
+        sizes = {"epsilon_histogram": HISTOGRAM_BINS, "adversarial": num_classes}
+        for name, size in {**sizes, "visits": num_classes}.items():
+            self.register_buffer(name, torch.zeros(size, dtype=torch.int64))
+
+    @torch.no_grad()
+    def record(self, place: int, result: Tensor | MetaStep, labels: Tensor) -> None:
+        """Take in step `place` of the epoch; labels (N), of the rows that result.epsilon has."""
+        if not isinstance(result, MetaStep):
+            self.losses[place] = result
+            return
+        self.losses[place] = result.loss
+        self.meta_losses[place] = result.meta_loss
+        epsilon, one = result.epsilon, torch.ones_like(labels)
+        bins = ((epsilon + 1) * (HISTOGRAM_BINS / 2)).long().clamp(0, HISTOGRAM_BINS - 1)
+        self.epsilon_histogram.index_add_(0, bins, one)
+        self.adversarial.index_add_(0, labels, (epsilon > 0).to(one.dtype))
+        self.visits.index_add_(0, labels, one)
+
+    @torch.no_grad()
+    def summary(self, covariance: ClassCovariance | None, group: Group = None) -> dict[str, Any]:
+        """The epoch so far in plain numbers, read from the device at once; over all ranks.
+
+        loss and meta_loss are means over steps, adversarial_share and covariance_trace lists over
+        classes. None stands for what was not measured, as for a class that was not visited.
+        """
+        add_up([self.epsilon_histogram, self.adversarial, self.visits], group)
+        share = self.adversarial / self.visits  # 0 / 0 is NaN
+        trace = None
+        if covariance is not None:
+            sigma = covariance.covariance
+            trace = (sigma.diagonal(dim1=1, dim2=2) if sigma.dim() == 3 else sigma).sum(dim=1)
+        strengths = bool(self.visits.any())
+        return {
+            "loss": _number(self.losses.nanmean()),
+            "meta_loss": _number(self.meta_losses.nanmean()),
+            "epsilon_histogram": self.epsilon_histogram.tolist() if strengths else None,
+            "adversarial_share": [_number(s) for s in share.cpu()] if strengths else None,
+            "covariance_trace": None if trace is None else trace.tolist(),
+        }
+
+
+class PhaseTimes:
+    """Seconds spent in each of PHASES, by the host's clock.
+
+    On an accelerator the host runs ahead: the wait for it falls into the phase that first reads
+    a result, at the latest the end of the epoch, which counts as "step".
+    """
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to phase `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The times so far as seconds_<phase>, which start again at 0."""
+        taken = {f"seconds_{name}": value for name, value in self.seconds.items()}
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        return taken
+
+
+def _number(value: Tensor) -> float | None:
+    """A Python float, None for NaN."""
+    number = float(value)
+    return None if number != number else number

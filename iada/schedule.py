@@ -1,0 +1,74 @@
+"""The optimizer of the classifier and how its learning rate, and alpha, change."""
+
+import inspect
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from iada.config import TrainerConfig
+from iada.validation import complain
+
+WARMUP_START = 0.01  # share of lr that warm-up starts from
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: TrainerConfig
+) -> torch.optim.Optimizer:
+    """`config.optimizer` of torch.optim over those parameters that are trained.
+
+    Raises ValueError for options that it does not take, or values that it refuses.
+    """
+    kind = getattr(torch.optim, config.optimizer)
+    known = inspect.signature(kind).parameters
+    common = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    options = {name: value for name, value in common.items() if name in known}
+    unknown = [name for name in config.optimizer_options if name not in known]
+    if unknown:
+        taken = ", ".join(name for name in known if name not in ("params", *common))
+        raise complain(
+            "optimizer_options", f"some of {taken}", repr(unknown[0]), "rename or remove it"
+        )
+    try:
+        return kind(
+            [p for p in parameters if p.requires_grad], **options | config.optimizer_options
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"optimizer_options: expected what torch.optim.{config.optimizer} takes, got "
+            f"{config.optimizer_options} ({error}); mend them"
+        ) from error
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainerConfig, steps: int
+) -> lr_scheduler.LRScheduler:
+    """Warm-up, then `config.schedule`; to be stepped once an epoch or, on demand, once a step.
+
+    steps: of one epoch.
+    """
+    unit = steps if config.schedule_each == "step" else 1
+    warmup, total = round(config.warmup_epochs * unit), config.epochs * unit
+    if config.schedule == "cosine":
+        main: lr_scheduler.LRScheduler = lr_scheduler.CosineAnnealingLR(
+            optimizer, max(1, total - warmup)
+        )
+    else:
+        marks = config.milestones if config.schedule == "multistep" else ()
+        # The main schedule counts from the end of warm-up, milestones from the start of the run.
+        main = lr_scheduler.MultiStepLR(
+            optimizer, [mark * unit - warmup for mark in marks], config.gamma
+        )
+    if not warmup:
+        return main
+    rise = lr_scheduler.LinearLR(optimizer, WARMUP_START, total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [rise, main], [warmup])
+
+
+def alpha_at(config: TrainerConfig, epoch: int) -> float:
+    """α of `epoch`: constant, or on demand rising linearly over the method's own epochs."""
+    if not config.alpha_ramp:
+        return config.alpha
+    share = (epoch - config.ce_epochs + 1) / max(1, config.epochs - config.ce_epochs)
+    return config.alpha * max(0.0, share)
