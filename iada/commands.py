@@ -16,6 +16,7 @@ import torch
 from iada.checkpoint import check_writable
 from iada.config import TrainerConfig, check_fields, read_toml
 from iada.data import TensorData
+from iada.distributed import current_group, launched_group, rank_of
 from iada.models import mlp
 from iada.trainer import Trainer
 from iada.validation import complain
@@ -132,19 +133,27 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="train by a TOML configuration",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="\n\n".join(f"{kind.__doc__}" for kind in SECTIONS.values()),
-        epilog="Ctrl-C finishes the step and leaves a checkpoint; --resume goes on from it.",
+        epilog="Ctrl-C finishes the step and leaves a checkpoint; --resume goes on from it.\n"
+        "With several processes: torchrun --nproc-per-node 2 -m iada train --config run.toml",
     )
     parser.add_argument("--config", type=Path, required=True, help="a TOML file, see above")
     parser.add_argument("--out", type=Path, default=Path("runs/run"), help="folder to write")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
     parser.set_defaults(run=_train)
 
 
 def _train(options: argparse.Namespace) -> int:
+    with launched_group():
+        return _train_here(options)
+
+
+def _train_here(options: argparse.Namespace) -> int:
     sections = read_toml(options.config, SECTIONS)
     data, model, config = sections["data"], sections["model"], sections["trainer"]
     parts = _load_data(data, options.config.parent)
     num_classes = 1 + max(int(part.labels.max()) for part in parts.values())
+    first = rank_of(current_group()) == 0
     torch.manual_seed(config.seed)
     backbone, head = mlp(parts["train"].inputs[0].numel(), model.hidden, num_classes)
     trainer = Trainer(
@@ -155,15 +164,16 @@ def _train(options: argparse.Namespace) -> int:
         config,
         folder=options.out,
         validation_set=parts.get("validation"),
-        progress=True,
+        progress=first,
+        tensorboard=options.tensorboard,
     )
+    say = print if first else _say_nothing
     if options.resume:
-        print("resumed" if trainer.resume() else f"nothing to resume in {options.out}: from new")
-    elif (options.out / "checkpoint.pt").exists():
+        say("resumed" if trainer.resume() else f"nothing to resume in {options.out}: from new")
+    elif first and (options.out / "checkpoint.pt").exists():
         raise complain(
             "--out", "a folder without a checkpoint", str(options.out), "add --resume, or move it"
         )
-    check_writable(options.out)  # now, not after the first epoch
     trainer.fit()
     accuracy = trainer.class_accuracy(parts["test"])
     balanced = float(accuracy.nanmean())
@@ -175,10 +185,15 @@ def _train(options: argparse.Namespace) -> int:
         "test_class_accuracy": [None if math.isnan(a) else a for a in accuracy.tolist()],
         "test_balanced_accuracy": balanced,
     }
-    (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"balanced test accuracy {100 * balanced:.2f} %")
-    print(f"written: {options.out / 'result.json'}")
+    if first:
+        (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    say(f"balanced test accuracy {100 * balanced:.2f} %")
+    say(f"written: {options.out / 'result.json'}")
     return 0
+
+
+def _say_nothing(text: str) -> None:
+    """What ranks but the first print."""
 
 
 def _load_data(data: DataConfig, folder: Path) -> dict[str, TensorData]:

@@ -9,7 +9,9 @@ leaves bit-identical parameters and statistics on all ranks.
 function is the identity. All ranks of the group must make the same calls in the same order.
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +26,25 @@ def current_group() -> Group:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
     return dist.group.WORLD
+
+
+@contextlib.contextmanager
+def launched_group() -> Iterator[None]:
+    """Inside, torch.distributed is initialised if torchrun started this process; then no more.
+
+    Each process takes the CUDA device of its LOCAL_RANK. With CPU tensors on gloo beside NCCL, so
+    that hosts can agree without waiting for a device.
+    """
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def rank_of(group: Group) -> int:
