@@ -16,7 +16,7 @@ METHODS = ("ce", "logit-adjustment", "isda", "meta-iada")
 SCHEDULES = ("constant", "cosine", "multistep")
 UNITS = ("epoch", "step")
 # LBFGS asks for the loss many times in a step.
-OPTIMIZERS = tuple(
+OPTIMIZERS = sorted(
     name
     for name, kind in vars(torch.optim).items()
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)

@@ -69,8 +69,9 @@ def differences(a, b, place="state"):
     """Where two nested states differ in type, shape, or any bit."""
     if isinstance(a, torch.Tensor):
         same = isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype
-        bits = same and torch.equal(a.contiguous().flatten().view(torch.uint8),
-                                    b.contiguous().flatten().view(torch.uint8))
+        bits = same and torch.equal(
+            a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8)
+        )
         return [] if bits else [place]
     if type(a) is not type(b):
         return [place]
