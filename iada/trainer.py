@@ -308,8 +308,11 @@ class Trainer:
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.history = state["history"]
         rank = rank_of(self.group)
-        if rank < len(state["random_state"]):  # else there are more ranks than before
+        if rank < len(state["random_state"]):
             random_state.restore(state["random_state"][rank], self._device)
+        else:  # more ranks than before
+            seed = random_state.seed_of(self.config.seed, rank, self._step)
+            random_state.seed_all(seed, self._device)
 
     def _build_method(self, class_counts: Tensor) -> FirstOrder | MetaIADA:
         config, weight = self.config, self.head.weight

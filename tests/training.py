@@ -21,11 +21,11 @@ SETTINGS = {
 }
 
 
-def make_data(count=44, seed=0):
+def make_data(count=44, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % CLASSES
     inputs = torch.randn(count, 8, generator=generator) + labels[:, None]
-    return iada.TensorData(inputs, labels)
+    return iada.TensorData(inputs.to(dtype), labels)
 
 
 class Augmented(torch.utils.data.Dataset):
@@ -43,23 +43,33 @@ class Augmented(torch.utils.data.Dataset):
         return inputs + 0.1 * draws, int(label)
 
 
-def make_trainer(folder=None, dropout=0.2, num_workers=0, observe=None, **settings):
+def make_trainer(
+    folder=None,
+    dropout=0.2,
+    num_workers=0,
+    observe=None,
+    dtype=torch.float32,
+    batch_norm=False,
+    **settings,
+):
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     torch.set_num_threads(1)
-    backbone, head = mlp(8, (16,), CLASSES)
+    backbone, head = mlp(8, (16,), CLASSES, dtype)
+    if batch_norm:
+        backbone.insert(1, torch.nn.BatchNorm1d(8, dtype=dtype))
     backbone.append(torch.nn.Dropout(dropout))
     config = iada.TrainerConfig(**{**SETTINGS, **settings})
     return iada.Trainer(
         backbone,
         head,
-        Augmented(make_data()),
-        Augmented(make_data(9, seed=1)) if config.method == "meta-iada" else None,
+        Augmented(make_data(dtype=dtype)),
+        Augmented(make_data(9, 1, dtype)) if config.method == "meta-iada" else None,
         config,
         class_counts=torch.bincount(make_data().labels),
         folder=folder,
-        validation_set=make_data(seed=2),
+        validation_set=make_data(44, 2, dtype),
         num_workers=num_workers,
         observe=observe,
     )
