@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from iada.validation import complain
+
 Group = dist.ProcessGroup | None
 
 
@@ -55,6 +57,22 @@ def rank_of(group: Group) -> int:
 def size_of(group: Group) -> int:
     """The number of processes."""
     return 1 if group is None else dist.get_world_size(group)
+
+
+def check_parts(backbone: nn.Module, rows: dict[str, int], group: Group) -> None:
+    """ValueError if a rank would be without a row of a batch, or the model is wrapped.
+
+    rows: of the smallest batch of each kind, by the name of the setting.
+    """
+    if group is None:
+        return
+    if isinstance(backbone, nn.parallel.DistributedDataParallel):
+        remedy = "pass backbone.module: gradients are averaged here"
+        raise complain("backbone", "a plain module", "DistributedDataParallel", remedy)
+    for name, least in rows.items():
+        if least < size_of(group):
+            expected = f"a row for each of {size_of(group)} processes in every batch"
+            raise complain(name, expected, f"{least} rows", "start fewer processes, or raise it")
 
 
 def own_part(count: int, group: Group) -> slice:

@@ -19,11 +19,11 @@ from iada.distributed import (
     any_rank,
     broadcast,
     broadcast_object,
+    check_parts,
     current_group,
     gather_objects,
     own_part,
     rank_of,
-    size_of,
 )
 from iada.divergence import LossWatch, all_finite, diverged, tensors_in
 from iada.evaluate import class_accuracy
@@ -111,7 +111,10 @@ class Trainer:
         self.observe, self.progress, self.num_workers = observe, progress, num_workers
         self.tensorboard = tensorboard
         self.group = current_group()
-        self._check_parts()
+        rows = {"batch_size": len(train_set) // self._steps}  # type: ignore[arg-type]
+        if meta_set is not None:
+            rows["meta_batch_size"] = min(config.meta_batch_size, len(meta_set))  # type: ignore[arg-type]
+        check_parts(backbone, rows, self.group)
         broadcast([*backbone.parameters(), *backbone.buffers(), *head.parameters()], self.group)
         if class_counts is None:
             class_counts = count_classes(train_set, head.out_features)
@@ -370,22 +373,6 @@ class Trainer:
     def _new_measures(self) -> EpochMeasures:
         dtype = torch.promote_types(torch.float32, self.head.weight.dtype)
         return EpochMeasures(self._steps, self.head.out_features).to(self._device, dtype)
-
-    def _check_parts(self) -> None:
-        """Several processes: each has rows in every batch, and the model is not wrapped."""
-        if self.group is None:
-            return
-        if isinstance(self.backbone, nn.parallel.DistributedDataParallel):
-            remedy = "pass backbone.module: the trainer averages gradients itself"
-            raise complain("backbone", "a plain module", "DistributedDataParallel", remedy)
-        ranks = size_of(self.group)
-        sizes = {"batch_size": len(self.train_set) // self._steps}  # type: ignore[arg-type]
-        if self.meta_set is not None:
-            sizes["meta_batch_size"] = min(self.config.meta_batch_size, len(self.meta_set))  # type: ignore[arg-type]
-        for name, size in sizes.items():
-            if size < ranks:
-                expected = f"a row for each of {ranks} processes in every batch"
-                raise complain(name, expected, f"{size} rows", "start fewer, or raise it")
 
     @property
     def _steps(self) -> int:
