@@ -12,7 +12,7 @@ function is the identity. All ranks of the group must make the same calls in the
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from iada.validation import complain
 
-Group = dist.ProcessGroup | None
+Group: TypeAlias = "dist.ProcessGroup | None"  # a build of torch may be without
 
 
 def current_group() -> Group:

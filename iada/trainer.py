@@ -335,6 +335,7 @@ class Trainer:
                 process_group=self.group,
             )
         perturbation = PerturbationNet().to(weight.device, dtype)
+        broadcast([*perturbation.parameters(), *perturbation.buffers()], self.group)
         memory = TrainingMemory(shape[0], len(self.train_set))  # type: ignore[arg-type]
         return MetaIADA(
             *shared,

@@ -1,4 +1,4 @@
-"""The README's examples run as they stand."""
+"""The examples of the README and the docs run as they stand."""
 
 import re
 from pathlib import Path
@@ -7,12 +7,14 @@ import torch
 
 from iada.commands import SECTIONS
 from iada.config import read_toml
+from iada.schedule import build_optimizer, build_schedule
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def test_python_examples():
@@ -40,3 +42,13 @@ def test_toml_example(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(example)
     assert read_toml(path, SECTIONS)["trainer"].ce_epochs == 10
+
+
+def test_settings_of_the_training_page(tmp_path):
+    (example,) = blocks("toml", (ROOT / "docs" / "training.md").read_text())
+    path = tmp_path / "run.toml"
+    path.write_text(example)
+    config = read_toml(path, SECTIONS)["trainer"]
+    optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], config)
+    assert type(optimizer) is torch.optim.AdamW
+    build_schedule(optimizer, config, steps=10)
