@@ -1,12 +1,11 @@
-"""Checkpoints: written aside and renamed, so that the last good one survives whatever happens."""
+"""Checkpoints: all or nothing, and read without running code."""
 
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from iada.files import written_aside
 
 FORMAT = "iada-checkpoint-2"
 
@@ -16,42 +15,14 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     Raises OSError if the folder cannot be written or is full; a former file at `path` is intact.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
+        with written_aside(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _folder_to_disk(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise OSError(
             f"checkpoint: expected to write {path}, got {error}; free some space or choose "
             "another folder (a former checkpoint there is intact)"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-
-
-def check_writable(folder: Path) -> None:
-    """Make `folder` and see that a file can be written there; OSError if not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"iada")
-    except OSError as error:
-        raise OSError(
-            f"folder: expected one that can be written at {folder}, got {error}; choose another"
-        ) from error
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a kill in the middle of writing left aside in `folder`."""
-    for aside in folder.glob(".*.part"):
-        with contextlib.suppress(OSError):
-            aside.unlink()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -76,13 +47,3 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "load it with the version of iada, or the program, that wrote it"
         )
     return state
-
-
-def _folder_to_disk(folder: Path) -> None:
-    """Make the new name outlast a loss of power, where folders can be opened."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

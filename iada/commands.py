@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from iada.checkpoint import check_writable
 from iada.config import TrainerConfig, check_fields, read_toml
 from iada.data import TensorData
 from iada.distributed import current_group, launched_group, rank_of
+from iada.files import check_writable
 from iada.models import mlp
 from iada.trainer import Trainer
 from iada.validation import complain

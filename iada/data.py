@@ -1,5 +1,6 @@
 """Batches that are a function of (seed, epoch, step), so that a run can resume anywhere."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -88,8 +89,13 @@ def batches(
     if type(dataset) is TensorData:  # a subclass may have its own __getitem__
         return DataLoader(dataset, batch_sampler=order, collate_fn=_whole, generator=own)
     indexed = WithIndex(dataset, seed)
-    places = list(enumerate(order, first_step))
-    return DataLoader(indexed, batch_sampler=places, num_workers=num_workers, generator=own)  # type: ignore[arg-type]
+    return DataLoader(
+        indexed,
+        batch_sampler=list(enumerate(order, first_step)),  # type: ignore[arg-type]
+        num_workers=num_workers,
+        generator=own,
+        worker_init_fn=_leave_ctrl_c_to_the_loop,
+    )
 
 
 def to_device(part: Any, device: torch.device) -> Any:
@@ -103,6 +109,11 @@ def to_device(part: Any, device: torch.device) -> Any:
     if isinstance(part, list | tuple):
         return type(part)(to_device(value, device) for value in part)
     return part
+
+
+def _leave_ctrl_c_to_the_loop(worker: int) -> None:
+    """Else Ctrl-C ends the workers before the step that is to be finished has its batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _whole(batch: Any) -> Any:

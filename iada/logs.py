@@ -3,11 +3,12 @@
 import contextlib
 import csv
 import importlib.util
-import os
-from collections.abc import Callable, Iterator, Sequence
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from iada.files import remove_leftovers, to_disk, written_aside
 from iada.measures import HISTOGRAM_BINS, PHASES
 from iada.validation import complain
 
@@ -64,19 +65,22 @@ class CsvLog:
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
         self.path = folder / CSV_FILE
+        remove_leftovers(self.path)
         rows = [row for row in self._read() if int(row[0]) < first_epoch]
-        aside = folder / f".{CSV_FILE}.{os.getpid()}.part"
-        with open(aside, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
-            _to_disk(file)
-        os.replace(aside, self.path)
+        with written_aside(self.path) as file:
+            file.write(_lines([COLUMNS, *rows]).encode())
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one epoch. Raises OSError if it cannot be written."""
-        with open(self.path, "a", newline="") as file:
-            cells = [_cell(row.get(name)) for name in COLUMNS]
-            csv.writer(file, lineterminator="\n").writerow(cells)
-            _to_disk(file)
+        try:
+            with open(self.path, "ab") as file:
+                file.write(_lines([[_cell(row.get(name)) for name in COLUMNS]]).encode())
+                to_disk(file)
+        except OSError as error:
+            raise OSError(
+                f"{self.path}: expected to append a row, got {error}; free some space "
+                "(the last checkpoint is intact)"
+            ) from error
 
     def close(self) -> None:
         """Nothing: the file is closed after each row."""
@@ -185,6 +189,7 @@ def _cell(value: Any) -> str:
     return repr(value) if isinstance(value, int) else f"{value:.9g}"
 
 
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _lines(rows: Iterable[Iterable[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

@@ -13,6 +13,7 @@ from iada.distributed import Group, add_up
 from iada.meta import MetaStep
 
 HISTOGRAM_BINS = 20  # of ε over (−1, 1)
+COUNTS = ("epsilon_histogram", "adversarial", "visits")
 PHASES = ("data", "step", "validation", "checkpoint")
 
 
@@ -64,20 +65,37 @@ class EpochMeasures(nn.Module):
         loss and meta_loss are means over steps, adversarial_share and covariance_trace lists over
         classes. None stands for what was not measured, as for a class that was not visited.
         """
-        add_up([self.epsilon_histogram, self.adversarial, self.visits], group)
-        share = self.adversarial / self.visits  # 0 / 0 is NaN
+        counts = self._counts(group)
+        share = counts["adversarial"] / counts["visits"]  # 0 / 0 is NaN
         trace = None
         if covariance is not None:
             sigma = covariance.covariance
             trace = (sigma.diagonal(dim1=1, dim2=2) if sigma.dim() == 3 else sigma).sum(dim=1)
-        strengths = bool(self.visits.any())
+        strengths = bool(counts["visits"].any())
         return {
             "loss": _number(self.losses.nanmean()),
             "meta_loss": _number(self.meta_losses.nanmean()),
-            "epsilon_histogram": self.epsilon_histogram.tolist() if strengths else None,
+            "epsilon_histogram": counts["epsilon_histogram"].tolist() if strengths else None,
             "adversarial_share": [_number(s) for s in share.cpu()] if strengths else None,
             "covariance_trace": None if trace is None else trace.tolist(),
         }
+
+    def whole_state(self, group: Group = None) -> dict[str, Tensor]:
+        """`state_dict` with the counts of all ranks."""
+        return {**self.state_dict(), **self._counts(group)}
+
+    def load_whole_state(self, state: dict[str, Tensor], rank: int = 0) -> None:
+        """The inverse: the counts go to rank 0, so that their sum stays what it was."""
+        self.load_state_dict(state)
+        if rank > 0:
+            for name in COUNTS:
+                getattr(self, name).zero_()
+
+    def _counts(self, group: Group) -> dict[str, Tensor]:
+        """Summed over the ranks; the own ones stay."""
+        counts = {name: getattr(self, name).clone() for name in COUNTS}
+        add_up(counts.values(), group)
+        return counts
 
 
 class PhaseTimes:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from iada import random_state
 from iada.baselines import FirstOrder
-from iada.checkpoint import check_writable, load_checkpoint, remove_leftovers, save_checkpoint
+from iada.checkpoint import load_checkpoint, save_checkpoint
 from iada.config import TrainerConfig, check_same_run
 from iada.covariance import ClassCovariance
 from iada.data import batches, count_classes, epoch_order, stream_order, to_device
@@ -27,6 +27,7 @@ from iada.distributed import (
 )
 from iada.divergence import LossWatch, all_finite, diverged, tensors_in
 from iada.evaluate import class_accuracy
+from iada.files import check_writable, remove_leftovers
 from iada.interrupt import stop_flag
 from iada.logs import open_logs
 from iada.measures import EpochMeasures, PhaseTimes
@@ -159,7 +160,7 @@ class Trainer:
             return
         if rank_of(self.group) == 0:
             check_writable(self.folder)
-            remove_leftovers(self.folder)
+            remove_leftovers(self.folder / CHECKPOINT)
             if (self.folder / CHECKPOINT).exists() and not self._owns_checkpoint:
                 remedy = "call resume() first, or move it"
                 raise complain("folder", "no checkpoint of another run", str(self.folder), remedy)
@@ -206,7 +207,8 @@ class Trainer:
                 result = self.method.cross_entropy_step(batch)
         except ValueError as error:  # the checks of values see a diverged classifier first
             if all_finite(self._parameters()):
-                raise
+                place = f"step {self._step}, epoch {self.epoch}"
+                raise ValueError(f"{error} ({place})") from error
             got = "a classifier that is not finite"
             raise diverged(got, self._step, self.epoch) from error
         self._measures.record(self.batch, result, batch[1])
@@ -262,7 +264,7 @@ class Trainer:
         """
         state = None
         if self.folder is not None and rank_of(self.group) == 0:
-            remove_leftovers(self.folder)
+            remove_leftovers(self.folder / CHECKPOINT)
             if (self.folder / CHECKPOINT).exists():
                 state = load_checkpoint(self.folder / CHECKPOINT)
         state = broadcast_object(state, self.group)
@@ -284,7 +286,7 @@ class Trainer:
             "method": self.method.state_dict(),
             "epoch": self.epoch,
             "batch": self.batch,
-            "measures": self._measures.state_dict(),
+            "measures": self._measures.whole_state(self.group),
             "history": self.history,
             "random_state": gather_objects(random, self.group),
         }
@@ -300,7 +302,7 @@ class Trainer:
             self.backbone.load_state_dict(state["backbone"])
             self.head.load_state_dict(state["head"])
             self.method.load_state_dict(state["method"])
-            self._measures.load_state_dict(state["measures"])
+            self._measures.load_whole_state(state["measures"], rank_of(self.group))
         except (RuntimeError, KeyError) as error:
             raise ValueError(
                 f"checkpoint: expected the model and data of this run, got another's ({error}); "

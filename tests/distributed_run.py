@@ -28,6 +28,7 @@ from iada.distributed import (
     rank_of,
     row_counts,
 )
+from iada.measures import EpochMeasures
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -62,6 +63,23 @@ def check_helpers(group):
     assert broadcast_object({"rank": rank}, group) == {"rank": 0}
 
 
+def check_measures(group):
+    """Counts of both ranks, in the summary and in the state; loaded, they are not doubled."""
+    rank = rank_of(group)
+    measures = EpochMeasures(2, 2)
+    one = torch.tensor(1.0)
+    epsilon = torch.tensor([[0.5, -0.5, 0.5], [0.5, 0.25, 0.5]])[rank]
+    measures.record(0, iada.MetaStep(one, one, epsilon), torch.tensor([0, 0, rank]))
+    want = measures.summary(None, group)
+    assert want["adversarial_share"] == pytest.approx([0.8, 1.0])
+    assert sum(want["epsilon_histogram"]) == 6
+    state = broadcast_object(measures.whole_state(group), group)
+    assert state["visits"].tolist() == [5, 1]
+    other = EpochMeasures(2, 2)
+    other.load_whole_state(state, rank)
+    assert other.summary(None, group) == want
+
+
 def state(trainer):
     """What all ranks must share, bit for bit."""
     names = ("backbone", "head", "optimizer", "scheduler", "method", "measures", "history")
@@ -93,6 +111,7 @@ def check_stop_and_resume(folder, method, whole):
 def main(folder, methods):
     group = current_group()
     check_helpers(group)
+    check_measures(group)
     for method in methods:
         for dtype in DTYPES:
             kind = str(dtype).removeprefix("torch.")

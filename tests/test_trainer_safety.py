@@ -13,6 +13,7 @@ from training import SETTINGS, differences, make_trainer
 import iada
 import iada.divergence
 from iada.checkpoint import load_checkpoint, save_checkpoint
+from iada.data import batches
 from iada.divergence import CHECK_EVERY, LossWatch
 from iada.models import mlp
 from iada.schedule import build_optimizer, build_schedule
@@ -67,6 +68,39 @@ def test_no_space_left_on_device(tmp_path):
     with pytest.raises(OSError, match="No space left on device.*free some space"):
         save_checkpoint(path, {"step": torch.zeros(100)})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    trainer = make_trainer(tmp_path, epochs=3)
+
+    def replace_the_log(trainer, batch, result):
+        (tmp_path / "log.csv").unlink(missing_ok=True)
+        (tmp_path / "log.csv").symlink_to("/dev/full")
+
+    trainer.observe = replace_the_log
+    with pytest.raises(OSError, match="log.csv: expected to append a row, got .*; free some space"):
+        trainer.fit()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 2
+
+
+def test_workers_leave_ctrl_c_to_the_loop():
+    class Handler(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return float(signal.getsignal(signal.SIGINT) == signal.SIG_IGN), 0
+
+    inputs, *_ = next(iter(batches(Handler(), [[0, 1]], num_workers=1)))
+    assert inputs.tolist() == [1.0, 1.0]
+
+
+def test_an_error_in_the_data_names_the_step(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train_set.data.labels[5] = 7
+    with pytest.raises(ValueError, match=r"labels: expected class indices .* \(step \d, epoch 0\)"):
+        trainer.fit()
 
 
 def test_a_folder_that_cannot_be_written_is_found_at_the_start(tmp_path):

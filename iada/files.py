@@ -1,0 +1,59 @@
+"""Files written aside and renamed, so that the last good one survives whatever happens."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[IO[bytes]]:
+    """A file that becomes `path` when the block ends well; else a former file there is intact."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            yield file
+            to_disk(file)
+        os.replace(aside, path)
+        _folder_to_disk(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what a kill in the middle of writing `path` left aside."""
+    for aside in path.parent.glob(f".{path.name}.*.part"):
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` and see that a file can be written there; OSError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"iada")
+    except OSError as error:
+        raise OSError(
+            f"folder: expected one that can be written at {folder}, got {error}; choose another"
+        ) from error
+
+
+def to_disk(file: IO) -> None:
+    """Wait until what was written to `file` is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _folder_to_disk(folder: Path) -> None:
+    """Make a new name outlast a loss of power, where folders can be opened."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
