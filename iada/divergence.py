@@ -67,14 +67,3 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity; waits for the device once."""
     bad = [~torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point()]
     return not bad or not bool(torch.stack(bad).any())
-
-
-def tensors_in(state: Any) -> Iterable[Tensor]:
-    """Every tensor in nested dicts, lists and tuples."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict):
-        yield from tensors_in(list(state.values()))
-    elif isinstance(state, list | tuple):
-        for part in state:
-            yield from tensors_in(part)

@@ -25,13 +25,13 @@ from iada.distributed import (
     own_part,
     rank_of,
 )
-from iada.divergence import LossWatch, all_finite, diverged, tensors_in
+from iada.divergence import LossWatch, all_finite, diverged
 from iada.evaluate import class_accuracy
 from iada.files import check_writable, remove_leftovers
 from iada.interrupt import stop_flag
 from iada.logs import open_logs
 from iada.measures import EpochMeasures, PhaseTimes
-from iada.meta import MetaIADA
+from iada.meta import MetaIADA, MetaStep
 from iada.perturbation import PerturbationNet
 from iada.sample_characteristics import TrainingMemory
 from iada.schedule import alpha_at, build_optimizer, build_schedule
@@ -56,7 +56,7 @@ class Trainer:
         class_counts: training samples of each class (C); read from the labels of a `TensorData`.
         folder: where checkpoint.pt and log.csv are kept; None for neither.
         observe: called after each step of the second phase with (trainer, batch, result): result
-            is a `MetaStep`, or the loss of a baseline.
+            is a `MetaStep` with the strengths of this batch, or the loss of a baseline.
         validation_set: measured after each epoch into `history`.
         progress: show a bar, if tqdm is installed.
         num_workers: of the training loader.
@@ -211,6 +211,9 @@ class Trainer:
                 raise ValueError(f"{error} ({place})") from error
             got = "a classifier that is not finite"
             raise diverged(got, self._step, self.epoch) from error
+        if isinstance(result, MetaStep):
+            own = result.epsilon[own_part(len(result.epsilon), self.group)]
+            result = dataclasses.replace(result, epsilon=own)
         self._measures.record(self.batch, result, batch[1])
         if meta_phase and self.observe is not None:
             self.observe(self, batch, result)
@@ -241,7 +244,12 @@ class Trainer:
     def _check_finite(self, watch: LossWatch) -> None:
         """FloatingPointError if a loss so far, or what the last step left, is not finite."""
         watch.finish(self.batch)
-        if not all_finite([*self._parameters(), *tensors_in(self.method.state_dict())]):
+        learned: list[Tensor] = [*self._parameters()]
+        if self.method.covariance is not None:
+            learned.append(self.method.covariance.covariance)
+        if isinstance(self.method, MetaIADA):
+            learned += self.method.perturbation.parameters()
+        if not all_finite(learned):
             raise diverged("parameters that are not finite", self._step - 1, self.epoch)
 
     def class_accuracy(self, dataset: Dataset, batch_size: int = 512) -> Tensor:
