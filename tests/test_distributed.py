@@ -43,9 +43,10 @@ def folder(tmp_path_factory):
 
 
 def tensors(state):
-    """Parameters, Σ and its statistics."""
-    named = {**state["backbone"], **state["head"], **state["method"].get("covariance", {})}
-    return {name: tensor.double() for name, tensor in named.items()}
+    """Parameters, Ω, Σ and its statistics."""
+    parts = {**state, **state["method"]}
+    names = [name for name in ("backbone", "head", "perturbation", "covariance") if name in parts]
+    return {f"{n}.{k}": tensor.double() for n in names for k, tensor in parts[n].items()}
 
 
 @pytest.mark.parametrize("method", METHODS)
