@@ -1,5 +1,6 @@
 """Checkpoints: all or nothing, and read without running code."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "load it with the version of iada, or the program, that wrote it"
         )
     return state
+
+
+def load_parts(parts: dict[str, Any], state: dict[str, Any]) -> None:
+    """`load_state_dict` of each part from its entry in `state`: all of them, or none.
+
+    Raises ValueError, with every part as it was, if one does not fit.
+    """
+    former = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (RuntimeError, KeyError, ValueError) as error:
+        for name, part in parts.items():
+            part.load_state_dict(former[name])
+        raise ValueError(
+            f"checkpoint: expected the model and data of this run, got another's ({error}); "
+            "build the same backbone, head and data set, or choose another folder"
+        ) from error

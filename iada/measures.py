@@ -84,12 +84,10 @@ class EpochMeasures(nn.Module):
         """`state_dict` with the counts of all ranks."""
         return {**self.state_dict(), **self._counts(group)}
 
-    def load_whole_state(self, state: dict[str, Tensor], rank: int = 0) -> None:
-        """The inverse: the counts go to rank 0, so that their sum stays what it was."""
-        self.load_state_dict(state)
-        if rank > 0:
-            for name in COUNTS:
-                getattr(self, name).zero_()
+    def forget_counts(self) -> None:
+        """For all ranks but one after loading a `whole_state`: the sums stay as they were."""
+        for name in COUNTS:
+            getattr(self, name).zero_()
 
     def _counts(self, group: Group) -> dict[str, Tensor]:
         """Summed over the ranks; the own ones stay."""

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from iada import random_state
 from iada.baselines import FirstOrder
-from iada.checkpoint import load_checkpoint, save_checkpoint
+from iada.checkpoint import load_checkpoint, load_parts, save_checkpoint
 from iada.config import TrainerConfig, check_same_run
 from iada.covariance import ClassCovariance
 from iada.data import batches, count_classes, epoch_order, stream_order, to_device
@@ -179,14 +179,11 @@ class Trainer:
         if not self.backbone.training:  # else parts that were put into eval mode stay there
             self.backbone.train()
         watch = LossWatch(self._measures.losses, epoch, self._step - self.batch)
-        train = iter(self._loader(self.train_set, rest, self.num_workers))
-        meta = (
-            iter(self._loader(self.meta_set, self._meta_order(len(rest)))) if meta_phase else None
-        )
+        train = self._loader(self.train_set, rest, self.num_workers)
+        meta = self._loader(self.meta_set, self._meta_order(len(rest)) if meta_phase else [])
         for _ in rest:
             with self._times.phase("data"):
-                batch = next(train)
-                meta_batch = None if meta is None else next(meta, None)
+                batch, meta_batch = next(train), next(meta, None)
             with self._times.phase("step"):
                 self._step_on(batch, meta_batch, meta_phase)
                 watch.look(self.batch)
@@ -287,11 +284,7 @@ class Trainer:
         random = random_state.capture(self._device)
         return {
             "config": dataclasses.asdict(self.config),
-            "backbone": self.backbone.state_dict(),
-            "head": self.head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "method": self.method.state_dict(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
             "epoch": self.epoch,
             "batch": self.batch,
             "measures": self._measures.whole_state(self.group),
@@ -306,26 +299,22 @@ class Trainer:
         may differ, and `epochs` where no schedule depends on it), or if the model is another.
         """
         check_same_run(self.config, state["config"])
-        try:
-            self.backbone.load_state_dict(state["backbone"])
-            self.head.load_state_dict(state["head"])
-            self.method.load_state_dict(state["method"])
-            self._measures.load_whole_state(state["measures"], rank_of(self.group))
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(
-                f"checkpoint: expected the model and data of this run, got another's ({error}); "
-                "build the same backbone, head and data set, or choose another folder"
-            ) from error
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        load_parts(self._parts(), state)
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.history = state["history"]
         rank = rank_of(self.group)
+        if rank > 0:
+            self._measures.forget_counts()  # rank 0 has those of all
         if rank < len(state["random_state"]):
             random_state.restore(state["random_state"][rank], self._device)
         else:  # more ranks than before
             seed = random_state.seed_of(self.config.seed, rank, self._step)
             random_state.seed_all(seed, self._device)
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state_dict of its own."""
+        names = ("backbone", "head", "optimizer", "scheduler", "method")
+        return {**{name: getattr(self, name) for name in names}, "measures": self._measures}
 
     def _build_method(self, class_counts: Tensor) -> FirstOrder | MetaIADA:
         config, weight = self.config, self.head.weight

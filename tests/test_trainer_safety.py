@@ -1,5 +1,6 @@
 """What must not cost a night: a full disk, a diverged run, a foreign folder; and schedules."""
 
+import copy
 import math
 import os
 import re
@@ -8,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from training import SETTINGS, differences, make_trainer
+from training import CLASSES, SETTINGS, differences, make_trainer
 
 import iada
 import iada.divergence
@@ -319,6 +320,20 @@ def test_optimizers_by_name():
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**settings)
+
+
+@pytest.mark.parametrize("other", ["model", "data"])
+def test_another_model_or_data_set_changes_nothing(tmp_path, other):
+    make_trainer(tmp_path).fit()
+    trainer = make_trainer(tmp_path)
+    if other == "model":
+        trainer.backbone[-1] = torch.nn.Linear(8, 5)  # what comes before it would load
+    else:
+        trainer.method.memory = iada.TrainingMemory(CLASSES, 43)
+    before = copy.deepcopy(trainer.state_dict())
+    with pytest.raises(ValueError, match="checkpoint: expected the model and data of this run"):
+        trainer.resume()
+    assert differences(trainer.state_dict(), before) == []
 
 
 def test_damaged_checkpoints_stop_a_resume(tmp_path):
