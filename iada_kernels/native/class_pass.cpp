@@ -319,7 +319,7 @@ void diagonal_grad_covariance(const GradCovariance<T>& p) {
 template <class T>
 void sums_of_classes(const ClassSums<T>& p) {
   const int64_t row = table_row(p.num_classes);
-  const double work = double(p.rows.begins[p.rows.present]) * p.num_classes;
+  const double work = double(p.rows.begins[p.rows.present] - p.rows.begins[0]) * p.num_classes;
   parallel_pieces<Buffer<T>>(p.rows.present, work, 0, [&](int64_t u, T*) {
     T* total = p.sums + u * row;
     for (int64_t j = 0; j < row; ++j) total[j] = 0;

@@ -40,7 +40,7 @@ Factors<T> factors(int64_t before, int64_t rows) {
 template <class T>
 void means(const CovarianceUpdate<T>& p, T* batch_mean, T* shift) {
   const int64_t A = p.width, pieces = (A + kColumns - 1) / kColumns;
-  const double work = double(p.rows.begins[p.rows.present]) * A * 2;
+  const double work = double(p.rows.begins[p.rows.present] - p.rows.begins[0]) * A * 2;
   parallel_pieces<Buffer<double>>(p.rows.present * pieces, work, 2 * kColumns,
                                   [&](int64_t piece, double* own) {
     const int64_t u = piece / pieces, start = piece % pieces * kColumns;
@@ -226,15 +226,16 @@ void rank_update(const CovarianceUpdate<T>& p, const Segment* segments, int64_t 
 
 template <class T>
 void update(const CovarianceUpdate<T>& p) {
-  const int64_t A = p.width, U = p.rows.present, total = p.rows.begins[U];
+  const int64_t A = p.width, U = p.rows.present;
   if (U == 0) return;
+  const int64_t total = p.rows.begins[U];
   Buffer<T> batch_mean(U * A), shift(U * A);
   means(p, batch_mean.data, shift.data);
   if (p.full) {
-    const int64_t limit = smaller(total, larger(256, kCentred / larger(A, 1)));
+    int64_t begin = p.rows.begins[0], u = 0;
+    const int64_t limit = smaller(total - begin, larger(256, kCentred / larger(A, 1)));
     Buffer<T> centred(limit * padded<T>(A));
     Buffer<Segment> segments(U);
-    int64_t begin = 0, u = 0;
     while (begin < total) {
       int64_t count = 0, rows = 0;
       while (begin < total && rows < limit) {

@@ -20,12 +20,16 @@ def covariance_update(
     state = (covariance, mean, count)
     if covariance.dtype == mean.dtype and all(t.is_contiguous() for t in state):
         _update(covariance, mean, count, features.contiguous(), labels.contiguous())
-        if not torch.compiler.is_compiling():
-            # Autograd must notice that Σ changed under a loss that still needs it.
-            torch.autograd.graph.increment_version(state)
+        mark_changed(state)
         return
     copies = (covariance.to(mean.dtype).contiguous(), mean.contiguous(), count.contiguous())
     _update(*copies, features.contiguous(), labels.contiguous())
     for tensor, copy in zip(state, copies, strict=True):
         if tensor is not copy:
             tensor.copy_(copy)
+
+
+def mark_changed(state: tuple[Tensor, ...]) -> None:
+    """Let autograd notice that Σ changed under a loss that still needs it."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(state)

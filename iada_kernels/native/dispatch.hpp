@@ -60,6 +60,14 @@ inline const char* instruction_set_name() {
   }
 #endif
 
+inline void run(const AllFinite& record) {
+#ifdef IADA_X86_SETS
+  if (instruction_set() == InstructionSet::avx512) return avx512::all_finite(record);
+  if (instruction_set() == InstructionSet::avx2) return avx2::all_finite(record);
+#endif
+  portable::all_finite(record);
+}
+
 IADA_DISPATCH(class_pass, ClassPass)
 IADA_DISPATCH(table_backward, TableBackward)
 IADA_DISPATCH(grad_covariance, GradCovariance)

@@ -30,6 +30,26 @@ def _loss_forward(
     return loss, residual, weight.new_empty(partial)
 
 
+def _loss_forward_update(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    covariance: Tensor,
+    mean: Tensor,
+    count: Tensor,
+    epsilon: Tensor | None,
+    log_prior: Tensor | None,
+    alpha: float,
+    beta: float,
+    ignore_index: int,
+    reduction: int,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (features, weight, bias, labels, covariance, epsilon, log_prior, None)
+    return _loss_forward(*tensors, alpha, beta, ignore_index, reduction, needs)
+
+
 def _loss_backward(
     grad_loss: Tensor,
     features: Tensor,
@@ -67,5 +87,5 @@ def _covariance_update(
 
 def register() -> None:
     """Tell torch; to be called once, after the library is loaded."""
-    for fake in (_loss_forward, _loss_backward, _covariance_update):
+    for fake in (_loss_forward, _loss_forward_update, _loss_backward, _covariance_update):
         torch.library.register_fake(f"iada_native::{fake.__name__[1:]}", fake)

@@ -29,6 +29,14 @@ def _load() -> tuple[str | None, str]:
     return path, ""
 
 
+OPERATORS = (
+    "loss_forward",
+    "loss_forward_update",
+    "loss_backward",
+    "covariance_update",
+    "values_fit",
+)
+
 PATH, WHY_MISSING = _load()
 if PATH is None and os.environ.get(REQUIRED_BY, "0") not in ("", "0"):
     raise ImportError(f"{REQUIRED_BY}: the native CPU library is required; {WHY_MISSING}")
@@ -36,7 +44,7 @@ if PATH is not None:
     # Called under autograd.Function only: without this, torch's fallback looks for requires_grad at
     # every call.
     _autograd = torch.library.Library("iada_native", "IMPL", "Autograd")
-    for _operator in ("loss_forward", "loss_backward", "covariance_update"):
+    for _operator in OPERATORS:
         _autograd.impl(_operator, torch.library.fallthrough_kernel)
     fakes.register()
 

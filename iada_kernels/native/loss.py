@@ -24,11 +24,12 @@ from iada_kernels.contract import (
     LossOptions,
 )
 from iada_kernels.native import library
-from iada_kernels.native.covariance import covariance_update
+from iada_kernels.native.covariance import covariance_update, mark_changed
 from iada_kernels.native.fakes import BIAS, EPSILON, PRIOR, WEIGHT
 
 if library.is_available():
     _forward = torch.ops.iada_native.loss_forward.default
+    _forward_update = torch.ops.iada_native.loss_forward_update.default
     _backward = torch.ops.iada_native.loss_backward.default
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in operators.cpp
@@ -50,22 +51,41 @@ def loss_forward(
     stream: ClassStatistics | None = None,
 ) -> tuple[Tensor, SavedLoss | ClosedFormSaved]:
     """The reduced loss and what `loss_backward` needs; the batch first goes into a `stream`."""
-    if stream is not None:
-        assert inputs.covariance is not None
-        labels = inputs.labels
-        if 0 <= options.ignore_index < len(stream.mean):
-            labels = torch.where(labels == options.ignore_index, -1, labels)
-        covariance_update(inputs.covariance, stream.mean, stream.count, inputs.features, labels)
-    full = inputs.covariance is not None and inputs.covariance.dim() == 3
-    if inputs.weight.numel() > LARGE_HEAD and not full:
+    covariance = inputs.covariance
+    large = inputs.weight.numel() > LARGE_HEAD and (covariance is None or covariance.dim() == 2)
+    if large:
+        if stream is not None:
+            _take_in(inputs, options, stream)
         return closed_form.loss_forward(inputs, options, needs)
     reduction = REDUCTIONS[options.reduction]
     wanted = _wanted(needs)
     if reduction == 0:  # gradients that sum over rows wait for the rows' weights
         wanted &= ~(WEIGHT | BIAS | PRIOR | EPSILON)
         wanted |= int(wanted == 0 and any((needs.weight, needs.bias, needs.log_prior)))
-    loss, residual, partial = _call(inputs, options, None, reduction, wanted)
-    return loss, SavedLoss(residual, partial)
+    if stream is None:
+        return _saved(_call(inputs, options, None, reduction, wanted))
+    assert covariance is not None
+    dtype = inputs.compute_dtype
+    state = (covariance, stream.mean, stream.count)
+    if not (covariance.dtype == stream.mean.dtype == dtype and _all_contiguous(state)):
+        _take_in(inputs, options, stream)
+        return _saved(_call(inputs, options, None, reduction, wanted))
+    found = _forward_update(
+        inputs.features.contiguous(),
+        _plain(inputs.weight, dtype),
+        _plain(inputs.bias, dtype),
+        inputs.labels.contiguous(),
+        *state,
+        _plain(inputs.epsilon, dtype),
+        _plain(inputs.log_prior, dtype),
+        options.alpha,
+        options.beta,
+        options.ignore_index,
+        reduction,
+        wanted,
+    )
+    mark_changed(state)
+    return _saved(found)
 
 
 def loss_backward(
@@ -108,6 +128,23 @@ def loss_backward(
         epsilon=found[4] if needs.epsilon else None,
         log_prior=found[5] if needs.log_prior else None,
     )
+
+
+def _take_in(inputs: LossInputs, options: LossOptions, stream: ClassStatistics) -> None:
+    assert inputs.covariance is not None
+    labels = inputs.labels
+    if 0 <= options.ignore_index < len(stream.mean):  # a label outside is left out anyway
+        labels = torch.where(labels == options.ignore_index, -1, labels)
+    covariance_update(inputs.covariance, stream.mean, stream.count, inputs.features, labels)
+
+
+def _saved(found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, SavedLoss]:
+    loss, residual, partial = found
+    return loss, SavedLoss(residual, partial)
+
+
+def _all_contiguous(tensors: tuple[Tensor, ...]) -> bool:
+    return all(tensor.is_contiguous() for tensor in tensors)
 
 
 def _call(

@@ -1,20 +1,10 @@
-// The operators that Python calls, on torch's stable ABI: tensors to pointers, rows to classes, and
-// the passes in their order. Python (native/loss.py, native/covariance.py) hands over contiguous CPU
-// tensors of agreeing shapes and dtypes; labels are checked here, because they become addresses.
+// What Python calls, on torch's stable ABI, and the operators that are a single pass. Python
+// (native/*.py) hands over contiguous CPU tensors of agreeing shapes and dtypes; labels are checked
+// by those that compute with them, because they become addresses.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "operators.hpp"
 
-#include <optional>
-#include <tuple>
-#include <vector>
-
-#include "dispatch.hpp"
-#include "passes.hpp"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+#include "tensors.hpp"
 
 namespace iada {
 
@@ -23,256 +13,6 @@ void parallel_ranges(int64_t count, int64_t grain, RangeFunction function, void*
 }
 
 namespace {
-
-// What the backward pass may be asked for; the same numbers in native/loss.py.
-enum Needs : int64_t { kFeatures = 1, kWeight = 2, kBias = 4, kCovariance = 8, kEpsilon = 16, kPrior = 32 };
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-
-// Numbers of the products P that are kept between the two halves of one call; more classes than
-// fit are taken in groups.
-constexpr int64_t kKeptProducts = int64_t(1) << 22;
-
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
-  int64_t strides[3] = {1, 1, 1};
-  const int64_t dim = static_cast<int64_t>(sizes.size());
-  for (int64_t d = dim - 2; d >= 0; --d) strides[d] = strides[d + 1] * std::data(sizes)[d + 1];
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, std::data(sizes), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-template <class T>
-const T* pointer(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-const T* pointer(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? pointer<T>(*tensor) : nullptr;
-}
-template <class T>
-T* target(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-RowType row_type(const Tensor& features) {
-  switch (features.scalar_type()) {
-    case ScalarType::Half: return RowType::half;
-    case ScalarType::BFloat16: return RowType::bfloat16;
-    case ScalarType::Double: return RowType::float64;
-    default: return RowType::float32;
-  }
-}
-
-// Rows grouped by class, by counting; rows to be left out are not among them.
-struct Grouping {
-  std::vector<int64_t> classes, order, begins, slot;
-  int64_t rows() const { return static_cast<int64_t>(order.size()); }
-  ClassRows all() const {
-    return {static_cast<int64_t>(classes.size()), classes.data(), order.data(), begins.data()};
-  }
-};
-
-// `ignore`: labels equal to it are left out and others must be in [0, C); without it, every label
-// outside [0, C) is left out.
-Grouping group_rows(const int64_t* labels, int64_t count, int64_t num_classes,
-                    std::optional<int64_t> ignore) {
-  Grouping g;
-  std::vector<int64_t> place(num_classes, 0);
-  int64_t rows = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t y = labels[i];
-    if (ignore.has_value() && y == *ignore) continue;
-    if (y < 0 || y >= num_classes) {
-      STD_TORCH_CHECK(!ignore.has_value(), "labels: expected class indices in [0, ", num_classes,
-                      ") or ignore_index=", ignore.value_or(0), ", got ", y, " at row ", i);
-      continue;
-    }
-    ++place[y];
-    ++rows;
-  }
-  g.slot.assign(num_classes, 0);
-  g.begins.push_back(0);
-  for (int64_t c = 0; c < num_classes; ++c) {
-    if (place[c] == 0) continue;
-    g.slot[c] = static_cast<int64_t>(g.classes.size());
-    g.classes.push_back(c);
-    const int64_t begin = g.begins.back();
-    g.begins.push_back(begin + place[c]);
-    place[c] = begin;
-  }
-  g.order.resize(rows);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t y = labels[i];
-    if (y < 0 || y >= num_classes || (ignore.has_value() && y == *ignore)) continue;
-    g.order[place[y]++] = i;
-  }
-  return g;
-}
-
-struct LossCall {
-  const Tensor &features, &weight, &labels;
-  const std::optional<Tensor>&bias, &covariance, &epsilon, &log_prior, &row_scale;
-  double alpha, beta;
-  int64_t ignore_index, reduction, needs;
-};
-
-using LossResult = std::tuple<Tensor, Tensor, Tensor>;
-
-template <class T>
-LossResult loss_of(const LossCall& call) {
-  const int64_t N = call.features.size(0), A = call.features.size(1), C = call.weight.size(0);
-  const ScalarType type = call.weight.scalar_type();
-  const int64_t* labels = pointer<int64_t>(call.labels);
-  const Grouping grouping = group_rows(labels, N, C, call.ignore_index);
-  const int64_t counted = grouping.rows(), present = static_cast<int64_t>(grouping.classes.size());
-  const bool needs_weight = call.needs & kWeight, needs_bias = call.needs & (kBias | kPrior);
-
-  const bool per_row = call.reduction == kNone;
-  Tensor loss = per_row ? empty({N}, type) : empty({}, type);
-  Tensor residual = call.needs ? empty({N, C}, type) : empty({0}, type);
-  // ∂L/∂W, ∂L/∂b and ∂L/∂ε, one after the other, each only where it was asked for.
-  const int64_t weight_size = needs_weight ? C * A : 0, bias_size = needs_bias ? C : 0;
-  const bool needs_epsilon = (call.needs & kEpsilon) && call.epsilon.has_value();
-  Tensor partial = empty({weight_size + bias_size + (needs_epsilon ? N : 0)}, type);
-  T* grads = target<T>(partial);
-  for (int64_t k = 0, end = partial.numel(); k < end; ++k) grads[k] = 0;
-  if (counted < N) {  // rows left out
-    if (call.needs) torch::stable::zero_(residual);
-    if (per_row) torch::stable::zero_(loss);
-  }
-
-  const bool full = call.covariance.has_value() && call.covariance->dim() == 3;
-  const bool keeps_product = full && needs_weight;
-  int64_t group = present;
-  if (keeps_product) group = larger(1, smaller(present, kKeptProducts / larger(1, C * A)));
-  const int64_t row = table_row(C);
-  Buffer<T> table(call.covariance.has_value() ? group * row : 0);
-  Buffer<T> product(keeps_product ? group * C * A : 0);
-  Buffer<T> grad_table(call.covariance.has_value() && needs_weight ? group * row : 0);
-
-  double loss_sum = 0;
-  const double divisor = call.reduction == kMean ? static_cast<double>(larger(1, counted)) : 1.0;
-  std::vector<int64_t> slot(grouping.slot);
-  for (int64_t first = 0; first < present; first += group) {
-    const int64_t size = smaller(group, present - first);
-    const int64_t* classes = grouping.classes.data() + first;
-    for (int64_t u = 0; u < size; ++u) slot[classes[u]] = u;
-    if (call.covariance.has_value()) {
-      run(ClassPass<T>{C, A, size, classes, pointer<T>(call.weight), pointer<T>(call.covariance),
-                       full, static_cast<T>(call.alpha), table.data, product.data});
-    }
-    Head<T> head{};
-    head.num_classes = C;
-    head.width = A;
-    const int64_t begin = grouping.begins[first], end = grouping.begins[first + size];
-    head.count = end - begin;
-    // All rows in their own order where no row is left out: features are then read in sequence.
-    head.rows = end - begin == N ? nullptr : grouping.order.data() + begin;
-    head.type = row_type(call.features);
-    head.features = call.features.const_data_ptr();
-    head.weight = pointer<T>(call.weight);
-    head.bias = pointer<T>(call.bias);
-    head.labels = labels;
-    head.epsilon = pointer<T>(call.epsilon);
-    head.log_prior = pointer<T>(call.log_prior);
-    head.row_scale = pointer<T>(call.row_scale);
-    head.table = table.data;
-    head.slot = slot.data();
-    head.beta = static_cast<T>(call.beta);
-    head.scale = static_cast<T>(1.0 / divisor);
-    head.loss_sum = &loss_sum;
-    head.losses = per_row ? target<T>(loss) : nullptr;
-    head.residual = call.needs ? target<T>(residual) : nullptr;
-    head.grad_weight = needs_weight ? grads : nullptr;
-    head.grad_bias = needs_bias ? grads + weight_size : nullptr;
-    head.grad_epsilon = needs_epsilon ? grads + weight_size + bias_size : nullptr;
-    run(head);
-    if (call.covariance.has_value() && needs_weight) {
-      const ClassRows rows{size, classes, grouping.order.data(), grouping.begins.data() + first};
-      run(ClassSums<T>{C, rows, pointer<T>(residual), T(1), grad_table.data});
-      run(TableBackward<T>{C, A, size, classes, pointer<T>(call.weight),
-                           full ? nullptr : pointer<T>(call.covariance), product.data,
-                           grad_table.data, static_cast<T>(call.alpha), grads});
-    }
-  }
-  if (!per_row) *target<T>(loss) = static_cast<T>(loss_sum / divisor);
-  return {loss, residual, partial};
-}
-
-LossResult loss_forward(const Tensor& features, const Tensor& weight,
-                        const std::optional<Tensor>& bias, const Tensor& labels,
-                        const std::optional<Tensor>& covariance,
-                        const std::optional<Tensor>& epsilon,
-                        const std::optional<Tensor>& log_prior,
-                        const std::optional<Tensor>& row_scale, double alpha, double beta,
-                        int64_t ignore_index, int64_t reduction, int64_t needs) {
-  const LossCall call{features,  weight,    labels, bias, covariance,   epsilon,
-                      log_prior, row_scale, alpha,  beta, ignore_index, reduction, needs};
-  return weight.scalar_type() == ScalarType::Double ? loss_of<double>(call) : loss_of<float>(call);
-}
-
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <class T>
-void scaled_copy(const T* from, int64_t count, T scale, const Tensor& to) {
-  T* out = target<T>(to);
-  for (int64_t i = 0; i < count; ++i) out[i] = scale * from[i];
-}
-
-template <class T>
-Gradients gradients_of(double upstream, const Tensor& features, const Tensor& weight,
-                       const Tensor& labels, const Tensor& residual, const Tensor& partial,
-                       int64_t covariance_dim, double alpha, double beta, int64_t ignore_index,
-                       int64_t needs) {
-  const int64_t N = features.size(0), A = features.size(1), C = weight.size(0);
-  const ScalarType type = weight.scalar_type();
-  const T scale = static_cast<T>(upstream);
-  const auto none = [type] { return empty({0}, type); };  // outputs of an operator may not alias
-  const bool full = covariance_dim == 3;
-  Tensor features_grad = needs & kFeatures ? empty({N, A}, features.scalar_type()) : none();
-  Tensor weight_grad = needs & kWeight ? empty({C, A}, type) : none();
-  Tensor bias_grad = needs & kBias ? empty({C}, type) : none();
-  Tensor epsilon_grad = needs & kEpsilon ? empty({N}, type) : none();
-  Tensor prior_grad = needs & kPrior ? empty({C}, type) : none();
-  Tensor covariance_grad = none();
-  if (needs & kFeatures) {
-    run(GradFeatures<T>{C, A, N, row_type(features), pointer<T>(residual), pointer<T>(weight), scale,
-                        features_grad.mutable_data_ptr()});
-  }
-  const T* from = pointer<T>(partial);
-  if (needs & kWeight) scaled_copy(from, C * A, scale, weight_grad);
-  from += needs & kWeight ? C * A : 0;
-  if (needs & kBias) scaled_copy(from, C, scale, bias_grad);
-  if (needs & kPrior) scaled_copy(from, C, static_cast<T>(upstream * beta), prior_grad);
-  from += needs & (kBias | kPrior) ? C : 0;
-  if (needs & kEpsilon) scaled_copy(from, N, scale, epsilon_grad);
-  if (needs & kCovariance) {
-    covariance_grad = full ? empty({C, A, A}, type) : empty({C, A}, type);
-    const Grouping grouping = group_rows(pointer<int64_t>(labels), N, C, ignore_index);
-    if (static_cast<int64_t>(grouping.classes.size()) < C) torch::stable::zero_(covariance_grad);
-    const ClassRows rows = grouping.all();
-    Buffer<T> table(rows.present * table_row(C));
-    run(ClassSums<T>{C, rows, pointer<T>(residual), scale, table.data});
-    run(GradCovariance<T>{C, A, rows.present, rows.classes, pointer<T>(weight), table.data,
-                          static_cast<T>(alpha), full, target<T>(covariance_grad)});
-  }
-  return {features_grad, weight_grad, bias_grad, covariance_grad, epsilon_grad, prior_grad};
-}
-
-Gradients loss_backward(const Tensor& grad_loss, const Tensor& features, const Tensor& weight,
-                        const Tensor& labels, const Tensor& residual, const Tensor& partial,
-                        int64_t covariance_dim, double alpha, double beta, int64_t ignore_index,
-                        int64_t needs) {
-  if (weight.scalar_type() == ScalarType::Double) {
-    return gradients_of<double>(*pointer<double>(grad_loss), features, weight, labels, residual,
-                                partial, covariance_dim, alpha, beta, ignore_index, needs);
-  }
-  return gradients_of<float>(*pointer<float>(grad_loss), features, weight, labels, residual,
-                             partial, covariance_dim, alpha, beta, ignore_index, needs);
-}
 
 template <class T>
 void update_of(const Tensor& covariance, const Tensor& mean, const Tensor& count,
@@ -285,6 +25,8 @@ void update_of(const Tensor& covariance, const Tensor& mean, const Tensor& count
                           target<int64_t>(count)});
 }
 
+}  // namespace
+
 void covariance_update(const Tensor& covariance, const Tensor& mean, const Tensor& count,
                        const Tensor& features, const Tensor& labels) {
   if (mean.scalar_type() == ScalarType::Double) {
@@ -294,7 +36,20 @@ void covariance_update(const Tensor& covariance, const Tensor& mean, const Tenso
   }
 }
 
-}  // namespace
+bool values_fit(const Tensor& labels, int64_t num_classes, int64_t ignore_index,
+                const std::optional<Tensor>& epsilon, const std::optional<Tensor>& features) {
+  const int64_t* y = pointer<int64_t>(labels);
+  bool fit = true;
+  for (int64_t i = 0, count = labels.numel(); i < count; ++i) {
+    fit &= (y[i] >= 0 && y[i] < num_classes) || y[i] == ignore_index;
+  }
+  for (const std::optional<Tensor>* numbers : {&epsilon, &features}) {
+    if (!numbers->has_value()) continue;
+    run(AllFinite{row_type(**numbers), (*numbers)->const_data_ptr(), (*numbers)->numel(), &fit});
+  }
+  return fit;
+}
+
 }  // namespace iada
 
 STABLE_TORCH_LIBRARY(iada_native, library) {
@@ -303,18 +58,28 @@ STABLE_TORCH_LIBRARY(iada_native, library) {
       " Tensor? epsilon, Tensor? log_prior, Tensor? row_scale, float alpha, float beta,"
       " int ignore_index, int reduction, int needs) -> (Tensor, Tensor, Tensor)");
   library.def(
+      "loss_forward_update(Tensor features, Tensor weight, Tensor? bias, Tensor labels,"
+      " Tensor(a!) covariance, Tensor(b!) mean, Tensor(c!) count, Tensor? epsilon,"
+      " Tensor? log_prior, float alpha, float beta, int ignore_index, int reduction, int needs)"
+      " -> (Tensor, Tensor, Tensor)");
+  library.def(
       "loss_backward(Tensor grad_loss, Tensor features, Tensor weight, Tensor labels,"
       " Tensor residual, Tensor partial, int covariance_dim, float alpha, float beta,"
       " int ignore_index, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "covariance_update(Tensor(a!) covariance, Tensor(b!) mean, Tensor(c!) count, Tensor features,"
       " Tensor labels) -> ()");
+  library.def(
+      "values_fit(Tensor labels, int num_classes, int ignore_index, Tensor? epsilon,"
+      " Tensor? features) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(iada_native, CPU, library) {
   library.impl("loss_forward", TORCH_BOX(&iada::loss_forward));
+  library.impl("loss_forward_update", TORCH_BOX(&iada::loss_forward_update));
   library.impl("loss_backward", TORCH_BOX(&iada::loss_backward));
   library.impl("covariance_update", TORCH_BOX(&iada::covariance_update));
+  library.impl("values_fit", TORCH_BOX(&iada::values_fit));
 }
 
 extern "C" __attribute__((visibility("default"))) const char* iada_instruction_set() {

@@ -119,6 +119,14 @@ struct CovarianceUpdate {
   int64_t* count;  // (C)
 };
 
+// *all &= every number is finite.
+struct AllFinite {
+  RowType type;
+  const void* numbers;
+  int64_t count;
+  bool* all;
+};
+
 #define IADA_DECLARE_PASSES(set)                     \
   namespace set {                                    \
   void class_pass(const ClassPass<float>&);          \
@@ -135,6 +143,7 @@ struct CovarianceUpdate {
   void grad_features(const GradFeatures<double>&);   \
   void covariance_update(const CovarianceUpdate<float>&);  \
   void covariance_update(const CovarianceUpdate<double>&); \
+  void all_finite(const AllFinite&);                 \
   }
 
 IADA_DECLARE_PASSES(portable)
