@@ -7,13 +7,11 @@ from torch import Tensor, nn
 
 from iada.precision import full_precision
 from iada.validation import (
+    check_batch_values,
     check_device,
-    check_finite_features,
     check_float,
-    check_label_values,
     check_labels,
     complain,
-    values_are_checked,
 )
 from iada_kernels.dispatch import select_backend
 
@@ -93,9 +91,7 @@ class ClassCovariance(nn.Module):
         for name, tensor in (("features", features), ("labels", labels)):
             check_device(name, tensor, device, "the ClassCovariance")
         labels = labels.long()
-        if values_are_checked(device):
-            check_label_values(labels, num_classes, ignore_index)
-        check_finite_features(features, self.mean.dtype)
+        check_batch_values(features, labels, num_classes, ignore_index, self.mean.dtype)
         if 0 <= ignore_index < num_classes:  # a label outside is left out anyway
             labels = torch.where(labels == ignore_index, -1, labels)
         passes = select_backend(backend, device, features.dtype)

@@ -6,7 +6,7 @@ from iada.autograd import IADALossFunction
 from iada.covariance import ClassCovariance
 from iada.precision import full_precision
 from iada.prior import log_class_prior
-from iada.validation import check_finite_features, check_loss_arguments
+from iada.validation import check_loss_arguments
 from iada_kernels.contract import ClassStatistics, LossOptions
 from iada_kernels.dispatch import select_backend
 
@@ -128,16 +128,15 @@ class IADALoss(nn.Module):
         epsilon: Tensor | None = None,
     ) -> Tensor:
         """Eq. 6 for features (N, A), the head's weight (C, A) and bias (C), labels (N)."""
-        sigma = self.covariance.covariance
+        state = self.covariance
+        sigma = state.covariance
         arguments = (features, weight, bias, labels, sigma, epsilon, self.log_prior)
-        check_loss_arguments(*arguments, self.alpha, self.beta, self.ignore_index, self.reduction)
-        options = LossOptions(
-            float(self.alpha), float(self.beta), self.ignore_index, self.reduction
-        )
+        alpha, beta, ignore, reduction = self.alpha, self.beta, self.ignore_index, self.reduction
+        check_loss_arguments(*arguments, alpha, beta, ignore, reduction, streams=self.training)
+        options = LossOptions(float(alpha), float(beta), ignore, reduction)
         stream = None
         if self.training:
-            check_finite_features(features, sigma.dtype)
-            stream = ClassStatistics(self.covariance.mean, self.covariance.count)
+            stream = ClassStatistics(state.mean, state.count)
         passes = select_backend(self.backend, features.device, features.dtype)
         tensors = (features, weight, bias, sigma, epsilon, self.log_prior, labels.long())
         with full_precision(features.device):

@@ -2,7 +2,8 @@
 
 Checks of shape, dtype and device are always made. Checks of values read the tensors: they are
 always made for CPU tensors, and for others only inside `value_checks()`, because they wait for
-the device.
+the device. What is nearly always right is recognised by one quick look, and only what that does not
+recognise is taken apart to say what is wrong with it.
 """
 
 import contextlib
@@ -13,9 +14,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from iada_kernels import native
+
 _value_checks = contextvars.ContextVar("value_checks", default=False)
 
 REDUCTIONS = ("none", "mean", "sum")
+FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
 
 @contextlib.contextmanager
@@ -127,16 +132,27 @@ def check_finite(name: str, tensor: Tensor, remedy: str) -> None:
 
 
 def check_finite_features(features: Tensor, dtype: torch.dtype) -> None:
-    """Finite at the statistics' dtype, where values are checked: others would spoil Σ for good."""
-    if values_are_checked(features.device):
-        remedy = "skip the batch, or look for what overflowed"
-        check_finite("features", features.detach().to(dtype), remedy)
+    """Finite at the statistics' dtype: others would spoil Σ for good."""
+    remedy = "skip the batch, or look for what overflowed"
+    check_finite("features", features.detach().to(dtype), remedy)
 
 
 def check_number(name: str, value: float) -> None:
     """A plain finite number; tensors are refused because reading one waits for its device."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise complain(name, "a finite Python number", repr(value), f"pass float({name})")
+
+
+def check_batch_values(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype
+) -> None:
+    """Labels in range and features finite at the statistics' `dtype`, where values are checked."""
+    if not values_are_checked(features.device):
+        return
+    if _values_fit(labels, num_classes, ignore_index, None, features, dtype):
+        return
+    check_label_values(labels.long(), num_classes, ignore_index)
+    check_finite_features(features, dtype)
 
 
 def check_loss_arguments(
@@ -151,8 +167,90 @@ def check_loss_arguments(
     beta: float,
     ignore_index: int,
     reduction: str,
+    streams: bool = False,
 ) -> None:
-    """Everything that `fused_loss` and `eager_loss` ask of their arguments."""
+    """Everything that `fused_loss` and `eager_loss` ask of their arguments.
+
+    With `streams`, which needs a covariance, what `check_batch_values` asks of features as well.
+    """
+    tensors = (features, weight, bias, labels, covariance, epsilon, log_prior)
+    options = (alpha, beta, ignore_index, reduction)
+    if torch.compiler.is_compiling() or not _forms_fit(*tensors, *options):
+        _check_loss_forms(*tensors, *options)
+    if not values_are_checked(features.device):
+        return
+    streamed = features if streams and covariance is not None else None
+    dtype = features.dtype if covariance is None else covariance.dtype
+    if _values_fit(labels, len(weight), ignore_index, epsilon, streamed, dtype):
+        return
+    check_label_values(labels.long(), len(weight), ignore_index)
+    if epsilon is not None:
+        remedy = "look at the perturbation network's output; its tanh cannot give this"
+        check_finite("epsilon", epsilon.detach(), remedy)
+    if streamed is not None:
+        check_finite_features(streamed, dtype)
+
+
+def _forms_fit(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    covariance: Tensor | None,
+    epsilon: Tensor | None,
+    log_prior: Tensor | None,
+    alpha: float,
+    beta: float,
+    ignore_index: int,
+    reduction: str,
+) -> bool:
+    """Whether everything but values is right beyond doubt; if not, `_check_loss_forms` decides."""
+    try:
+        (count, width), (num_classes, _) = features.shape, weight.shape
+        device = features.device
+        full = covariance is not None and covariance.dim() == 3
+
+        def fits(tensor: Tensor | None, *shape: int) -> bool:
+            return tensor is None or (
+                tensor.shape == shape and tensor.dtype in FLOATS and tensor.device == device
+            )
+
+        return (
+            num_classes > 0
+            and features.dtype in FLOATS
+            and labels.dtype in INTEGERS
+            and labels.shape == (count,)
+            and labels.device == device
+            and fits(weight, num_classes, width)
+            and fits(bias, num_classes)
+            and fits(epsilon, count)
+            and fits(log_prior, num_classes)
+            and fits(covariance, num_classes, width, *((width,) if full else ()))
+            and (covariance is None or covariance.dtype.itemsize >= 4)
+            and type(alpha) in (float, int)
+            and type(beta) in (float, int)
+            and math.isfinite(alpha + beta)
+            and type(ignore_index) is int
+            and reduction in REDUCTIONS
+        )
+    except (AttributeError, TypeError, ValueError):  # not even tensors
+        return False
+
+
+def _check_loss_forms(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    covariance: Tensor | None,
+    epsilon: Tensor | None,
+    log_prior: Tensor | None,
+    alpha: float,
+    beta: float,
+    ignore_index: int,
+    reduction: str,
+) -> None:
+    """Shapes, dtypes, devices and options, one after the other."""
     check_float("features", features, "a floating-point tensor (N, A)", (None, None))
     count, width = features.shape
     check_float("weight", weight, f"a floating-point tensor (C, {width})", (None, width))
@@ -181,11 +279,22 @@ def check_loss_arguments(
     if reduction not in REDUCTIONS:
         options = ", ".join(map(repr, REDUCTIONS))
         raise complain("reduction", f"one of {options}", repr(reduction), "pass one of these")
-    if values_are_checked(features.device):
-        check_label_values(labels.long(), num_classes, ignore_index)
-        if epsilon is not None:
-            remedy = "look at the perturbation network's output; its tanh cannot give this"
-            check_finite("epsilon", epsilon.detach(), remedy)
+
+
+def _values_fit(
+    labels: Tensor,
+    num_classes: int,
+    ignore_index: int,
+    epsilon: Tensor | None,
+    features: Tensor | None,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether labels are in range, epsilon and features finite; False where this cannot tell."""
+    if labels.device.type != "cpu" or not native.is_available():
+        return False
+    if features is not None and features.dtype == torch.float64 != dtype:
+        return False  # finite numbers may overflow the statistics
+    return native.values_fit(labels.long(), num_classes, ignore_index, epsilon, features)
 
 
 def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:

@@ -9,6 +9,7 @@ from iada_kernels.closed_form import characteristics, covariance_step, hypergrad
 from iada_kernels.native.covariance import covariance_update
 from iada_kernels.native.library import instruction_set, is_available
 from iada_kernels.native.loss import loss_backward, loss_forward
+from iada_kernels.native.values import values_fit
 
 __all__ = [
     "characteristics",
@@ -19,4 +20,5 @@ __all__ = [
     "is_available",
     "loss_backward",
     "loss_forward",
+    "values_fit",
 ]
