@@ -41,7 +41,7 @@ class IADALossFunction(torch.autograd.Function):
         needs = LossNeeds(*ctx.needs_input_grad[:6])
         loss, ctx.saved = backend.loss_forward(inputs, options, needs, stream)
         ctx.save_for_backward(features, weight, bias, covariance, epsilon, log_prior, labels)
-        ctx.options, ctx.backend = options, backend
+        ctx.options, ctx.needs, ctx.backend = options, needs, backend
         return loss
 
     @staticmethod
@@ -49,24 +49,24 @@ class IADALossFunction(torch.autograd.Function):
         with full_precision(grad_loss.device):  # backward may be called under autocast
             if torch.is_grad_enabled():
                 return (*_backward_with_graph(ctx, grad_loss), None, None, None, None)
-            *tensors, labels = ctx.saved_tensors
-            needs = LossNeeds(*ctx.needs_input_grad[:6])
-            grads = ctx.backend.loss_backward(
-                _loss_inputs(tensors, labels), ctx.options, ctx.saved, grad_loss, needs
-            )
-        found = (
-            grads.features,
-            grads.weight,
-            grads.bias,
-            grads.covariance,
-            grads.epsilon,
-            grads.log_prior,
+            features, weight, bias, covariance, epsilon, log_prior, labels = ctx.saved_tensors
+            inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)
+            grads = ctx.backend.loss_backward(inputs, ctx.options, ctx.saved, grad_loss, ctx.needs)
+        return (
+            _cast(grads.features, features),
+            _cast(grads.weight, weight),
+            _cast(grads.bias, bias),
+            _cast(grads.covariance, covariance),
+            _cast(grads.epsilon, epsilon),
+            _cast(grads.log_prior, log_prior),
+            *(None, None, None, None),
         )
-        cast = [
-            None if grad is None or tensor is None else grad.to(tensor.dtype)
-            for grad, tensor in zip(found, tensors, strict=True)
-        ]
-        return (*cast, None, None, None, None)
+
+
+def _cast(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+    if grad is None or tensor is None or grad.dtype == tensor.dtype:
+        return grad
+    return grad.to(tensor.dtype)
 
 
 def _backward_with_graph(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:

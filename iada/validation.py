@@ -19,8 +19,6 @@ from iada_kernels import native
 _value_checks = contextvars.ContextVar("value_checks", default=False)
 
 REDUCTIONS = ("none", "mean", "sum")
-FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
 
 @contextlib.contextmanager
@@ -149,8 +147,6 @@ def check_batch_values(
     """Labels in range and features finite at the statistics' `dtype`, where values are checked."""
     if not values_are_checked(features.device):
         return
-    if _values_fit(labels, num_classes, ignore_index, None, features, dtype):
-        return
     check_label_values(labels.long(), num_classes, ignore_index)
     check_finite_features(features, dtype)
 
@@ -174,67 +170,25 @@ def check_loss_arguments(
     With `streams`, which needs a covariance, what `check_batch_values` asks of features as well.
     """
     tensors = (features, weight, bias, labels, covariance, epsilon, log_prior)
-    options = (alpha, beta, ignore_index, reduction)
-    if torch.compiler.is_compiling() or not _forms_fit(*tensors, *options):
-        _check_loss_forms(*tensors, *options)
-    if not values_are_checked(features.device):
+    if (
+        type(alpha) in (float, int)
+        and type(beta) in (float, int)
+        and math.isfinite(alpha + beta)
+        and type(ignore_index) is int
+        and reduction in REDUCTIONS
+        and not torch.compiler.is_compiling()
+        and native.arguments_fit(*tensors, ignore_index, streams)
+    ):
         return
-    streamed = features if streams and covariance is not None else None
-    dtype = features.dtype if covariance is None else covariance.dtype
-    if _values_fit(labels, len(weight), ignore_index, epsilon, streamed, dtype):
+    _check_loss_forms(*tensors, alpha, beta, ignore_index, reduction)
+    if not values_are_checked(features.device):
         return
     check_label_values(labels.long(), len(weight), ignore_index)
     if epsilon is not None:
         remedy = "look at the perturbation network's output; its tanh cannot give this"
         check_finite("epsilon", epsilon.detach(), remedy)
-    if streamed is not None:
-        check_finite_features(streamed, dtype)
-
-
-def _forms_fit(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    covariance: Tensor | None,
-    epsilon: Tensor | None,
-    log_prior: Tensor | None,
-    alpha: float,
-    beta: float,
-    ignore_index: int,
-    reduction: str,
-) -> bool:
-    """Whether everything but values is right beyond doubt; if not, `_check_loss_forms` decides."""
-    try:
-        (count, width), (num_classes, _) = features.shape, weight.shape
-        device = features.device
-        full = covariance is not None and covariance.dim() == 3
-
-        def fits(tensor: Tensor | None, *shape: int) -> bool:
-            return tensor is None or (
-                tensor.shape == shape and tensor.dtype in FLOATS and tensor.device == device
-            )
-
-        return (
-            num_classes > 0
-            and features.dtype in FLOATS
-            and labels.dtype in INTEGERS
-            and labels.shape == (count,)
-            and labels.device == device
-            and fits(weight, num_classes, width)
-            and fits(bias, num_classes)
-            and fits(epsilon, count)
-            and fits(log_prior, num_classes)
-            and fits(covariance, num_classes, width, *((width,) if full else ()))
-            and (covariance is None or covariance.dtype.itemsize >= 4)
-            and type(alpha) in (float, int)
-            and type(beta) in (float, int)
-            and math.isfinite(alpha + beta)
-            and type(ignore_index) is int
-            and reduction in REDUCTIONS
-        )
-    except (AttributeError, TypeError, ValueError):  # not even tensors
-        return False
+    if streams and covariance is not None:
+        check_finite_features(features, covariance.dtype)
 
 
 def _check_loss_forms(
@@ -279,22 +233,6 @@ def _check_loss_forms(
     if reduction not in REDUCTIONS:
         options = ", ".join(map(repr, REDUCTIONS))
         raise complain("reduction", f"one of {options}", repr(reduction), "pass one of these")
-
-
-def _values_fit(
-    labels: Tensor,
-    num_classes: int,
-    ignore_index: int,
-    epsilon: Tensor | None,
-    features: Tensor | None,
-    dtype: torch.dtype,
-) -> bool:
-    """Whether labels are in range, epsilon and features finite; False where this cannot tell."""
-    if labels.device.type != "cpu" or not native.is_available():
-        return False
-    if features is not None and features.dtype == torch.float64 != dtype:
-        return False  # finite numbers may overflow the statistics
-    return native.values_fit(labels.long(), num_classes, ignore_index, epsilon, features)
 
 
 def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:

@@ -9,9 +9,10 @@ from iada_kernels.closed_form import characteristics, covariance_step, hypergrad
 from iada_kernels.native.covariance import covariance_update
 from iada_kernels.native.library import instruction_set, is_available
 from iada_kernels.native.loss import loss_backward, loss_forward
-from iada_kernels.native.values import values_fit
+from iada_kernels.native.values import arguments_fit
 
 __all__ = [
+    "arguments_fit",
     "characteristics",
     "covariance_step",
     "covariance_update",
@@ -20,5 +21,4 @@ __all__ = [
     "is_available",
     "loss_backward",
     "loss_forward",
-    "values_fit",
 ]

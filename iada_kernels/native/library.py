@@ -34,7 +34,7 @@ OPERATORS = (
     "loss_forward_update",
     "loss_backward",
     "covariance_update",
-    "values_fit",
+    "arguments_fit",
 )
 
 PATH, WHY_MISSING = _load()

@@ -36,18 +36,58 @@ void covariance_update(const Tensor& covariance, const Tensor& mean, const Tenso
   }
 }
 
-bool values_fit(const Tensor& labels, int64_t num_classes, int64_t ignore_index,
-                const std::optional<Tensor>& epsilon, const std::optional<Tensor>& features) {
+namespace {
+
+bool is_float(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  const ScalarType type = tensor.scalar_type();
+  if (!tensor.is_cpu() || tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (tensor.size(d) != std::data(sizes)[d]) return false;
+  }
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
+}
+
+bool is_float(const std::optional<Tensor>& tensor, std::initializer_list<int64_t> sizes) {
+  return !tensor.has_value() || is_float(*tensor, sizes);
+}
+
+bool are_finite(const Tensor& tensor) {
+  bool finite = tensor.is_contiguous();
+  if (finite) run(AllFinite{row_type(tensor), tensor.const_data_ptr(), tensor.numel(), &finite});
+  return finite;
+}
+
+}  // namespace
+
+bool arguments_fit(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const Tensor& labels, const std::optional<Tensor>& covariance,
+                   const std::optional<Tensor>& epsilon, const std::optional<Tensor>& log_prior,
+                   int64_t ignore_index, bool streams) {
+  if (features.dim() != 2 || weight.dim() != 2 || labels.dim() != 1) return false;
+  const int64_t N = features.size(0), A = features.size(1), C = weight.size(0);
+  if (C == 0 || !is_float(features, {N, A}) || !is_float(weight, {C, A}) || !is_float(bias, {C}) ||
+      !is_float(epsilon, {N}) || !is_float(log_prior, {C})) {
+    return false;
+  }
+  if (covariance.has_value()) {
+    const ScalarType type = covariance->scalar_type();
+    if (!is_float(*covariance, {C, A}) && !is_float(*covariance, {C, A, A})) return false;
+    if (type != ScalarType::Float && type != ScalarType::Double) return false;
+    // Finite numbers of double precision may overflow in statistics of single precision.
+    if (streams && type == ScalarType::Float && features.scalar_type() == ScalarType::Double) {
+      return false;
+    }
+  }
+  if (!labels.is_cpu() || labels.scalar_type() != ScalarType::Long || labels.size(0) != N ||
+      !labels.is_contiguous()) {
+    return false;
+  }
   const int64_t* y = pointer<int64_t>(labels);
   bool fit = true;
-  for (int64_t i = 0, count = labels.numel(); i < count; ++i) {
-    fit &= (y[i] >= 0 && y[i] < num_classes) || y[i] == ignore_index;
-  }
-  for (const std::optional<Tensor>* numbers : {&epsilon, &features}) {
-    if (!numbers->has_value()) continue;
-    run(AllFinite{row_type(**numbers), (*numbers)->const_data_ptr(), (*numbers)->numel(), &fit});
-  }
-  return fit;
+  for (int64_t i = 0; i < N; ++i) fit &= (y[i] >= 0 && y[i] < C) || y[i] == ignore_index;
+  if (epsilon.has_value()) fit = fit && are_finite(*epsilon);
+  return fit && !(streams && covariance.has_value() && !are_finite(features));
 }
 
 }  // namespace iada
@@ -70,8 +110,9 @@ STABLE_TORCH_LIBRARY(iada_native, library) {
       "covariance_update(Tensor(a!) covariance, Tensor(b!) mean, Tensor(c!) count, Tensor features,"
       " Tensor labels) -> ()");
   library.def(
-      "values_fit(Tensor labels, int num_classes, int ignore_index, Tensor? epsilon,"
-      " Tensor? features) -> bool");
+      "arguments_fit(Tensor features, Tensor weight, Tensor? bias, Tensor labels,"
+      " Tensor? covariance, Tensor? epsilon, Tensor? log_prior, int ignore_index, bool streams)"
+      " -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(iada_native, CPU, library) {
@@ -79,7 +120,7 @@ STABLE_TORCH_LIBRARY_IMPL(iada_native, CPU, library) {
   library.impl("loss_forward_update", TORCH_BOX(&iada::loss_forward_update));
   library.impl("loss_backward", TORCH_BOX(&iada::loss_backward));
   library.impl("covariance_update", TORCH_BOX(&iada::covariance_update));
-  library.impl("values_fit", TORCH_BOX(&iada::values_fit));
+  library.impl("arguments_fit", TORCH_BOX(&iada::arguments_fit));
 }
 
 extern "C" __attribute__((visibility("default"))) const char* iada_instruction_set() {

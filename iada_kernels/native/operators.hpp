@@ -39,8 +39,11 @@ Gradients loss_backward(const Tensor& grad_loss, const Tensor& features, const T
 void covariance_update(const Tensor& covariance, const Tensor& mean, const Tensor& count,
                        const Tensor& features, const Tensor& labels);
 
-// Labels are in [0, C) or ignore_index, and numbers are finite.
-bool values_fit(const Tensor& labels, int64_t num_classes, int64_t ignore_index,
-                const std::optional<Tensor>& epsilon, const std::optional<Tensor>& features);
+// Whether these are arguments of the loss as its operators want them, labels int64 in [0, C) or
+// ignore_index, epsilon finite, and the features too where they are streamed.
+bool arguments_fit(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const Tensor& labels, const std::optional<Tensor>& covariance,
+                   const std::optional<Tensor>& epsilon, const std::optional<Tensor>& log_prior,
+                   int64_t ignore_index, bool streams);
 
 }  // namespace iada

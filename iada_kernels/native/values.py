@@ -1,4 +1,4 @@
-"""A quick look at the values of a batch, for the checks that are made of every call on a CPU."""
+"""A quick look at the arguments of the loss, for the checks that are made of every call on a CPU."""
 
 import torch
 from torch import Tensor
@@ -6,19 +6,29 @@ from torch import Tensor
 from iada_kernels.native import library
 
 if library.is_available():
-    _values_fit = torch.ops.iada_native.values_fit.default
+    _arguments_fit = torch.ops.iada_native.arguments_fit.default
 
 
-def values_fit(
+def arguments_fit(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     labels: Tensor,
-    num_classes: int,
-    ignore_index: int,
+    covariance: Tensor | None,
     epsilon: Tensor | None,
-    features: Tensor | None,
+    log_prior: Tensor | None,
+    ignore_index: int,
+    streams: bool,
 ) -> bool:
-    """Whether labels (N) int64 are in [0, C) or ignore_index, epsilon (N) and features finite."""
-    if epsilon is not None:
-        epsilon = epsilon.contiguous()
-    if features is not None:
-        features = features.contiguous()
-    return _values_fit(labels.contiguous(), num_classes, ignore_index, epsilon, features)
+    """Whether these are CPU tensors as `LossInputs` wants them, with values that fit.
+
+    Labels in [0, C) or `ignore_index`, epsilon finite, and with `streams` the features too. False
+    where it cannot tell as well: for arguments of any other kind, dtype, layout or device.
+    """
+    if not library.is_available():
+        return False
+    tensors = (features, weight, bias, labels, covariance, epsilon, log_prior)
+    try:
+        return _arguments_fit(*tensors, ignore_index, streams)
+    except (RuntimeError, TypeError):  # not tensors, or not on a CPU
+        return False
