@@ -6,6 +6,7 @@ import torch
 
 NOTHING = contextlib.nullcontext()
 
+
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """Autocast off on `device`, at no cost where it is off already."""
     kind = device.type

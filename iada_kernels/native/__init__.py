@@ -5,8 +5,9 @@ Scratch, whatever the shape:
 a few blocks for each thread, 4 Mi numbers of products, 16 gradients of W, W padded and transposed.
 """
 
-from iada_kernels.closed_form import characteristics, covariance_step, hypergradient
+from iada_kernels.native.characteristics import characteristics
 from iada_kernels.native.covariance import covariance_update
+from iada_kernels.native.hypergradient import covariance_step, hypergradient
 from iada_kernels.native.library import instruction_set, is_available
 from iada_kernels.native.loss import loss_backward, loss_forward
 from iada_kernels.native.values import arguments_fit

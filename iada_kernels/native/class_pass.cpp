@@ -1,8 +1,8 @@
 // The class pass: quadratic forms of every class that is present, and what flows back through them.
 //
 //     R[u, j] = ½ α (w_j − w_c)ᵀ Σ_c (w_j − w_c)                       c = classes[u]
+//     Ṙ[u, j] = α (w_j − w_c)ᵀ Σ_c (V_j − V_c)                         along a direction V of W
 //     ∂L/∂W  += α Σ_u [ diag(G_u) P_u − e_c G_uᵀ P_u ]                 P_u = (W − 1w_c) Σ_c
-//     ∂L/∂Σ_c = ½ α (W − 1w_c)ᵀ diag(G_u) (W − 1w_c)
 //
 // Differences are taken before any product, so that nothing cancels. A quadratic form sees the
 // symmetric part of Σ_c only, so must its derivative: P_u stands for (W − 1w_c)(Σ_c + Σ_cᵀ)/2.
@@ -26,6 +26,18 @@ inline void difference(const T* row, const T* own, int64_t width, T* to) {
   int64_t a = 0;
   for (; a + kLanes<T> <= width; a += kLanes<T>) store(to + a, load(row + a) - load(own + a));
   for (; a < width; ++a) to[a] = row[a] - own[a];
+}
+
+// The same in a row of whole tiles.
+template <class T>
+inline void padded_difference(const T* row, const T* own, int64_t width, T* to) {
+  difference(row, own, width, to);
+  for (int64_t a = width; a < padded<T>(width); ++a) to[a] = 0;
+}
+
+template <class T>
+inline T tile_dot(const T* x, const T* y) {
+  return sum<T>(load(x) * load(y) + load(x + kLanes<T>) * load(y + kLanes<T>));
 }
 
 inline int64_t column_pieces(int64_t width) { return (width + kColumns - 1) / kColumns; }
@@ -78,7 +90,7 @@ void symmetric_panel(const T* sigma, int64_t width, int64_t n, int64_t columns, 
 // One piece of columns [begin, end) of Σ_c with many rows of W: tiles of products.
 template <class T>
 void piece_of_products(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t end, T* partial,
-                       T* scratch) {
+                       T* tangent, T* scratch) {
   constexpr int64_t tile_columns = kTileColumns<T>;
   const int64_t width = p.width, c = p.classes[u], width_padded = padded<T>(width);
   const T* own = p.weight + c * width;
@@ -86,19 +98,23 @@ void piece_of_products(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t 
   T* delta = scratch;
   T* panel = delta + kRows * width_padded;
   T* block = panel + width * tile_columns;
+  T* moved = block + kRows * tile_columns;
+  const bool symmetric = p.product != nullptr || p.tangent != nullptr;
   for (int64_t j0 = 0; j0 < p.num_classes; j0 += kRows) {
     const int64_t rows = smaller(kRows, p.num_classes - j0);
     for (int64_t j = 0; j < rows; ++j) {
-      difference(p.weight + (j0 + j) * width, own, width, delta + j * width_padded);
-      for (int64_t a = width; a < width_padded; ++a) delta[j * width_padded + a] = 0;
+      padded_difference(p.weight + (j0 + j) * width, own, width, delta + j * width_padded);
+      if (p.tangent == nullptr) continue;
+      padded_difference(p.weight_tangent + (j0 + j) * width, p.weight_tangent + c * width, width,
+                        moved + j * width_padded);
     }
     for (int64_t n = begin; n < end; n += tile_columns) {
       const int64_t columns = smaller(tile_columns, end - n);
       const T* source = sigma + n;
       int64_t stride = width;
       // Copied where both halves are wanted; for odd columns; or for too many pages to walk again.
-      if (p.product != nullptr || columns < tile_columns || width > 192) {
-        (p.product != nullptr ? symmetric_panel<T> : copy_panel<T>)(sigma, width, n, columns, panel);
+      if (symmetric || columns < tile_columns || width > 192) {
+        (symmetric ? symmetric_panel<T> : copy_panel<T>)(sigma, width, n, columns, panel);
         source = panel;
         stride = tile_columns;
       }
@@ -106,10 +122,8 @@ void piece_of_products(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t 
                  tile_columns, false);
       for (int64_t j = 0; j < rows; ++j) {
         const T* made = block + j * tile_columns;
-        const T* other = delta + j * width_padded + n;
-        const Vector<T> s = load(made) * load(other) +
-                            load(made + kLanes<T>) * load(other + kLanes<T>);
-        partial[j0 + j] += sum<T>(s);
+        partial[j0 + j] += tile_dot(made, delta + j * width_padded + n);
+        if (p.tangent != nullptr) tangent[j0 + j] += tile_dot(made, moved + j * width_padded + n);
         if (p.product != nullptr) {
           T* to = p.product + (u * p.num_classes + j0 + j) * width + n;
           if (columns == tile_columns) {
@@ -129,11 +143,16 @@ void piece_of_products(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t 
 // which goes to `shares` (C, A).
 template <class T>
 void piece_of_dots(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t end, T* partial,
-                   T* shares, T* scratch) {
+                   T* tangent, T* shares, T* scratch) {
   const int64_t width = p.width, c = p.classes[u];
   const T* sigma = p.covariance + c * width * width;
+  T* moved = scratch + p.num_classes * width;
   for (int64_t j = 0; j < p.num_classes; ++j) {
     difference(p.weight + j * width, p.weight + c * width, width, scratch + j * width);
+    if (p.tangent != nullptr) {
+      difference(p.weight_tangent + j * width, p.weight_tangent + c * width, width,
+                 moved + j * width);
+    }
     if (shares == nullptr) continue;
     for (int64_t k = 0; k < width; ++k) shares[j * width + k] = 0;
   }
@@ -144,6 +163,10 @@ void piece_of_dots(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t end,
       const T* delta = scratch + j * width;
       const T made = dot(row, delta, width);
       partial[j] += made * delta[a];
+      if (p.tangent != nullptr) {  // of the symmetric part: both orders, halved
+        const T* eta = moved + j * width;
+        tangent[j] += (made * eta[a] + dot(row, eta, width) * delta[a]) / 2;
+      }
       if (shares == nullptr) continue;
       T* share = shares + j * width;
       const T x = delta[a] / 2;
@@ -153,37 +176,50 @@ void piece_of_dots(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t end,
   }
 }
 
+// One row of a table from what its pieces found, in their order; 0 for the class itself.
+template <class T>
+void add_pieces(const T* partial, int64_t pieces, int64_t row, T factor, int64_t own, T* table) {
+  for (int64_t j = 0; j < row; ++j) {
+    T total = 0;
+    for (int64_t k = 0; k < pieces; ++k) total += partial[k * row + j];
+    table[j] = total * factor;
+  }
+  table[own] = 0;
+}
+
 template <class T>
 void full_table(const ClassPass<T>& p) {
   const int64_t pieces = column_pieces(p.width), row = table_row(p.num_classes);
   const double work = double(p.present) * p.num_classes * p.width * p.width;
   const bool dots = p.num_classes <= kFewRows;
-  const int64_t scratch = dots ? kFewRows * p.width
-                               : (kRows + kTileColumns<T>) * padded<T>(p.width) +
+  const int64_t sides = p.tangent == nullptr ? 1 : 2;
+  const int64_t scratch = dots ? sides * kFewRows * p.width
+                               : (sides * kRows + kTileColumns<T>) * padded<T>(p.width) +
                                      kRows * kTileColumns<T>;
-  Buffer<T> partial(p.present * pieces * row);
+  Buffer<T> partial(p.present * pieces * row), tangents(sides == 2 ? p.present * pieces * row : 0);
   const int64_t share = p.num_classes * p.width;
   Buffer<T> shares(dots && p.product != nullptr ? p.present * pieces * share : 0);
   parallel_pieces<Buffer<T>>(p.present * pieces, work, scratch, [&](int64_t piece, T* own) {
     const int64_t u = piece / pieces, begin = piece % pieces * kColumns;
     T* sums = partial.data + piece * row;
+    T* moves = p.tangent == nullptr ? nullptr : tangents.data + piece * row;
     for (int64_t j = 0; j < row; ++j) sums[j] = 0;
+    for (int64_t j = 0; moves != nullptr && j < row; ++j) moves[j] = 0;
     const int64_t end = smaller(begin + kColumns, p.width);
     if (dots) {
       T* own_shares = shares.data == nullptr ? nullptr : shares.data + piece * share;
-      piece_of_dots(p, u, begin, end, sums, own_shares, own);
+      piece_of_dots(p, u, begin, end, sums, moves, own_shares, own);
     } else {
-      piece_of_products(p, u, begin, end, sums, own);
+      piece_of_products(p, u, begin, end, sums, moves, own);
     }
   });
   for (int64_t u = 0; u < p.present; ++u) {
-    T* table = p.table + u * row;
-    for (int64_t j = 0; j < row; ++j) {
-      T total = 0;
-      for (int64_t k = 0; k < pieces; ++k) total += partial.data[(u * pieces + k) * row + j];
-      table[j] = total * p.alpha / 2;
+    const T* own = partial.data + u * pieces * row;
+    add_pieces(own, pieces, row, p.alpha / 2, p.classes[u], p.table + u * row);
+    if (p.tangent != nullptr) {
+      own = tangents.data + u * pieces * row;
+      add_pieces(own, pieces, row, p.alpha, p.classes[u], p.tangent + u * row);
     }
-    table[p.classes[u]] = 0;
     if (shares.data == nullptr) continue;
     for (int64_t k = 0; k < share; ++k) {
       T total = 0;
@@ -193,19 +229,19 @@ void full_table(const ClassPass<T>& p) {
   }
 }
 
-// Σ_a σ_a (x_a − y_a)².
+// Σ_a σ_a (x_a − x0_a) (y_a − y0_a).
 template <class T>
-inline T weighted_square(const T* x, const T* y, const T* sigma, int64_t width) {
+inline T weighted_dot(const T* x, const T* x0, const T* y, const T* y0, const T* sigma,
+                      int64_t width) {
   Vector<T> s0{}, s1{};
   int64_t a = 0;
   for (; a + 2 * kLanes<T> <= width; a += 2 * kLanes<T>) {
-    const Vector<T> d0 = load(x + a) - load(y + a);
-    const Vector<T> d1 = load(x + a + kLanes<T>) - load(y + a + kLanes<T>);
-    s0 += d0 * d0 * load(sigma + a);
-    s1 += d1 * d1 * load(sigma + a + kLanes<T>);
+    const int64_t b = a + kLanes<T>;
+    s0 += (load(x + a) - load(x0 + a)) * (load(y + a) - load(y0 + a)) * load(sigma + a);
+    s1 += (load(x + b) - load(x0 + b)) * (load(y + b) - load(y0 + b)) * load(sigma + b);
   }
   T total = sum<T>(s0 + s1);
-  for (; a < width; ++a) total += (x[a] - y[a]) * (x[a] - y[a]) * sigma[a];
+  for (; a < width; ++a) total += (x[a] - x0[a]) * (y[a] - y0[a]) * sigma[a];
   return total;
 }
 
@@ -215,12 +251,20 @@ void diagonal_table(const ClassPass<T>& p) {
   const double work = 2.0 * p.present * p.num_classes * width;
   parallel_pieces<Buffer<T>>(p.present, work, 0, [&](int64_t u, T*) {
     const int64_t c = p.classes[u];
+    const T *own = p.weight + c * width, *sigma = p.covariance + c * width;
     T* table = p.table + u * row;
+    T* tangent = p.tangent == nullptr ? nullptr : p.tangent + u * row;
     for (int64_t j = 0; j < p.num_classes; ++j) {
-      table[j] = p.alpha / 2 * weighted_square(p.weight + j * width, p.weight + c * width,
-                                               p.covariance + c * width, width);
+      table[j] = p.alpha / 2 * weighted_dot(p.weight + j * width, own, p.weight + j * width, own,
+                                            sigma, width);
+      if (p.tangent == nullptr) continue;
+      tangent[j] = p.alpha * weighted_dot(p.weight + j * width, own, p.weight_tangent + j * width,
+                                          p.weight_tangent + c * width, sigma, width);
     }
-    for (int64_t j = p.num_classes; j < row; ++j) table[j] = 0;
+    for (int64_t j = p.num_classes; j < row; ++j) {
+      table[j] = 0;
+      if (p.tangent != nullptr) tangent[j] = 0;
+    }
   });
 }
 
@@ -264,58 +308,6 @@ void weight_through_table(const TableBackward<T>& p) {
   });
 }
 
-// Tiles on and above the diagonal; the other half is their mirror image.
-template <class T>
-void full_grad_covariance(const GradCovariance<T>& p) {
-  constexpr int64_t n = kTileColumns<T>;
-  const int64_t width = p.width, row = table_row(p.num_classes), stride = padded<T>(width);
-  const int64_t panels = stride / n;
-  const double work = double(p.present) * p.num_classes * width * width / 2;
-  Buffer<T> deltas(p.present == 0 ? 0 : p.num_classes * stride);
-  Buffer<T> scaled(p.present == 0 ? 0 : p.num_classes * stride);
-  for (int64_t u = 0; u < p.present; ++u) {
-    const int64_t c = p.classes[u];
-    for (int64_t j = 0; j < p.num_classes; ++j) {
-      T* delta = deltas.data + j * stride;
-      const T g = p.alpha / 2 * p.grad_table[u * row + j];
-      difference(p.weight + j * width, p.weight + c * width, width, delta);
-      for (int64_t a = width; a < stride; ++a) delta[a] = 0;
-      for (int64_t a = 0; a < stride; ++a) scaled.data[j * stride + a] = g * delta[a];
-    }
-    T* grad = p.grad + c * width * width;
-    parallel_pieces<Buffer<T>>(panels, work / p.present, n * n, [&](int64_t i, T* block) {
-      for (int64_t k = i; k < panels; ++k) {
-        product<T>(n, n, p.num_classes, scaled.data + i * n, 1, stride, deltas.data + k * n, stride,
-                   block, n, false);
-        const int64_t rows = smaller(n, width - i * n), columns = smaller(n, width - k * n);
-        for (int64_t a = 0; a < rows; ++a) {
-          for (int64_t b = i == k ? a : 0; b < columns; ++b) {
-            const T x = block[a * n + b];
-            grad[(i * n + a) * width + k * n + b] = x;
-            grad[(k * n + b) * width + i * n + a] = x;
-          }
-        }
-      }
-    });
-  }
-}
-
-template <class T>
-void diagonal_grad_covariance(const GradCovariance<T>& p) {
-  const int64_t width = p.width, row = table_row(p.num_classes);
-  const double work = 2.0 * p.present * p.num_classes * width;
-  parallel_pieces<Buffer<T>>(p.present, work, 0, [&](int64_t u, T*) {
-    const T* w_c = p.weight + p.classes[u] * width;
-    T* grad = p.grad + p.classes[u] * width;
-    for (int64_t a = 0; a < width; ++a) grad[a] = 0;
-    for (int64_t j = 0; j < p.num_classes; ++j) {
-      const T g = p.alpha / 2 * p.grad_table[u * row + j];
-      const T* w_j = p.weight + j * width;
-      for (int64_t a = 0; a < width; ++a) grad[a] += g * (w_j[a] - w_c[a]) * (w_j[a] - w_c[a]);
-    }
-  });
-}
-
 template <class T>
 void sums_of_classes(const ClassSums<T>& p) {
   const int64_t row = table_row(p.num_classes);
@@ -338,12 +330,6 @@ void class_pass(const ClassPass<float>& p) { p.full ? full_table(p) : diagonal_t
 void class_pass(const ClassPass<double>& p) { p.full ? full_table(p) : diagonal_table(p); }
 void table_backward(const TableBackward<float>& p) { weight_through_table(p); }
 void table_backward(const TableBackward<double>& p) { weight_through_table(p); }
-void grad_covariance(const GradCovariance<float>& p) {
-  p.full ? full_grad_covariance(p) : diagonal_grad_covariance(p);
-}
-void grad_covariance(const GradCovariance<double>& p) {
-  p.full ? full_grad_covariance(p) : diagonal_grad_covariance(p);
-}
 void class_sums(const ClassSums<float>& p) { sums_of_classes(p); }
 void class_sums(const ClassSums<double>& p) { sums_of_classes(p); }
 }  // namespace IADA_SET

@@ -75,5 +75,9 @@ IADA_DISPATCH(class_sums, ClassSums)
 IADA_DISPATCH(head, Head)
 IADA_DISPATCH(grad_features, GradFeatures)
 IADA_DISPATCH(covariance_update, CovarianceUpdate)
+IADA_DISPATCH(covariance_step, CovarianceStep)
+IADA_DISPATCH(tangent_head, TangentHead)
+IADA_DISPATCH(row_characteristics, RowCharacteristics)
+IADA_DISPATCH(label_share, LabelShare)
 
 }  // namespace iada

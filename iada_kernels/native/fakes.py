@@ -85,7 +85,60 @@ def _covariance_update(
     return None
 
 
+def _hypergradient(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    covariance: Tensor | None,
+    epsilon: Tensor | None,
+    log_prior: Tensor | None,
+    features_tangent: Tensor | None,
+    weight_tangent: Tensor,
+    bias_tangent: Tensor | None,
+    alpha: float,
+    beta: float,
+    ignore_index: int,
+    reduction: int,
+    needs_covariance: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, classes = features.shape[0], weight.shape[0]
+    sums = (rows, classes) if needs_covariance and covariance is not None else (0,)
+    grad_epsilon = weight.new_empty(0 if epsilon is None else rows)
+    return grad_epsilon, weight.new_empty(sums), weight.new_empty(sums)
+
+
+def _covariance_step(
+    covariance: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    labels: Tensor,
+    residual: Tensor,
+    curvature: Tensor,
+    ignore_index: int,
+    scale: float,
+) -> None:
+    return None
+
+
+def _characteristics(
+    features: Tensor, logits: Tensor, labels: Tensor, weight: Tensor, neighbours: int
+) -> Tensor:
+    return weight.new_empty(features.shape[0], 8)
+
+
+FAKES = (
+    _loss_forward,
+    _loss_forward_update,
+    _loss_backward,
+    _covariance_update,
+    _hypergradient,
+    _covariance_step,
+    _characteristics,
+)
+
+
 def register() -> None:
     """Tell torch; to be called once, after the library is loaded."""
-    for fake in (_loss_forward, _loss_forward_update, _loss_backward, _covariance_update):
+    for fake in FAKES:
         torch.library.register_fake(f"iada_native::{fake.__name__[1:]}", fake)

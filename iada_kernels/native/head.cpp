@@ -13,6 +13,7 @@
 
 #include "passes.hpp"
 #include "product.hpp"
+#include "rows.hpp"
 #include "threads.hpp"
 
 namespace iada {
@@ -20,12 +21,6 @@ namespace {
 
 constexpr int64_t kBlock = 32;   // rows at a time
 constexpr int64_t kPieces = 16;  // pieces of work, each with gradients of W and b of its own
-
-template <class T>
-struct PackedHead {
-  int64_t classes_row, width_row;  // padded C and A
-  T *weight, *transposed, *bias, *prior;
-};
 
 // What a piece of rows adds up: ∂L/∂W (C, padded A), ∂L/∂b (padded C).
 template <class T>
@@ -48,37 +43,6 @@ struct BlockScratch {
     return kBlock * (2 * width_row + 3 * classes_row);
   }
 };
-
-template <class T>
-T row_maximum(const T* row, int64_t count) {
-  Vector<T> best = load(row);
-  for (int64_t j = kLanes<T>; j < count; j += kLanes<T>) {
-    const Vector<T> v = load(row + j);
-    best = choose<T>(v > best, v, best);
-  }
-  return largest<T>(best);
-}
-
-// row ← exp(row − top), its sum returned.
-template <class T>
-T exponentials(const T* row, T top, int64_t count, T* to) {
-  Vector<T> total{};
-  for (int64_t j = 0; j < count; j += kLanes<T>) {
-    const Vector<T> e = exponential(load(row + j) - top);
-    store(to + j, e);
-    total += e;
-  }
-  return sum<T>(total);
-}
-
-// to ← the coefficients of Σ_{j≠y} e^{z_j} (w_j − w_y) in the rows of W.
-template <class T>
-void mixture(const T* logits, int64_t label, int64_t count, T* to) {
-  for (int64_t j = 0; j < count; j += kLanes<T>) store(to + j, load(logits + j));
-  to[label] = -kInfinity<T>;
-  const T total = exponentials(to, row_maximum(to, count), count, to);
-  to[label] = -total;
-}
 
 // Loss of one row of adjusted logits, which become D.
 template <class T>
@@ -103,7 +67,8 @@ double row_loss(T* adjusted, int64_t label, T scale, int64_t count) {
 template <class T>
 void block_of_rows(const Head<T>& p, const PackedHead<T>& packed, int64_t begin, int64_t rows,
                    const BlockScratch<T>& s, Sums<T>& sums) {
-  const int64_t C = p.num_classes, A = p.width, c_row = packed.classes_row, a_row = packed.width_row;
+  const int64_t C = p.num_classes, A = p.width, c_row = packed.classes_row,
+                a_row = packed.width_row;
   const auto row_number = [&](int64_t i) {
     return p.rows == nullptr ? begin + i : p.rows[begin + i];
   };
@@ -111,19 +76,19 @@ void block_of_rows(const Head<T>& p, const PackedHead<T>& packed, int64_t begin,
     read_row(p.type, p.features, row_number(i) * A, A, s.features + i * a_row);
     for (int64_t a = A; a < a_row; ++a) s.features[i * a_row + a] = 0;
   }
-  product<T>(rows, c_row, A, s.features, a_row, 1, packed.transposed, c_row, s.logits, c_row, false);
+  product<T>(rows, c_row, A, s.features, a_row, 1, packed.transposed.data, c_row, s.logits, c_row, false);
   for (int64_t i = 0; i < rows; ++i) {
     T* z = s.logits + i * c_row;
-    for (int64_t j = 0; j < c_row; j += kLanes<T>) store(z + j, load(z + j) + load(packed.bias + j));
+    for (int64_t j = 0; j < c_row; j += kLanes<T>) store(z + j, load(z + j) + load(packed.bias.data + j));
   }
   const bool directed = p.epsilon != nullptr && C > 1;
   if (directed) {
     for (int64_t i = 0; i < rows; ++i) {
       mixture(s.logits + i * c_row, p.labels[row_number(i)], c_row, s.moved + i * c_row);
     }
-    product<T>(rows, a_row, C, s.moved, c_row, 1, packed.weight, a_row, s.sign, a_row, false);
+    product<T>(rows, a_row, C, s.moved, c_row, 1, packed.weight.data, a_row, s.sign, a_row, false);
     for (int64_t k = 0; k < rows * a_row; k += kLanes<T>) store(s.sign + k, sign<T>(load(s.sign + k)));
-    product<T>(rows, c_row, A, s.sign, a_row, 1, packed.transposed, c_row, s.moved, c_row, false);
+    product<T>(rows, c_row, A, s.sign, a_row, 1, packed.transposed.data, c_row, s.moved, c_row, false);
   }
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = row_number(i), label = p.labels[row];
@@ -137,7 +102,7 @@ void block_of_rows(const Head<T>& p, const PackedHead<T>& packed, int64_t begin,
       Vector<T> v = load(z + j);
       if (directed) v += epsilon * load(t + j);
       if (table != nullptr) v += load(table + j);
-      store(d + j, v + load(packed.prior + j));
+      store(d + j, v + load(packed.prior.data + j));
     }
     const T scale = p.row_scale == nullptr ? p.scale : p.scale * p.row_scale[row];
     const double loss = row_loss(d, label, scale, c_row);
@@ -170,26 +135,9 @@ void block_of_rows(const Head<T>& p, const PackedHead<T>& packed, int64_t begin,
 template <class T>
 void head_of(const Head<T>& p) {
   const int64_t C = p.num_classes, A = p.width;
-  const int64_t c_row = padded<T>(C), a_row = padded<T>(A);
   if (p.count == 0) return;
-  Buffer<T> memory(C * a_row + A * c_row + 2 * c_row);
-  PackedHead<T> packed{c_row, a_row, memory.data, memory.data + C * a_row, nullptr, nullptr};
-  packed.bias = packed.transposed + A * c_row;
-  packed.prior = packed.bias + c_row;
-  for (int64_t j = 0; j < c_row; ++j) {
-    // Columns past C have logits −∞, so that they get no probability.
-    packed.bias[j] = j >= C ? -kInfinity<T> : p.bias == nullptr ? T(0) : p.bias[j];
-    packed.prior[j] = j >= C || p.log_prior == nullptr ? T(0) : p.beta * p.log_prior[j];
-  }
-  for (int64_t j = 0; j < C; ++j) {
-    std::memcpy(packed.weight + j * a_row, p.weight + j * A, A * sizeof(T));
-    for (int64_t a = A; a < a_row; ++a) packed.weight[j * a_row + a] = 0;
-  }
-  for (int64_t a = 0; a < A; ++a) {
-    T* to = packed.transposed + a * c_row;
-    for (int64_t j = 0; j < C; ++j) to[j] = p.weight[j * A + a];
-    for (int64_t j = C; j < c_row; ++j) to[j] = 0;
-  }
+  const PackedHead<T> packed(C, A, p.weight, p.bias, p.log_prior, p.beta);
+  const int64_t c_row = packed.classes_row, a_row = packed.width_row;
 
   const int64_t blocks = (p.count + kBlock - 1) / kBlock;
   const int64_t pieces = smaller(blocks, kPieces);

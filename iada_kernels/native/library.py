@@ -34,6 +34,9 @@ OPERATORS = (
     "loss_forward_update",
     "loss_backward",
     "covariance_update",
+    "hypergradient",
+    "covariance_step",
+    "characteristics",
     "arguments_fit",
 )
 

@@ -72,12 +72,12 @@ def loss_forward(
         return _saved(_call(inputs, options, None, reduction, wanted))
     found = _forward_update(
         inputs.features.contiguous(),
-        _plain(inputs.weight, dtype),
-        _plain(inputs.bias, dtype),
+        plain(inputs.weight, dtype),
+        plain(inputs.bias, dtype),
         inputs.labels.contiguous(),
         *state,
-        _plain(inputs.epsilon, dtype),
-        _plain(inputs.log_prior, dtype),
+        plain(inputs.epsilon, dtype),
+        plain(inputs.log_prior, dtype),
         options.alpha,
         options.beta,
         options.ignore_index,
@@ -103,7 +103,7 @@ def loss_backward(
     if options.reduction == "none":
         _, residual, partial = _call(inputs, options, grad_loss, SUM, wanted)
         grad_loss = grad_loss.new_ones(())
-    weight = _plain(inputs.weight, residual.dtype)
+    weight = plain(inputs.weight, residual.dtype)
     features, dim = inputs.features.contiguous(), 0
     if inputs.covariance is not None:
         dim = inputs.covariance.dim()
@@ -157,13 +157,13 @@ def _call(
     dtype = inputs.compute_dtype
     return _forward(
         inputs.features.contiguous(),
-        _plain(inputs.weight, dtype),
-        _plain(inputs.bias, dtype),
+        plain(inputs.weight, dtype),
+        plain(inputs.bias, dtype),
         inputs.labels.contiguous(),
-        _plain(inputs.covariance, dtype),
-        _plain(inputs.epsilon, dtype),
-        _plain(inputs.log_prior, dtype),
-        _plain(row_scale, dtype),
+        plain(inputs.covariance, dtype),
+        plain(inputs.epsilon, dtype),
+        plain(inputs.log_prior, dtype),
+        plain(row_scale, dtype),
         options.alpha,
         options.beta,
         options.ignore_index,
@@ -172,7 +172,7 @@ def _call(
     )
 
 
-def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Contiguous and in the compute dtype; itself where it is that already."""
     if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
         return tensor

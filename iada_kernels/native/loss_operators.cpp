@@ -6,10 +6,6 @@
 namespace iada {
 namespace {
 
-// What the backward pass may be asked for; the same numbers in native/loss.py.
-enum Needs : int64_t { kFeatures = 1, kWeight = 2, kBias = 4, kCovariance = 8, kEpsilon = 16, kPrior = 32 };
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-
 // Numbers of the products P that are kept between the two halves of one call; more classes than
 // fit are taken in groups.
 constexpr int64_t kKeptProducts = int64_t(1) << 22;
@@ -46,7 +42,7 @@ void fresh_table(const LossCall& call, const ClassRows& rows, bool full, T* tabl
     run(ClassPass<T>{C, A, part.present, part.classes, pointer<T>(call.weight),
                      pointer<T>(call.covariance), full, static_cast<T>(call.alpha),
                      table + first * table_row(C),
-                     product == nullptr ? nullptr : product + first * C * A});
+                     product == nullptr ? nullptr : product + first * C * A, nullptr, nullptr});
   }
 }
 

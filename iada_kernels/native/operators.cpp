@@ -110,6 +110,17 @@ STABLE_TORCH_LIBRARY(iada_native, library) {
       "covariance_update(Tensor(a!) covariance, Tensor(b!) mean, Tensor(c!) count, Tensor features,"
       " Tensor labels) -> ()");
   library.def(
+      "hypergradient(Tensor features, Tensor weight, Tensor? bias, Tensor labels, Tensor? covariance,"
+      " Tensor? epsilon, Tensor? log_prior, Tensor? features_tangent, Tensor weight_tangent,"
+      " Tensor? bias_tangent, float alpha, float beta, int ignore_index, int reduction,"
+      " bool needs_covariance) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "covariance_step(Tensor(a!) covariance, Tensor weight, Tensor weight_tangent, Tensor labels,"
+      " Tensor residual, Tensor curvature, int ignore_index, float scale) -> ()");
+  library.def(
+      "characteristics(Tensor features, Tensor logits, Tensor labels, Tensor weight,"
+      " int neighbours) -> Tensor");
+  library.def(
       "arguments_fit(Tensor features, Tensor weight, Tensor? bias, Tensor labels,"
       " Tensor? covariance, Tensor? epsilon, Tensor? log_prior, int ignore_index, bool streams)"
       " -> bool");
@@ -120,6 +131,9 @@ STABLE_TORCH_LIBRARY_IMPL(iada_native, CPU, library) {
   library.impl("loss_forward_update", TORCH_BOX(&iada::loss_forward_update));
   library.impl("loss_backward", TORCH_BOX(&iada::loss_backward));
   library.impl("covariance_update", TORCH_BOX(&iada::covariance_update));
+  library.impl("hypergradient", TORCH_BOX(&iada::hypergradient));
+  library.impl("covariance_step", TORCH_BOX(&iada::covariance_step));
+  library.impl("characteristics", TORCH_BOX(&iada::characteristics));
   library.impl("arguments_fit", TORCH_BOX(&iada::arguments_fit));
 }
 

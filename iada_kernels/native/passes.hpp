@@ -34,6 +34,8 @@ struct ClassPass {
   T alpha;
   T* table;    // (U, table_row(C))
   T* product;  // (U, C, A): (W − 1w_c) Σ_c; null where not wanted, and for the diagonal form
+  const T* weight_tangent;  // V (C, A), or null
+  T* tangent;  // α (w_j − w_c)ᵀ Σ_c (V_j − V_c) (U, table_row(C)), or null
 };
 
 // ∂L/∂W through R: grad_weight_j += α Σ_u G_uj P_uj, grad_weight_c −= α Σ_j G_uj P_uj.
@@ -59,6 +61,18 @@ struct GradCovariance {
   T alpha;
   bool full;
   T* grad;  // (C, A, A) or (C, A); rows of absent classes are not written
+};
+
+// Σ_c += scale ∂L̇/∂Σ_c, see covariance_gradient.cpp.
+template <class T>
+struct CovarianceStep {
+  int64_t num_classes, width, present;
+  const int64_t* classes;
+  const T *weight, *weight_tangent;  // W and V (C, A)
+  const T *residual, *curvature;     // class sums of D and c (U, table_row(C))
+  T scale;
+  bool full;
+  T* covariance;  // (C, A, A) or (C, A), added to
 };
 
 // G[u] = scale Σ_{i: y_i = classes[u]} D_i.
@@ -95,6 +109,46 @@ struct Head {
   T* grad_epsilon;      // (N) or null
 };
 
+// How the loss's derivative along (ḣ, V, v_b) depends on ε and Σ, see tangent.cpp.
+template <class T>
+struct TangentHead {
+  int64_t num_classes, width, count;
+  const int64_t* rows;  // as in Head
+  RowType type;
+  const void* features;
+  const T *weight, *bias;
+  const int64_t* labels;
+  const T *epsilon, *log_prior;
+  const T *features_tangent, *weight_tangent, *bias_tangent;  // ḣ (N, A) or null, V, v_b or null
+  const T *table, *tangent;  // R and Ṙ (U, table_row(C)) or null
+  const int64_t* slot;
+  T beta, scale;
+  T* grad_epsilon;          // (N) or null
+  T *residual, *curvature;  // D and c (N, C), scaled, or null
+};
+
+// The characteristics 0 to 6 of every row, and its features of length 1; see characteristics.cpp.
+template <class T>
+struct RowCharacteristics {
+  int64_t count, num_classes, width;
+  RowType features_type, logits_type;
+  const void *features, *logits;
+  const int64_t* labels;
+  const T* weight;  // (C, A)
+  T* found;         // (N, 8)
+  T* unit;          // (N, A)
+};
+
+// Characteristic 7 of rows [begin, begin + size) from their cosines with all rows.
+template <class T>
+struct LabelShare {
+  int64_t begin, size, count, neighbours;  // neighbours ≤ kMaxNeighbours, < count
+  const T* similarity;                     // (size, N)
+  const int64_t* labels;
+  T* found;  // (N, 8)
+};
+constexpr int64_t kMaxNeighbours = 64;
+
 // ∂L/∂h = scale D W.
 template <class T>
 struct GradFeatures {
@@ -127,23 +181,31 @@ struct AllFinite {
   bool* all;
 };
 
-#define IADA_DECLARE_PASSES(set)                     \
-  namespace set {                                    \
-  void class_pass(const ClassPass<float>&);          \
-  void class_pass(const ClassPass<double>&);         \
-  void table_backward(const TableBackward<float>&);  \
-  void table_backward(const TableBackward<double>&); \
-  void grad_covariance(const GradCovariance<float>&);  \
-  void grad_covariance(const GradCovariance<double>&); \
-  void class_sums(const ClassSums<float>&);          \
-  void class_sums(const ClassSums<double>&);         \
-  void head(const Head<float>&);                     \
-  void head(const Head<double>&);                    \
-  void grad_features(const GradFeatures<float>&);    \
-  void grad_features(const GradFeatures<double>&);   \
-  void covariance_update(const CovarianceUpdate<float>&);  \
-  void covariance_update(const CovarianceUpdate<double>&); \
-  void all_finite(const AllFinite&);                 \
+#define IADA_DECLARE_PASSES(set)                                      \
+  namespace set {                                                     \
+  void class_pass(const ClassPass<float>&);                           \
+  void class_pass(const ClassPass<double>&);                          \
+  void table_backward(const TableBackward<float>&);                   \
+  void table_backward(const TableBackward<double>&);                  \
+  void grad_covariance(const GradCovariance<float>&);                 \
+  void grad_covariance(const GradCovariance<double>&);                \
+  void class_sums(const ClassSums<float>&);                           \
+  void class_sums(const ClassSums<double>&);                          \
+  void head(const Head<float>&);                                      \
+  void head(const Head<double>&);                                     \
+  void grad_features(const GradFeatures<float>&);                     \
+  void grad_features(const GradFeatures<double>&);                    \
+  void covariance_update(const CovarianceUpdate<float>&);             \
+  void covariance_update(const CovarianceUpdate<double>&);            \
+  void covariance_step(const CovarianceStep<float>&);                 \
+  void covariance_step(const CovarianceStep<double>&);                \
+  void tangent_head(const TangentHead<float>&);                       \
+  void tangent_head(const TangentHead<double>&);                      \
+  void row_characteristics(const RowCharacteristics<float>&);         \
+  void row_characteristics(const RowCharacteristics<double>&);        \
+  void label_share(const LabelShare<float>&);                         \
+  void label_share(const LabelShare<double>&);                        \
+  void all_finite(const AllFinite&);                                  \
   }
 
 IADA_DECLARE_PASSES(portable)

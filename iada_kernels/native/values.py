@@ -1,4 +1,4 @@
-"""A quick look at the arguments of the loss, for the checks that are made of every call on a CPU."""
+"""A quick look at the arguments of the loss, for the checks that every call on a CPU gets."""
 
 import torch
 from torch import Tensor
