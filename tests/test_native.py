@@ -11,13 +11,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import iada
 from iada_kernels import closed_form, native, reference, select_backend
-from iada_kernels.contract import LossInputs, LossNeeds, LossOptions
+from iada_kernels.contract import (
+    ClassStatistics,
+    HeadTangents,
+    LossInputs,
+    LossNeeds,
+    LossOptions,
+)
 
 needs_library = pytest.mark.skipif(not native.is_available(), reason="no native library here")
 
@@ -137,6 +144,8 @@ def test_half_precision_is_read_exactly(dtype):
     for name, found in ours.items():
         want = same[name].to(dtype) if name == "features" else same[name]
         torch.testing.assert_close(found, want, rtol=0, atol=0)
+    ours, same = hypergradients(native, given), hypergradients(native, wide)
+    assert all(torch.equal(ours[name], same[name]) for name in ours)
 
 
 @needs_library
@@ -231,9 +240,150 @@ def test_labels_out_of_range_are_refused_by_the_operator_itself():
     given = cast(inputs(6, 3, 4, ignored=0.0), torch.float32)
     labels = given.labels.clone()
     labels[2] = 3
-    broken = LossInputs(**{**{f: getattr(given, f) for f in FIELDS}, "labels": labels})
-    with pytest.raises(RuntimeError, match=r"labels.*\[0, 3\).*got 3 at row 2"):
-        native.loss_forward(broken, LossOptions(0.5, 1.0, -100, "mean"), LossNeeds(*[False] * 6))
+    broken = replace(given, labels=labels)
+    options, needs = LossOptions(0.5, 1.0, -100, "mean"), LossNeeds(*[False] * 6)
+    stream = ClassStatistics(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64))
+    before = given.covariance.clone()
+    for state in (None, stream):
+        with pytest.raises(RuntimeError, match=r"labels.*\[0, 3\).*got 3 at row 2"):
+            native.loss_forward(broken, options, needs, state)
+    assert not stream.count.any()
+    assert torch.equal(given.covariance, before)
+    with pytest.raises(RuntimeError, match=r"labels.*\[0, 3\)"):
+        native.characteristics(given.features, torch.zeros(6, 3), labels, given.weight, 2)
+
+
+def hypergradients(backend, given, reduction="mean"):
+    """∂L̇/∂ε and ∂L̇/∂Σ along a fixed direction."""
+    dtype = given.compute_dtype
+    generator = torch.Generator().manual_seed(5)
+    tangents = HeadTangents(
+        *(
+            torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype)
+            for t in (given.features, given.weight, given.bias)
+        )
+    )
+    options = LossOptions(0.7, 1.0, -100, reduction)
+    epsilon, sums = backend.hypergradient(given, options, tangents, given.covariance is not None)
+    if given.covariance is None:
+        assert sums is None
+        return {"epsilon": epsilon}
+    stepped = torch.zeros_like(given.covariance)
+    backend.covariance_step(stepped, given.weight, tangents.weight, sums, -0.5)
+    return {"epsilon": epsilon, "covariance": stepped}
+
+
+@needs_library
+@pytest.mark.parametrize("structure", ["full", "asymmetric", "diag", "none"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 1), (torch.float32, 200), (torch.float64, 1)]
+)
+def test_hypergradient(shape, structure, dtype, scale):
+    exact = inputs(*shape, "full" if structure == "asymmetric" else structure, scale=scale)
+    if structure == "asymmetric":
+        exact = replace(exact, covariance=exact.covariance.triu())
+    given = cast(exact, dtype)
+    logits = exact.features @ exact.weight.T
+    largest = distance(torch.zeros(()), logits)
+    for reduction in ("mean", "sum"):
+        truth = hypergradients(closed_form, cast(given, torch.float64), reduction)
+        ours, torchs = (hypergradients(b, given, reduction) for b in (native, closed_form))
+        for name, want in truth.items():
+            found, size = ours[name], float(want.abs().max()) if want.numel() else 0.0
+            assert found.isfinite().all()
+            # Rounding of logits moves every probability by a share of their size.
+            rounding = torch.finfo(dtype).eps * max(64, 4 * largest) * max(1.0, size)
+            assert distance(found, want) <= 4 * distance(torchs[name], want) + rounding, name
+        if structure in ("full", "asymmetric"):
+            assert torch.equal(ours["covariance"], ours["covariance"].mT)
+
+
+def with_logits(given):
+    labels = given.labels.clamp(min=0)
+    logits = (given.features.to(given.compute_dtype) @ given.weight.T).to(given.features.dtype)
+    return given.features, logits, labels, given.weight
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 5, 40)], ids=str)
+@pytest.mark.parametrize("neighbours", [1, 5, 64, 65])
+@pytest.mark.parametrize("scale", [1.0, 200.0])
+def test_characteristics(shape, neighbours, scale):
+    given = with_logits(inputs(*shape, "none", ignored=0.0, scale=scale))
+    want = reference.batch_characteristics(*given, neighbours)
+    found = native.characteristics(*given, neighbours)
+    torch.testing.assert_close(found, want, rtol=1e-11, atol=1e-12)
+    single = with_logits(cast(inputs(*shape, "none", ignored=0.0, scale=scale), torch.float32))
+    assert native.characteristics(*single, neighbours).isfinite().all()
+
+
+@needs_library
+def test_characteristics_of_masked_logits():
+    features, logits, labels, weight = with_logits(inputs(20, 6, 4, "none", ignored=0.0))
+    logits[:, 3], logits[3], labels[labels == 3] = -torch.inf, 0.0, 2
+    found = native.characteristics(features, logits, labels, weight, 3)
+    want = reference.batch_characteristics(features, logits, labels, weight, 3)
+    torch.testing.assert_close(found[:, [0, 1, 2, 6]], want[:, [0, 1, 2, 6]])
+    assert found.isfinite().all()
+
+
+@needs_library
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 3, 900)], ids=str)  # 900: Σ is taken in groups
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_loss_and_update_in_one_call(shape, structure, dtype):
+    """The same bits as the update and then the loss."""
+    given = cast(inputs(*shape, structure), dtype)
+    given = replace(
+        given, covariance=given.covariance.to(torch.promote_types(dtype, torch.float32))
+    )
+    options, needs = LossOptions(0.5, 1.0, -100, "mean"), LossNeeds(*[True] * 6)
+    classes, width = given.weight.shape
+
+    def run(apart):
+        sigma = given.covariance.clone()
+        mean = torch.ones(classes, width, dtype=sigma.dtype)
+        stream = ClassStatistics(mean, torch.arange(classes))
+        held = replace(given, covariance=sigma)
+        if apart:
+            native.covariance_update(sigma, mean, stream.count, held.features, held.labels)
+        version = sigma._version
+        loss, saved = native.loss_forward(held, options, needs, None if apart else stream)
+        assert apart or sigma._version > version
+        grads = native.loss_backward(held, options, saved, torch.ones_like(loss), needs)
+        return sigma, mean, stream.count, loss, *vars(grads).values()
+
+    for one, other in zip(run(False), run(True), strict=True):
+        assert torch.equal(one, other)
+
+
+@needs_library
+def test_arguments_that_fit_are_recognised():
+    given = cast(inputs(6, 3, 4, ignored=0.3), torch.float32)
+
+    def fit(streams=True, **changed):
+        tensors = {field: getattr(given, field) for field in FIELDS} | changed
+        return native.arguments_fit(*tensors.values(), -100, streams)
+
+    assert fit()
+    assert fit(bias=None, covariance=None, epsilon=None, log_prior=None)
+    assert fit(covariance=torch.ones(3, 4, dtype=torch.float64))
+    spoilt = {field: getattr(given, field).clone() for field in ("features", "epsilon", "labels")}
+    spoilt["features"][5, 3] = torch.nan
+    spoilt["epsilon"][0] = -torch.inf
+    spoilt["labels"][1] = 3
+    for field, tensor in spoilt.items():
+        assert not fit(**{field: tensor}), field
+    assert fit(streams=False, features=spoilt["features"])
+    for field in FIELDS:
+        tensor = getattr(given, field)
+        bad = (tensor[..., :-1], tensor[None], tensor.to(torch.int16), tensor.tolist(), 1.0)
+        for wrong in (*bad, tensor.to("meta"), tensor.to(torch.complex64)):
+            assert not fit(**{field: wrong}), field
+    assert not fit(features=given.features.double())  # may overflow in float32 statistics
+    for field in ("covariance", "features", "labels", "weight"):
+        assert not fit(**{field: getattr(given, field)[:0]})
 
 
 @needs_library
@@ -241,12 +391,16 @@ def test_labels_out_of_range_are_refused_by_the_operator_itself():
 def test_the_number_of_threads_changes_nothing(structure):
     given = cast(inputs(700, 40, 96, structure), torch.float32)
     options, one = LossOptions(0.5, 1.0, -100, "mean"), torch.ones(())
-    results, states = [], []
+    rows, results, states = with_logits(given), [], []
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
-            results.append(evaluate(native, given, options, one))
+            results.append(
+                evaluate(native, given, options, one)
+                | {f"d{name}": tensor for name, tensor in hypergradients(native, given).items()}
+                | {"traits": native.characteristics(*rows, 5)}
+            )
             state = torch.zeros_like(given.covariance), torch.zeros(40, 96), torch.zeros(40).long()
             native.covariance_update(*state, given.features, given.labels)
             states.append(state)
@@ -268,9 +422,13 @@ def test_strided_inputs():
         )
     )
     options, one = LossOptions(0.5, 1.0, -100, "mean"), torch.ones(())
-    plain, other = evaluate(native, given, options, one), evaluate(native, strided, options, one)
-    for name, found in other.items():
-        assert torch.equal(found, plain[name]), name
+    for compute in (
+        lambda g: evaluate(native, g, options, one),
+        lambda g: hypergradients(native, g),
+    ):
+        plain, other = compute(given), compute(strided)
+        for name, found in other.items():
+            assert torch.equal(found, plain[name]), name
 
 
 def test_native_says_why_it_cannot_serve():

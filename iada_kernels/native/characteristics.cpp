@@ -3,7 +3,8 @@
 //     0 −log p_y    1 p_y − max_{j≠y} p_j    2 ‖onehot(y) − p‖    3 cos(h, w_y)
 //     4 −Σ_j p_j log p_j    5 ‖w_y‖    6 p_y    7 share of y among the k nearest rows by cosine
 //
-// Scratch of a thread: a row of features and two of logits.
+// Scratch: the features once more, each of length 1; of a thread a row of features and two of logits,
+// a tile of cosines and the nearest of its rows.
 
 #include "passes.hpp"
 #include "product.hpp"
@@ -12,8 +13,6 @@
 
 namespace iada {
 namespace {
-
-constexpr int64_t kRows = 16;  // rows of a piece
 
 // Columns 0, 1, 2, 4, 6 from one row of logits, padded with −∞; e is scratch.
 template <class T>
@@ -55,29 +54,35 @@ inline T length(const T* x, int64_t width) {
   return static_cast<T>(__builtin_sqrt(static_cast<double>(dot(x, x, width))));
 }
 
+// Columns 0 to 6, and features of length 1 in panels of one tile's rows: element a of row i lies at
+// i / n · A n + a n + i % n.
 template <class T>
-void characteristics_of(const RowCharacteristics<T>& p) {
+void rows_by_themselves(const Characteristics<T>& p, T* unit) {
+  constexpr int64_t n = kTileColumns<T>;
   const int64_t C = p.num_classes, A = p.width, row = padded<T>(C);
   const double work = double(p.count) * (3 * A + 8 * C);
-  const int64_t pieces = (p.count + kRows - 1) / kRows;
   const T smallest = static_cast<T>(1e-8), shortest = static_cast<T>(1e-12);  // as in torch
-  parallel_pieces<Buffer<T>>(pieces, work, 2 * row + A, [&](int64_t piece, T* own) {
-    T *logits = own, *e = logits + row, *h = e + row;
+  parallel_pieces<Buffer<T>>((p.count + n - 1) / n, work, 2 * row + A, [&](int64_t piece, T* own) {
+    T *logits = own, *e = logits + row, *h = e + row, *panel = unit + piece * A * n;
     for (int64_t j = C; j < row; ++j) logits[j] = -kInfinity<T>;
-    for (int64_t i = piece * kRows; i < smaller(p.count, (piece + 1) * kRows); ++i) {
+    for (int64_t i = piece * n; i < (piece + 1) * n; ++i) {
+      T* to = panel + i % n;
+      if (i >= p.count) {
+        for (int64_t a = 0; a < A; ++a) to[a * n] = 0;
+        continue;
+      }
       T* found = p.found + i * 8;
       const T* w = p.weight + p.labels[i] * A;
       read_row(p.logits_type, p.logits, i * C, C, logits);
       from_logits(logits, p.labels[i], row, e, found);
       read_row(p.features_type, p.features, i * A, A, h);
       const T size = length(h, A), norm = length(w, A);
-      // Each divided by itself: the product of two lengths may overflow or vanish.
+      // Divided by one after the other: the product of two lengths may overflow or vanish.
       found[3] = dot(h, w, A) / (size > smallest ? size : smallest) /
                  (norm > smallest ? norm : smallest);
       found[5] = norm;
-      found[7] = 0;
       const T divisor = size > shortest ? size : shortest;
-      for (int64_t a = 0; a < A; ++a) p.unit[i * A + a] = h[a] / divisor;
+      for (int64_t a = 0; a < A; ++a) to[a * n] = h[a] / divisor;
     }
   });
 }
@@ -95,8 +100,12 @@ template <class T>
 struct Nearest {
   T similarity[kMaxNeighbours];
   int64_t row[kMaxNeighbours], k;
-  explicit Nearest(int64_t neighbours) : k(neighbours) {
-    for (int64_t i = 0; i < k; ++i) similarity[i] = -kInfinity<T>, row[i] = -1;
+  void begin(int64_t neighbours) {
+    k = neighbours;
+    for (int64_t i = 0; i < k; ++i) {
+      similarity[i] = -kInfinity<T>;
+      row[i] = -1;
+    }
   }
   void offer(T x, int64_t j) {
     if (!(x > similarity[k - 1])) return;
@@ -110,43 +119,53 @@ struct Nearest {
   }
 };
 
+// Column 7: cosines of a panel's rows with one panel after the other.
 template <class T>
-void shares(const LabelShare<T>& p) {
-  const double work = double(p.size) * p.count;
-  const int64_t pieces = (p.size + kRows - 1) / kRows;
-  parallel_pieces<Buffer<T>>(pieces, work, 0, [&](int64_t piece, T*) {
-    for (int64_t i = piece * kRows; i < smaller(p.size, (piece + 1) * kRows); ++i) {
-      const T* row = p.similarity + i * p.count;
-      const int64_t self = p.begin + i;
-      Nearest<T> nearest(p.neighbours);
-      const auto offer = [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin; j < end; ++j) {
-          if (j != self) nearest.offer(row[j], j);
-        }
-      };
-      int64_t j = 0;
-      for (; j + kLanes<T> <= p.count; j += kLanes<T>) {
-        if (any<T>(load(row + j) > splat(nearest.similarity[p.neighbours - 1]))) {
-          offer(j, j + kLanes<T>);
+void shares(const Characteristics<T>& p, const T* unit) {
+  constexpr int64_t n = kTileColumns<T>;
+  const int64_t A = p.width, panels = (p.count + n - 1) / n;
+  const double work = double(p.count) * p.count * A;
+  parallel_pieces<Buffer<T>>(panels, work, n * n, [&](int64_t piece, T* block) {
+    Nearest<T> nearest[n];
+    const int64_t begin = piece * n, rows = smaller(n, p.count - begin);
+    for (int64_t i = 0; i < rows; ++i) nearest[i].begin(p.neighbours);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      product<T>(rows, n, A, unit + piece * A * n, 1, n, unit + panel * A * n, n, block, n, false);
+      const int64_t columns = smaller(n, p.count - panel * n);
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* row = block + i * n;
+        const Vector<T> least = splat(nearest[i].similarity[p.neighbours - 1]);
+        if (!any<T>((load(row) > least) | (load(row + kLanes<T>) > least))) continue;
+        for (int64_t j = 0; j < columns; ++j) {
+          if (panel * n + j != begin + i) nearest[i].offer(row[j], panel * n + j);
         }
       }
-      offer(j, p.count);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
       int64_t same = 0;
       for (int64_t k = 0; k < p.neighbours; ++k) {
-        same += nearest.row[k] >= 0 && p.labels[nearest.row[k]] == p.labels[self];
+        const int64_t row = nearest[i].row[k];
+        same += row >= 0 && p.labels[row] == p.labels[begin + i];
       }
-      p.found[self * 8 + 7] = static_cast<T>(same) / static_cast<T>(p.neighbours);
+      p.found[(begin + i) * 8 + 7] = static_cast<T>(same) / static_cast<T>(p.neighbours);
     }
   });
+}
+
+template <class T>
+void characteristics_of(const Characteristics<T>& p) {
+  constexpr int64_t n = kTileColumns<T>;
+  Buffer<T> unit((p.count + n - 1) / n * n * p.width);
+  rows_by_themselves(p, unit.data);
+  if (p.neighbours > 0) return shares(p, unit.data);
+  for (int64_t i = 0; i < p.count; ++i) p.found[i * 8 + 7] = 0;
 }
 
 }  // namespace
 
 namespace IADA_SET {
-void row_characteristics(const RowCharacteristics<float>& p) { characteristics_of(p); }
-void row_characteristics(const RowCharacteristics<double>& p) { characteristics_of(p); }
-void label_share(const LabelShare<float>& p) { shares(p); }
-void label_share(const LabelShare<double>& p) { shares(p); }
+void characteristics(const Characteristics<float>& p) { characteristics_of(p); }
+void characteristics(const Characteristics<double>& p) { characteristics_of(p); }
 }  // namespace IADA_SET
 
 }  // namespace iada

@@ -77,7 +77,6 @@ IADA_DISPATCH(grad_features, GradFeatures)
 IADA_DISPATCH(covariance_update, CovarianceUpdate)
 IADA_DISPATCH(covariance_step, CovarianceStep)
 IADA_DISPATCH(tangent_head, TangentHead)
-IADA_DISPATCH(row_characteristics, RowCharacteristics)
-IADA_DISPATCH(label_share, LabelShare)
+IADA_DISPATCH(characteristics, Characteristics)
 
 }  // namespace iada

@@ -74,7 +74,9 @@ def covariance_step(
     if isinstance(sums, ClassSums):
         return closed_form.covariance_step(covariance, weight, weight_tangent, sums, scale)
     dtype = sums.residual.dtype
-    state = plain(covariance, dtype)
+    state = covariance
+    if covariance.dtype != dtype or not covariance.is_contiguous():
+        state = covariance.to(dtype).contiguous()
     _covariance_step(
         state,
         plain(weight, dtype),

@@ -6,9 +6,6 @@
 namespace iada {
 namespace {
 
-// Numbers of a block of cosines; the same in closed_form/blocking.py.
-constexpr int64_t kCosines = int64_t(1) << 20;
-
 struct TangentCall {
   const Tensor &features, &weight, &labels, &weight_tangent;
   const std::optional<Tensor>&bias, &covariance, &epsilon, &log_prior, &features_tangent,
@@ -93,19 +90,9 @@ Tensor characteristics_of(const Tensor& features, const Tensor& logits, const Te
   STD_TORCH_CHECK(group_rows(y, N, C, std::nullopt).rows() == N,
                   "labels: expected class indices in [0, ", C, ")");
   Tensor found = empty({N, 8}, weight.scalar_type());
-  Tensor unit = empty({N, A}, weight.scalar_type());
-  run(RowCharacteristics<T>{N, C, A, row_type(features), row_type(logits),
-                            features.const_data_ptr(), logits.const_data_ptr(), y,
-                            pointer<T>(weight), target<T>(found), target<T>(unit)});
-  const int64_t k = smaller(neighbours, N - 1), step = larger(1, kCosines / larger(1, N));
-  if (k < 1) return found;
-  const Tensor transposed = torch::stable::transpose(unit, 0, 1);
-  for (int64_t begin = 0; begin < N; begin += step) {
-    const int64_t size = smaller(step, N - begin);
-    const Tensor similarity =
-        torch::stable::matmul(torch::stable::narrow(unit, 0, begin, size), transposed);
-    run(LabelShare<T>{begin, size, N, k, pointer<T>(similarity), y, target<T>(found)});
-  }
+  run(Characteristics<T>{N, C, A, larger(0, smaller(neighbours, N - 1)), row_type(features),
+                         row_type(logits), features.const_data_ptr(), logits.const_data_ptr(), y,
+                         pointer<T>(weight), target<T>(found)});
   return found;
 }
 

@@ -127,25 +127,15 @@ struct TangentHead {
   T *residual, *curvature;  // D and c (N, C), scaled, or null
 };
 
-// The characteristics 0 to 6 of every row, and its features of length 1; see characteristics.cpp.
+// The characteristics that a batch shows by itself, see characteristics.cpp.
 template <class T>
-struct RowCharacteristics {
-  int64_t count, num_classes, width;
+struct Characteristics {
+  int64_t count, num_classes, width, neighbours;  // neighbours ≤ kMaxNeighbours, < count
   RowType features_type, logits_type;
   const void *features, *logits;
   const int64_t* labels;
   const T* weight;  // (C, A)
   T* found;         // (N, 8)
-  T* unit;          // (N, A)
-};
-
-// Characteristic 7 of rows [begin, begin + size) from their cosines with all rows.
-template <class T>
-struct LabelShare {
-  int64_t begin, size, count, neighbours;  // neighbours ≤ kMaxNeighbours, < count
-  const T* similarity;                     // (size, N)
-  const int64_t* labels;
-  T* found;  // (N, 8)
 };
 constexpr int64_t kMaxNeighbours = 64;
 
@@ -201,10 +191,8 @@ struct AllFinite {
   void covariance_step(const CovarianceStep<double>&);                \
   void tangent_head(const TangentHead<float>&);                       \
   void tangent_head(const TangentHead<double>&);                      \
-  void row_characteristics(const RowCharacteristics<float>&);         \
-  void row_characteristics(const RowCharacteristics<double>&);        \
-  void label_share(const LabelShare<float>&);                         \
-  void label_share(const LabelShare<double>&);                        \
+  void characteristics(const Characteristics<float>&);                \
+  void characteristics(const Characteristics<double>&);               \
   void all_finite(const AllFinite&);                                  \
   }
 
