@@ -1,8 +1,10 @@
 """`python -m bench.cpu`: the native CPU backend against torch, at every reference shape.
 
-A step is forward, backward (features, weight, bias, epsilon) and the streaming covariance update.
-Three sides take turns, with 1 and 2 threads: `eager_loss` with the estimator of the ISDA code, the
-torch closed forms, native. Also forward and backward alone against plain `cross_entropy(linear)`.
+A step is forward, backward (features, weight, bias, epsilon) and the streaming covariance update:
+one call of `IADALoss`. Three sides take turns, with 1 and 2 threads: `eager_loss` with the ISDA code's
+estimator, the torch closed forms, native. Also forward and backward alone against plain
+`cross_entropy(linear)`, and what the meta step asks for against the closed forms: the hypergradient
+with the step of Σ along it, and the characteristics of a batch.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,10 @@ import iada
 from bench.isda import ISDAEstimator
 from bench.shapes import EAGER_LIMIT, IGNORED, SHAPES, Problem, make_problem
 from bench.timing import interleave, ratio
-from iada_kernels import native
+from iada_kernels import closed_form, native
+from iada_kernels.contract import Backend, HeadTangents, LossInputs, LossOptions
+
+LARGEST_BATCH = 10_000  # characteristics compare each sample with each other one
 
 
 def main() -> int:
@@ -31,20 +37,23 @@ def main() -> int:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
-    rows = []
-    print(HEADER)
-    for name in options.shapes:
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            rows.append(timed_row(name, options.rounds))
-            print(table_row(rows[-1]), flush=True)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for table, (header, timed, text) in TABLES.items():
+        print(header)
+        rows = tables[table] = []
+        for name in options.shapes:
+            for threads in options.threads:
+                torch.set_num_threads(threads)
+                rows.append(timed(name, options.rounds))
+                print(text(rows[-1]), flush=True)
+        print()
     if options.json:
         machine = {
             "cpu": platform.machine(),
             "instruction_set": native.instruction_set(),
             "torch": torch.__version__,
         }
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"machine": machine, **tables}, indent=1) + "\n")
     return 0
 
 
@@ -71,16 +80,34 @@ def timed_row(name: str, rounds: int) -> dict[str, Any]:
     return row
 
 
+def timed_meta_row(name: str, rounds: int) -> dict[str, Any]:
+    """Median milliseconds of both sides, and medians of the ratios round by round."""
+    shape, problem = SHAPES[name], make_problem(SHAPES[name])
+    row: dict[str, Any] = {"shape": str(shape), "threads": torch.get_num_threads()}
+    parts = {"hypergradient": _hypergradient}
+    if shape.samples <= LARGEST_BATCH:
+        parts["characteristics"] = _characteristics
+    for part, call in parts.items():
+        sides = {"native": call(problem, native), "torch": call(problem, closed_form)}
+        taken = interleave(sides, rounds)
+        for side, seconds in taken.items():
+            row[f"{part}_{side}_ms"] = 1e3 * statistics.median(seconds)
+        row[part + "_torch_by_native"] = ratio(taken["torch"], taken["native"])
+    return row
+
+
 def _step(problem: Problem, backend: str) -> Callable[[], object]:
     num_classes, width = problem.weight.shape
     structure = "full" if problem.covariance.dim() == 3 else "diag"
-    state = iada.ClassCovariance(num_classes, width, structure)
+    loss = iada.IADALoss(
+        num_classes, width, structure=structure, ignore_index=IGNORED, backend=backend
+    )
+    loss.log_prior = problem.log_prior
+    p = problem
 
     def step() -> object:
-        state.update(
-            problem.features.detach(), problem.labels, ignore_index=IGNORED, backend=backend
-        )
-        return problem.gradients(iada.fused_loss, backend=backend)
+        value = loss(p.features, p.weight, p.bias, p.labels, p.epsilon)
+        return torch.autograd.grad(value, p.differentiable)
 
     return step
 
@@ -102,6 +129,35 @@ def _cross_entropy(problem: Problem) -> object:
     return torch.autograd.grad(value, (problem.features, problem.weight, problem.bias))
 
 
+def _detached(problem: Problem) -> Problem:
+    return Problem(*(getattr(problem, field.name).detach() for field in fields(problem)))
+
+
+def _hypergradient(problem: Problem, passes: Backend) -> Callable[[], object]:
+    p = _detached(problem)
+    inputs = LossInputs(
+        p.features, p.weight, p.bias, p.labels, p.covariance, p.epsilon, p.log_prior
+    )
+    options = LossOptions(0.5, 1.0, IGNORED, "mean")
+    generator = torch.Generator().manual_seed(1)
+    along = (torch.randn(t.shape, generator=generator) for t in (p.features, p.weight, p.bias))
+    tangents = HeadTangents(*along)
+    covariance = p.covariance.clone()
+
+    def call() -> object:
+        gradient, sums = passes.hypergradient(inputs, options, tangents, True)
+        passes.covariance_step(covariance, p.weight, tangents.weight, sums, -1e-6)
+        return gradient
+
+    return call
+
+
+def _characteristics(problem: Problem, passes: Backend) -> Callable[[], object]:
+    p = _detached(problem)
+    logits = F.linear(p.features, p.weight, p.bias)
+    return lambda: passes.characteristics(p.features, logits, p.labels, p.weight, 5)
+
+
 HEADER = (
     "| shape (N, C, A, Σ) | threads | eager, ms | torch, ms | native, ms "
     "| eager / native | torch / native | native loss / cross-entropy |\n"
@@ -118,6 +174,29 @@ def table_row(row: dict[str, Any]) -> str:
         f"| {row['native_ms']:.2f} | {times} | {row['torch_by_native']:.2f}× "
         f"| {row['loss_by_cross_entropy']:.2f}× |"
     )
+
+
+META_HEADER = (
+    "| shape (N, C, A, Σ) | threads | hypergradient native, ms | torch / native "
+    "| characteristics native, ms | torch / native |\n"
+    "|---|---:|---:|---:|---:|---:|"
+)
+
+
+def meta_table_row(row: dict[str, Any]) -> str:
+    cells = [row["shape"], str(row["threads"])]
+    for part in ("hypergradient", "characteristics"):
+        if part + "_native_ms" in row:
+            cells += [f"{row[part + '_native_ms']:.2f}", f"{row[part + '_torch_by_native']:.2f}×"]
+        else:
+            cells += ["", ""]
+    return f"| {' | '.join(cells)} |"
+
+
+TABLES = {
+    "rows": (HEADER, timed_row, table_row),
+    "meta": (META_HEADER, timed_meta_row, meta_table_row),
+}
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import iada
+from bench import cpu
 from bench.__main__ import timed_row
 from bench.memory import peak_bytes
 from bench.shapes import IGNORED, SHAPES, make_problem
 from bench.timing import interleave, ratio
+from iada_kernels import native
 
 
 def test_sides_take_turns():
@@ -43,6 +45,17 @@ def test_a_row_of_the_table():
     row = timed_row("cifar10-r32", rounds=3)
     assert row["eager_by_fused"] > 0
     assert row["eager_ms"] > 0
+
+
+@pytest.mark.skipif(not native.is_available(), reason="no native library here")
+def test_rows_of_the_table_of_the_cpu():
+    row = cpu.timed_row("civil-bert", rounds=3)
+    assert row["eager_by_native"] > 0
+    assert row["shape"] in cpu.table_row(row)
+    meta = cpu.timed_meta_row("cifar10-r32", rounds=3)
+    assert meta["hypergradient_torch_by_native"] > 0
+    assert meta["characteristics_torch_by_native"] > 0
+    assert meta["shape"] in cpu.meta_table_row(meta)
 
 
 @pytest.mark.parametrize("loss", [iada.fused_loss, iada.eager_loss], ids=lambda f: f.__name__)

@@ -113,42 +113,58 @@ inline void write_block(T* sigma, int64_t A, int64_t i, int64_t k, int64_t rows,
   }
 }
 
+// Rows [a, a + M) of Σ in one sweep, M of them so that sums do not wait for each other.
+template <class T, int M>
+inline void update_strip(T* sigma, int64_t A, int64_t a, int64_t rows_of_all, int64_t at,
+                         int64_t depth, const T* centred, const T* shift, T keep, T batch,
+                         T between) {
+  constexpr int64_t n = kTileColumns<T>, lanes = kLanes<T>;
+  const T* own = centred + (a / n * rows_of_all + at) * n + a % n;
+  for (int64_t k = 0; k < A; k += n) {
+    const T* x = centred + (k / n * rows_of_all + at) * n;
+    Vector<T> sums[M][2] = {};
+    for (int64_t r = 0; r < depth; ++r) {
+      const Vector<T> x0 = load(x + r * n), x1 = load(x + r * n + lanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const Vector<T> left = splat(own[r * n + m]);
+        sums[m][0] += left * x0;
+        sums[m][1] += left * x1;
+      }
+    }
+    const int64_t columns = smaller(n, A - k);
+    const bool whole = columns == n;
+    T held[n], shifts[n];
+    if (!whole) {
+      for (int64_t b = 0; b < n; ++b) shifts[b] = b < columns ? shift[k + b] : T(0);
+    }
+    const T* other = whole ? shift + k : shifts;
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const Vector<T> own_shift = splat(shift[a + m]);
+      T* row = sigma + (a + m) * A + k;
+      T* to = whole ? row : held;
+      for (int64_t b = 0; !whole && b < n; ++b) held[b] = b < columns ? row[b] : T(0);
+      store(to, keep * load(to) + (batch * sums[m][0] + between * (own_shift * load(other))));
+      store(to + lanes, keep * load(to + lanes) +
+                            (batch * sums[m][1] + between * (own_shift * load(other + lanes))));
+      if (!whole) std::memcpy(row, held, columns * sizeof(T));
+    }
+  }
+}
+
 // Few rows: passing over Σ is what costs, so each of its rows is read and written in one sweep.
 // Element (a, b) and element (b, a) come from the same operations, and so are equal.
 template <class T>
 void update_rows(T* sigma, int64_t A, int64_t begin, int64_t end, int64_t rows_of_all, int64_t at,
                  int64_t depth, const T* centred, const T* shift, const Factors<T>& f, bool first) {
-  constexpr int64_t n = kTileColumns<T>, lanes = kLanes<T>;
-  const Vector<T> batch = splat(f.batch), between = splat(f.between);
-  const Vector<T> keep = splat(first ? f.keep : T(1));
-  const T moved = first ? T(1) : T(0);
-  for (int64_t a = begin; a < end; ++a) {
-    const T* own = centred + (a / n * rows_of_all + at) * n + a % n;
-    const Vector<T> own_shift = splat(moved * shift[a]);
-    for (int64_t k = 0; k < A; k += n) {
-      const T* x = centred + (k / n * rows_of_all + at) * n;
-      Vector<T> sum0{}, sum1{};
-      for (int64_t r = 0; r < depth; ++r) {
-        const Vector<T> left = splat(own[r * n]);
-        sum0 += left * load(x + r * n);
-        sum1 += left * load(x + r * n + lanes);
-      }
-      const int64_t columns = smaller(n, A - k);
-      T* row = sigma + a * A + k;
-      T held[n], shifts[n];
-      const bool whole = columns == n;
-      if (!whole) {
-        for (int64_t b = 0; b < n; ++b) held[b] = b < columns ? row[b] : T(0);
-        for (int64_t b = 0; b < n; ++b) shifts[b] = b < columns ? shift[k + b] : T(0);
-      }
-      const T* from = whole ? row : held;
-      const T* other = whole ? shift + k : shifts;
-      T* to = whole ? row : held;
-      store(to, keep * load(from) + (batch * sum0 + between * (own_shift * load(other))));
-      store(to + lanes, keep * load(from + lanes) +
-                            (batch * sum1 + between * (own_shift * load(other + lanes))));
-      if (!whole) std::memcpy(row, held, columns * sizeof(T));
-    }
+  const T keep = first ? f.keep : T(1), between = first ? f.between : T(0);
+  int64_t a = begin;
+  for (; a + 4 <= end; a += 4) {
+    update_strip<T, 4>(sigma, A, a, rows_of_all, at, depth, centred, shift, keep, f.batch, between);
+  }
+  for (; a < end; ++a) {
+    update_strip<T, 1>(sigma, A, a, rows_of_all, at, depth, centred, shift, keep, f.batch, between);
   }
 }
 
