@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kRows = 128;     // rows of W at a time
 constexpr int64_t kColumns = 128;  // columns of Σ at a time: one piece of work
+constexpr int64_t kAhead = 16;     // rows of Σ asked for ahead of time
 constexpr int64_t kFewRows = 3;    // up to here Σ is read along its rows, as dot products
 
 template <class T>
@@ -49,6 +50,8 @@ void copy_panel(const T* sigma, int64_t width, int64_t n, int64_t columns, T* pa
   for (int64_t k = 0; k < width; ++k) {
     const T* from = sigma + k * width + n;
     T* to = panel + k * tile_columns;
+    // Steps of a row are more than the processor foresees.
+    if (k + kAhead < width) __builtin_prefetch(from + kAhead * width);
     if (columns == tile_columns) {
       store(to, load(from));
       store(to + kLanes<T>, load(from + kLanes<T>));

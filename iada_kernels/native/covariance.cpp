@@ -113,6 +113,31 @@ inline void write_block(T* sigma, int64_t A, int64_t i, int64_t k, int64_t rows,
   }
 }
 
+// Σ[i + a, k + b] ← block[b, a] for a < rows, b < columns.
+template <class T>
+inline void write_transposed(T* sigma, int64_t A, int64_t i, int64_t k, int64_t rows,
+                             int64_t columns, const T* block, int64_t block_row) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t a = 0; a < rows; a += lanes) {
+    for (int64_t b = 0; b < columns; b += lanes) {
+      T* to = sigma + (i + a) * A + k + b;
+      const T* from = block + b * block_row + a;
+      if (a + lanes <= rows && b + lanes <= columns) {
+        Vector<T> square[lanes];
+        for (int64_t l = 0; l < lanes; ++l) square[l] = load(from + l * block_row);
+        transpose<T, lanes / 2>(square);
+        for (int64_t l = 0; l < lanes; ++l) store(to + l * A, square[l]);
+        continue;
+      }
+      for (int64_t x = 0; x < smaller(lanes, rows - a); ++x) {
+        for (int64_t y = 0; y < smaller(lanes, columns - b); ++y) {
+          to[x * A + y] = from[y * block_row + x];
+        }
+      }
+    }
+  }
+}
+
 // Rows [a, a + M) of Σ in one sweep, M of them so that sums do not wait for each other.
 template <class T, int M>
 inline void update_strip(T* sigma, int64_t A, int64_t a, int64_t rows_of_all, int64_t at,
@@ -192,10 +217,7 @@ void update_blocks(T* sigma, int64_t A, int64_t i, int64_t rows_of_all, int64_t 
     combine(sigma, A, i * kBlock, k * kBlock, rows, columns, block, kBlock, shift, f, first);
     write_block(sigma, A, i * kBlock, k * kBlock, rows, columns, block, kBlock);
     if (i == k) continue;
-    for (int64_t b = 0; b < columns; ++b) {
-      T* row = sigma + (k * kBlock + b) * A + i * kBlock;
-      for (int64_t a = 0; a < rows; ++a) row[a] = block[a * kBlock + b];
-    }
+    write_transposed(sigma, A, k * kBlock, i * kBlock, columns, rows, block, kBlock);
   }
 }
 
