@@ -138,20 +138,21 @@ inline void write_transposed(T* sigma, int64_t A, int64_t i, int64_t k, int64_t 
   }
 }
 
-// Rows [a, a + M) of Σ in one sweep, M of them so that sums do not wait for each other.
-template <class T, int M>
-inline void update_strip(T* sigma, int64_t A, int64_t a, int64_t rows_of_all, int64_t at,
-                         int64_t depth, const T* centred, const T* shift, T keep, T batch,
-                         T between) {
+constexpr int64_t kStrip = 4;  // divides kTileColumns of every instruction set
+
+// Rows [a, a + rows) of Σ in one sweep, up to kStrip of them so that sums do not wait for each other.
+template <class T>
+void update_strip(T* sigma, int64_t A, int64_t a, int64_t rows, int64_t rows_of_all, int64_t at,
+                  int64_t depth, const T* centred, const T* shift, T keep, T batch, T between) {
   constexpr int64_t n = kTileColumns<T>, lanes = kLanes<T>;
   const T* own = centred + (a / n * rows_of_all + at) * n + a % n;
   for (int64_t k = 0; k < A; k += n) {
     const T* x = centred + (k / n * rows_of_all + at) * n;
-    Vector<T> sums[M][2] = {};
+    Vector<T> sums[kStrip][2] = {};
     for (int64_t r = 0; r < depth; ++r) {
       const Vector<T> x0 = load(x + r * n), x1 = load(x + r * n + lanes);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
+      for (int m = 0; m < kStrip; ++m) {
         const Vector<T> left = splat(own[r * n + m]);
         sums[m][0] += left * x0;
         sums[m][1] += left * x1;
@@ -165,7 +166,8 @@ inline void update_strip(T* sigma, int64_t A, int64_t a, int64_t rows_of_all, in
     }
     const T* other = whole ? shift + k : shifts;
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < kStrip; ++m) {  // unrolled, so that sums stay in registers
+      if (m == rows) break;
       const Vector<T> own_shift = splat(shift[a + m]);
       T* row = sigma + (a + m) * A + k;
       T* to = whole ? row : held;
@@ -184,12 +186,9 @@ template <class T>
 void update_rows(T* sigma, int64_t A, int64_t begin, int64_t end, int64_t rows_of_all, int64_t at,
                  int64_t depth, const T* centred, const T* shift, const Factors<T>& f, bool first) {
   const T keep = first ? f.keep : T(1), between = first ? f.between : T(0);
-  int64_t a = begin;
-  for (; a + 4 <= end; a += 4) {
-    update_strip<T, 4>(sigma, A, a, rows_of_all, at, depth, centred, shift, keep, f.batch, between);
-  }
-  for (; a < end; ++a) {
-    update_strip<T, 1>(sigma, A, a, rows_of_all, at, depth, centred, shift, keep, f.batch, between);
+  for (int64_t a = begin; a < end; a += kStrip) {
+    update_strip(sigma, A, a, smaller(kStrip, end - a), rows_of_all, at, depth, centred, shift, keep,
+                 f.batch, between);
   }
 }
 
