@@ -5,8 +5,11 @@ that needs a second look at the features or at Σ; the backward operator scales 
 ∂L/∂h = D W and ∂L/∂Σ. With reduction="none" the rows' weights are known in the backward pass only,
 which then runs the forward operator again with them.
 
+With a stream the update of Σ is part of the same operator call: Σ is read while it is still in a
+cache, and a label out of range is refused before anything is changed.
+
 Where the head is large and Σ is not full, the work is in dense products of W: those are torch's,
-and the closed forms, which are made of them, serve the call.
+and the closed forms, which are made of them, serve the call, so that it takes what they take.
 """
 
 from typing import NamedTuple
