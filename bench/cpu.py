@@ -1,8 +1,8 @@
 """`python -m bench.cpu`: the native CPU backend against torch, at every reference shape.
 
 A step is forward, backward (features, weight, bias, epsilon) and the streaming covariance update:
-one call of `IADALoss`. Three sides take turns, with 1 and 2 threads: `eager_loss` with the estimator
-of ISDA, the torch closed forms, native. Also forward and backward alone against plain
+one call of `IADALoss`. Three sides take turns, with 1 and 2 threads: `eager_loss` with ISDA's
+estimator, the torch closed forms, native. Also forward and backward alone against plain
 `cross_entropy(linear)`, and what the meta step asks for against the closed forms: the hypergradient
 with the step of Σ along it, and the characteristics of a batch.
 """

@@ -1,8 +1,8 @@
 """The passes in C++ for CPU tensors: the same contract as `closed_form`, one operator a pass.
 
 Only classes that occur in the batch cost anything. Results do not depend on the number of threads.
-A head of more than 2^18 weights without a full Σ goes to the closed forms, for loss and hypergradient
-alike, under backend="native" too: the work is in dense products then, which are torch's.
+A head of more than 2^18 weights without a full Σ goes to the closed forms, for the loss and the
+hypergradient, under backend="native" too: the work is in dense products then, which are torch's.
 
 Scratch, whatever the shape: a few blocks for each thread, 4 Mi numbers of products, 16 gradients of
 W, W padded and transposed; for the characteristics the features once more; for a gradient by a full
