@@ -350,7 +350,7 @@ class Trainer:
             persistent=config.persistent,
             project=config.project,
             clip_norm=config.clip_norm,
-            **({} if self.group is None else {"process_group": self.group}),  # type: ignore[arg-type]
+            process_group=self.group,
         )
 
     def _meta_order(self, steps: int) -> list[list[int]]:

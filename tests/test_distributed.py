@@ -14,7 +14,7 @@ from iada.checkpoint import load_checkpoint
 from iada.distributed import average, current_group, gather_rows, own_part, row_counts
 
 TESTS = Path(__file__).parent
-METHODS = ("ce", "logit-adjustment", "isda")
+METHODS = ("ce", "meta-iada", "logit-adjustment", "isda")
 
 
 def torchrun(*arguments):
