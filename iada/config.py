@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from iada.covariance import STRUCTURES
+from iada.meta import HYPERGRADIENTS, SCOPES
 from iada.validation import complain
 
 METHODS = ("ce", "logit-adjustment", "isda", "meta-iada")
@@ -27,6 +28,7 @@ LEAST = {
     "ce_epochs": 0,
     "batch_size": 1,
     "meta_batch_size": 1,
+    "interval": 1,
     "checkpoint_every": 1,
     "momentum": 0,
     "weight_decay": 0,
@@ -54,7 +56,8 @@ class TrainerConfig:
     alpha, beta: of Eq. 6.  alpha_ramp: alpha rises linearly from 0 over the method's epochs, as
     in ISDA.
     perturbation_lr: Adam's on Ω (η₂ of Eq. 8).  covariance_lr: η₂ of Eq. 9.
-    structure: of the covariance, "full" or "diag".  persistent, project: see `MetaIADA`.
+    structure: of the covariance, "full" or "diag".
+    persistent, project, hypergradient, scope, interval, low_memory: see `MetaIADA`.
     clip_norm: largest norm of the classifier's gradient, 0 for no clipping.
     seed: of initialisation, data order, and what the data set draws.
     checkpoint_every: epochs between checkpoints.
@@ -83,6 +86,10 @@ class TrainerConfig:
     structure: str = "full"
     persistent: bool = True
     project: bool = False
+    hypergradient: str = "jvp"
+    scope: str = "full"
+    interval: int = 1
+    low_memory: bool = False
     clip_norm: float = 0.0
     seed: int = 0
     checkpoint_every: int = 1
@@ -94,6 +101,8 @@ class TrainerConfig:
             "schedule": SCHEDULES,
             "schedule_each": UNITS,
             "structure": STRUCTURES,
+            "hypergradient": HYPERGRADIENTS,
+            "scope": SCOPES,
             "optimizer": OPTIMIZERS,
         }
         for name, allowed in choices.items():

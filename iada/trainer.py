@@ -350,6 +350,10 @@ class Trainer:
             persistent=config.persistent,
             project=config.project,
             clip_norm=config.clip_norm,
+            hypergradient=config.hypergradient,
+            scope=config.scope,
+            interval=config.interval,
+            low_memory=config.low_memory,
             process_group=self.group,
         )
 

@@ -335,3 +335,33 @@ def test_damaged_checkpoints_are_named(tmp_path, damage):
         load_checkpoint(path)
     with pytest.raises(FileNotFoundError, match="expected a file"):
         load_checkpoint(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hypergradient": "finite-difference"},
+        {"scope": "head"},
+        {"interval": 3},
+        {"low_memory": True},
+    ],
+    ids=str,
+)
+def test_the_engine_s_settings_reach_it(settings):
+    trainer = make_trainer(method="meta-iada", epochs=8, **settings)
+    trainer.fit()
+    for name, value in settings.items():
+        assert getattr(trainer.config, name) == value
+    assert trainer.class_accuracy(make_data(seed=2)).mean() > 0.8
+    plain = make_trainer(method="meta-iada", epochs=8)
+    plain.fit()
+    same = all(
+        torch.equal(a, b) for a, b in zip(parameters(trainer), parameters(plain), strict=True)
+    )
+    assert same == (settings == {"low_memory": True})
+
+
+@pytest.mark.parametrize(("name", "value"), [("hypergradient", "exact"), ("scope", "all")])
+def test_unknown_settings_of_the_engine_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected one of"):
+        iada.TrainerConfig(**{name: value})
