@@ -1,0 +1,132 @@
+"""Launch configurations: how each kernel is cut into programs, one record for each architecture.
+
+They are fixed, so that a result and its speed do not depend on what ran before. Whoever wants to
+tune replaces one with `use`.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's tile: rows × columns of its result, steps of `depth` along what is summed."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One tile for each kernel, and how float32 is multiplied.
+
+    class_pass: (A, classes j, rows of the class) · class_pass_weight: (classes j, A, A) ·
+    logits: (N, C, A) · sign: (N, A, C) · softmax: (N, C, -) · grad_features: (N, A, C) ·
+    grad_weight: (C, A, N) · class_sums: (C, C, N) · moments: (rows of the class, A, -) ·
+    statistics: (N, C or A, N) · group: labels read at once · split_rows: rows of the batch that one
+    program sums at most, beyond which sums over the batch are cut · programs: how many to aim at
+    where a sum over classes is cut.
+    true_float32 and fast_float32: `input_precision` of tl.dot when torch's float32 matmul precision
+    is "highest", and when it is not.
+    """
+
+    class_pass: Tile
+    class_pass_weight: Tile
+    logits: Tile
+    sign: Tile
+    softmax: Tile
+    grad_features: Tile
+    grad_weight: Tile
+    class_sums: Tile
+    moments: Tile
+    statistics: Tile
+    group: int
+    split_rows: int
+    programs: int
+    true_float32: str
+    fast_float32: str
+
+
+NVIDIA = Configuration(
+    class_pass=Tile(64, 32, 16),
+    class_pass_weight=Tile(64, 64, 32),
+    logits=Tile(32, 64, 32),
+    sign=Tile(32, 64, 32),
+    softmax=Tile(4, 256, 0),
+    grad_features=Tile(32, 64, 32),
+    grad_weight=Tile(32, 64, 32),
+    class_sums=Tile(32, 32, 32),
+    moments=Tile(32, 64, 0),
+    statistics=Tile(16, 64, 32),
+    group=1024,
+    split_rows=4096,
+    programs=512,
+    true_float32="tf32x3",
+    fast_float32="tf32",
+)
+
+AMD = Configuration(
+    class_pass=Tile(64, 32, 16),
+    class_pass_weight=Tile(64, 64, 32),
+    logits=Tile(32, 64, 32),
+    sign=Tile(32, 64, 32),
+    softmax=Tile(4, 256, 0),
+    grad_features=Tile(32, 64, 32),
+    grad_weight=Tile(32, 64, 32),
+    class_sums=Tile(32, 32, 32),
+    moments=Tile(32, 64, 0),
+    statistics=Tile(16, 64, 32),
+    group=1024,
+    split_rows=4096,
+    programs=512,
+    true_float32="ieee",
+    fast_float32="ieee",
+)
+
+# Small, so that small tests have several tiles along every axis.
+INTERPRETER = Configuration(
+    class_pass=Tile(16, 16, 16),
+    class_pass_weight=Tile(16, 16, 16),
+    logits=Tile(16, 16, 16),
+    sign=Tile(16, 16, 16),
+    softmax=Tile(16, 16, 0),
+    grad_features=Tile(16, 16, 16),
+    grad_weight=Tile(16, 16, 16),
+    class_sums=Tile(16, 16, 16),
+    moments=Tile(16, 16, 0),
+    statistics=Tile(16, 16, 16),
+    group=32,
+    split_rows=32,
+    programs=8,
+    true_float32="ieee",
+    fast_float32="ieee",
+)
+
+_chosen: contextvars.ContextVar[Configuration | None] = contextvars.ContextVar(
+    "configuration", default=None
+)
+
+
+@contextlib.contextmanager
+def use(configuration: Configuration) -> Iterator[None]:
+    """Launch with `configuration` inside, whatever the architecture: for tuning."""
+    token = _chosen.set(configuration)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def configuration_for(architecture: str) -> Configuration:
+    """The record for "sm_90", "gfx942", "interpreter" and their like."""
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    if architecture == "interpreter":
+        return INTERPRETER
+    return AMD if architecture.startswith("gfx") else NVIDIA

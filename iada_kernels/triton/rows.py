@@ -1,0 +1,73 @@
+"""The rows of each class, found by scanning the labels: no sort, no atomics, no host.
+
+    size[c]  = m, the rows of class c            start[c] = the rows of classes before c
+    order[start[c] : start[c] + m]               these rows, ascending
+    share[c] = w = m/(n + m), n ← n + m          where a streaming covariance is updated
+
+labels (N) int64 · start, size (C) int32 · order (N) int32 · share (C) · count n (C) int64.
+A label outside [0, C), or equal to ignore_index, belongs to no class.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from iada_kernels.triton.device import load_labels
+from iada_kernels.triton.launch import current_configuration, launch
+
+
+@triton.jit
+def group_rows_kernel(
+    labels, start, size, order, share, count, N, C, ignore_index,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0)
+    before = 0
+    for first in range(0, N, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        y, _ = load_labels(labels, rows, rows < N, ignore_index, C)
+        before += tl.sum(((y >= 0) & (y < c)).to(tl.int32), axis=0)
+    place = before
+    for first in range(0, N, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        y, _ = load_labels(labels, rows, rows < N, ignore_index, C)
+        mine = (y == c).to(tl.int32)
+        tl.store(order + place + tl.cumsum(mine, axis=0) - 1, rows, mask=mine != 0)
+        place += tl.sum(mine, axis=0)
+    m = place - before
+    tl.store(start + c, before)
+    tl.store(size + c, m)
+    if count is not None:
+        n = tl.load(count + c)
+        tl.store(share + c, tl.cast(m, ACC) / tl.cast(tl.maximum(n + m, 1), ACC))
+        tl.store(count + c, n + m)
+
+
+class Groups(NamedTuple):
+    """start, size (C) and order (N) int32; share (C) of a streaming update, else None."""
+
+    start: Tensor
+    size: Tensor
+    order: Tensor
+    share: Tensor | None
+
+
+def group_rows(
+    labels: Tensor, num_classes: int, ignore_index: int, count: Tensor | None, dtype: torch.dtype
+) -> Groups:
+    """One launch; `count` is updated in place."""
+    whole = {"dtype": torch.int32, "device": labels.device}
+    start, size = torch.empty(num_classes, **whole), torch.empty(num_classes, **whole)
+    order = torch.empty(len(labels), **whole)
+    share = None if count is None else torch.empty(num_classes, dtype=dtype, device=labels.device)
+    launch(
+        group_rows_kernel,
+        (num_classes,),
+        labels, start, size, order, share, count, len(labels), num_classes, ignore_index,
+        BLOCK=current_configuration(labels.device).group,
+        ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+    )  # fmt: skip
+    return Groups(start, size, order, share)
