@@ -1,11 +1,15 @@
 """Fixtures shared by the suite: the backends that serve here, and small block sizes."""
 
+import os
 import sys
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():  # before triton is imported, which looks once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from iada_kernels import BACKENDS, select_backend
 

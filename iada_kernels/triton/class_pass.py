@@ -31,7 +31,13 @@ from torch import Tensor
 
 from iada_kernels.triton.config import Tile
 from iada_kernels.triton.device import load_tile, number
-from iada_kernels.triton.launch import current_configuration, dot_precision, launch, split
+from iada_kernels.triton.launch import (
+    compute_type,
+    current_configuration,
+    dot_precision,
+    launch,
+    split,
+)
 from iada_kernels.triton.rows import Groups
 
 NONE, STREAM, META, FRESH = 0, 1, 2, 3
@@ -143,7 +149,7 @@ def class_pass_kernel(
             center + c * A, shift + c * A, left, right, A, i == k, BLOCK_K, BLOCK_A, ACC, DOT,
         )  # fmt: skip
         other = (1 - w) * other + grown
-    if (UPDATE == _META) or (UPDATE == _FRESH):
+    if UPDATE >= _META:
         if m > 0:
             term = number(scale, scale_low, ACC) * _pair_term(
                 weight, tangent, residual, curvature, c, left, right, C, A, i == k,
@@ -271,7 +277,7 @@ def _launch(
         warps=tile.warps, stages=tile.stages,
         UPDATE=kind, TABLE=parts is not None,
         BLOCK_A=tile.rows, BLOCK_J=tile.columns, BLOCK_K=tile.depth,
-        ACC=tl.float64 if covariance.dtype == torch.float64 else tl.float32,
+        ACC=compute_type(covariance.dtype),
         DOT=dot_precision(current_configuration(covariance.device)),
     )  # fmt: skip
 
@@ -289,6 +295,6 @@ def _added(parts: Tensor | None, groups: Groups) -> Tensor | None:
         add_parts_kernel,
         (num_classes, triton.cdiv(num_classes, block)),
         parts, table, groups.size, num_classes, count,
-        BLOCK=block, ACC=tl.float64 if parts.dtype == torch.float64 else tl.float32,
+        BLOCK=block, ACC=compute_type(parts.dtype),
     )  # fmt: skip
     return table

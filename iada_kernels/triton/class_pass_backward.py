@@ -8,17 +8,22 @@ With G = ∂L/∂R (C, C), Δ_j = w_j − w_c and m_c = Σ_j G_cj Δ_j,
 A program owns a tile (classes j, columns i) of ∂L/∂W and adds over its share of the pairs
 (class c, columns k); shares (S, C, A) are added by the kernel of the head's ∂L/∂W.
 
-G itself is a sum over the samples of each class, G_cj = α Σ_{i: y_i = c} g_i D_ij: the product of the
-one-hot labels and D, cut into shares along the batch.
+G itself is a sum over the samples of each class, G_cj = α Σ_{i: y_i = c} g_i D_ij: the product of
+the one-hot labels and D, cut into shares along the batch.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.triton.device import load_labels, load_tile, number
-from iada_kernels.triton.launch import current_configuration, dot_precision, launch, split
+from iada_kernels.triton.launch import (
+    compute_type,
+    current_configuration,
+    dot_precision,
+    launch,
+    split,
+)
 
 
 @triton.jit
@@ -110,7 +115,7 @@ def class_sums(
         warps=tile.warps, stages=tile.stages,
         SCALE_STRIDE=int(len(row_scale) > 1),
         BLOCK_C=tile.rows, BLOCK_J=tile.columns, BLOCK_N=tile.depth,
-        ACC=tl.float64 if residual.dtype == torch.float64 else tl.float32,
+        ACC=compute_type(residual.dtype),
         DOT=dot_precision(configuration),
     )  # fmt: skip
     return shares[0] if cuts == 1 else shares.sum(dim=0)
@@ -130,7 +135,7 @@ def weight_shares(covariance: Tensor, weight: Tensor, curvature: Tensor, size: T
         covariance, weight, curvature, size, shares, num_classes, width, triton.cdiv(items, cuts),
         warps=tile.warps, stages=tile.stages,
         BLOCK_J=tile.rows, BLOCK_A=tile.columns, BLOCK_K=tile.depth,
-        ACC=tl.float64 if weight.dtype == torch.float64 else tl.float32,
+        ACC=compute_type(weight.dtype),
         DOT=dot_precision(configuration),
     )  # fmt: skip
     return shares

@@ -27,21 +27,24 @@ class Configuration:
 
     class_pass: (A, classes j, rows of the class) · class_pass_weight: (classes j, A, A) ·
     logits: (N, C, A) · sign: (N, A, C) · softmax: (N, C, -) · grad_features: (N, A, C) ·
-    grad_weight: (C, A, N) · class_sums: (C, C, N) · moments: (rows of the class, A, -) ·
-    statistics: (N, C or A, N) · group: labels read at once · split_rows: rows of the batch that one
-    program sums at most, beyond which sums over the batch are cut · programs: how many to aim at
-    where a sum over classes is cut.
-    true_float32 and fast_float32: `input_precision` of tl.dot when torch's float32 matmul precision
-    is "highest", and when it is not.
+    grad_weight: (C, A, N) · diagonal_...: the same with the quadratic term of a diagonal Σ ·
+    class_sums: (C, C, N) · moments: (rows of the class, A, -) · statistics: (N, C or A, A) ·
+    group: labels read at once · split_rows: rows of the batch that one program sums at most,
+    beyond which sums over the batch are cut · programs: how many to aim at where a sum over
+    classes is cut.
+    true_float32 and fast_float32: `input_precision` of tl.dot when torch's float32 matmul
+    precision is "highest", and when it is not.
     """
 
     class_pass: Tile
     class_pass_weight: Tile
     logits: Tile
+    diagonal_logits: Tile
     sign: Tile
     softmax: Tile
     grad_features: Tile
     grad_weight: Tile
+    diagonal_weight: Tile
     class_sums: Tile
     moments: Tile
     statistics: Tile
@@ -56,10 +59,12 @@ NVIDIA = Configuration(
     class_pass=Tile(64, 32, 16),
     class_pass_weight=Tile(64, 64, 32),
     logits=Tile(32, 64, 32),
+    diagonal_logits=Tile(32, 32, 32),
     sign=Tile(32, 64, 32),
     softmax=Tile(4, 256, 0),
     grad_features=Tile(32, 64, 32),
     grad_weight=Tile(32, 64, 32),
+    diagonal_weight=Tile(32, 32, 32),
     class_sums=Tile(32, 32, 32),
     moments=Tile(32, 64, 0),
     statistics=Tile(16, 64, 32),
@@ -74,10 +79,12 @@ AMD = Configuration(
     class_pass=Tile(64, 32, 16),
     class_pass_weight=Tile(64, 64, 32),
     logits=Tile(32, 64, 32),
+    diagonal_logits=Tile(32, 32, 32),
     sign=Tile(32, 64, 32),
     softmax=Tile(4, 256, 0),
     grad_features=Tile(32, 64, 32),
     grad_weight=Tile(32, 64, 32),
+    diagonal_weight=Tile(32, 32, 32),
     class_sums=Tile(32, 32, 32),
     moments=Tile(32, 64, 0),
     statistics=Tile(16, 64, 32),
@@ -90,19 +97,21 @@ AMD = Configuration(
 
 # Small, so that small tests have several tiles along every axis.
 INTERPRETER = Configuration(
-    class_pass=Tile(16, 16, 16),
-    class_pass_weight=Tile(16, 16, 16),
-    logits=Tile(16, 16, 16),
-    sign=Tile(16, 16, 16),
+    class_pass=Tile(32, 16, 16),
+    class_pass_weight=Tile(16, 32, 32),
+    logits=Tile(32, 16, 32),
+    diagonal_logits=Tile(32, 16, 32),
+    sign=Tile(32, 32, 16),
     softmax=Tile(16, 16, 0),
-    grad_features=Tile(16, 16, 16),
-    grad_weight=Tile(16, 16, 16),
-    class_sums=Tile(16, 16, 16),
-    moments=Tile(16, 16, 0),
-    statistics=Tile(16, 16, 16),
-    group=32,
-    split_rows=32,
-    programs=8,
+    grad_features=Tile(32, 32, 16),
+    grad_weight=Tile(16, 32, 32),
+    diagonal_weight=Tile(16, 32, 32),
+    class_sums=Tile(16, 16, 32),
+    moments=Tile(16, 32, 0),
+    statistics=Tile(16, 32, 32),
+    group=64,
+    split_rows=64,
+    programs=4,
     true_float32="ieee",
     fast_float32="ieee",
 )

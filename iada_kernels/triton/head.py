@@ -22,9 +22,11 @@ from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.triton.device import load_labels, load_tile, number
 from iada_kernels.triton.launch import (
     by_rows,
+    compute_type,
     current_configuration,
     dot_precision,
     launch,
+    plain,
     split,
 )
 
@@ -177,54 +179,66 @@ def adjusted_logits(
     inputs: LossInputs, options: LossOptions, weight: Tensor, table: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """z̃ (N, C) and s (N, A) int8; `weight` in the compute dtype, R (C, C) of a full Σ."""
-    bias = None if inputs.bias is None else inputs.bias.to(weight.dtype).contiguous()
-    labels, features = inputs.labels.contiguous(), by_rows(inputs.features)
-    z = weight.new_empty(len(labels), len(weight))
+    z = weight.new_empty(len(inputs.labels), len(weight))
+    if inputs.epsilon is None:
+        _logits(z, inputs, options, weight, None, table, True)
+        return z, None
+    _logits(z, inputs, options, weight, None, None, False)
+    sign = torch.empty(len(z), weight.shape[1], dtype=torch.int8, device=weight.device)
     configuration = current_configuration(weight.device)
-    tile, depth = configuration.logits, configuration.sign
-    shape = (len(labels), *weight.shape)
-    numeric = {
-        "ACC": tl.float64 if weight.dtype == torch.float64 else tl.float32,
-        "DOT": dot_precision(configuration),
-    }
-
-    def logits(sign, epsilon, variances, offset, table, log_prior) -> None:  # type: ignore[no-untyped-def]
-        launch(
-            logits_kernel,
-            (triton.cdiv(shape[0], tile.rows), triton.cdiv(shape[1], tile.columns)),
-            features, features.stride(0), weight, bias, labels, sign, epsilon, variances, offset,
-            table, 0 if table is None else table.stride(0), log_prior,
-            *split(options.alpha), *split(options.beta), z, *shape, options.ignore_index,
-            warps=tile.warps, stages=tile.stages,
-            BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_A=tile.depth, **numeric,
-        )  # fmt: skip
-
-    sign = epsilon = None
-    if inputs.epsilon is not None:
-        epsilon = inputs.epsilon.to(weight.dtype).contiguous()
-        sign = torch.empty(shape[0], shape[2], dtype=torch.int8, device=weight.device)
-        logits(None, None, None, None, None, None)
-        launch(
-            sign_kernel,
-            (triton.cdiv(shape[0], depth.rows), triton.cdiv(shape[2], depth.columns)),
-            z, weight, labels, sign, *shape, options.ignore_index,
-            warps=depth.warps, stages=depth.stages,
-            BLOCK_N=depth.rows, BLOCK_A=depth.columns, BLOCK_C=depth.depth, **numeric,
-        )  # fmt: skip
-    variances = offset = None
-    if inputs.covariance is not None and inputs.covariance.dim() == 2:
-        variances = inputs.covariance.to(weight.dtype).contiguous()
-        offset = weight.mean(dim=0)
-    prior = None if inputs.log_prior is None else inputs.log_prior.to(weight.dtype).contiguous()
-    logits(sign, epsilon, variances, offset, table, prior)
+    tile = configuration.sign
+    launch(
+        sign_kernel,
+        (triton.cdiv(len(z), tile.rows), triton.cdiv(weight.shape[1], tile.columns)),
+        z, weight, inputs.labels.contiguous(), sign, len(z), *weight.shape, options.ignore_index,
+        warps=tile.warps, stages=tile.stages,
+        BLOCK_N=tile.rows, BLOCK_A=tile.columns, BLOCK_C=tile.depth,
+        ACC=compute_type(weight.dtype), DOT=dot_precision(configuration),
+    )  # fmt: skip
+    _logits(z, inputs, options, weight, sign, table, True)
     return z, sign
 
 
-def softmax_loss(z: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | None]:
+def _logits(
+    z: Tensor,
+    inputs: LossInputs,
+    options: LossOptions,
+    weight: Tensor,
+    sign: Tensor | None,
+    table: Tensor | None,
+    adjusted: bool,
+) -> None:
+    """z = hWᵀ + b, or z̃ with all its terms, into `z`."""
+    configuration = current_configuration(weight.device)
+    tile = configuration.logits
+    prior = variances = offset = None
+    if adjusted:
+        prior = plain(inputs.log_prior, weight.dtype)
+        if inputs.covariance is not None and inputs.covariance.dim() == 2:
+            tile = configuration.diagonal_logits
+            variances = plain(inputs.covariance, weight.dtype)
+            offset = weight.mean(dim=0)
+    features = by_rows(inputs.features)
+    launch(
+        logits_kernel,
+        (triton.cdiv(len(z), tile.rows), triton.cdiv(len(weight), tile.columns)),
+        features, features.stride(0), weight, plain(inputs.bias, weight.dtype),
+        inputs.labels.contiguous(), sign,
+        None if sign is None else plain(inputs.epsilon, weight.dtype), variances, offset,
+        table, 0 if table is None else table.stride(0), prior,
+        *split(options.alpha), *split(options.beta), z,
+        len(z), *weight.shape, options.ignore_index,
+        warps=tile.warps, stages=tile.stages,
+        BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_A=tile.depth,
+        ACC=compute_type(weight.dtype), DOT=dot_precision(configuration),
+    )  # fmt: skip
+
+
+def reduce_losses(z: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | None]:
     """The loss, (N) or (), and what the mean multiplies by, (1) or None; z becomes D in place."""
     configuration = current_configuration(z.device)
     tile, (count, num_classes) = configuration.softmax, z.shape
-    acc = tl.float64 if z.dtype == torch.float64 else tl.float32
+    acc = compute_type(z.dtype)
     losses = z.new_empty(count)
     launch(
         softmax_kernel,

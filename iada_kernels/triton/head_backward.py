@@ -6,7 +6,7 @@
 
 For a diagonal Σ the quadratic term adds to ∂L/∂W, with W centred and x = h + ε s − α σ_y∘w_y,
 
-    (g D)ᵀ x + α w_j ∘ ((g D)ᵀ σ_y) − α σ_j ∘ Σ_{i: y_i=j} ∂L/∂h_i
+    (g D)ᵀ x + α w_j ∘ ((g D)ᵀ σ_y) − α σ_j ∘ Σ_{i: y_i = j} ∂L/∂h_i
 
 because the rows of D sum to 0. Sums over the batch are cut into shares (S, ...) of a fixed number
 of rows, added in order.
@@ -21,9 +21,11 @@ from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.triton.device import load_labels, load_tile, number
 from iada_kernels.triton.launch import (
     by_rows,
+    compute_type,
     current_configuration,
     dot_precision,
     launch,
+    plain,
     split,
 )
 from iada_kernels.triton.rows import Groups
@@ -161,7 +163,7 @@ def grad_features(
         warps=tile.warps, stages=tile.stages,
         SCALE_STRIDE=int(len(row_scale) > 1),
         BLOCK_N=tile.rows, BLOCK_A=tile.columns, BLOCK_C=tile.depth,
-        ACC=tl.float64 if weight.dtype == torch.float64 else tl.float32,
+        ACC=compute_type(weight.dtype),
         DOT=dot_precision(configuration),
     )  # fmt: skip
     return grad, None if parts is None else _sum(parts)
@@ -189,12 +191,12 @@ def grad_weight(
     cuts = max(1, triton.cdiv(count, configuration.split_rows))
     grad = weight.new_empty(cuts, num_classes, width) if needs_weight else None
     bias = weight.new_empty(cuts, num_classes) if needs_bias else None
-    epsilon = variances = offset = None
-    if sign is not None and inputs.epsilon is not None:
-        epsilon = inputs.epsilon.to(weight.dtype).contiguous()
+    variances = offset = None
+    epsilon = None if sign is None else plain(inputs.epsilon, weight.dtype)
     if inputs.covariance is not None and inputs.covariance.dim() == 2 and needs_weight:
-        variances = inputs.covariance.to(weight.dtype).contiguous()
+        variances = plain(inputs.covariance, weight.dtype)
         offset = weight.mean(dim=0)
+        tile = configuration.diagonal_weight
     features = by_rows(inputs.features)
     columns = triton.cdiv(width, tile.columns) if needs_weight else 1
     launch(
@@ -207,7 +209,7 @@ def grad_weight(
         warps=tile.warps, stages=tile.stages,
         SCALE_STRIDE=int(len(row_scale) > 1),
         BLOCK_C=tile.rows, BLOCK_A=tile.columns, BLOCK_N=tile.depth,
-        ACC=tl.float64 if weight.dtype == torch.float64 else tl.float32,
+        ACC=compute_type(weight.dtype),
         DOT=dot_precision(configuration),
     )  # fmt: skip
     return None if grad is None else _sum(grad), None if bias is None else _sum(bias)
@@ -227,7 +229,7 @@ def grad_variances(
         warps=tile.warps, stages=tile.stages,
         SCALE_STRIDE=int(len(row_scale) > 1),
         BLOCK_J=tile.rows, BLOCK_A=tile.columns,
-        ACC=tl.float64 if weight.dtype == torch.float64 else tl.float32,
+        ACC=compute_type(weight.dtype),
     )  # fmt: skip
     return grad
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.triton.config import Configuration, configuration_for
@@ -97,6 +98,16 @@ def dot_precision(configuration: Configuration) -> str:
     if torch.get_float32_matmul_precision() == "highest":
         return configuration.true_float32
     return configuration.fast_float32
+
+
+def compute_type(dtype: torch.dtype) -> tl.dtype:
+    """The kernels' name for the compute dtype, float32 or float64."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Contiguous and in the compute dtype; itself where it is that already."""
+    return None if tensor is None else tensor.to(dtype).contiguous()
 
 
 def by_rows(tensor: Tensor) -> Tensor:

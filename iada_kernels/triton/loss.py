@@ -20,7 +20,7 @@ from iada_kernels.contract import (
 )
 from iada_kernels.triton.class_pass import add_pair_terms, stream_and_table
 from iada_kernels.triton.class_pass_backward import class_sums, weight_shares
-from iada_kernels.triton.head import adjusted_logits, softmax_loss
+from iada_kernels.triton.head import adjusted_logits, reduce_losses
 from iada_kernels.triton.head_backward import grad_features, grad_variances, grad_weight
 from iada_kernels.triton.launch import by_rows
 from iada_kernels.triton.moments import update_moments
@@ -64,7 +64,7 @@ def loss_forward(
     if stream is not None and sigma is not None:
         _changed(sigma, stream.mean, stream.count)
     z, sign = adjusted_logits(inputs, options, weight, table)
-    loss, inverse = softmax_loss(z, labels, options)
+    loss, inverse = reduce_losses(z, labels, options)
     return loss, SavedLoss(z, sign, inverse, groups)
 
 

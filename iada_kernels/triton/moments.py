@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.triton.device import load_tile
-from iada_kernels.triton.launch import current_configuration, launch
+from iada_kernels.triton.launch import compute_type, current_configuration, launch
 from iada_kernels.triton.rows import Groups
 
 
@@ -80,6 +80,6 @@ def update_moments(
         mean, center, shift, covariance, width,
         warps=tile.warps, stages=tile.stages,
         BLOCK_M=tile.rows, BLOCK_A=tile.columns,
-        ACC=tl.float64 if mean.dtype == torch.float64 else tl.float32,
+        ACC=compute_type(mean.dtype),
     )  # fmt: skip
     return center, shift

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.triton.device import load_labels
-from iada_kernels.triton.launch import current_configuration, launch
+from iada_kernels.triton.launch import compute_type, current_configuration, launch
 
 
 @triton.jit
@@ -68,6 +68,6 @@ def group_rows(
         (num_classes,),
         labels, start, size, order, share, count, len(labels), num_classes, ignore_index,
         BLOCK=current_configuration(labels.device).group,
-        ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+        ACC=compute_type(dtype),
     )  # fmt: skip
     return Groups(start, size, order, share)
