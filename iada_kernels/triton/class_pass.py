@@ -240,7 +240,7 @@ def add_pair_terms(
     fresh: bool = False,
 ) -> None:
     """UPDATE = META on `covariance`, or FRESH. One launch."""
-    tile = current_configuration(covariance.device).class_pass
+    tile = current_configuration(covariance.device).pair_terms
     _launch(
         tile, covariance, weight, tangent, groups, None, None,
         None, None, None, residual, curvature, scale, 0,

@@ -25,8 +25,9 @@ class Tile:
 class Configuration:
     """One tile for each kernel, and how float32 is multiplied.
 
-    class_pass: (A, classes j, rows of the class) · class_pass_weight: (classes j, A, A) ·
-    logits: (N, C, A) · sign: (N, A, C) · softmax: (N, C, -) · grad_features: (N, A, C) ·
+    class_pass, and pair_terms for its META and FRESH: (A, classes j, rows of the class) ·
+    class_pass_weight: (classes j, A, A) · logits and tangent: (N, C, A) · sign: (N, A, C) ·
+    softmax: (N, C, -) · grad_features: (N, A, C) ·
     grad_weight: (C, A, N) · diagonal_...: the same with the quadratic term of a diagonal Σ ·
     class_sums: (C, C, N) · moments: (rows of the class, A, -) · statistics: (N, C or A, A) ·
     group: labels read at once · split_rows: rows of the batch that one program sums at most,
@@ -37,9 +38,12 @@ class Configuration:
     """
 
     class_pass: Tile
+    pair_terms: Tile
     class_pass_weight: Tile
     logits: Tile
     diagonal_logits: Tile
+    tangent: Tile
+    diagonal_tangent: Tile
     sign: Tile
     softmax: Tile
     grad_features: Tile
@@ -56,15 +60,18 @@ class Configuration:
 
 
 NVIDIA = Configuration(
-    class_pass=Tile(64, 32, 16),
+    class_pass=Tile(64, 32, 16, warps=8),
+    pair_terms=Tile(32, 32, 16, warps=8),
     class_pass_weight=Tile(64, 64, 32),
     logits=Tile(32, 64, 32),
-    diagonal_logits=Tile(32, 32, 32),
+    diagonal_logits=Tile(32, 32, 16),
+    tangent=Tile(32, 64, 32, warps=8),
+    diagonal_tangent=Tile(32, 32, 16, warps=8),
     sign=Tile(32, 64, 32),
     softmax=Tile(4, 256, 0),
     grad_features=Tile(32, 64, 32),
     grad_weight=Tile(32, 64, 32),
-    diagonal_weight=Tile(32, 32, 32),
+    diagonal_weight=Tile(32, 32, 16),
     class_sums=Tile(32, 32, 32),
     moments=Tile(32, 64, 0),
     statistics=Tile(16, 64, 32),
@@ -76,15 +83,18 @@ NVIDIA = Configuration(
 )
 
 AMD = Configuration(
-    class_pass=Tile(64, 32, 16),
+    class_pass=Tile(64, 32, 16, warps=8),
+    pair_terms=Tile(32, 32, 16, warps=8),
     class_pass_weight=Tile(64, 64, 32),
     logits=Tile(32, 64, 32),
-    diagonal_logits=Tile(32, 32, 32),
+    diagonal_logits=Tile(32, 32, 16),
+    tangent=Tile(32, 64, 32, warps=8),
+    diagonal_tangent=Tile(32, 32, 16, warps=8),
     sign=Tile(32, 64, 32),
     softmax=Tile(4, 256, 0),
     grad_features=Tile(32, 64, 32),
     grad_weight=Tile(32, 64, 32),
-    diagonal_weight=Tile(32, 32, 32),
+    diagonal_weight=Tile(32, 32, 16),
     class_sums=Tile(32, 32, 32),
     moments=Tile(32, 64, 0),
     statistics=Tile(16, 64, 32),
@@ -98,9 +108,12 @@ AMD = Configuration(
 # Small, so that small tests have several tiles along every axis.
 INTERPRETER = Configuration(
     class_pass=Tile(32, 16, 16),
+    pair_terms=Tile(32, 16, 16),
     class_pass_weight=Tile(16, 32, 32),
     logits=Tile(32, 16, 32),
     diagonal_logits=Tile(32, 16, 32),
+    tangent=Tile(32, 16, 32),
+    diagonal_tangent=Tile(32, 16, 32),
     sign=Tile(32, 32, 16),
     softmax=Tile(16, 16, 0),
     grad_features=Tile(32, 32, 16),

@@ -105,7 +105,7 @@ def sign_kernel(
         j = first + tl.arange(0, BLOCK_C)
         tile = load_tile(z, rows, C, j, there, j < C, ACC)
         others = (j < C)[None, :] & (j[None, :] != own[:, None])
-        r = tl.where(others, tl.exp(tile - high[:, None]), 0.0)
+        r = tl.exp(tl.where(others, tile - high[:, None], float("-inf")))
         total += tl.sum(r, axis=1)
         w = load_tile(weight, j, A, a, j < C, inside, ACC)
         mixture = tl.dot(r, w, mixture, input_precision=DOT, out_dtype=ACC)

@@ -40,7 +40,7 @@ from iada_kernels.triton.rows import Groups, group_rows
 
 
 class Sums(NamedTuple):
-    """What ∂L̇/∂Σ is made of: α g D and α g c by class (C, C), or for a diagonal Σ D and c (N, C)."""
+    """What ∂L̇/∂Σ is made of: α g D and α g c by class (C, C); D and c (N, C) for a diagonal Σ."""
 
     residual: Tensor
     curvature: Tensor
@@ -284,10 +284,10 @@ def _tangent_logits(
     table: Tensor | None,
 ) -> None:
     configuration = current_configuration(weight.device)
-    tile, dtype = configuration.logits, weight.dtype
+    tile, dtype = configuration.tangent, weight.dtype
     variances = offset = offset_tangent = None
     if inputs.covariance is not None and inputs.covariance.dim() == 2:
-        tile = configuration.diagonal_logits
+        tile = configuration.diagonal_tangent
         variances = plain(inputs.covariance, dtype)
         offset, offset_tangent = weight.mean(dim=0), tangent.mean(dim=0)
     features = by_rows(inputs.features)
