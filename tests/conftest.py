@@ -45,6 +45,21 @@ def target(request) -> Target:
     return request.param
 
 
+def is_interpreted(target: Target) -> bool:
+    return target.backend == "triton" and target.device.type == "cpu"
+
+
+# Triton's interpreter is too slow for hundreds of drawn problems: test_triton.py draws fewer.
+@pytest.fixture(
+    scope="session",
+    params=[target for target in _targets() if not is_interpreted(target)],
+    ids=lambda t: f"{t.backend}-{t.device}",
+)
+def compiled_target(request) -> Target:
+    """`target` without what is interpreted."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def backend(target: Target) -> str:
     return target.backend

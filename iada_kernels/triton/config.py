@@ -7,7 +7,7 @@ tune replaces one with `use`.
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Configuration:
 
 NVIDIA = Configuration(
     class_pass=Tile(64, 32, 16, warps=8),
-    pair_terms=Tile(32, 32, 16, warps=8),
+    pair_terms=Tile(64, 32, 16, warps=8),
     class_pass_weight=Tile(64, 64, 32),
     logits=Tile(32, 64, 32),
     diagonal_logits=Tile(32, 32, 16),
     tangent=Tile(32, 64, 32, warps=8),
-    diagonal_tangent=Tile(32, 32, 16, warps=8),
+    diagonal_tangent=Tile(16, 32, 16),
     sign=Tile(32, 64, 32),
     softmax=Tile(4, 256, 0),
     grad_features=Tile(32, 64, 32),
@@ -82,14 +82,21 @@ NVIDIA = Configuration(
     fast_float32="tf32",
 )
 
+# Ampere multiplies in registers, where the two products of a META tile do not fit.
+AMPERE = replace(
+    NVIDIA,
+    pair_terms=Tile(32, 32, 16, warps=8),
+    diagonal_tangent=Tile(32, 32, 16, warps=8),
+)
+
 AMD = Configuration(
     class_pass=Tile(64, 32, 16, warps=8),
-    pair_terms=Tile(32, 32, 16, warps=8),
+    pair_terms=Tile(64, 32, 16, warps=8),
     class_pass_weight=Tile(64, 64, 32),
     logits=Tile(32, 64, 32),
     diagonal_logits=Tile(32, 32, 16),
     tangent=Tile(32, 64, 32, warps=8),
-    diagonal_tangent=Tile(32, 32, 16, warps=8),
+    diagonal_tangent=Tile(16, 32, 16),
     sign=Tile(32, 64, 32),
     softmax=Tile(4, 256, 0),
     grad_features=Tile(32, 64, 32),
@@ -151,4 +158,6 @@ def configuration_for(architecture: str) -> Configuration:
         return chosen
     if architecture == "interpreter":
         return INTERPRETER
-    return AMD if architecture.startswith("gfx") else NVIDIA
+    if architecture.startswith("gfx"):
+        return AMD
+    return AMPERE if architecture.startswith("sm_8") else NVIDIA
