@@ -3,7 +3,6 @@
 `None` takes the best one for the device; a name insists, and fails loudly if it cannot serve.
 """
 
-import functools
 import importlib.util
 import os
 
@@ -53,7 +52,6 @@ def select_backend(
     )
 
 
-@functools.cache
 def triton_backend() -> Backend:
     """Imported when it is first needed: importing triton takes a while, and CPUs do without."""
     from iada_kernels import triton

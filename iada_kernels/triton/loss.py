@@ -140,6 +140,20 @@ def covariance_update(
     _changed(*state)
 
 
+def flatten(saved: SavedLoss) -> list[Tensor | None]:
+    """The tensors of `saved` in a row."""
+    return [saved.residual, saved.sign, saved.inverse, *(saved.groups or (None,) * 4)]
+
+
+def unflatten(tensors: list[Tensor | None]) -> SavedLoss:
+    """The inverse of `flatten`."""
+    residual, sign, inverse, start, size, order, share = tensors
+    assert residual is not None
+    if start is None or size is None or order is None:
+        return SavedLoss(residual, sign, inverse, None)
+    return SavedLoss(residual, sign, inverse, Groups(start, size, order, share))
+
+
 def _in_place(inputs: LossInputs, stream: ClassStatistics, dtype: torch.dtype) -> bool:
     """Whether the kernels can update the state where it lies while they compute the loss."""
     sigma = inputs.covariance
