@@ -59,10 +59,9 @@ def group_rows(
     labels: Tensor, num_classes: int, ignore_index: int, count: Tensor | None, dtype: torch.dtype
 ) -> Groups:
     """One launch; `count` is updated in place."""
-    whole = {"dtype": torch.int32, "device": labels.device}
-    start, size = torch.empty(num_classes, **whole), torch.empty(num_classes, **whole)
-    order = torch.empty(len(labels), **whole)
-    share = None if count is None else torch.empty(num_classes, dtype=dtype, device=labels.device)
+    start = labels.new_empty(num_classes, dtype=torch.int32)
+    size, order = torch.empty_like(start), labels.new_empty(len(labels), dtype=torch.int32)
+    share = None if count is None else labels.new_empty(num_classes, dtype=dtype)
     launch(
         group_rows_kernel,
         (num_classes,),
