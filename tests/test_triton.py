@@ -8,6 +8,7 @@ import torch
 from conftest import _targets
 from hypothesis import given, settings
 from problems import fused, random_problem, value_and_gradients
+from test_covariance import assert_state, new_state, population, skewed_stream
 from test_loss import (
     assert_agrees,
     assert_error_within_ratio,
@@ -117,3 +118,16 @@ def test_update_and_loss_see_the_batch_once():
     module(problem.features, problem.weight, problem.bias, problem.labels, problem.epsilon)
     counted = torch.bincount(problem.labels[problem.labels >= 0].cpu(), minlength=4)
     assert torch.equal(module.covariance.count.cpu(), counted)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_a_short_stream_in_float32(structure, offset):
+    features, labels = skewed_stream(rows=1200, offset=offset)
+    state = new_state(10, 16, structure, DEVICE)
+    for h, y in zip(features.split(400), labels.split(400), strict=True):
+        state.update(h.to(DEVICE), y.to(DEVICE), backend="triton")
+    expected = population(features, labels, 10, structure)
+    assert_state(state, expected, 2e-4 if offset else 2e-5, mean_tolerance=2e-6)
+    if structure == "full":
+        assert torch.equal(state.covariance, state.covariance.mT)

@@ -70,7 +70,7 @@ def _streamed(
     shift_right = tl.load(shift + right, mask=in_right, other=0.0)
     if same:  # on the diagonal the two halves differ by rounding
         grown = 0.5 * (grown + tl.trans(grown))
-    grown = (w / m) * grown + (w * (1 - w)) * shift_left[:, None] * shift_right[None, :]
+    grown = (w / m) * grown + (w * (1 - w)) * (shift_left[:, None] * shift_right[None, :])
     return (1 - w) * s + grown, grown
 
 
