@@ -1,11 +1,15 @@
 """Fixtures shared by the suite: the backends that serve here, and small block sizes."""
 
+import os
 import sys
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():  # before triton is imported, which looks once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from iada_kernels import BACKENDS, select_backend
 
@@ -38,6 +42,21 @@ def _targets() -> list[Target]:
 @pytest.fixture(scope="session", params=_targets(), ids=lambda t: f"{t.backend}-{t.device}")
 def target(request) -> Target:
     """Every backend of this build, on every device of this machine that it serves."""
+    return request.param
+
+
+def is_interpreted(target: Target) -> bool:
+    return target.backend == "triton" and target.device.type == "cpu"
+
+
+# Triton's interpreter is too slow for hundreds of drawn problems: test_triton.py draws fewer.
+@pytest.fixture(
+    scope="session",
+    params=[target for target in _targets() if not is_interpreted(target)],
+    ids=lambda t: f"{t.backend}-{t.device}",
+)
+def compiled_target(request) -> Target:
+    """`target` without what is interpreted."""
     return request.param
 
 

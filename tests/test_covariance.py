@@ -122,7 +122,8 @@ def test_equals_the_reference_step(structure, backend, device):
 
 
 @STRUCTURES
-def test_long_skewed_stream_in_float32(structure, backend, device):
+def test_long_skewed_stream_in_float32(structure, compiled_target):
+    backend, device = compiled_target
     features, labels = skewed_stream()
     state = new_state(10, 16, structure, device)
     for h, y in zip(features.split(512), labels.split(512), strict=True):
@@ -132,7 +133,8 @@ def test_long_skewed_stream_in_float32(structure, backend, device):
 
 @STRUCTURES
 @pytest.mark.parametrize(("offset", "tolerance"), [(0.0, 2e-5), (1e3, 2e-4)])
-def test_one_row_at_a_time(structure, offset, tolerance, backend, device):
+def test_one_row_at_a_time(structure, offset, tolerance, compiled_target):
+    backend, device = compiled_target
     features, labels = skewed_stream(rows=2000, offset=offset)
     state = new_state(10, 16, structure, device)
     for h, y in zip(features.to(device).split(1), labels.to(device).split(1), strict=True):
@@ -142,13 +144,14 @@ def test_one_row_at_a_time(structure, offset, tolerance, backend, device):
 
 @STRUCTURES
 @pytest.mark.parametrize("batch", [512, 100_000])
-def test_large_means_do_not_cancel(structure, batch, backend, device):
+def test_large_means_do_not_cancel(structure, batch, compiled_target):
     """|μ| = 1000 times the spread: E[hhᵀ] − μμᵀ in float32 would keep no digit of Σ.
 
     The yardstick is the float64 population of the float32 features. The running mean is rounded
     to 2⁻¹⁵ at each batch; that enters Σ to second order, or times a shift of either sign:
     3e-5 of Σ after 800 batches. A float32 sum of one large batch would be off by 1e-5 of μ.
     """
+    backend, device = compiled_target
     features, labels = skewed_stream(offset=1e3)
     state = new_state(10, 16, structure, device)
     for h, y in zip(features.split(batch), labels.split(batch), strict=True):
@@ -202,7 +205,8 @@ def test_an_empty_batch_changes_nothing(structure, backend, device):
     assert_same_bits(state, kept)
 
 
-def test_covariance_stays_symmetric_within_rounding(backend, device):
+def test_covariance_stays_symmetric_within_rounding(compiled_target):
+    backend, device = compiled_target
     features, labels = skewed_stream(rows=5000)
     state = new_state(10, 16, "full", device)
     for h, y in zip(features.split(7), labels.split(7), strict=True):

@@ -55,31 +55,32 @@ dtypes = st.fixed_dictionaries(
 )
 
 
-def assert_three_agree(problem, backend, device):
-    expected = value_and_gradients(reference_loss, problem)
-    actual = value_and_gradients(fused(backend), problem.to(device))
-    assert_same({name: t.cpu() for name, t in actual.items()}, expected)
-    assert_same(value_and_gradients(eager, problem), expected)
-
-
-@given(shape=shapes, terms=terms)
-def test_fused_equals_reference_and_eager(shape, terms, backend, device):
-    assert_three_agree(random_problem(**shape, **terms), backend, device)
-
-
-@given(shape=shapes, terms=terms, layouts=layouts)
-def test_strides_do_not_matter(shape, terms, layouts, backend, device):
-    problem = random_problem(**shape, **terms, layouts=layouts)
+def assert_agrees(problem, backend, device):
     expected = value_and_gradients(reference_loss, problem)
     # On a device as well: .to() keeps the strides of the CPU tensor where they are dense.
     actual = value_and_gradients(fused(backend), problem.to(device))
     assert_same({name: t.cpu() for name, t in actual.items()}, expected)
 
 
+def assert_three_agree(problem, backend, device):
+    assert_agrees(problem, backend, device)
+    assert_same(value_and_gradients(eager, problem), value_and_gradients(reference_loss, problem))
+
+
+@given(shape=shapes, terms=terms)
+def test_fused_equals_reference_and_eager(shape, terms, compiled_target):
+    assert_three_agree(random_problem(**shape, **terms), *compiled_target)
+
+
+@given(shape=shapes, terms=terms, layouts=layouts)
+def test_strides_do_not_matter(shape, terms, layouts, compiled_target):
+    assert_agrees(random_problem(**shape, **terms, layouts=layouts), *compiled_target)
+
+
 @given(shape=shapes, terms=terms, dtypes=dtypes)
-def test_mixed_dtypes_err_no_more_than_eager(shape, terms, dtypes, backend, device):
+def test_mixed_dtypes_err_no_more_than_eager(shape, terms, dtypes, compiled_target):
     problem = random_problem(**shape, **terms, dtypes=dtypes)
-    assert_error_within_ratio(problem, backend, device)
+    assert_error_within_ratio(problem, *compiled_target)
 
 
 @pytest.mark.parametrize("structure", [None, "full", "diag"])

@@ -67,9 +67,11 @@ def test_blocks_bound_the_scratch_of_few_rows(structure, block_elements):
 # The peak -------------------------------------------------------------------------------------
 
 
-def test_dense_peak_is_below_four_rows_by_classes(backend, device):
+def test_dense_peak_is_below_four_rows_by_classes(compiled_target):
+    backend, device = compiled_target
     peak = measure_in_a_fresh_process(backend, device.type)
-    assert peak < 4 * ROW_BY_CLASS, f"{peak / ROW_BY_CLASS:.1f} times N×C"
+    kept = ROW_BY_WIDTH // 4 if backend == "triton" else 0  # the signs, one byte each
+    assert peak - kept < 4 * ROW_BY_CLASS, f"{peak / ROW_BY_CLASS:.1f} times N×C"
 
 
 def test_the_measure_sees_a_row_by_width_tensor():

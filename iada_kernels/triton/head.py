@@ -1,0 +1,259 @@
+"""The head forward: z̃, the loss and D, by four kernels over tiles of samples and classes.
+
+    logits   z  = h Wᵀ + b                                          (N, C)
+    sign     s  = sign(Σ_{j≠y} r_j w_j − w_y),  r = softmax of z over j ≠ y    (N, A) int8
+    logits   z̃ = (h + ε s) Wᵀ + b + α R[y] + β log π                over z
+    softmax  ℓ  = logsumexp(z̃) − z̃_y,  D = softmax(z̃) − onehot(y)     D over z̃
+    reduce   the sum of ℓ, divided by the rows that count for the mean
+
+Without ε the first logits and the sign fall away. For a diagonal Σ, R is part of the logits' own
+product, ½ [σ·w_j² − 2 (σ∘w_y)·w_j + σ·w_y²] with W centred, because a common offset of its rows
+would cancel; for a full Σ the class pass gives R (C, C).
+
+A row that does not count has D = 0 and ℓ = 0. A label that is no class makes its loss NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from iada_kernels.contract import LossInputs, LossOptions
+from iada_kernels.triton.device import load_labels, load_tile, number
+from iada_kernels.triton.launch import (
+    by_rows,
+    compute_type,
+    current_configuration,
+    dot_precision,
+    launch,
+    plain,
+    split,
+)
+
+
+@triton.jit
+def logits_kernel(
+    features, stride, weight, bias, labels, sign, epsilon, variances, offset, table, table_stride,
+    log_prior, alpha, alpha_low, beta, beta_low, z, N, C, A, ignore_index,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    there, inside = rows < N, j < C
+    y, _ = load_labels(labels, rows, there, ignore_index, C)
+    own = tl.maximum(y, 0)
+    total = tl.zeros([BLOCK_N, BLOCK_C], dtype=ACC)
+    if sign is not None:
+        strength = tl.load(epsilon + rows, mask=there, other=0.0).to(ACC)
+    if variances is not None:
+        squares = tl.zeros([BLOCK_N, BLOCK_C], dtype=ACC)
+        constant = tl.zeros([BLOCK_N], dtype=ACC)
+    for first in range(0, A, BLOCK_A):
+        a = first + tl.arange(0, BLOCK_A)
+        deep = a < A
+        x = load_tile(features, rows, stride, a, there, deep, ACC)
+        if sign is not None:
+            x += strength[:, None] * load_tile(sign, rows, A, a, there, deep, ACC)
+        w = load_tile(weight, j, A, a, inside, deep, ACC)
+        total = tl.dot(x, tl.trans(w), total, input_precision=DOT, out_dtype=ACC)
+        if variances is not None:
+            shared = tl.load(offset + a, mask=deep, other=0.0)
+            sigma = load_tile(variances, own, A, a, there, deep, ACC)
+            w_own = load_tile(weight, own, A, a, there, deep, ACC) - shared[None, :]
+            w = tl.where(inside[:, None], w - shared[None, :], 0.0)
+            squares = tl.dot(sigma, tl.trans(w * w), squares, input_precision=DOT, out_dtype=ACC)
+            sigma *= w_own
+            squares = tl.dot(-2 * sigma, tl.trans(w), squares, input_precision=DOT, out_dtype=ACC)
+            constant += tl.sum(sigma * w_own, axis=1)
+    if bias is not None:
+        total += tl.load(bias + j, mask=inside, other=0.0)[None, :]
+    if variances is not None:
+        form = tl.where(j[None, :] == y[:, None], 0.0, 0.5 * (squares + constant[:, None]))
+        total += number(alpha, alpha_low, ACC) * form
+    if table is not None:
+        form = load_tile(table, own, table_stride, j, there & (y >= 0), inside, ACC)
+        total += number(alpha, alpha_low, ACC) * form
+    if log_prior is not None:
+        prior = tl.load(log_prior + j, mask=inside, other=0.0)
+        total += number(beta, beta_low, ACC) * prior[None, :]
+    place = z + rows.to(tl.int64)[:, None] * C + j[None, :]
+    tl.store(place, total, mask=there[:, None] & inside[None, :])
+
+
+@triton.jit
+def sign_kernel(
+    z, weight, labels, sign, N, C, A, ignore_index,
+    BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
+    there, inside = rows < N, a < A
+    y, _ = load_labels(labels, rows, there, ignore_index, C)
+    own = tl.maximum(y, 0)
+    high = tl.full([BLOCK_N], float("-inf"), dtype=ACC)
+    for first in range(0, C, BLOCK_C):
+        j = first + tl.arange(0, BLOCK_C)
+        tile = load_tile(z, rows, C, j, there, j < C, ACC)
+        others = (j < C)[None, :] & (j[None, :] != own[:, None])
+        high = tl.maximum(high, tl.max(tl.where(others, tile, float("-inf")), axis=1))
+    high = tl.where(high == float("-inf"), 0.0, high)
+    total = tl.zeros([BLOCK_N], dtype=ACC)
+    mixture = tl.zeros([BLOCK_N, BLOCK_A], dtype=ACC)
+    for first in range(0, C, BLOCK_C):
+        j = first + tl.arange(0, BLOCK_C)
+        tile = load_tile(z, rows, C, j, there, j < C, ACC)
+        others = (j < C)[None, :] & (j[None, :] != own[:, None])
+        r = tl.exp(tl.where(others, tile - high[:, None], float("-inf")))
+        total += tl.sum(r, axis=1)
+        w = load_tile(weight, j, A, a, j < C, inside, ACC)
+        mixture = tl.dot(r, w, mixture, input_precision=DOT, out_dtype=ACC)
+    # Scale-free: the sign of mixture − total·w_y, so that nothing is divided.
+    g = mixture / tl.where(total > 0, total, 1.0)[:, None]
+    g -= load_tile(weight, own, A, a, there, inside, ACC)
+    s = (g > 0).to(tl.int8) - (g < 0).to(tl.int8)
+    if C == 1:
+        s = tl.zeros([BLOCK_N, BLOCK_A], dtype=tl.int8)
+    place = sign + rows.to(tl.int64)[:, None] * A + a[None, :]
+    tl.store(place, s, mask=there[:, None] & inside[None, :])
+
+
+@triton.jit
+def softmax_kernel(
+    z, labels, losses, N, C, ignore_index,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = rows < N
+    y, wrong = load_labels(labels, rows, there, ignore_index, C)
+    own = tl.load(z + rows.to(tl.int64) * C + tl.maximum(y, 0), mask=there, other=0.0)
+    high = tl.full([BLOCK_N], float("-inf"), dtype=ACC)
+    for first in range(0, C, BLOCK_C):
+        j = first + tl.arange(0, BLOCK_C)
+        tile = load_tile(z, rows, C, j, there, j < C, ACC)
+        high = tl.maximum(high, tl.max(tl.where((j < C)[None, :], tile, float("-inf")), axis=1))
+    total = tl.zeros([BLOCK_N], dtype=ACC)
+    for first in range(0, C, BLOCK_C):
+        j = first + tl.arange(0, BLOCK_C)
+        tile = load_tile(z, rows, C, j, there, j < C, ACC)
+        share = tl.where((j < C)[None, :], tl.exp(tile - high[:, None]), 0.0)
+        total += tl.sum(share, axis=1)
+    loss = tl.where(y >= 0, tl.log(total) + (high - own), 0.0)
+    tl.store(losses + rows, tl.where(wrong, float("nan"), loss), mask=there)
+    # D_y = −Σ_{j≠y} p_j keeps the digits that p_y − 1 loses on a confident sample.
+    others = tl.zeros([BLOCK_N], dtype=ACC)
+    for first in range(0, C, BLOCK_C):
+        j = first + tl.arange(0, BLOCK_C)
+        tile = load_tile(z, rows, C, j, there, j < C, ACC)
+        p = tl.exp(tile - high[:, None]) / total[:, None]
+        counts = (j < C)[None, :] & (y >= 0)[:, None] & (j[None, :] != y[:, None])
+        p = tl.where(counts, p, 0.0)
+        others += tl.sum(p, axis=1)
+        place = z + rows.to(tl.int64)[:, None] * C + j[None, :]
+        mask = there[:, None] & (j < C)[None, :]
+        tl.store(place, p, mask=mask & (j[None, :] != y[:, None]))
+    tl.store(z + rows.to(tl.int64) * C + tl.maximum(y, 0), -others, mask=there & (y >= 0))
+
+
+@triton.jit
+def reduce_kernel(
+    losses, labels, loss, inverse, N, ignore_index,
+    MEAN: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros([BLOCK], dtype=ACC)
+    count = tl.zeros([BLOCK], dtype=tl.int32)
+    for first in range(0, N, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        total += tl.load(losses + rows, mask=rows < N, other=0.0)
+        y = tl.load(labels + rows, mask=rows < N, other=0)
+        count += ((rows < N) & (y != ignore_index)).to(tl.int32)
+    share = tl.cast(1.0, ACC)
+    if MEAN:
+        share /= tl.maximum(tl.sum(count, axis=0), 1)
+    tl.store(loss, tl.sum(total, axis=0) * share)
+    tl.store(inverse, share)
+
+
+def adjusted_logits(
+    inputs: LossInputs, options: LossOptions, weight: Tensor, table: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """z̃ (N, C) and s (N, A) int8; `weight` in the compute dtype, R (C, C) of a full Σ."""
+    z = weight.new_empty(len(inputs.labels), len(weight))
+    if inputs.epsilon is None:
+        _logits(z, inputs, options, weight, None, table, True)
+        return z, None
+    _logits(z, inputs, options, weight, None, None, False)
+    sign = torch.empty(len(z), weight.shape[1], dtype=torch.int8, device=weight.device)
+    configuration = current_configuration(weight.device)
+    tile = configuration.sign
+    launch(
+        sign_kernel,
+        (triton.cdiv(len(z), tile.rows), triton.cdiv(weight.shape[1], tile.columns)),
+        z, weight, inputs.labels.contiguous(), sign, len(z), *weight.shape, options.ignore_index,
+        warps=tile.warps, stages=tile.stages,
+        BLOCK_N=tile.rows, BLOCK_A=tile.columns, BLOCK_C=tile.depth,
+        ACC=compute_type(weight.dtype), DOT=dot_precision(configuration),
+    )  # fmt: skip
+    _logits(z, inputs, options, weight, sign, table, True)
+    return z, sign
+
+
+def _logits(
+    z: Tensor,
+    inputs: LossInputs,
+    options: LossOptions,
+    weight: Tensor,
+    sign: Tensor | None,
+    table: Tensor | None,
+    adjusted: bool,
+) -> None:
+    """z = hWᵀ + b, or z̃ with all its terms, into `z`."""
+    configuration = current_configuration(weight.device)
+    tile = configuration.logits
+    prior = variances = offset = None
+    if adjusted:
+        prior = plain(inputs.log_prior, weight.dtype)
+        if inputs.covariance is not None and inputs.covariance.dim() == 2:
+            tile = configuration.diagonal_logits
+            variances = plain(inputs.covariance, weight.dtype)
+            offset = weight.mean(dim=0)
+    features = by_rows(inputs.features)
+    launch(
+        logits_kernel,
+        (triton.cdiv(len(z), tile.rows), triton.cdiv(len(weight), tile.columns)),
+        features, features.stride(0), weight, plain(inputs.bias, weight.dtype),
+        inputs.labels.contiguous(), sign,
+        None if sign is None else plain(inputs.epsilon, weight.dtype), variances, offset,
+        table, 0 if table is None else table.stride(0), prior,
+        *split(options.alpha), *split(options.beta), z,
+        len(z), *weight.shape, options.ignore_index,
+        warps=tile.warps, stages=tile.stages,
+        BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_A=tile.depth,
+        ACC=compute_type(weight.dtype), DOT=dot_precision(configuration),
+    )  # fmt: skip
+
+
+def reduce_losses(z: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | None]:
+    """The loss, (N) or (), and what the mean multiplies by, (1) or None; z becomes D in place."""
+    configuration = current_configuration(z.device)
+    tile, (count, num_classes) = configuration.softmax, z.shape
+    acc = compute_type(z.dtype)
+    losses = z.new_empty(count)
+    launch(
+        softmax_kernel,
+        (triton.cdiv(count, tile.rows),),
+        z, labels, losses, count, num_classes, options.ignore_index,
+        warps=tile.warps, stages=tile.stages,
+        BLOCK_N=tile.rows, BLOCK_C=tile.columns, ACC=acc,
+    )  # fmt: skip
+    if options.reduction == "none":
+        return losses, None
+    loss, inverse = z.new_empty(()), z.new_empty(1)
+    launch(
+        reduce_kernel,
+        (1,),
+        losses, labels, loss, inverse, count, options.ignore_index,
+        MEAN=options.reduction == "mean", BLOCK=configuration.group, ACC=acc,
+    )  # fmt: skip
+    return loss, inverse

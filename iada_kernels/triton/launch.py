@@ -1,0 +1,121 @@
+"""Starting kernels, and writing down what is or would be started.
+
+Every launcher of this package goes through `launch`. Inside `recording` each launch is written
+down: with execute=False nothing runs, so that launchers can be called with meta or fake tensors to
+learn shapes, to count launches and to compile, offline, exactly what ships.
+"""
+
+import contextlib
+import contextvars
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from iada_kernels.triton.config import Configuration, configuration_for
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: a kernel, its grid, its arguments by name, constants among them, and options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass
+class _Recording:
+    launches: list[Launch]
+    execute: bool
+    architecture: str | None
+
+
+_recording: contextvars.ContextVar[_Recording | None] = contextvars.ContextVar(
+    "recording", default=None
+)
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@contextlib.contextmanager
+def recording(execute: bool = True, architecture: str | None = None) -> Iterator[list[Launch]]:
+    """Collect the launches made inside; `architecture` ("sm_90") chooses its configuration."""
+    current = _Recording([], execute, architecture)
+    token = _recording.set(current)
+    try:
+        yield current.launches
+    finally:
+        _recording.reset(token)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    warps: int = 4,
+    stages: int = 2,
+    **constants: Any,
+) -> None:
+    """kernel[grid](*arguments, **constants); a grid with an empty axis is no launch."""
+    if 0 in grid:
+        return
+    current = _recording.get()
+    if current is not None:
+        named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+        current.launches.append(Launch(kernel, grid, named, warps, stages))
+        if not current.execute:
+            return
+    kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+
+
+def current_configuration(device: torch.device) -> Configuration:
+    """The launch configuration for `device`, or for the architecture that is being recorded."""
+    current = _recording.get()
+    if current is not None and current.architecture is not None:
+        return configuration_for(current.architecture)
+    return configuration_for(_architecture(device))
+
+
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def dot_precision(configuration: Configuration) -> str:
+    """How float32 is multiplied: true float32 unless torch was told that less will do."""
+    if torch.get_float32_matmul_precision() == "highest":
+        return configuration.true_float32
+    return configuration.fast_float32
+
+
+def compute_type(dtype: torch.dtype) -> tl.dtype:
+    """The kernels' name for the compute dtype, float32 or float64."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Contiguous and in the compute dtype; itself where it is that already."""
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def by_rows(tensor: Tensor) -> Tensor:
+    """`tensor` if its last axis has stride 1, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def split(number: float) -> tuple[float, float]:
+    """A double as two floats, because a kernel takes a Python number as float32."""
+    high = ctypes.c_float(number).value
+    return high, number - high

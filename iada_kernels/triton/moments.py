@@ -1,0 +1,85 @@
+"""Class means of a batch, the streaming mean, and the streaming variances of a diagonal Σ.
+
+With w = m/(n + m), X the rows of class c and μ′ their mean,
+
+    shift = μ′ − μ ;   μ ← μ + w shift
+    σ ← (1−w) σ + (w/m) Σ (X − μ′)² + w(1−w) shift²        (diagonal Σ only)
+
+μ′ is a sum corrected by the mean of its residuals, so that large float32 means do not cancel.
+features (N, A) any float · mean, center = μ′, shift (C, A) · covariance (C, A) or None.
+Classes without rows: nothing is read or written.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from iada_kernels.triton.device import load_tile
+from iada_kernels.triton.launch import compute_type, current_configuration, launch
+from iada_kernels.triton.rows import Groups
+
+
+@triton.jit
+def moments_kernel(
+    features, stride, order, start, size, share, mean, center, shift, covariance, A,
+    BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0)
+    m = tl.load(size + c)
+    if m == 0:
+        return
+    first = tl.load(start + c)
+    columns = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
+    inside = columns < A
+    total = tl.zeros([BLOCK_A], dtype=ACC)
+    for k in range(0, m, BLOCK_M):
+        at = k + tl.arange(0, BLOCK_M)
+        rows = tl.load(order + first + at, mask=at < m, other=0)
+        total += tl.sum(load_tile(features, rows, stride, columns, at < m, inside, ACC), axis=0)
+    rough = total / m
+    total = tl.zeros([BLOCK_A], dtype=ACC)
+    for k in range(0, m, BLOCK_M):
+        at = k + tl.arange(0, BLOCK_M)
+        rows = tl.load(order + first + at, mask=at < m, other=0)
+        x = load_tile(features, rows, stride, columns, at < m, inside, ACC)
+        total += tl.sum(tl.where((at < m)[:, None], x - rough[None, :], 0.0), axis=0)
+    batch_mean = rough + total / m
+
+    place = c.to(tl.int64) * A + columns
+    w = tl.load(share + c)
+    old = tl.load(mean + place, mask=inside, other=0.0)
+    step = batch_mean - old
+    tl.store(center + place, batch_mean, mask=inside)
+    tl.store(shift + place, step, mask=inside)
+    tl.store(mean + place, old + w * step, mask=inside)
+    if covariance is not None:
+        total = tl.zeros([BLOCK_A], dtype=ACC)
+        for k in range(0, m, BLOCK_M):
+            at = k + tl.arange(0, BLOCK_M)
+            rows = tl.load(order + first + at, mask=at < m, other=0)
+            x = load_tile(features, rows, stride, columns, at < m, inside, ACC)
+            x = tl.where((at < m)[:, None], x - batch_mean[None, :], 0.0)
+            total += tl.sum(x * x, axis=0)
+        sigma = tl.load(covariance + place, mask=inside, other=0.0)
+        sigma += w * (total / m - sigma + (1 - w) * step * step)
+        tl.store(covariance + place, sigma, mask=inside)
+
+
+def update_moments(
+    features: Tensor, groups: Groups, mean: Tensor, covariance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """μ in place, variances too if given; returns center and shift (C, A). One launch."""
+    tile = current_configuration(features.device).moments
+    num_classes, width = mean.shape
+    center, shift = torch.empty_like(mean), torch.empty_like(mean)
+    launch(
+        moments_kernel,
+        (num_classes, triton.cdiv(width, tile.columns)),
+        features, features.stride(0), groups.order, groups.start, groups.size, groups.share,
+        mean, center, shift, covariance, width,
+        warps=tile.warps, stages=tile.stages,
+        BLOCK_M=tile.rows, BLOCK_A=tile.columns,
+        ACC=compute_type(mean.dtype),
+    )  # fmt: skip
+    return center, shift

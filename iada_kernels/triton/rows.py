@@ -1,0 +1,72 @@
+"""The rows of each class, found by scanning the labels: no sort, no atomics, no host.
+
+    size[c]  = m, the rows of class c            start[c] = the rows of classes before c
+    order[start[c] : start[c] + m]               these rows, ascending
+    share[c] = w = m/(n + m), n ← n + m          where a streaming covariance is updated
+
+labels (N) int64 · start, size (C) int32 · order (N) int32 · share (C) · count n (C) int64.
+A label outside [0, C), or equal to ignore_index, belongs to no class.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from iada_kernels.triton.device import load_labels
+from iada_kernels.triton.launch import compute_type, current_configuration, launch
+
+
+@triton.jit
+def group_rows_kernel(
+    labels, start, size, order, share, count, N, C, ignore_index,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0)
+    before = 0
+    for first in range(0, N, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        y, _ = load_labels(labels, rows, rows < N, ignore_index, C)
+        before += tl.sum(((y >= 0) & (y < c)).to(tl.int32), axis=0)
+    place = before
+    for first in range(0, N, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        y, _ = load_labels(labels, rows, rows < N, ignore_index, C)
+        mine = (y == c).to(tl.int32)
+        tl.store(order + place + tl.cumsum(mine, axis=0) - 1, rows, mask=mine != 0)
+        place += tl.sum(mine, axis=0)
+    m = place - before
+    tl.store(start + c, before)
+    tl.store(size + c, m)
+    if count is not None:
+        n = tl.load(count + c)
+        tl.store(share + c, tl.cast(m, ACC) / tl.cast(tl.maximum(n + m, 1), ACC))
+        tl.store(count + c, n + m)
+
+
+class Groups(NamedTuple):
+    """start, size (C) and order (N) int32; share (C) of a streaming update, else None."""
+
+    start: Tensor
+    size: Tensor
+    order: Tensor
+    share: Tensor | None
+
+
+def group_rows(
+    labels: Tensor, num_classes: int, ignore_index: int, count: Tensor | None, dtype: torch.dtype
+) -> Groups:
+    """One launch; `count` is updated in place."""
+    start = labels.new_empty(num_classes, dtype=torch.int32)
+    size, order = torch.empty_like(start), labels.new_empty(len(labels), dtype=torch.int32)
+    share = None if count is None else labels.new_empty(num_classes, dtype=dtype)
+    launch(
+        group_rows_kernel,
+        (num_classes,),
+        labels, start, size, order, share, count, len(labels), num_classes, ignore_index,
+        BLOCK=current_configuration(labels.device).group,
+        ACC=compute_type(dtype),
+    )  # fmt: skip
+    return Groups(start, size, order, share)

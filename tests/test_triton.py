@@ -1,0 +1,133 @@
+"""The Triton kernels by their interpreter, or on a GPU: what other backends have no need of.
+
+The suite's own tests run on this backend too; compilation is in test_triton_compile.py.
+"""
+
+import pytest
+import torch
+from conftest import _targets
+from hypothesis import given, settings
+from problems import fused, random_problem, value_and_gradients
+from test_covariance import assert_state, new_state, population, skewed_stream
+from test_loss import (
+    assert_agrees,
+    assert_error_within_ratio,
+    dtypes,
+    layouts,
+    shapes,
+    terms,
+)
+
+import iada
+
+if not any(target.backend == "triton" for target in _targets()):
+    pytest.skip("triton serves no device here", allow_module_level=True)
+
+from iada_kernels.triton import config
+from iada_kernels.triton.launch import recording
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@settings(max_examples=15)
+@given(shape=shapes, terms=terms, layouts=layouts)
+def test_drawn_problems(shape, terms, layouts):
+    assert_agrees(random_problem(**shape, **terms, layouts=layouts), "triton", DEVICE)
+
+
+@settings(max_examples=15)
+@given(shape=shapes, terms=terms, dtypes=dtypes)
+def test_drawn_dtypes(shape, terms, dtypes):
+    problem = random_problem(**shape, **terms, dtypes=dtypes)
+    assert_error_within_ratio(problem, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", None])
+def test_a_label_that_is_no_class_makes_its_loss_nan_and_reads_nothing(structure):
+    problem = random_problem(9, structure=structure, ignored=0.0, reduction="none").to(DEVICE)
+    problem.labels[2], problem.labels[5] = 10**6, -7
+    options = problem.options
+    from iada_kernels import select_backend
+    from iada_kernels.contract import LossInputs, LossNeeds, LossOptions
+
+    p = problem
+    inputs = LossInputs(
+        p.features, p.weight, p.bias, p.labels, p.covariance, p.epsilon, p.log_prior
+    )
+    passes = select_backend("triton", DEVICE)
+    needs = LossNeeds(True, True, True, False, True, False)
+    loss, _ = passes.loss_forward(inputs, LossOptions(**options), needs)
+    wrong = torch.zeros(9, dtype=torch.bool)
+    wrong[2] = wrong[5] = True
+    assert torch.equal(loss.isnan().cpu(), wrong)
+
+
+@pytest.mark.parametrize(
+    ("structure", "rows", "launches"),
+    [
+        ("diag", 33, {"forward": 5, "backward": 2}),
+        (None, 33, {"forward": 5, "backward": 2}),
+    ],
+)
+def test_launches_of_a_step(structure, rows, launches):
+    problem = random_problem(rows, 5, 6, structure=structure, dtype=torch.float32).to(DEVICE)
+    leaves = problem.map(lambda t: t.requires_grad_())
+    leaves.covariance is None or leaves.covariance.requires_grad_(False)
+    with recording() as forward:
+        loss = fused("triton")(leaves)
+    with recording() as backward:
+        loss.backward()
+    assert len(forward) == launches["forward"]
+    assert len(backward) == launches["backward"]
+
+
+def test_annealing_does_not_compile_again():
+    """What differs between two calls with other alpha and beta is no constant of any kernel."""
+    constants = []
+    for alpha in (0.1, 0.7):
+        problem = random_problem(alpha=alpha, beta=2 * alpha, dtype=torch.float32).to(DEVICE)
+        with recording() as launches:
+            value_and_gradients(fused("triton"), problem)
+        constants.append(
+            [
+                {k: v for k, v in launch.arguments.items() if k.isupper() or v is None}
+                for launch in launches
+            ]
+        )
+    assert constants[0] == constants[1]
+
+
+def test_another_configuration_gives_the_same(monkeypatch):
+    problem = random_problem(40, 20, 40, structure="full").to(DEVICE)
+    expected = value_and_gradients(fused("triton"), problem)
+    with config.use(config.NVIDIA):
+        found = value_and_gradients(fused("triton"), problem)
+    for name, want in expected.items():
+        torch.testing.assert_close(found[name], want, rtol=1e-11, atol=1e-12)
+
+
+def test_one_step_is_deterministic():
+    problem = random_problem(40, 6, 20, structure="full", dtype=torch.float32).to(DEVICE)
+    first, second = (value_and_gradients(fused("triton"), problem) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_update_and_loss_see_the_batch_once():
+    module = iada.IADALoss(4, 5, backend="triton").to(DEVICE)
+    problem = random_problem(20, structure=None, dtype=torch.float32).to(DEVICE)
+    module(problem.features, problem.weight, problem.bias, problem.labels, problem.epsilon)
+    counted = torch.bincount(problem.labels[problem.labels >= 0].cpu(), minlength=4)
+    assert torch.equal(module.covariance.count.cpu(), counted)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_a_short_stream_in_float32(structure, offset):
+    features, labels = skewed_stream(rows=1200, offset=offset)
+    state = new_state(10, 16, structure, DEVICE)
+    for h, y in zip(features.split(400), labels.split(400), strict=True):
+        state.update(h.to(DEVICE), y.to(DEVICE), backend="triton")
+    expected = population(features, labels, 10, structure)
+    assert_state(state, expected, 2e-4 if offset else 2e-5, mean_tolerance=2e-6)
+    if structure == "full":
+        assert torch.equal(state.covariance, state.covariance.mT)
