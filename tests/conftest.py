@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from hypothesis import settings
+from poison import poison_fresh_memory
 
 if not torch.cuda.is_available():  # before triton is imported, which looks once
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -77,6 +78,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def poison(monkeypatch) -> None:
+    """What the Triton launchers allocate starts as NaN."""
+    poison_fresh_memory(monkeypatch)
 
 
 @pytest.fixture

@@ -22,6 +22,28 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Small:
+    """The single-launch loss: the shapes that it serves, and how.
+
+    rows, classes, width: the largest N (0 to do without it), C and A · tile_bytes: the largest W,
+    padded to powers of two · row_numbers: rows × C of a block of 16 to 64 rows · step: what a
+    product over C or A reads at once · classes_at_once: rows of P at once · group: labels read at
+    once · columns: numbers of a gradient that a program of the backward pass adds up.
+    """
+
+    rows: int
+    classes: int
+    width: int
+    tile_bytes: int
+    row_numbers: int
+    step: int
+    classes_at_once: int
+    group: int
+    columns: int
+    warps: int = 8
+
+
+@dataclass(frozen=True)
 class Configuration:
     """One tile for each kernel, and how float32 is multiplied.
 
@@ -52,6 +74,7 @@ class Configuration:
     class_sums: Tile
     moments: Tile
     statistics: Tile
+    small: Small
     group: int
     split_rows: int
     programs: int
@@ -75,6 +98,7 @@ NVIDIA = Configuration(
     class_sums=Tile(32, 32, 32),
     moments=Tile(32, 64, 0),
     statistics=Tile(16, 64, 32),
+    small=Small(1024, 128, 64, 2**15, 1024, 32, 64, 256, 64),
     group=1024,
     split_rows=4096,
     programs=512,
@@ -105,6 +129,7 @@ AMD = Configuration(
     class_sums=Tile(32, 32, 32),
     moments=Tile(32, 64, 0),
     statistics=Tile(16, 64, 32),
+    small=Small(1024, 128, 64, 2**15, 1024, 32, 64, 256, 64),
     group=1024,
     split_rows=4096,
     programs=512,
@@ -129,6 +154,7 @@ INTERPRETER = Configuration(
     class_sums=Tile(16, 16, 32),
     moments=Tile(16, 32, 0),
     statistics=Tile(16, 32, 32),
+    small=Small(1024, 128, 128, 2**17, 256, 16, 16, 32, 16),
     group=64,
     split_rows=64,
     programs=4,

@@ -4,6 +4,7 @@ Launches of this package, for a full Σ and ε given (some sums over shares add 
     update    2  rows of each class, moments; the rest is part of the class pass
     forward   6  first logits, sign, class pass (and its sum), logits, softmax, reduce
     backward  4  class sums, shares of the class pass, features, weight
+Where W and Σ_c fit in one program: update and forward 1, backward 1 (`small`, `small_backward`).
 """
 
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from iada_kernels.contract import (
     LossNeeds,
     LossOptions,
 )
+from iada_kernels.triton import small, small_backward
 from iada_kernels.triton.class_pass import add_pair_terms, stream_and_table
 from iada_kernels.triton.class_pass_backward import class_sums, weight_shares
 from iada_kernels.triton.head import adjusted_logits, reduce_losses
@@ -25,6 +27,7 @@ from iada_kernels.triton.head_backward import grad_features, grad_variances, gra
 from iada_kernels.triton.launch import by_rows
 from iada_kernels.triton.moments import update_moments
 from iada_kernels.triton.rows import Groups, group_rows
+from iada_kernels.triton.small import SavedParts
 
 
 class SavedLoss(NamedTuple):
@@ -41,10 +44,16 @@ def loss_forward(
     options: LossOptions,
     needs: LossNeeds,
     stream: ClassStatistics | None = None,
-) -> tuple[Tensor, SavedLoss]:
+) -> tuple[Tensor, SavedLoss | SavedParts]:
     """The reduced loss and what `loss_backward` needs; the batch first goes into a `stream`."""
+    sigma = inputs.covariance
+    if small.fits(inputs, options, stream):
+        found = small.loss_forward(inputs, options, needs, stream)
+        if stream is not None and sigma is not None:
+            _changed(sigma, stream.mean, stream.count)
+        return found
     weight = inputs.weight.to(inputs.compute_dtype).contiguous()
-    labels, sigma = inputs.labels.contiguous(), inputs.covariance
+    labels = inputs.labels.contiguous()
     full = sigma is not None and sigma.dim() == 3
     if stream is not None and not _in_place(inputs, stream, weight.dtype):
         assert sigma is not None
@@ -71,11 +80,13 @@ def loss_forward(
 def loss_backward(
     inputs: LossInputs,
     options: LossOptions,
-    saved: SavedLoss,
+    saved: SavedLoss | SavedParts,
     grad_loss: Tensor,
     needs: LossNeeds,
 ) -> LossGradients:
     """The gradients asked for: of the features in their dtype, others in the compute dtype."""
+    if isinstance(saved, SavedParts):
+        return small_backward.loss_backward(inputs, options, saved, grad_loss, needs)
     weight = inputs.weight.to(inputs.compute_dtype).contiguous()
     sigma, groups = inputs.covariance, saved.groups
     full = sigma is not None and sigma.dim() == 3
@@ -140,13 +151,20 @@ def covariance_update(
     _changed(*state)
 
 
-def flatten(saved: SavedLoss) -> list[Tensor | None]:
+def flatten(saved: SavedLoss | SavedParts) -> list[Tensor | None]:
     """The tensors of `saved` in a row."""
+    if isinstance(saved, SavedParts):
+        return list(saved)
     return [saved.residual, saved.sign, saved.inverse, *(saved.groups or (None,) * 4)]
 
 
-def unflatten(tensors: list[Tensor | None]) -> SavedLoss:
-    """The inverse of `flatten`."""
+def unflatten(tensors: list[Tensor | None]) -> SavedLoss | SavedParts:
+    """The inverse of `flatten`; its two records differ in length."""
+    if len(tensors) == len(SavedParts._fields):
+        size, sums, *parts = tensors
+        assert size is not None
+        assert sums is not None
+        return SavedParts(size, sums, *parts)
     residual, sign, inverse, start, size, order, share = tensors
     assert residual is not None
     if start is None or size is None or order is None:

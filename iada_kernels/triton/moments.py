@@ -21,6 +21,27 @@ from iada_kernels.triton.rows import Groups
 
 
 @triton.jit
+def class_mean(
+    features, stride, order, m, columns, inside,
+    BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The mean of features[order[:m], columns], with m > 0."""
+    total = tl.zeros([BLOCK_A], dtype=ACC)
+    for k in range(0, m, BLOCK_M):
+        at = k + tl.arange(0, BLOCK_M)
+        rows = tl.load(order + at, mask=at < m, other=0)
+        total += tl.sum(load_tile(features, rows, stride, columns, at < m, inside, ACC), axis=0)
+    rough = total / m
+    total = tl.zeros([BLOCK_A], dtype=ACC)
+    for k in range(0, m, BLOCK_M):
+        at = k + tl.arange(0, BLOCK_M)
+        rows = tl.load(order + at, mask=at < m, other=0)
+        x = load_tile(features, rows, stride, columns, at < m, inside, ACC)
+        total += tl.sum(tl.where((at < m)[:, None], x - rough[None, :], 0.0), axis=0)
+    return rough + total / m
+
+
+@triton.jit
 def moments_kernel(
     features, stride, order, start, size, share, mean, center, shift, covariance, A,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
@@ -32,24 +53,15 @@ def moments_kernel(
     first = tl.load(start + c)
     columns = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
     inside = columns < A
-    total = tl.zeros([BLOCK_A], dtype=ACC)
-    for k in range(0, m, BLOCK_M):
-        at = k + tl.arange(0, BLOCK_M)
-        rows = tl.load(order + first + at, mask=at < m, other=0)
-        total += tl.sum(load_tile(features, rows, stride, columns, at < m, inside, ACC), axis=0)
-    rough = total / m
-    total = tl.zeros([BLOCK_A], dtype=ACC)
-    for k in range(0, m, BLOCK_M):
-        at = k + tl.arange(0, BLOCK_M)
-        rows = tl.load(order + first + at, mask=at < m, other=0)
-        x = load_tile(features, rows, stride, columns, at < m, inside, ACC)
-        total += tl.sum(tl.where((at < m)[:, None], x - rough[None, :], 0.0), axis=0)
-    batch_mean = rough + total / m
+    batch_mean = class_mean(
+        features, stride, order + first, m, columns, inside, BLOCK_M, BLOCK_A, ACC
+    )
 
     place = c.to(tl.int64) * A + columns
     w = tl.load(share + c)
     old = tl.load(mean + place, mask=inside, other=0.0)
     step = batch_mean - old
+    tl.debug_barrier()  # several threads may read what one of them writes now
     tl.store(center + place, batch_mean, mask=inside)
     tl.store(shift + place, step, mask=inside)
     tl.store(mean + place, old + w * step, mask=inside)

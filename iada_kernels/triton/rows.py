@@ -20,16 +20,18 @@ from iada_kernels.triton.launch import compute_type, current_configuration, laun
 
 
 @triton.jit
-def group_rows_kernel(
-    labels, start, size, order, share, count, N, C, ignore_index,
-    BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    c = tl.program_id(0)
-    before = 0
+def scan_rows(labels, order, c, N, C, ignore_index, BLOCK: tl.constexpr):
+    """start and size of class c, whose `order` is stored; rows that count, and those of no class.
+
+    Threads that read `order` again wait for each other first.
+    """
+    before, counted, wrong = 0, 0, 0
     for first in range(0, N, BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        y, _ = load_labels(labels, rows, rows < N, ignore_index, C)
+        y, astray = load_labels(labels, rows, rows < N, ignore_index, C)
         before += tl.sum(((y >= 0) & (y < c)).to(tl.int32), axis=0)
+        counted += tl.sum(((y >= 0) | astray).to(tl.int32), axis=0)
+        wrong += tl.sum(astray.to(tl.int32), axis=0)
     place = before
     for first in range(0, N, BLOCK):
         rows = first + tl.arange(0, BLOCK)
@@ -37,7 +39,16 @@ def group_rows_kernel(
         mine = (y == c).to(tl.int32)
         tl.store(order + place + tl.cumsum(mine, axis=0) - 1, rows, mask=mine != 0)
         place += tl.sum(mine, axis=0)
-    m = place - before
+    return before, place - before, counted, wrong
+
+
+@triton.jit
+def group_rows_kernel(
+    labels, start, size, order, share, count, N, C, ignore_index,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0)
+    before, m, _, _ = scan_rows(labels, order, c, N, C, ignore_index, BLOCK)
     tl.store(start + c, before)
     tl.store(size + c, m)
     if count is not None:

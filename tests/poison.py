@@ -1,0 +1,25 @@
+"""Fresh memory full of NaN, so that a kernel that leaves an element unwritten fails its test."""
+
+import sys
+
+import torch
+from torch import Tensor
+
+INTEGER = -3  # as a size: nothing to do; as an index: wrong
+
+
+def poison_fresh_memory(monkeypatch) -> None:
+    """Fill whatever the Triton launchers allocate uninitialised."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _filling(getattr(owner, name)))
+
+
+def _filling(allocate):
+    def allocate_and_fill(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("iada_kernels.triton"):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else INTEGER)
+        return tensor
+
+    return allocate_and_fill
