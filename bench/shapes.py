@@ -28,6 +28,10 @@ class Shape:
         n, c, a = self.samples, self.classes, self.features
         return 4.0 * n * (3 * c * a + (a * a + c * c if self.structure == "full" else a))
 
+    @property
+    def ignore_index(self) -> int:
+        return IGNORED if self.labels == "skewed" else -100
+
     def __str__(self) -> str:
         return f"{self.name} ({self.samples}, {self.classes}, {self.features}, {self.structure})"
 
