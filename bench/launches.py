@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bench.shapes import Shape
-from iada_kernels import triton as passes
 from iada_kernels.contract import (
     ClassStatistics,
     HeadTangents,
@@ -17,6 +16,7 @@ from iada_kernels.contract import (
     LossNeeds,
     LossOptions,
 )
+from iada_kernels.dispatch import triton_backend
 from iada_kernels.triton.launch import Launch, recording
 
 ALL_BUT_SIGMA = LossNeeds(True, True, True, False, True, False)
@@ -26,10 +26,7 @@ NEIGHBOURS = 10
 
 
 def recorded(shape: Shape, architecture: str) -> Iterator[tuple[str, list[Launch]]]:
-    """The parts of an iteration of Algorithm 1 by name, and the launches of each.
-
-    A part that this build's Triton backend does not serve is left out.
-    """
+    """The parts of an iteration of Algorithm 1 by name, and the launches of each."""
     for dtype in FEATURES:
         with recording(execute=False, architecture=architecture) as launches:
             _step(shape, FEATURES[dtype], ALL_BUT_SIGMA, update=True)
@@ -41,8 +38,6 @@ def recorded(shape: Shape, architecture: str) -> Iterator[tuple[str, list[Launch
         "characteristics": _characteristics,
     }
     for name, part in parts.items():
-        if name in ("hypergradient", "characteristics") and not hasattr(passes, name):
-            continue
         with recording(execute=False, architecture=architecture) as launches:
             part(shape)
         yield name, launches
@@ -73,6 +68,7 @@ def _options(shape: Shape) -> LossOptions:
 
 def _step(shape: Shape, dtype: torch.dtype, needs: LossNeeds, update: bool) -> None:
     inputs, options = _inputs(shape, dtype), _options(shape)
+    passes = triton_backend()
     _, saved = passes.loss_forward(inputs, options, needs, _statistics(shape) if update else None)
     passes.loss_backward(inputs, options, saved, _meta(), needs)
 
@@ -80,7 +76,7 @@ def _step(shape: Shape, dtype: torch.dtype, needs: LossNeeds, update: bool) -> N
 def _update(shape: Shape) -> None:
     inputs, state = _inputs(shape), _statistics(shape)
     assert inputs.covariance is not None
-    passes.covariance_update(
+    triton_backend().covariance_update(
         inputs.covariance, state.mean, state.count, inputs.features, inputs.labels
     )
 
@@ -88,6 +84,7 @@ def _update(shape: Shape) -> None:
 def _hypergradient(shape: Shape) -> None:
     inputs = _inputs(shape)
     tangents = HeadTangents(_meta(*inputs.features.shape), _meta(*inputs.weight.shape), None)
+    passes = triton_backend()
     _, sums = passes.hypergradient(inputs, _options(shape), tangents, True)
     assert inputs.covariance is not None
     passes.covariance_step(inputs.covariance, inputs.weight, tangents.weight, sums, 0.1)
@@ -96,4 +93,6 @@ def _hypergradient(shape: Shape) -> None:
 def _characteristics(shape: Shape) -> None:
     inputs = _inputs(shape)
     logits = _meta(shape.samples, shape.classes)
-    passes.characteristics(inputs.features, logits, inputs.labels, inputs.weight, NEIGHBOURS)
+    triton_backend().characteristics(
+        inputs.features, logits, inputs.labels, inputs.weight, NEIGHBOURS
+    )

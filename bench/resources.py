@@ -52,8 +52,8 @@ def main() -> int:
         )
     failed = [row for row in rows if row["complaint"]]
     print(f"{len(rows)} kernels at their shapes, {len(failed)} that do not fit")
-    for row in failed:
-        print(f"  {row['architecture']} {row['shape']} {row['kernel']}: {row['complaint']}")
+    for line in summary(failed):
+        print(f"  {line}")
     return 1 if failed else 0
 
 
@@ -119,6 +119,15 @@ def complaint(row: dict[str, Any]) -> str:
     if any(size > most for size, most in zip(row["grid"], GRID_LIMIT, strict=False)):
         found.append(f"wants a grid of {row['grid']}, {GRID_LIMIT} is the largest")
     return "; ".join(found)
+
+
+def summary(failed: list[dict[str, Any]]) -> list[str]:
+    """One line for each complaint, with the shapes that share it."""
+    shapes: dict[str, list[str]] = {}
+    for row in failed:
+        line = f"{row['architecture']} {row['kernel']} ({row['part']}) {row['complaint']}"
+        shapes.setdefault(line, []).append(row["shape"])
+    return [f"{line}: {', '.join(dict.fromkeys(names))}" for line, names in shapes.items()]
 
 
 HEADER = (
