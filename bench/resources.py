@@ -75,7 +75,7 @@ def rows_of(architecture: str, shapes: list[str]) -> list[dict[str, Any]]:
             seen = set()
             for part, launches in recorded(SHAPES[name], architecture):
                 for launch in launches:
-                    figures = _figures(launch, architecture, known)
+                    figures = figures_of(launch, architecture, known)
                     row = {
                         "architecture": architecture,
                         "shape": name,
@@ -93,7 +93,9 @@ def rows_of(architecture: str, shapes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _figures(launch: Launch, architecture: str, known: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def figures_of(
+    launch: Launch, architecture: str, known: dict[int, dict[str, Any]]
+) -> dict[str, Any]:
     """`known` keeps what was read of a binary, by its identity: kernels keep binaries alive."""
     limit = {"limit": SHARED_LIMIT[architecture]}
     try:

@@ -111,25 +111,38 @@ def test_reports_are_read():
             read("something else", 0)
 
 
-# A tile of 256 × 256 numbers is 512 registers a thread and, twice in flight, 512 KiB.
+# One launch of one kernel: 1024 numbers a thread at once, or many tiles of 512 columns in flight.
 ABSURD = """
 import dataclasses, json, sys
-from bench.resources import rows_of
+from bench.launches import recorded
+from bench.offline import compiling_for
+from bench.resources import complaint, figures_of
+from bench.shapes import SHAPES
 from iada_kernels.triton.config import Tile, configuration_for, use
-shipped = configuration_for(sys.argv[1])
-with use(dataclasses.replace(shipped, logits=Tile(256, 256, 64, stages=4))):
-    rows = rows_of(sys.argv[1], ["cifar100-wrn"])
-print(json.dumps([row["complaint"] for row in rows if row["kernel"] == "logits_kernel"]))
+architecture, field, *sizes = sys.argv[1:]
+change = {field: Tile(*map(int, sizes))}
+with compiling_for(architecture), use(
+    dataclasses.replace(configuration_for(architecture), **change)
+):
+    _, launches = next(recorded(SHAPES["cifar100-wrn"], architecture))
+    launch = next(x for x in launches if x.kernel.fn.__name__ == field + "_kernel")
+    print(complaint({**figures_of(launch, architecture, {}), "grid": launch.grid}))
 """
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
-def test_an_absurd_configuration_fails(architecture):
-    done = without_interpreter("-c", ABSURD, architecture)
+@pytest.mark.parametrize(
+    ("tile", "words"),
+    [
+        (("moments", 256, 256, 0, 1), "of each thread in memory"),
+        (("logits", 16, 16, 512, 4, 6), "of shared memory"),
+    ],
+    ids=["spill", "shared"],
+)
+def test_an_absurd_configuration_fails(architecture, tile, words):
+    done = without_interpreter("-c", ABSURD, architecture, *map(str, tile))
     assert done.returncode == 0, done.stderr[-4000:]
-    complaints = json.loads(done.stdout)
-    assert any("in memory" in words for words in complaints), complaints
-    assert any("shared memory" in words for words in complaints), complaints
+    assert words in done.stdout
 
 
 def test_interpreted_kernels_are_refused():
