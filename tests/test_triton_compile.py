@@ -111,7 +111,7 @@ def test_reports_are_read():
             read("something else", 0)
 
 
-# One launch of one kernel: 1024 numbers a thread at once, or many tiles of 512 columns in flight.
+# One launch of one kernel: 512 numbers a thread at once, or many tiles of 512 columns in flight.
 ABSURD = """
 import dataclasses, json, sys
 from bench.launches import recorded
@@ -130,14 +130,14 @@ with compiling_for(architecture), use(
 """
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
 @pytest.mark.parametrize(
-    ("tile", "words"),
+    ("architecture", "tile", "words"),
     [
-        (("moments", 256, 256, 0, 1), "of each thread in memory"),
-        (("logits", 16, 16, 512, 4, 6), "of shared memory"),
+        ("sm_90", ("moments", 256, 128, 0, 2), "of each thread in memory"),
+        ("sm_90", ("logits", 16, 16, 512, 4, 6), "of shared memory"),
+        ("gfx942", ("logits", 16, 16, 512, 4, 6), "of shared memory"),
     ],
-    ids=["spill", "shared"],
+    ids=["sm_90-spill", "sm_90-shared", "gfx942-shared"],
 )
 def test_an_absurd_configuration_fails(architecture, tile, words):
     done = without_interpreter("-c", ABSURD, architecture, *map(str, tile))
