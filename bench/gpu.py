@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from bench.accuracy import (
     State,
@@ -240,6 +241,7 @@ def add_compiled(run: Run, name: str, shape: Shape, contestant: str) -> None:
 
     def call() -> None:
         torch._dynamo.reset()
+        counters.clear()
         problem = make_problem(shape).to(run.device)
         state = make_state(shape, problem)
         if contestant == "torch_compiled":
@@ -247,7 +249,10 @@ def add_compiled(run: Run, name: str, shape: Shape, contestant: str) -> None:
         else:
             side = eager_side(shape, problem, run.compiler)
         sides = {"triton": fused_side(shape, problem, state, "triton"), contestant: side}
-        found[f"with_{contestant}"] = _times(run, name, sides)
+        times = found[f"with_{contestant}"] = _times(run, name, sides)
+        # What was compiled, so that a contestant that fell back to eager is seen as such.
+        times["graphs"] = counters["stats"]["unique_graphs"]
+        times["graph_breaks"] = sum(counters["graph_break"].values())
 
     run.attempt(f"{name}: {contestant}", 45, call)
 

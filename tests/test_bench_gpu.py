@@ -45,6 +45,7 @@ def test_the_whole_path_on_a_cpu(tmp_path):
         assert {"triton", "torch", "triton_loss", "cross_entropy"} <= sides
         assert ("eager" in sides) == ("no_eager" not in shape) == (name != "tiny-dense")
         assert shape["with_torch_compiled"]["launched"]["by_triton"]["torch_compiled"] > 0
+        assert shape["with_torch_compiled"]["graphs"] > 0
         assert len(shape["kernels"]) > 1 or name == "tiny-full"
         assert all(row["bytes"] > 0 and row["ms"] > 0 for row in shape["kernels"])
         assert f"| {name} |" in done.stdout

@@ -111,7 +111,7 @@ def test_reports_are_read():
             read("something else", 0)
 
 
-# One launch of one kernel: 512 numbers a thread at once, or many tiles of 512 columns in flight.
+# One launch of one kernel: 512 numbers a thread at once, or many tiles of 256 columns in flight.
 ABSURD = """
 import dataclasses, json, sys
 from bench.launches import recorded
@@ -134,8 +134,8 @@ with compiling_for(architecture), use(
     ("architecture", "tile", "words"),
     [
         ("sm_90", ("moments", 256, 128, 0, 2), "of each thread in memory"),
-        ("sm_90", ("logits", 16, 16, 512, 4, 6), "of shared memory"),
-        ("gfx942", ("logits", 16, 16, 512, 4, 6), "of shared memory"),
+        ("sm_90", ("logits", 16, 16, 256, 4, 10), "of shared memory"),
+        ("gfx942", ("logits", 16, 16, 256, 4, 4), "of shared memory"),
     ],
     ids=["sm_90-spill", "sm_90-shared", "gfx942-shared"],
 )
