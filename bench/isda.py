@@ -7,17 +7,19 @@ from torch import Tensor
 class ISDAEstimator:
     """Running covariance (C, A, A) or variances (C, A) with the N×C×A temporaries of ISDA."""
 
-    def __init__(self, num_classes: int, width: int, full: bool) -> None:
+    def __init__(
+        self, num_classes: int, width: int, full: bool, device: torch.device | None = None
+    ) -> None:
         self.full = full
         shape = (num_classes, width, width) if full else (num_classes, width)
-        self.covariance = torch.zeros(shape)
-        self.average = torch.zeros(num_classes, width)
-        self.amount = torch.zeros(num_classes)
+        self.covariance = torch.zeros(shape, device=device)
+        self.average = torch.zeros(num_classes, width, device=device)
+        self.amount = torch.zeros(num_classes, device=device)
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         count, width = features.shape
         num_classes = len(self.amount)
-        onehot = torch.zeros(count, num_classes).scatter_(1, labels[:, None], 1)
+        onehot = features.new_zeros(count, num_classes).scatter_(1, labels[:, None], 1)
         masks = onehot[:, :, None].expand(count, num_classes, width)
         by_class = features[:, None, :].expand(count, num_classes, width) * masks
         share = masks.sum(0)

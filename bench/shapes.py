@@ -1,7 +1,7 @@
 """The reference shapes, and random problems of these shapes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -27,6 +27,10 @@ class Shape:
         """Temporaries of the eager form in float32: differences, Σ of each sample, N×C×C."""
         n, c, a = self.samples, self.classes, self.features
         return 4.0 * n * (3 * c * a + (a * a + c * c if self.structure == "full" else a))
+
+    @property
+    def ignore_index(self) -> int:
+        return IGNORED if self.labels == "skewed" else -100
 
     def __str__(self) -> str:
         return f"{self.name} ({self.samples}, {self.classes}, {self.features}, {self.structure})"
@@ -63,6 +67,15 @@ class Problem:
     @property
     def differentiable(self) -> tuple[Tensor, ...]:
         return self.features, self.weight, self.bias, self.epsilon
+
+    def to(self, device: torch.device) -> "Problem":
+        """The same numbers on `device`, as leaves of their own."""
+        moved = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            copy = tensor.detach().to(device, copy=True)
+            moved[field.name] = copy.requires_grad_(tensor.requires_grad)
+        return Problem(**moved)
 
     def gradients(self, loss: Callable[..., Tensor], **options: Any) -> tuple[Tensor, ...]:
         """Forward and backward: what a step of `loss` computes for the differentiable tensors."""

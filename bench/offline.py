@@ -1,0 +1,137 @@
+"""Compiling Triton kernels for GPUs that are not here, and what the binaries say of themselves.
+
+A kernel is compiled through its own `warmup`, so that its arguments are specialised (divisibility,
+ones, pointer ranges) and its options completed just as they are at a launch on that GPU.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from iada_kernels.triton.launch import Launch
+
+# Shared memory that one program can ask for, in bytes: NVIDIA's opt-in maximum, AMD's LDS.
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+# From compute capability 8.0 on CUDA keeps 1 KiB of each program's shared memory for itself. It is
+# part of what cuobjdump shows and of the multiprocessor's memory, not of the limits above.
+CUDA_RESERVED = 1024
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a binary takes: registers of a thread, bytes of its stack, shared bytes of a program.
+
+    tensor_memory: columns of the tensor memory that sm_100 has.
+    spilled: registers kept in that stack. On AMD scalar registers can also be kept in lanes of
+    vector registers, `scalar_spills`: that costs instructions, and memory only if `stack` says so.
+    """
+
+    registers: int
+    stack: int
+    spilled: int
+    scalar_spills: int
+    shared: int
+    tensor_memory: int = 0
+
+
+class _Absent:
+    """The part of a Triton driver that compiling asks for, of a device that is not here."""
+
+    def __init__(self, architecture: str) -> None:
+        if architecture.startswith("gfx"):
+            self.target = GPUTarget("hip", architecture, 64)
+        else:
+            self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # kernels keep one cache for each device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(architecture: str) -> Iterator[None]:
+    """`compiled` inside compiles for `architecture`; nothing can be launched meanwhile."""
+    before = driver._active
+    driver.set_active(_Absent(architecture))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def compiled(launch: Launch) -> Any:
+    """The binary of a recorded launch, the same object for launches that share one."""
+    return launch.kernel.warmup(
+        **launch.arguments,
+        grid=launch.grid,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def usage(binary: Any) -> Usage:
+    if "cubin" in binary.asm:
+        found = cuda_usage(_cuobjdump(binary.asm["cubin"]), binary.metadata.shared)
+        return replace(found, tensor_memory=binary.metadata.tmem_size or 0)
+    return amd_usage(binary.asm["amdgcn"], binary.metadata.shared)
+
+
+def cuda_usage(report: str, dynamic: int) -> Usage:
+    """From `cuobjdump -res-usage` of one kernel, and the shared memory it is launched with."""
+
+    def number(name: str) -> int:
+        found = re.search(rf"\b{name}:(\d+)", report)
+        if found is None:
+            raise ValueError(f"cuobjdump: expected {name} in its report, got {report!r}")
+        return int(found[1])
+
+    fixed = max(0, number("SHARED") - CUDA_RESERVED)
+    stack = number("STACK") + number("LOCAL")
+    return Usage(number("REG"), stack, stack // 4, 0, fixed + dynamic)
+
+
+def amd_usage(assembly: str, dynamic: int) -> Usage:
+    """From the metadata at the end of the assembly."""
+
+    def number(name: str) -> int:
+        found = re.search(rf"^[ -]*\.{name}:\s+(\d+)$", assembly, re.MULTILINE)
+        if found is None:
+            raise ValueError(f"amdgcn: expected .{name} in the metadata, got none")
+        return int(found[1])
+
+    return Usage(
+        number("vgpr_count"),
+        number("private_segment_fixed_size"),
+        number("vgpr_spill_count"),
+        number("sgpr_spill_count"),
+        number("group_segment_fixed_size") + dynamic,
+    )
+
+
+def _cuobjdump(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,153 @@
+"""`python -m bench.resources`: what each Triton kernel takes of a GPU, without a GPU.
+
+Every kernel that training launches at a reference shape, with the configuration that ships, is
+compiled for each architecture, and its binary read. Exit code 1 if a kernel does not compile, keeps
+registers in memory (stack > 0), or wants more shared memory or a larger grid than there is.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from bench.launches import recorded
+from bench.offline import SHARED_LIMIT, compiled, compiling_for, usage
+from bench.shapes import SHAPES
+from iada_kernels.triton.launch import INTERPRETED, Launch
+
+ARCHITECTURES = tuple(SHARED_LIMIT)
+GRID_LIMIT = (2**31 - 1, 65535, 65535)
+TENSOR_MEMORY_LIMIT = 512  # columns, from sm_100 on
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    options = parser.parse_args()
+    if INTERPRETED:
+        print(
+            "bench.resources: expected TRITON_INTERPRET unset, because interpreted kernels cannot "
+            f"be compiled, got {os.environ.get('TRITON_INTERPRET')!r}; unset it",
+            file=sys.stderr,
+        )
+        return 2
+    rows = measured(options.arch, options.shapes, options.jobs)
+    print(HEADER)
+    print("\n".join(map(table_row, rows)))
+    print("\nimagenet-lowrank is left out: Σ is full or diag in this build.")
+    if options.json:
+        lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        options.json.write_text(
+            f'{{\n "triton": "{triton.__version__}",\n "rows": [\n  {lines}\n ]\n}}\n'
+        )
+    failed = [row for row in rows if row["complaint"]]
+    print(f"{len(rows)} kernels at their shapes, {len(failed)} that do not fit")
+    for line in summary(failed):
+        print(f"  {line}")
+    return 1 if failed else 0
+
+
+def measured(architectures: list[str], shapes: list[str], jobs: int) -> list[dict[str, Any]]:
+    """The rows of the table, architecture by architecture, `jobs` of them at a time."""
+    if jobs == 1 or len(architectures) == 1:
+        return [row for name in architectures for row in rows_of(name, shapes)]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        found = pool.map(rows_of, architectures, [shapes] * len(architectures))
+        return [row for rows in found for row in rows]
+
+
+def rows_of(architecture: str, shapes: list[str]) -> list[dict[str, Any]]:
+    """One row for each kernel, grid and binary of a shape."""
+    rows, known = [], dict[int, dict[str, Any]]()
+    with compiling_for(architecture):
+        for name in shapes:
+            seen = set()
+            for part, launches in recorded(SHAPES[name], architecture):
+                for launch in launches:
+                    figures = figures_of(launch, architecture, known)
+                    row = {
+                        "architecture": architecture,
+                        "shape": name,
+                        "part": part,
+                        "kernel": launch.kernel.fn.__name__,
+                        "grid": list(launch.grid),
+                        "warps": launch.num_warps,
+                        **figures,
+                    }
+                    row["complaint"] = complaint(row)
+                    key = json.dumps({**row, "part": ""})
+                    if key not in seen:
+                        seen.add(key)
+                        rows.append(row)
+    return rows
+
+
+def figures_of(
+    launch: Launch, architecture: str, known: dict[int, dict[str, Any]]
+) -> dict[str, Any]:
+    """`known` keeps what was read of a binary, by its identity: kernels keep binaries alive."""
+    limit = {"limit": SHARED_LIMIT[architecture]}
+    try:
+        binary = compiled(launch)
+    except Exception as error:  # whatever the compiler raises belongs into the table
+        return {**limit, "error": f"{type(error).__name__}: {error}"[-2000:]}
+    if id(binary) not in known:
+        known[id(binary)] = asdict(usage(binary))
+    return {**known[id(binary)], **limit}
+
+
+def complaint(row: dict[str, Any]) -> str:
+    """Why this kernel cannot ship, or nothing."""
+    if "error" in row:
+        return f"does not compile: {row['error'].strip().splitlines()[-1]}"
+    found = []
+    if row["stack"] or row["spilled"]:
+        found.append(f"keeps {row['stack']} bytes of each thread in memory")
+    if row["shared"] > row["limit"]:
+        found.append(f"wants {row['shared']} bytes of shared memory, {row['limit']} there are")
+    if row["tensor_memory"] > TENSOR_MEMORY_LIMIT:
+        found.append(f"wants {row['tensor_memory']} columns of tensor memory, 512 there are")
+    if any(size > most for size, most in zip(row["grid"], GRID_LIMIT, strict=False)):
+        found.append(f"wants a grid of {row['grid']}, {GRID_LIMIT} is the largest")
+    return "; ".join(found)
+
+
+def summary(failed: list[dict[str, Any]]) -> list[str]:
+    """One line for each complaint, with the shapes that share it."""
+    shapes: dict[str, list[str]] = {}
+    for row in failed:
+        line = f"{row['architecture']} {row['kernel']} ({row['part']}) {row['complaint']}"
+        shapes.setdefault(line, []).append(row["shape"])
+    return [f"{line}: {', '.join(dict.fromkeys(names))}" for line, names in shapes.items()]
+
+
+HEADER = (
+    "| arch | shape | part | kernel | grid | warps | registers | stack | shared | limit |\n"
+    "|---|---|---|---|---|---:|---:|---:|---:|---:|"
+)
+
+
+def table_row(row: dict[str, Any]) -> str:
+    figures = ("registers", "stack", "shared", "limit")
+    cells = [
+        *(row[name] for name in ("architecture", "shape", "part", "kernel")),
+        "×".join(map(str, row["grid"])),
+        row["warps"],
+        *(row.get(name, "fails") for name in figures),
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

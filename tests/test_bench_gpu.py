@@ -1,0 +1,149 @@
+"""`bench.gpu` without a GPU: its whole path on tiny shapes, and the pieces that judge and count."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench.accuracy import judged
+from bench.contestants import why_not_eager
+from bench.device import Ceilings, Stopwatch
+from bench.gpu_table import table
+from bench.kernel_times import matched
+from bench.shapes import SHAPES
+from bench.work import work_of
+
+CEILINGS = Ceilings(bytes=3e12, float32=5e13, tf32=3e14)
+
+
+def run_dry(out, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(out)],
+        env={k: v for k, v in (os.environ | environment).items() if v},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_whole_path_on_a_cpu(tmp_path):
+    done = run_dry(tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    (path,) = tmp_path.glob("gpu-cpu-torch*-triton*.json")
+    found = json.loads(path.read_text())
+    assert found["left_out"] == found["failures"] == []
+    assert set(found["shapes"]) == {"tiny-full", "tiny-diag", "tiny-dense"}
+    for name, shape in found["shapes"].items():
+        for errors in shape["errors"].values():
+            assert {"loss", "weight", "epsilon", "covariance", "count"} <= set(errors), name
+        sides = set(shape["launched"]["ms"])
+        assert {"triton", "torch", "triton_loss", "cross_entropy"} <= sides
+        assert ("eager" in sides) == ("no_eager" not in shape) == (name != "tiny-dense")
+        assert shape["with_torch_compiled"]["launched"]["by_triton"]["torch_compiled"] > 0
+        assert shape["with_torch_compiled"]["graphs"] > 0
+        assert len(shape["kernels"]) > 1 or name == "tiny-full"
+        assert all(row["bytes"] > 0 and row["ms"] > 0 for row in shape["kernels"])
+        assert f"| {name} |" in done.stdout
+
+
+def test_a_dry_run_needs_the_interpreter(tmp_path):
+    done = run_dry(tmp_path, TRITON_INTERPRET="")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1" in done.stderr
+
+
+def test_errors_are_judged_by_torch_own():
+    want = {"weight": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    want |= {"epsilon": torch.tensor([1.0, 5.0], dtype=torch.float64), "count": torch.tensor([3])}
+
+    def result(weight, epsilon=(1.0, 5.0), count=3):
+        return {
+            "weight": torch.tensor(weight),
+            "epsilon": torch.tensor(epsilon),
+            "count": torch.tensor([count]),
+        }
+
+    sure = torch.tensor([True, False])
+    torch_way = result([1.0, 2.001])
+
+    def within(ours):
+        return {name: e["within"] for name, e in judged(ours, torch_way, want, sure).items()}
+
+    assert within(result([1.003, 2.0])) == {"weight": True, "epsilon": True, "count": True}
+    assert not within(result([1.005, 2.0]))["weight"]
+    assert not within(result([torch.nan, 2.0]))["weight"]
+    assert within(result([1.0, 2.0], (1.0, 9.0)))["epsilon"]  # an uncertain sign
+    assert not within(result([1.0, 2.0], (1.1, 5.0)))["epsilon"]
+    assert not within(result([1.0, 2.0], count=4))["count"]
+
+
+def test_profiled_kernels_are_matched_in_order():
+    names = ["a", "b", "a"]
+    events = [
+        (10.0 * place, name, 1.0 + place) for place, name in enumerate(["a", "b", "x", "a"] * 3)
+    ]
+    assert matched(events[::-1], names, 3) == pytest.approx([5e-6, 6e-6, 8e-6])
+    assert matched(events[:-1], names, 3) is None
+    assert matched(events, ["b", "a", "a"], 3) is None
+
+
+def fake_launch(name, **arguments):
+    kernel = SimpleNamespace(fn=SimpleNamespace(__name__=name))
+    return SimpleNamespace(kernel=kernel, arguments=arguments)
+
+
+def test_work_of_the_class_pass():
+    sigma = torch.empty(10, 64, 64, device="meta")
+    sides = {"features": None, "tangent": None, "curvature": None, "C": 10, "A": 64}
+    read = fake_launch("class_pass_kernel", covariance=sigma, UPDATE=0, TABLE=True, **sides)
+    both = fake_launch("class_pass_kernel", covariance=sigma, UPDATE=1, TABLE=True, **sides)
+    assert work_of(read, present=5).bytes == 5 * 64 * 64 * 4
+    assert work_of(both, present=5).bytes == 2 * 5 * 64 * 64 * 4
+    assert work_of(both, present=5).float_operations == 5 * 10 * 64 * 64
+
+
+def test_work_of_logits():
+    given = {"features": torch.empty(8, 4), "z": torch.empty(8, 3), "N": 8, "C": 3, "A": 4}
+    found = work_of(fake_launch("logits_kernel", variances=None, **given), present=3)
+    assert (found.bytes, found.float_operations) == (4 * (8 * 4 + 8 * 3), 2 * 8 * 3 * 4)
+
+
+def test_three_tf32_products_make_one():
+    assert CEILINGS.operations("tf32x3") == CEILINGS.tf32 / 3
+    assert CEILINGS.operations("ieee") == CEILINGS.operations(None) == CEILINGS.float32
+
+
+def test_sides_take_turns_on_a_device():
+    calls = []
+    watch = Stopwatch(torch.device("cpu"), rounds=4)
+    taken = watch.interleave(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, host=True
+    )
+    assert {name: len(seconds) for name, seconds in taken.items()} == {"a": 4, "b": 4}
+    assert calls[-4:] == ["a", "b", "a", "b"]
+
+
+def test_eager_is_left_out_with_a_reason():
+    assert why_not_eager(SHAPES["cifar100-wrn"], 7e10) == ""
+    assert "GB" in why_not_eager(SHAPES["inat-diag"], 7e10)
+    assert "ignored" in why_not_eager(SHAPES["dense"], 1e15)
+
+
+def test_a_table_of_what_is_there():
+    found = {
+        "some": {
+            "replayed": {"ms": {"triton": 2.0}, "by_triton": {"cross_entropy": 0.5, "eager": 60.0}},
+            "with_torch_compiled": {
+                "replayed": {"ms": {"triton": 9.0, "torch_compiled": 3.0}, "by_triton": {}}
+            },
+        },
+        "none": {},
+    }
+    text = table(found, CEILINGS)
+    assert "| some |  |  |  | 3.000 | 2.000 |  |  | 60.0× |  | 2.00× |" in text
+    assert "launch by launch" not in text

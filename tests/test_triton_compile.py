@@ -1,0 +1,156 @@
+"""Every Triton kernel compiles for every architecture and fits; nothing here needs a GPU.
+
+The suite runs with interpreted kernels, which cannot be compiled: compiling has its own processes.
+"""
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import iada_kernels
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from bench.offline import SHARED_LIMIT, amd_usage, cuda_usage
+from bench.resources import ARCHITECTURES, complaint, summary
+
+KERNELS = Path(iada_kernels.__file__).parent / "triton"
+
+FITS = {
+    "registers": 255,
+    "stack": 0,
+    "spilled": 0,
+    "scalar_spills": 2,
+    "shared": 227 * 1024,
+    "tensor_memory": 512,
+    "limit": 227 * 1024,
+    "grid": [2**31 - 1, 65535, 65535],
+}
+
+
+def without_interpreter(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+def shipped_kernels() -> set[str]:
+    """Names of the kernels that the package's sources define."""
+    found = set()
+    for path in KERNELS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                assert any("jit" in ast.unparse(d) for d in node.decorator_list), node.name
+                found.add(node.name)
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_and_fits(architecture, tmp_path):
+    path = tmp_path / "resources.json"
+    done = without_interpreter("-m", "bench.resources", "--arch", architecture, "--json", str(path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["kernel"] for row in rows} == shipped_kernels()
+    for row in rows:
+        assert row["registers"] > 0, row
+        assert row["stack"] == row["spilled"] == 0, row
+        assert row["shared"] <= SHARED_LIMIT[architecture], row
+
+
+def test_what_fits_passes():
+    assert complaint(FITS) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stack": 8}, "8 bytes of each thread in memory"),
+        ({"spilled": 1}, "in memory"),
+        ({"shared": 227 * 1024 + 1}, "of shared memory"),
+        ({"tensor_memory": 513}, "tensor memory"),
+        ({"grid": [1, 65536]}, "grid"),
+        ({"error": "CompilationError: at 1:1\nno such thing"}, "no such thing"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, words):
+    row = {**FITS, **change, "architecture": "sm_90", "kernel": "k", "part": "step"}
+    row["complaint"] = complaint(row)
+    assert words in row["complaint"]
+    assert summary([{**row, "shape": "a"}, {**row, "shape": "b"}]) == [
+        f"sm_90 k (step) {row['complaint']}: a, b"
+    ]
+
+
+def test_reports_are_read():
+    line = " Function k:\n  REG:255 STACK:72 SHARED:1040 LOCAL:8 CONSTANT[0]:672 TEXTURE:0"
+    found = cuda_usage(line, dynamic=4096)
+    assert (found.registers, found.stack, found.shared) == (255, 80, 4112)
+    metadata = """
+  - .agpr_count:     0
+    .group_segment_fixed_size: 16
+    .private_segment_fixed_size: 24
+    .sgpr_count:     106
+    .sgpr_spill_count: 1
+    .vgpr_count:     93
+    .vgpr_spill_count: 5
+"""
+    found = amd_usage(metadata, dynamic=4096)
+    assert (found.registers, found.stack, found.spilled) == (93, 24, 5)
+    assert (found.scalar_spills, found.shared) == (1, 4112)
+    for read in (cuda_usage, amd_usage):
+        with pytest.raises(ValueError, match="expected"):
+            read("something else", 0)
+
+
+# One launch of one kernel: 512 numbers a thread at once, or many tiles of 256 columns in flight.
+ABSURD = """
+import dataclasses, json, sys
+from bench.launches import recorded
+from bench.offline import compiling_for
+from bench.resources import complaint, figures_of
+from bench.shapes import SHAPES
+from iada_kernels.triton.config import Tile, configuration_for, use
+architecture, field, *sizes = sys.argv[1:]
+change = {field: Tile(*map(int, sizes))}
+with compiling_for(architecture), use(
+    dataclasses.replace(configuration_for(architecture), **change)
+):
+    _, launches = next(recorded(SHAPES["cifar100-wrn"], architecture))
+    launch = next(x for x in launches if x.kernel.fn.__name__ == field + "_kernel")
+    print(complaint({**figures_of(launch, architecture, {}), "grid": launch.grid}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tile", "words"),
+    [
+        ("sm_90", ("moments", 256, 128, 0, 2), "of each thread in memory"),
+        ("sm_90", ("logits", 16, 16, 256, 4, 10), "of shared memory"),
+        ("gfx942", ("logits", 16, 16, 256, 4, 4), "of shared memory"),
+    ],
+    ids=["sm_90-spill", "sm_90-shared", "gfx942-shared"],
+)
+def test_an_absurd_configuration_fails(architecture, tile, words):
+    done = without_interpreter("-c", ABSURD, architecture, *map(str, tile))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert words in done.stdout
+
+
+def test_interpreted_kernels_are_refused():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.resources"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "unset it" in done.stderr
