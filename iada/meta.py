@@ -5,8 +5,24 @@
     Eq. 9    Σ ← Σ − η₂ ∇_Σ (1/m) Σ ℓ^CE(φ̄)
     Eq. 10   φ ← φ − η₁ ∇_φ (1/n) Σ ℓ^IADA(φ; Σ, ε(f, Ω))            with the new Ω and Σ
 
-The gradients of Eq. 8 and 9 go through the virtual step by double backward, which is exact for
-every backbone that autograd can differentiate twice.
+ε and Σ enter through the last layer only. So with v = ∇_φ̄ of the meta loss and ḣ = J v, the
+features' derivative along v, both hypergradients are closed forms in the head (`iada_kernels`, the
+pass `hypergradient`), and no graph of a gradient is built. An iteration passes through the
+backbone
+
+    mode                              forwards    backwards    and
+    hypergradient="jvp"                  2            3        ḣ: about one forward more, twice
+                                                               its products and no BatchNorm
+    the same with low_memory=True        3            3        ḣ, as above
+    "finite-difference"                  4            3
+    "double-backward"                    2            2        a backward through a backward: of
+                                                               two forwards and two backwards
+    scope="head"                         2            1
+    steps between, with interval=k       1            1
+
+The training batch's features are computed once: the virtual step, ḣ and Eq. 10 share one graph,
+so that dropout masks are the same in all three. With low_memory=True that graph is freed after the
+virtual step and built again, from the same random state, for ḣ and Eq. 10.
 """
 
 from collections.abc import Sequence
@@ -14,50 +30,42 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from iada.baselines import descend
 from iada.covariance import ClassCovariance
+from iada.distributed import Group
+from iada.double_backward import double_backward
+from iada.hypergradient import DIFFERENCES, GRAPH, FeatureTangent
+from iada.learner import Classifier, HeadGradients, Learner, Rows, check_classifier, linear
 from iada.loss import fused_loss
+from iada.meta_gradient import MetaPasses
+from iada.passes import Passes, RandomState
 from iada.perturbation import PerturbationNet
 from iada.prior import log_class_prior
+from iada.projection import nearest_positive_semidefinite
 from iada.sample_characteristics import TrainingMemory, characteristics, loss_and_margin
-from iada.validation import (
-    check_label_values,
-    check_labels,
-    check_tensor,
-    complain,
-    values_are_checked,
-)
+from iada.validation import complain
+from iada.virtual import VirtualStep
+from iada_kernels.contract import LossInputs, LossOptions
+from iada_kernels.dispatch import select_backend
+
+HYPERGRADIENTS = ("jvp", "finite-difference", "double-backward")
+SCOPES = ("full", "head")
 
 
 @dataclass(frozen=True)
 class MetaStep:
     """What one iteration did, as detached tensors: reading one waits for its device.
 
-    loss: Eq. 10's loss before its step, (). meta_loss: CE at φ̄, (). epsilon: the strengths of
-    Eq. 10, (N).
+    loss: Eq. 10's loss before its step, (). meta_loss: CE at φ̄, (), of the last meta step where
+    this iteration had none. epsilon: the strengths of Eq. 10, (N). All of the whole batch where
+    processes share it.
     """
 
     loss: Tensor
     meta_loss: Tensor
     epsilon: Tensor
-
-
-class Classifier(nn.Module):
-    """Backbone and head as one module that gives features (N, A) and logits (N, C)."""
-
-    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-
-    def forward(self, inputs: Any) -> tuple[Tensor, Tensor]:
-        """Features h (N, A) and logits z = Wh + b (N, C)."""
-        features = self.backbone(inputs)
-        return features, self.head(features)
 
 
 class MetaIADA:
@@ -67,11 +75,16 @@ class MetaIADA:
     >>> for batch, meta_batch in zip(train_loader, meta_stream):
     ...     meta.step(batch, meta_batch)
 
+    Under `torch.autocast` call `step` inside it: the backbone's forwards then run in its dtype, all
+    else in float32. BatchNorm's running statistics move once an iteration, by the training batch.
+    Random state moves as by one forward on the training batch and then one on the meta batch (on
+    the first alone with scope="head" too; the passes that repeat draws leave no trace).
+
     Args:
         backbone: module from inputs to features (N, A).
         head: the last layer, nn.Linear(A, C).
-        optimizer: any torch optimizer over the parameters of both; the virtual step is plain SGD
-            at the learning rate that each parameter has there.
+        optimizer: any torch optimizer over the parameters of both. Parameters that are not in it,
+            or ask for no gradient, stay as they are in every step.
         class_counts: training samples of each class, (C).
         perturbation: the network Ω; a new `PerturbationNet` by default.
         perturbation_optimizer: its optimizer; Adam at 1e-3 by default, as in the paper.
@@ -84,6 +97,25 @@ class MetaIADA:
         project: after Eq. 9, move Σ to the nearest positive semidefinite matrix;
             `projections` counts the classes for which that changed something.
         clip_norm: largest norm of the gradient in Eq. 10, 0 for no clipping.
+        hypergradient: "jvp", exact; a backbone that has no forward-mode derivative somewhere goes
+            over to finite differences, and one line in the log "iada" names the layer.
+            "finite-difference": ḣ by two forwards, off by 0.1 to 4 %. "double-backward": the
+            oracle, for a single process without a GradScaler.
+        scope: "full", or "head": the virtual step moves the last layer only, as MetaSAug does on
+            large data; its hypergradient is exact for that step.
+        interval: a meta step (Eq. 7 to 9) every so many iterations, the first one included.
+        low_memory: hold one graph of the backbone at a time, as a plain step does, for one forward
+            more. Not for "double-backward".
+        virtual_momentum: the virtual step has the momentum of the optimizer, a torch.optim.SGD.
+        virtual_weight_decay: and its weight decay. By default it is plain SGD at the learning rate
+            that each parameter has in the optimizer.
+        scaler: torch.amp.GradScaler for float16; `step` scales, steps and updates it.
+        process_group: of torch.distributed, whose processes share each batch, every one with its
+            rows; the classifier as it is, not wrapped in DistributedDataParallel. They end each
+            step with the same parameters, Ω and Σ, and these are what one process with the
+            whole batch gets, to rounding. Start them equal: `iada.distributed.broadcast`. Features
+            (N, A) are gathered and the head is computed everywhere; BatchNorm layers in the
+            backbone see their process's rows.
     """
 
     def __init__(
@@ -103,13 +135,24 @@ class MetaIADA:
         persistent: bool = True,
         project: bool = False,
         clip_norm: float = 0.0,
+        hypergradient: str = "jvp",
+        scope: str = "full",
+        interval: int = 1,
+        low_memory: bool = False,
+        virtual_momentum: bool = False,
+        virtual_weight_decay: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
+        process_group: Group = None,
     ) -> None:
-        if not isinstance(head, nn.Linear):
+        check_classifier(backbone, head)
+        oracle = hypergradient == "double-backward"
+        _check_modes(hypergradient, scope, interval)
+        if oracle and (low_memory or process_group is not None or (scaler and scaler.is_enabled())):
             raise complain(
-                "head",
-                "the classifier's last layer, an nn.Linear",
-                f"a {type(head).__name__}",
-                "split the model into a backbone that returns features and its last nn.Linear",
+                "hypergradient",
+                "'jvp' or 'finite-difference' with low_memory, process_group or scaler",
+                repr(hypergradient),
+                "leave these out: double backward is the oracle of the other two",
             )
         num_classes, width = head.weight.shape
         device, dtype = head.weight.device, torch.promote_types(torch.float32, head.weight.dtype)
@@ -127,93 +170,96 @@ class MetaIADA:
         self.persistent, self.project = persistent, project
         self.clip_norm = clip_norm
         self.projections = torch.zeros((), dtype=torch.int64, device=device)
+        self.hypergradient, self.scope, self.interval = hypergradient, scope, interval
+        scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+        self._learner = Learner(self.classifier, optimizer, scaler, process_group)
+        self._virtual = VirtualStep(virtual_momentum, virtual_weight_decay)
+        self._virtual.check(optimizer)
+        self._passes = Passes(backbone, device)
+        self._passes.math_attention = oracle
+        self._tangent = FeatureTangent(
+            self._passes, GRAPH if hypergradient == "jvp" else DIFFERENCES
+        )
+        self._meta_passes = MetaPasses(
+            self._learner, self._passes, self._tangent, self._virtual, scope, low_memory
+        )
+        self._steps = 0
+        self._meta_loss = torch.full((), torch.nan, dtype=dtype, device=device)
 
-    def step(self, batch: Sequence[Any], meta_batch: Sequence[Any]) -> MetaStep:
+    @property
+    def needs_meta_batch(self) -> bool:
+        """Whether the next `step` makes a meta step: with interval=k one in k does."""
+        return self._steps % self.interval == 0
+
+    def step(self, batch: Sequence[Any], meta_batch: Sequence[Any] | None = None) -> MetaStep:
         """One iteration of Algorithm 1.
 
         Args:
             batch: (inputs, labels) or (inputs, labels, index), index (N) the samples' places in
                 the training set.
-            meta_batch: (inputs, labels), of any size.
+            meta_batch: (inputs, labels), of any size; not looked at unless `needs_meta_batch`.
         """
-        inputs, labels, index = self._checked("batch", batch)
-        meta_batch = self._checked("meta_batch", meta_batch)[:2]
-        head = self.classifier.head
-        features, logits = self.classifier(inputs)
-        self.covariance.update(features, labels)
-        traits = characteristics(
-            features, logits, labels, head.weight, self.log_prior, self.memory, index
-        )
-        self.memory.record(traits[:, 0], traits[:, 1], labels, index)
-
-        sigma = self.covariance.covariance.clone().requires_grad_()
-        epsilon = self.perturbation(traits)
-        loss = self._loss(features, labels, sigma, epsilon)
-        meta_loss = self._meta_loss(loss, meta_batch)
-        if values_are_checked(meta_loss.device) and not torch.isfinite(meta_loss):
-            raise complain(
-                "meta_batch",
-                "a finite cross-entropy after the virtual step",
-                str(float(meta_loss.detach())),
-                "look for bad numbers in its inputs, or lower lr",
+        rows = self._learner.rows("batch", batch, len(self.memory.samples))
+        meta_rows = None
+        if self.needs_meta_batch:
+            meta_rows = self._learner.rows("meta_batch", meta_batch, 0)
+        with self._passes.own_autocast():
+            random_state = RandomState.now(self._passes.device)
+            features = self._passes.first(rows.inputs)
+            whole = self._learner.gather(features, rows)
+            self.covariance.update(whole, rows.labels)
+            head = self.classifier.head
+            with torch.no_grad():
+                logits = linear(whole, head.weight, head.bias)
+            traits = characteristics(
+                whole, logits, rows.labels, head.weight, self.log_prior, self.memory, rows.index
             )
-        omega = list(self.perturbation.parameters())
-        *grad_omega, grad_sigma = torch.autograd.grad(meta_loss, [*omega, sigma])
-        for parameter, grad in zip(omega, grad_omega, strict=True):
-            parameter.grad = grad
-        self.perturbation_optimizer.step()
-        sigma = self._step_covariance(sigma.detach(), grad_sigma)
-
-        with torch.no_grad():
-            epsilon = self.perturbation(traits)
-        loss = self._loss(features, labels, sigma, epsilon)
-        descend(self.optimizer, loss, self.clip_norm)
-        return MetaStep(loss.detach(), meta_loss.detach(), epsilon)
+            self.memory.record(traits[:, 0], traits[:, 1], rows.labels, rows.index)
+            sigma = self.covariance.covariance
+            if meta_rows is not None:
+                features, sigma = self._meta_step(
+                    features, whole, traits, rows, random_state, meta_rows
+                )
+            epsilon = self._strengths(traits, moves_buffers=meta_rows is None)
+            loss, grads = self._head_gradients(whole, rows, sigma, epsilon)
+            self._learner.descend(features, grads, rows, self.clip_norm)
+        self._steps += 1
+        return MetaStep(loss, self._meta_loss, epsilon)
 
     def cross_entropy_step(self, batch: Sequence[Any]) -> Tensor:
         """One iteration of the first phase (Algorithm 1, lines 2–5): plain CE. The loss, detached.
 
         Records losses and margins for the characteristics; Σ is left to the second phase.
         """
-        inputs, labels, index = self._checked("batch", batch)
-        _, logits = self.classifier(inputs)
-        losses, margin = loss_and_margin(logits, labels)
-        self.memory.record(losses.detach(), margin.detach(), labels, index)
-        loss = losses.mean()
-        descend(self.optimizer, loss, self.clip_norm)
-        return loss.detach()
+        rows = self._learner.rows("batch", batch, len(self.memory.samples))
+        with self._passes.own_autocast():
+            features = self._passes.first(rows.inputs)
+            whole = self._learner.gather(features, rows)
 
-    def _checked(self, name: str, batch: Sequence[Any]) -> tuple[Any, Tensor, Tensor | None]:
-        """(inputs, int64 labels, index or None), before anything is changed."""
-        if not isinstance(batch, list | tuple) or len(batch) < 2:
-            expected = "(inputs, labels) or (inputs, labels, index)"
-            raise complain(name, expected, f"a {type(batch).__name__}", "pass a tuple")
-        inputs, labels, *rest = batch
-        index = rest[0] if rest else None
-        check_tensor("labels", labels, f"the class indices of {name}")
-        check_labels(labels, len(labels))
-        labels = labels.long()
-        if values_are_checked(labels.device):
-            check_label_values(labels, self.classifier.head.out_features, None)
-            if index is not None and len(self.memory.samples) and len(index):
-                low, high = index.aminmax()
-                if low < 0 or high >= len(self.memory.samples):
-                    raise complain(
-                        f"{name} index",
-                        f"places in [0, {len(self.memory.samples)}), the memory's num_samples",
-                        f"{int(low)} to {int(high)}",
-                        "build TrainingMemory for the whole training set",
-                    )
-        return inputs, labels, index
+            def mean_loss(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                losses, margin = loss_and_margin(linear(h, weight, bias), rows.labels)
+                self.memory.record(losses.detach(), margin.detach(), rows.labels, rows.index)
+                return losses.mean()
+
+            loss, grads = self._learner.head_gradients(mean_loss, whole)
+            self._learner.descend(features, grads, rows, self.clip_norm)
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Ω, its optimizer, Σ with its statistics, and the memory; not the classifier's part."""
+        """Ω, its optimizer, Σ with its statistics, the memory, and where the engine stands.
+
+        Not the classifier, its optimizer, nor the scaler: they are the caller's.
+        """
         return {
             "perturbation": self.perturbation.state_dict(),
             "perturbation_optimizer": self.perturbation_optimizer.state_dict(),
             "covariance": self.covariance.state_dict(),
             "memory": self.memory.state_dict(),
             "projections": self.projections,
+            "steps": self._steps,
+            "meta_loss": self._meta_loss,
+            "way": self._tangent.way,
+            "math_attention": self._passes.math_attention,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -223,13 +269,131 @@ class MetaIADA:
         self.covariance.load_state_dict(state["covariance"])
         self.memory.load_state_dict(state["memory"])
         self.projections.copy_(state["projections"])
+        self._steps = state["steps"]
+        self._meta_loss = state["meta_loss"].to(self._meta_loss)
+        self._tangent.way = state["way"]
+        self._passes.math_attention = state["math_attention"]
 
-    def _loss(self, features: Tensor, labels: Tensor, sigma: Tensor, epsilon: Tensor) -> Tensor:
+    def _meta_step(
+        self,
+        features: Tensor,
+        whole: Tensor,
+        traits: Tensor,
+        rows: Rows,
+        random_state: RandomState,
+        meta_rows: Rows,
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. 7 to 9: moves Ω and Σ. The features to go on with, and the Σ that Eq. 10 takes."""
+        with torch.enable_grad():
+            epsilon = self.perturbation(traits)
+        if self.hypergradient == "double-backward":
+            return features, self._by_double_backward(features, epsilon, rows, meta_rows)
+        strengths = epsilon.detach()
+        _, grads = self._head_gradients(whole, rows, self.covariance.covariance, strengths)
+        found = self._meta_passes.run(features, grads, rows, random_state, meta_rows)
+        self._meta_loss = found.meta_loss
+        head, tangents = self.classifier.head, found.tangents
+        inputs = LossInputs(
+            whole,
+            head.weight.detach(),
+            None if head.bias is None else head.bias.detach(),
+            rows.labels,
+            self.covariance.covariance,
+            strengths,
+            self.log_prior,
+        )
+        options = LossOptions(float(self.alpha), float(self.beta), -100, "mean")
+        backend = select_backend(None, whole.device, whole.dtype)
+        grad_epsilon, sums = backend.hypergradient(inputs, options, tangents, True)
+        assert grad_epsilon is not None
+        scaled = self._learner.scaler.is_enabled()
+        sigma = self.covariance.covariance
+        if scaled or not self.persistent:
+            sigma = sigma.clone()
+        backend.covariance_step(
+            sigma, head.weight.detach(), tangents.weight, sums, -self.covariance_lr
+        )
+        if scaled:  # as the optimizers do where a gradient overflows
+            fine = torch.isfinite(grad_epsilon).all() & torch.isfinite(tangents.weight).all()
+            sigma = torch.where(fine, sigma, self.covariance.covariance)
+        omega = self._omega()
+        self._step_perturbation(torch.autograd.grad(epsilon, omega, grad_epsilon.to(epsilon.dtype)))
+        return found.features, self._keep(sigma)
+
+    def _by_double_backward(
+        self, features: Tensor, epsilon: Tensor, rows: Rows, meta_rows: Rows
+    ) -> Tensor:
+        """Eq. 7 to 9 by the oracle; the Σ that Eq. 10 takes."""
         head = self.classifier.head
+        trained = self._learner.trained()
+        if self.scope == "head":
+            trained = [p for p in trained if p is head.weight or p is head.bias]
+            features = features.detach()
+        sigma = self.covariance.covariance.clone().requires_grad_()
+        loss = self._loss(features, head.weight, head.bias, rows.labels, sigma, epsilon)
+        self._meta_loss, (grad_sigma, *grads) = double_backward(
+            loss,
+            [sigma, *self._omega()],
+            trained,
+            self.optimizer,
+            self._virtual,
+            self._passes,
+            head,
+            meta_rows,
+        )
+        self._step_perturbation(grads)
+        if sigma.dim() == 3:
+            grad_sigma = (grad_sigma + grad_sigma.mT) / 2
+        return self._keep(sigma.detach() - self.covariance_lr * grad_sigma)
+
+    def _omega(self) -> list[nn.Parameter]:
+        return [p for p in self.perturbation.parameters() if p.requires_grad]
+
+    def _step_perturbation(self, grads: Sequence[Tensor]) -> None:
+        """Eq. 8."""
+        for parameter, grad in zip(self._omega(), grads, strict=True):
+            parameter.grad = grad * self._learner.scale()
+        self._learner.scaler.step(self.perturbation_optimizer)
+
+    @torch.no_grad()
+    def _keep(self, sigma: Tensor) -> Tensor:
+        """Σ after Eq. 9, on demand positive semidefinite, and kept if it is to persist."""
+        if self.project:
+            sigma, changed = nearest_positive_semidefinite(sigma)
+            self.projections += changed
+        if self.persistent and sigma is not self.covariance.covariance:
+            self.covariance.covariance.copy_(sigma)
+        return sigma
+
+    @torch.no_grad()
+    def _strengths(self, traits: Tensor, moves_buffers: bool) -> Tensor:
+        """ε (N); the running statistics of Ω's BatchNorm move once an iteration."""
+        if moves_buffers:
+            return self.perturbation(traits)
+        buffers = {name: buffer.clone() for name, buffer in self.perturbation.named_buffers()}
+        return functional_call(self.perturbation, buffers, (traits,))
+
+    def _head_gradients(
+        self, whole: Tensor, rows: Rows, sigma: Tensor, epsilon: Tensor
+    ) -> tuple[Tensor, HeadGradients]:
+        """Eq. 6 and its gradients by features and head."""
+        return self._learner.head_gradients(
+            lambda h, w, b: self._loss(h, w, b, rows.labels, sigma, epsilon), whole
+        )
+
+    def _loss(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        sigma: Tensor,
+        epsilon: Tensor,
+    ) -> Tensor:
         return fused_loss(
             features,
-            head.weight,
-            head.bias,
+            weight,
+            bias,
             labels,
             covariance=sigma,
             epsilon=epsilon,
@@ -238,56 +402,12 @@ class MetaIADA:
             beta=self.beta,
         )
 
-    def _meta_loss(self, loss: Tensor, meta_batch: Sequence[Any]) -> Tensor:
-        """CE on the meta batch at φ̄ of Eq. 7, as a function of Ω and Σ."""
-        rates = {
-            id(parameter): group["lr"]
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-        }
-        trained = {
-            name: parameter
-            for name, parameter in self.classifier.named_parameters()
-            if parameter.requires_grad and id(parameter) in rates
-        }
-        grads = torch.autograd.grad(
-            loss, list(trained.values()), create_graph=True, allow_unused=True
-        )
-        virtual = {
-            name: parameter if grad is None else parameter - rates[id(parameter)] * grad
-            for (name, parameter), grad in zip(trained.items(), grads, strict=True)
-        }
-        # Running statistics belong to the training batch: the virtual pass gets copies.
-        buffers = {name: buffer.clone() for name, buffer in self.classifier.named_buffers()}
-        inputs, labels = meta_batch[0], meta_batch[1]
-        _, logits = functional_call(self.classifier, (virtual, buffers), (inputs,))
-        return F.cross_entropy(logits, labels)
 
-    @torch.no_grad()
-    def _step_covariance(self, sigma: Tensor, grad: Tensor) -> Tensor:
-        """Eq. 9, symmetric and on demand positive semidefinite."""
-        full = sigma.dim() == 3
-        sigma = sigma - self.covariance_lr * grad
-        if full:
-            sigma = (sigma + sigma.mT) / 2
-        if self.project:
-            sigma, changed = nearest_positive_semidefinite(sigma)
-            self.projections += changed
-        if self.persistent:
-            self.covariance.covariance.copy_(sigma)
-        return sigma
-
-
-def nearest_positive_semidefinite(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ with its negative eigenvalues at 0, and the number of classes that had any beyond rounding.
-
-    covariance (C, A, A), symmetric, or variances (C, A). A class without negative eigenvalues
-    keeps its bits.
-    """
-    if covariance.dim() == 2:
-        return covariance.clamp(min=0), (covariance < 0).any(dim=1).sum()
-    values, vectors = torch.linalg.eigh(covariance)
-    rounding = values.abs().amax(dim=1) * values.shape[1] * torch.finfo(values.dtype).eps
-    negative = values[:, 0] < -rounding
-    clamped = (vectors * values.clamp(min=0)[:, None, :]) @ vectors.mT
-    return torch.where(negative[:, None, None], clamped, covariance), negative.sum()
+def _check_modes(hypergradient: str, scope: str, interval: int) -> None:
+    choices = {"hypergradient": (hypergradient, HYPERGRADIENTS), "scope": (scope, SCOPES)}
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            wanted = f"one of {', '.join(map(repr, allowed))}"
+            raise complain(name, wanted, repr(value), "pass one of these")
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise complain("interval", "a positive int", repr(interval), "1 is every iteration")

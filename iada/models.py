@@ -1,9 +1,12 @@
-"""The small backbones that the command line offers."""
+"""Small backbones: the MLP that the command line offers, and the CIFAR ResNets."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iada.validation import complain
 
 
 def mlp(
@@ -16,3 +19,57 @@ def mlp(
         layers += [nn.Linear(width, size), nn.ReLU()]
         width = size
     return nn.Sequential(*layers).to(dtype), nn.Linear(width, num_classes).to(dtype)
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with BatchNorm; the shortcut is the identity, or strided and zero-padded
+    (option A of He et al., as in the CIFAR ResNets)."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.stride = 1 if width_in == width else 2
+        self.extra = (width - width_in) // 2
+        self.conv1 = nn.Conv2d(width_in, width, 3, self.stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(N, width_in, H, W) → (N, width, H / stride, W / stride)."""
+        hidden = self.norm1(self.conv1(inputs)).relu()
+        hidden = self.norm2(self.conv2(hidden))
+        shortcut = inputs
+        if self.stride > 1:
+            pads = (0, 0, 0, 0, self.extra, self.extra)
+            shortcut = F.pad(inputs[:, :, :: self.stride, :: self.stride], pads)
+        return (hidden + shortcut).relu()
+
+
+def resnet32() -> nn.Sequential:
+    """The CIFAR ResNet-32: images (N, 3, H, W) → features (N, 64), 0.46 million parameters."""
+    return cifar_resnet(32)
+
+
+def cifar_resnet(depth: int, width: int = 16) -> nn.Sequential:
+    """A CIFAR ResNet of depth 6n + 2 (He et al. 2016, section 4.2) without its head.
+
+    Images (N, 3, H, W) → features (N, 4 width); initialised as there (He et al. 2015).
+    """
+    blocks, remainder = divmod(depth - 2, 6)
+    if remainder or blocks < 1:
+        raise complain("depth", "6n + 2 with n of at least 1", str(depth), "32 is usual")
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
+    before = width
+    for stage in (width, 2 * width, 4 * width):
+        for _ in range(blocks):
+            layers.append(BasicBlock(before, stage))
+            before = stage
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return net

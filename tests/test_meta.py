@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import iada
-from iada.meta import nearest_positive_semidefinite
+from iada.projection import nearest_positive_semidefinite
 from iada_kernels import reference
 from iada_kernels.reference import same_label_share
 
@@ -63,26 +63,47 @@ def meta_loss_by_hand(meta, batch, meta_batch, epsilon, sigma):
         return F.cross_entropy(trial(meta_batch[0])[1], meta_batch[1])
 
 
+class Strengths(nn.Module):
+    """Stands for the perturbation network: strengths that are parameters."""
+
+    def __init__(self):
+        super().__init__()
+        values = torch.linspace(-0.8, 0.8, 12, dtype=torch.float64)
+        self.epsilon = nn.Parameter(values)
+
+    def forward(self, characteristics):
+        return self.epsilon.clone()
+
+
 @pytest.mark.parametrize("structure", ["full", "diag"])
-def test_meta_gradients_equal_finite_differences(structure):
-    meta = make_meta(structure)
+@pytest.mark.parametrize("hypergradient", ["jvp", "double-backward"])
+def test_meta_gradients_equal_finite_differences(structure, hypergradient):
+    perturbation = Strengths()
+    meta = make_meta(
+        structure,
+        hypergradient=hypergradient,
+        perturbation=perturbation,
+        perturbation_optimizer=torch.optim.SGD(perturbation.parameters(), lr=0.0),
+        covariance_lr=1e6,  # the change of Σ is its gradient, in all digits
+    )
     batch, meta_batch = make_batches()
-    features, _ = meta.classifier(batch[0])
-    meta.covariance.update(features, batch[1])
-    epsilon = torch.linspace(-0.8, 0.8, 12, dtype=torch.float64).requires_grad_()
-    sigma = meta.covariance.covariance.clone().requires_grad_()
-    value = meta._meta_loss(meta._loss(features, batch[1], sigma, epsilon), meta_batch)
-    grad_epsilon, grad_sigma = torch.autograd.grad(value, [epsilon, sigma])
-    by_hand = meta_loss_by_hand(meta, batch, meta_batch, epsilon.detach(), sigma.detach())
-    torch.testing.assert_close(value.detach(), by_hand, rtol=1e-10, atol=0)
+    before = copy.deepcopy(meta)
+    features, _ = before.classifier(batch[0])
+    before.covariance.update(features, batch[1])
+    sigma, epsilon = before.covariance.covariance, perturbation.epsilon.detach()
+    value = meta.step(batch, meta_batch).meta_loss
+    grad_epsilon = perturbation.epsilon.grad
+    grad_sigma = (sigma - meta.covariance.covariance) / 1e6
+    by_hand = meta_loss_by_hand(before, batch, meta_batch, epsilon, sigma)
+    torch.testing.assert_close(value, by_hand, rtol=1e-10, atol=0)
 
     def slope(tensor, place):
         ends = []
         for step in (1e-5, -1e-5):
-            moved = tensor.detach().clone()
+            moved = tensor.clone()
             moved[place] += step
-            parts = (moved, sigma.detach()) if tensor is epsilon else (epsilon.detach(), moved)
-            ends.append(meta_loss_by_hand(meta, batch, meta_batch, *parts))
+            parts = (moved, sigma) if tensor is epsilon else (epsilon, moved)
+            ends.append(meta_loss_by_hand(before, batch, meta_batch, *parts))
         return (ends[0] - ends[1]) / 2e-5
 
     for i in range(12):

@@ -1,0 +1,313 @@
+"""The Jacobian-vector product of an output along parameters, read off its retained graph.
+
+Autograd has kept, for the backward pass, what every operator needs for its derivative. The same
+is all that the forward-mode derivative needs: walking the graph from the parameters to the output
+gives ẏ = J v without computing the output again, with the dropout masks, the batch statistics and
+the casts of the pass that made it, and without touching buffers or random state.
+
+Operators that take most of the time have a rule. For any other one the tangent comes from its own
+backward function, which is linear in the gradient it is given: differentiating it by that gradient
+transposes it. Custom autograd Functions and compiled modules are opaque: `Opaque` names them.
+"""
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Tangents = list[Tensor | None]
+
+
+class Opaque(Exception):
+    """An operator of the graph whose forward-mode derivative cannot be had from it.
+
+    node: the operator's name in the graph, e.g. "EmbeddingBagBackward0".
+    custom: it is an autograd Function written in Python.
+    """
+
+    def __init__(self, node: Any, custom: bool, why: str) -> None:
+        super().__init__(f"{node.name()}: {why}")
+        self.node, self.custom = node.name(), custom
+
+
+Edges = list[tuple[Any, int]]
+
+
+def graph_order(output: Tensor) -> list[tuple[Any, Edges]]:
+    """The nodes behind `output`, each after those it reads from, with (node, output) of these."""
+    order: list[tuple[Any, Edges]] = []
+    if output.grad_fn is None:
+        return order
+    done: set[Any] = set()
+    stack: list[tuple[Any, Edges | None]] = [(output.grad_fn, None)]
+    while stack:
+        node, edges = stack.pop()
+        if edges is not None:
+            order.append((node, edges))
+        elif node not in done:
+            done.add(node)
+            edges = list(node.next_functions)
+            stack.append((node, edges))
+            stack += [(reads, None) for reads, _ in edges if reads is not None]
+    return order
+
+
+@torch.no_grad()
+def graph_tangent(output: Tensor, directions: Mapping[Tensor, Tensor]) -> Tensor | None:
+    """ẏ (like `output`) for parameters that move along `directions`; None if it does not depend.
+
+    Call it before the graph is freed. Raises `Opaque` where the graph does not say.
+    """
+    order = graph_order(output)
+    if not order:
+        return None
+    users = collections.Counter(reads for _, edges in order for reads, _ in edges)
+    # The tangents of what each node made, in the order of its outputs, while somebody waits.
+    made: dict[Any, Tangents] = {None: []}
+    for node, edges in order:
+        if hasattr(node, "variable"):  # a leaf
+            made[node] = [directions.get(node.variable)]
+            continue
+        given = [made[reads][place] if place < len(made[reads]) else None for reads, place in edges]
+        made[node] = [] if all(t is None for t in given) else _advance(node, given)
+        del given
+        for reads, _ in edges:
+            users[reads] -= 1
+            if reads is not None and not users[reads]:
+                del made[reads]
+    tangents = made[output.grad_fn]
+    return tangents[output.output_nr] if output.output_nr < len(tangents) else None
+
+
+def _advance(node: Any, given: Tangents) -> Tangents:
+    """The tangents of a node's outputs from those of its inputs, of which one at least moves."""
+    if isinstance(node, BackwardCFunction):
+        raise Opaque(node, True, "an autograd Function written in Python")
+    rule = RULES.get(node.name())
+    try:
+        tangent = None if rule is None else rule(node, given)
+        return _transposed(node, given) if tangent is None else [tangent]
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        raise Opaque(node, False, str(error).partition("\n")[0]) from error
+
+
+def _transposed(node: Any, given: Tangents) -> Tangents:
+    """Any node: its backward function is v ↦ Jᵀv, linear, and differentiating it gives t ↦ J t."""
+    with torch.enable_grad():
+        probes = [
+            torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device, requires_grad=True)
+            for meta in node._input_metadata
+        ]
+        found = node(*probes)
+        found = found if isinstance(found, tuple) else (found,)
+        pairs = [
+            (grad, tangent)
+            for grad, tangent in zip(found, given, strict=True)
+            if grad is not None and tangent is not None and grad.requires_grad
+        ]
+        if not pairs:
+            raise RuntimeError("its backward function has no derivative")
+        grads, tangents = zip(*pairs, strict=True)
+        return list(torch.autograd.grad(grads, probes, tangents, allow_unused=True))
+
+
+# Rules: (node, tangents of its inputs) → tangent of its only output that carries one, or None to
+# leave the case to `_transposed`.
+
+
+def _convolution(node: Any, given: Tangents) -> Tensor | None:
+    moved_input, moved_weight, moved_bias = given
+    settings = (
+        node._saved_stride,
+        node._saved_padding,
+        node._saved_dilation,
+        node._saved_transposed,
+        node._saved_output_padding,
+        node._saved_groups,
+    )
+
+    def convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.convolution(inputs, weight, bias, *settings)
+
+    if moved_weight is None:
+        if moved_bias is not None:
+            return None
+        assert moved_input is not None
+        return convolve(moved_input, node._saved_weight, None)
+    tangent = convolve(node._saved_input, moved_weight, moved_bias)
+    if moved_input is not None:
+        tangent += convolve(moved_input, node._saved_weight, None)
+    return tangent
+
+
+def _batch_norm(node: Any, given: Tangents) -> Tensor | None:
+    """γ x̂̇ + γ̇ x̂ + β̇; the Jacobian of x ↦ γ x̂ is symmetric, so its backward kernel serves."""
+    moved_input, moved_weight, moved_bias = given
+    inputs, weight = node._saved_input, node._saved_weight
+    if not node._saved_training or weight is None:
+        return None
+    mean, inverse_deviation = node._saved_result1, node._saved_result2
+    tangent = None
+    if moved_input is not None:
+        tangent = torch.ops.aten.native_batch_norm_backward(
+            moved_input,
+            inputs,
+            weight,
+            None,
+            None,
+            mean,
+            inverse_deviation,
+            True,
+            node._saved_eps,
+            [True, False, False],
+        )[0]
+    if moved_weight is None and moved_bias is None:
+        return tangent
+    slope = torch.zeros_like(weight) if moved_weight is None else moved_weight * inverse_deviation
+    shift = -slope * mean
+    if moved_bias is not None:
+        shift += moved_bias
+    shape = (-1, *[1] * (inputs.dim() - 2))
+    slope, shift = (t.to(inputs.dtype).view(shape) for t in (slope, shift))
+    if tangent is None:
+        return torch.addcmul(shift, inputs, slope)
+    return tangent.addcmul_(inputs, slope).add_(shift)
+
+
+def _relu(node: Any, given: Tangents) -> Tensor | None:
+    return torch.ops.aten.threshold_backward(given[0], node._saved_result, 0)
+
+
+def _add(node: Any, given: Tangents) -> Tensor | None:
+    first, second = given
+    shape = node._input_metadata[0].shape
+    if second is None:
+        assert first is not None
+        return first.expand(shape)
+    if first is None:
+        return (second * node._saved_alpha).expand(shape)
+    return torch.add(first, second, alpha=node._saved_alpha)
+
+
+def _addmm(node: Any, given: Tangents) -> Tensor | None:
+    """β M + α A B."""
+    moved, moved_left, moved_right = given
+    if node._saved_beta != 1 or node._saved_alpha != 1:
+        return None
+    tangent = _product(node._saved_mat1, node._saved_mat2, moved_left, moved_right)
+    if moved is None:
+        return tangent
+    return moved.expand(node._input_metadata[0].shape) if tangent is None else tangent.add_(moved)
+
+
+def _matmul(saved_left: str, saved_right: str) -> Callable[[Any, Tangents], Tensor | None]:
+    def rule(node: Any, given: Tangents) -> Tensor | None:
+        left = getattr(node, saved_left) if given[1] is not None else None
+        right = getattr(node, saved_right) if given[0] is not None else None
+        return _product(left, right, *given)
+
+    return rule
+
+
+def _product(
+    left: Tensor | None, right: Tensor | None, moved_left: Tensor | None, moved_right: Tensor | None
+) -> Tensor | None:
+    """(A B)˙; a factor may be missing where the other one does not move."""
+    tangent = None
+    if moved_left is not None:
+        assert right is not None
+        tangent = moved_left @ right
+    if moved_right is not None:
+        assert left is not None
+        other = left @ moved_right
+        tangent = other if tangent is None else tangent.add_(other)
+    return tangent
+
+
+def _layer_norm(node: Any, given: Tangents) -> Tensor | None:
+    """As `_batch_norm`, each row by itself."""
+    moved_input, moved_weight, moved_bias = given
+    inputs, weight = node._saved_input, node._saved_weight
+    if weight is None:
+        return None
+    mean, inverse_deviation = node._saved_result1, node._saved_result2
+    tangent = None
+    if moved_input is not None:
+        centred = (inputs - mean) * inverse_deviation
+        axes = tuple(range(-len(node._saved_normalized_shape), 0))
+        moved = moved_input - moved_input.mean(axes, keepdim=True)
+        moved = moved - centred * (centred * moved_input).mean(axes, keepdim=True)
+        tangent = moved.mul_(inverse_deviation).mul_(weight)
+    if moved_weight is not None:
+        part = ((inputs - mean) * inverse_deviation) * moved_weight
+        tangent = part if tangent is None else tangent + part
+    if moved_bias is not None:
+        tangent = moved_bias.expand(inputs.shape) if tangent is None else tangent + moved_bias
+    assert tangent is not None
+    return tangent.to(node._input_metadata[0].dtype)
+
+
+def _shaped(node: Any, given: Tangents) -> Tensor | None:
+    assert given[0] is not None
+    return given[0].reshape(node._input_metadata[0].shape)
+
+
+def _cast(node: Any, given: Tangents) -> Tensor | None:
+    assert given[0] is not None
+    meta = node._input_metadata[0]
+    return given[0].to(meta.device, meta.dtype)
+
+
+def _attention(node: Any, given: Tangents) -> Tensor | None:
+    """Fused attention has no second derivative of its own: that of the formula serves."""
+    if getattr(node, "_saved_dropout_p", 0.0):
+        raise RuntimeError("its dropout mask is inside a fused kernel")
+    moved_bias = given[3] if len(given) > 3 else None
+    bias = getattr(node, "_saved_attn_mask", None)
+    bias = getattr(node, "_saved_attn_bias", None) if bias is None else bias
+    tensors = [node._saved_query, node._saved_key, node._saved_value]
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        query, key, value = (
+            tensor.detach() if moved is None else forward_ad.make_dual(tensor.detach(), moved)
+            for tensor, moved in zip(tensors, given[:3], strict=True)
+        )
+        if bias is not None and moved_bias is not None:
+            bias = forward_ad.make_dual(bias.detach(), moved_bias)
+        result = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            is_causal=node._saved_is_causal,
+            scale=node._saved_scale,
+        )
+        return forward_ad.unpack_dual(result).tangent
+
+
+RULES: Mapping[str, Callable[[Any, Tangents], Tensor | None]] = {
+    "ConvolutionBackward0": _convolution,
+    "NativeBatchNormBackward0": _batch_norm,
+    "NativeLayerNormBackward0": _layer_norm,
+    "ReluBackward0": _relu,
+    "AddBackward0": _add,
+    "AddmmBackward0": _addmm,
+    "MmBackward0": _matmul("_saved_self", "_saved_mat2"),
+    "BmmBackward0": _matmul("_saved_self", "_saved_mat2"),
+    "TBackward0": lambda node, given: given[0].t(),  # type: ignore[union-attr]
+    "ViewBackward0": _shaped,
+    "UnsafeViewBackward0": _shaped,
+    "ReshapeAliasBackward0": _shaped,
+    "ToCopyBackward0": _cast,
+    "ScaledDotProductFlashAttentionForCpuBackward0": _attention,
+    "ScaledDotProductFlashAttentionBackward0": _attention,
+    "ScaledDotProductEfficientAttentionBackward0": _attention,
+    "ScaledDotProductCudnnAttentionBackward0": _attention,
+}
+
+FUSED_ATTENTION: Sequence[str] = [name for name in RULES if name.startswith("ScaledDotProduct")]
