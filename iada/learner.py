@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iada.distributed import Group, average, gather_rows, rank_of, row_counts
+from iada.tangent import graph_order
 from iada.validation import (
     check_label_values,
     check_labels,
@@ -102,6 +103,7 @@ class Learner:
     ) -> None:
         self.classifier, self.optimizer = classifier, optimizer
         self.scaler, self.group = scaler, group
+        self._reentrant: bool | None = None
 
     def rows(self, name: str, batch: Any, num_samples: int) -> Rows:
         """A batch, checked: (inputs, labels) or (inputs, labels, index)."""
@@ -148,20 +150,14 @@ class Learner:
         self,
         loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
         features: Tensor,
-        moved: Mapping[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, HeadGradients]:
-        """A loss of (features, weight, bias), detached, and its gradients.
-
-        Args:
-            features: of the whole batch, (N, A).
-            moved: what stands for parameters of the head, where that is not themselves.
-        """
-        head, moved = self.classifier.head, moved or {}
+        """A loss of (features, weight, bias), detached, and its gradients; features (N, A)."""
+        head = self.classifier.head
         features = features.detach().requires_grad_()
         leaves = [features]
         for parameter in (head.weight, head.bias):
             if parameter is not None:
-                leaf = moved.get(parameter, parameter).detach()
+                leaf = parameter.detach()
                 leaves.append(leaf.requires_grad_(parameter.requires_grad))
         with torch.enable_grad():
             value = loss(features, leaves[1], leaves[2] if head.bias is not None else None)
@@ -177,29 +173,23 @@ class Learner:
         features: Tensor,
         head_gradients: HeadGradients,
         rows: Rows,
-        moved: Mapping[Tensor, Tensor],
+        parameters: Sequence[Tensor],
         retain: bool = False,
     ) -> dict[Tensor, Tensor]:
-        """Gradients of the loss by the parameters, times `scale`; those that it depends on.
+        """Gradients of the loss by `parameters`, times `scale`; of those that it depends on.
 
         Args:
             features: this process's, with their graph.
-            moved: the parameters asked for, each with the tensor that stood for it in the pass.
             retain: keep the graph.
         """
         found: dict[Tensor, Tensor] = {}
-        below = [p for p in self.classifier.backbone.parameters() if p in moved]
+        asked = set(parameters)
+        below = [p for p in self.classifier.backbone.parameters() if p in asked]
         if features.requires_grad and below:
             own = head_gradients.features[rows.own]
             # A mean over the processes, weighted by rows, is to give the sum.
             own = own * (self.scale() * (len(rows.labels) / max(1, len(own))))
-            grads = torch.autograd.grad(
-                features,
-                [moved[p] for p in below],
-                own.to(features.dtype),
-                retain_graph=retain,
-                allow_unused=True,
-            )
+            grads = self._down(features, below, own.to(features.dtype), retain)
             found = {p: g.contiguous() for p, g in zip(below, grads, strict=True) if g is not None}
             average(found.values(), rows.counts, self.group)
         head = self.classifier.head
@@ -207,9 +197,31 @@ class Learner:
             (head.weight, head_gradients.weight),
             (head.bias, head_gradients.bias),
         ):
-            if grad is not None and parameter in moved:
+            if grad is not None and parameter in asked:
                 grad = (grad * self.scale()).to(parameter.dtype)
                 found[parameter] = grad if parameter not in found else found[parameter] + grad
+        return found
+
+    def _down(
+        self, features: Tensor, parameters: Sequence[Tensor], grad: Tensor, retain: bool
+    ) -> Sequence[Tensor | None]:
+        if self._reentrant is None:
+            self._reentrant = any(
+                node.name() == "CheckpointFunctionBackward" for node, _ in graph_order(features)
+            )
+        if not self._reentrant:
+            return torch.autograd.grad(
+                features, parameters, grad, retain_graph=retain, allow_unused=True
+            )
+        # torch.utils.checkpoint(use_reentrant=True) allows backward() alone.
+        every = list(self.classifier.parameters())
+        before = [p.grad for p in every]
+        for p in every:
+            p.grad = None
+        torch.autograd.backward(features, grad, retain_graph=retain)
+        found = [p.grad for p in parameters]
+        for p, former in zip(every, before, strict=True):
+            p.grad = former
         return found
 
     def scale(self) -> Any:
@@ -229,8 +241,7 @@ class Learner:
         self, features: Tensor, head_gradients: HeadGradients, rows: Rows, clip_norm: float
     ) -> None:
         """One step of the optimizer, its gradient clipped to `clip_norm` unless that is 0."""
-        own = {parameter: parameter for parameter in self.trained()}
-        gradients = self.gradients(features, head_gradients, rows, own)
+        gradients = self.gradients(features, head_gradients, rows, self.trained())
         self.optimizer.zero_grad()
         for parameter, grad in gradients.items():
             parameter.grad = grad

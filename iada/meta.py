@@ -77,8 +77,8 @@ class MetaIADA:
 
     Under `torch.autocast` call `step` inside it: the backbone's forwards then run in its dtype, all
     else in float32. BatchNorm's running statistics move once an iteration, by the training batch.
-    Random state moves as by one forward on the training batch and then one on the meta batch (on
-    the first alone with scope="head" too; the passes that repeat draws leave no trace).
+    Random state moves as by one forward on the training batch and, if there is a meta step, one on
+    the meta batch: passes that repeat draws leave no trace.
 
     Args:
         backbone: module from inputs to features (N, A).

@@ -1,6 +1,6 @@
 """From the training gradient to the head's tangents: virtual step, meta loss, v and ḣ."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,15 +58,16 @@ class MetaPasses:
         """
         learner, full = self.learner, self.scope == "full"
         head = learner.classifier.head
-        own = {p: p for p in learner.trained() if full or p is head.weight or p is head.bias}
+        own = [p for p in learner.trained() if full or p is head.weight or p is head.bias]
         repeat = self.low_memory and full
         gradients = learner.gradients(features, head_gradients, rows, own, not repeat)
         moved = self.virtual.take(learner.optimizer, learner.unscaled(gradients))
         del gradients
         slopes = {parameter: slope for parameter, (_, slope) in moved.items()}
-        values = {parameter: value.requires_grad_() for parameter, (value, _) in moved.items()}
+        values = {parameter: value for parameter, (value, _) in moved.items()}
         del moved
-        meta_loss, found = self._meta_loss(values, meta_rows)
+        with self.passes.moved(values):
+            meta_loss, found = self._meta_loss(list(values), meta_rows)
         if not learner.scaler.is_enabled():  # which expects overflows, and skips their steps
             check_meta_loss(meta_loss)
         del values
@@ -89,17 +90,15 @@ class MetaPasses:
         return MetaGradient(meta_loss, self._tangents(directions, tangent), features)
 
     def _meta_loss(
-        self, moved: Mapping[Tensor, Tensor], rows: Rows
+        self, moved: Sequence[Tensor], rows: Rows
     ) -> tuple[Tensor, dict[Tensor, Tensor]]:
-        """CE on the meta batch with parameters `moved`, and its gradients, scaled."""
-        learner, backbone = self.learner, self.passes.backbone
-        named = {name: moved[p] for name, p in backbone.named_parameters() if p in moved}
+        """CE on the meta batch, and its gradients by the parameters `moved`, scaled."""
+        learner = self.learner
         with torch.set_grad_enabled(self.scope == "full"):
-            features = self.passes.other(rows.inputs, named)
+            features = self.passes.other(rows.inputs)
         value, grads = learner.head_gradients(
             lambda h, w, b: F.cross_entropy(linear(h, w, b), rows.labels),
             learner.gather(features, rows),
-            moved,
         )
         return value, learner.gradients(features, grads, rows, moved)
 

@@ -74,18 +74,35 @@ class Passes:
         with self._modes():
             return self.backbone(inputs)
 
-    def other(self, inputs: Any, parameters: Mapping[str, Tensor]) -> Tensor:
-        """With these parameters and copies of the buffers; random state moves on."""
+    def other(self, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """With copies of the buffers, and with these parameters; random state moves on."""
         buffers = {name: buffer.clone() for name, buffer in self.backbone.named_buffers()}
         with self._modes():
-            return functional_call(self.backbone, {**buffers, **parameters}, (inputs,))
+            return functional_call(self.backbone, {**buffers, **(parameters or {})}, (inputs,))
 
     def again(
         self, inputs: Any, random_state: RandomState, parameters: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """As `other`, with the random draws of the pass that started from `random_state`."""
         with random_state.replayed():
-            return self.other(inputs, parameters or {})
+            return self.other(inputs, parameters)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def moved(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """While inside, parameters have other values, without a trace in any graph.
+
+        Unlike the parameters of a functional call these stay for the backward pass, in which
+        checkpointed layers run their forward again.
+        """
+        before = {parameter: parameter.data for parameter in values}
+        try:
+            for parameter, value in values.items():
+                parameter.data = value
+            yield
+        finally:
+            for parameter, data in before.items():
+                parameter.data = data
 
     @contextlib.contextmanager
     def _modes(self) -> Iterator[None]:
