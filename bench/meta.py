@@ -1,0 +1,170 @@
+"""`python -m bench.meta`: one iteration of Meta-IADA as a ratio to a plain SGD step, on this CPU.
+
+The sides take turns in one run. `interval10` is the mean of ten iterations, of which one makes a
+meta step. Memory is the most that a step rises above what lies there between steps, each side in a
+process of its own: `memory_jvp` as a share of double backward, `memory_low` as a ratio to plain SGD.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import iada
+from bench.memory import peak_bytes
+from bench.timing import interleave, ratio
+from iada.models import cifar_resnet
+
+CLASSES = 10
+MODES: dict[str, dict[str, Any]] = {
+    "double_backward": {"hypergradient": "double-backward"},
+    "jvp": {},
+    "finite_difference": {"hypergradient": "finite-difference"},
+    "head": {"scope": "head"},
+    "interval10": {"interval": 10},
+    "low_memory": {"low_memory": True},
+}
+MEMORY = {"memory_jvp": ("jvp", "double_backward"), "memory_low": ("low_memory", "sgd")}
+
+
+class Transformer(nn.Module):
+    """Four encoder layers over the 64 patches of an image, 4×4 pixels each; 0.8 million parameters."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, 4, 4)
+        self.layers = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+                )
+                for _ in range(4)
+            )
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Images (N, 3, 32, 32) → features (N, width)."""
+        return self.layers(self.embed(inputs).flatten(2).mT).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A backbone, its feature width, and the rows of batch and meta batch."""
+
+    backbone: Callable[[], nn.Module]
+    width: int
+    rows: int
+
+
+CASES = {
+    "resnet32_b64": Case(lambda: cifar_resnet(32), 64, 64),
+    "resnet32_b128": Case(lambda: cifar_resnet(32), 64, 128),
+    "transformer_b64": Case(Transformer, 128, 64),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.meta", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.memory_of:
+        print(extra_memory(*options.memory_of))
+        return 0
+    columns = [name for name in MODES if name != "low_memory"] + ["low_memory", *MEMORY]
+    print("| case | SGD, ms | " + " | ".join(columns) + " |")
+    print("|---|" + "---:|" * (len(columns) + 1))
+    rows: dict[str, Any] = {}
+    for name in options.cases:
+        rows[name] = row = timed_row(name, options.rounds) | memory_row(name)
+        cells = [f"{row['sgd_ms']:.0f}"] + [f"{row[column]:.2f}" for column in columns]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    if options.json:
+        rows["machine"] = {
+            "cpu": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def timed_row(name: str, rounds: int) -> dict[str, float]:
+    """Medians of the ratios to plain SGD round by round; SGD's own median in milliseconds."""
+    sides = {mode: step_of(name, mode) for mode in ("sgd", *MODES)}
+    sides["interval10"] = _repeat(sides["interval10"], 10)
+    taken = interleave(sides, rounds, budget=1e9)
+    taken["interval10"] = [seconds / 10 for seconds in taken["interval10"]]
+    row = {mode: ratio(taken[mode], taken["sgd"]) for mode in MODES}
+    return row | {"sgd_ms": 1e3 * statistics.median(taken["sgd"])}
+
+
+def _repeat(call: Callable[[], object], times: int) -> Callable[[], object]:
+    return lambda: [call() for _ in range(times)]
+
+
+def step_of(name: str, mode: str) -> Callable[[], object]:
+    """A plain SGD step, or an iteration in one of MODES, on a model and batch of its own."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    backbone, head = case.backbone(), nn.Linear(case.width, CLASSES)
+    parameters = [*backbone.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    batch, meta_batch = (
+        (torch.randn(case.rows, 3, 32, 32), torch.arange(case.rows) % CLASSES) for _ in range(2)
+    )
+    if mode == "sgd":
+
+        def step() -> object:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(head(backbone(batch[0])), batch[1])
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+    meta = iada.MetaIADA(backbone, head, optimizer, torch.ones(CLASSES), **MODES[mode])
+    return lambda: meta.step(batch, meta_batch)
+
+
+def memory_row(name: str) -> dict[str, float]:
+    """The shares of MEMORY, of peaks measured in fresh processes."""
+    modes = {mode for pair in MEMORY.values() for mode in pair}
+    peaks = {mode: _peak(name, mode) for mode in modes}
+    return {key: peaks[mode] / peaks[base] for key, (mode, base) in MEMORY.items()}
+
+
+def _peak(name: str, mode: str) -> int:
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-m", "bench.meta", "--memory-of", name, mode, "--threads", threads]
+    # Tensors of 64 KiB and more come from the system and go back to it: freed memory is seen.
+    plain = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=plain)
+    return int(done.stdout)
+
+
+def extra_memory(name: str, mode: str) -> int:
+    """Bytes that a step rises above the level between steps; the first has filled all buffers."""
+    step = step_of(name, mode)
+    step()
+    return peak_bytes(step)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
