@@ -1,8 +1,14 @@
 """`python -m bench.meta`: one iteration of Meta-IADA as a ratio to a plain SGD step, on this CPU.
 
 The sides take turns in one run. `interval10` is the mean of ten iterations, of which one makes a
-meta step. Memory is the most that a step rises above what lies there between steps, each side in a
-process of its own: `memory_jvp` as a share of double backward, `memory_low` as a ratio to plain SGD.
+meta step.
+
+Every case is timed twice: with an allocator that keeps what it has, as caching allocators of
+accelerators do, and (`_default_malloc`) with glibc's defaults, which give tens of megabytes back
+after each step and fetch them again page by page. All sides of a run have the same allocator.
+
+Memory is the most that a step rises above what lies there between steps, each side in a process of
+its own: `memory_jvp` as a share of double backward, `memory_low` as a ratio to plain SGD.
 """
 
 import argparse
@@ -36,10 +42,14 @@ MODES: dict[str, dict[str, Any]] = {
     "low_memory": {"low_memory": True},
 }
 MEMORY = {"memory_jvp": ("jvp", "double_backward"), "memory_low": ("low_memory", "sgd")}
+# Settings of glibc's malloc: never give memory back; give each large tensor back when it is freed,
+# so that the system sees what a step really holds.
+KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 class Transformer(nn.Module):
-    """Four encoder layers over the 64 patches of an image, 4×4 pixels each; 0.8 million parameters."""
+    """Four encoder layers over an image's 64 patches of 4×4 pixels; 0.8 million parameters."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
@@ -76,29 +86,36 @@ CASES = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.meta", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--time-of", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
+    if options.time_of:
+        print(json.dumps(timed_row(options.time_of, options.rounds)))
+        return 0
     if options.memory_of:
         print(extra_memory(*options.memory_of))
         return 0
-    columns = [name for name in MODES if name != "low_memory"] + ["low_memory", *MEMORY]
+    columns = [*MODES, *MEMORY]
     print("| case | SGD, ms | " + " | ".join(columns) + " |")
     print("|---|" + "---:|" * (len(columns) + 1))
     rows: dict[str, Any] = {}
     for name in options.cases:
-        rows[name] = row = timed_row(name, options.rounds) | memory_row(name)
-        cells = [f"{row['sgd_ms']:.0f}"] + [f"{row[column]:.2f}" for column in columns]
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        memory = memory_row(name)
+        for suffix, malloc in (("", KEEPING), ("_default_malloc", {})):
+            rounds = str(options.rounds)
+            row = json.loads(_child(["--time-of", name, "--rounds", rounds], malloc))
+            rows[name + suffix] = row = row | memory
+            cells = [f"{row['sgd_ms']:.0f}"] + [f"{row[column]:.2f}" for column in columns]
+            print(f"| {name}{suffix} | " + " | ".join(cells) + " |", flush=True)
     if options.json:
         rows["machine"] = {
             "cpu": platform.machine(),
-            "threads": torch.get_num_threads(),
+            "threads": options.threads,
             "torch": torch.__version__,
         }
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -151,12 +168,19 @@ def memory_row(name: str) -> dict[str, float]:
 
 
 def _peak(name: str, mode: str) -> int:
-    threads = str(torch.get_num_threads())
-    command = [sys.executable, "-m", "bench.meta", "--memory-of", name, mode, "--threads", threads]
-    # Tensors of 64 KiB and more come from the system and go back to it: freed memory is seen.
-    plain = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=plain)
-    return int(done.stdout)
+    return int(_child(["--memory-of", name, mode], RETURNING))
+
+
+def _child(arguments: list[str], malloc: dict[str, str]) -> str:
+    """What this program prints in a process of its own, under these settings of glibc's malloc."""
+    command = [sys.executable, "-m", "bench.meta", "--threads", str(torch.get_num_threads())]
+    return subprocess.run(
+        [*command, *arguments],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | malloc,
+    ).stdout
 
 
 def extra_memory(name: str, mode: str) -> int:

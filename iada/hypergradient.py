@@ -6,16 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.autograd.function import BackwardCFunction
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iada.passes import Passes, RandomState
 from iada.tangent import FUSED_ATTENTION, Opaque, graph_order, graph_tangent
 
 log = logging.getLogger("iada")
 
-GRAPH, DUAL, DIFFERENCES = "graph", "dual", "finite-difference"
+GRAPH, DIFFERENCES = "graph", "finite-difference"
 
 Directions = Mapping[Tensor, Tensor]
 
@@ -24,11 +21,12 @@ class FeatureTangent:
     """The features' Jacobian-vector product, by the best way that the backbone allows.
 
     - "graph": read off the training pass's graph (`iada.tangent`): exact, no further forward;
-    - "dual": a forward with dual tensors: exact, for autograd Functions that define a jvp;
     - "finite-difference": two forwards, (h(φ + t v) − h(φ − t v)) / 2t.
 
-    It starts with the first and goes down for good where the backbone does not allow it, with one
-    line in the log "iada" when that leads to finite differences.
+    It goes from the first to the second, for good and with one line in the log "iada", where the
+    backbone does not allow the first. Dual tensors would be a third way, with one forward, but
+    they take derivatives through what runs under no_grad, which the backward pass does not:
+    for a spectral norm they are wrong.
     """
 
     def __init__(self, passes: Passes, way: str = GRAPH) -> None:
@@ -64,40 +62,19 @@ class FeatureTangent:
                 self.passes.math_attention = True
                 log.info("attention with dropout runs by its formula from the next step on")
                 return self._by_differences(inputs, random_state, directions)
-            self.way = DUAL
-            found = None
-            if not any(_lacks_jvp(node) for node, _ in graph_order(features)):
-                found = self._by_dual_tensors(inputs, random_state, directions)
-            if found is None:
-                self.way = DIFFERENCES
-                layer = _layer_of(
-                    opaque.node,
-                    self.passes.backbone,
-                    lambda: self.passes.again(inputs, random_state),
-                )
-                log.warning(
-                    "hypergradient by finite differences, not exact: no forward-mode derivative "
-                    "in layer %s (%s)",
-                    layer,
-                    opaque,
-                )
-        if self.way == DUAL:
-            return self._by_dual_tensors(inputs, random_state, directions)
-        return self._by_differences(inputs, random_state, directions)
-
-    def _by_dual_tensors(
-        self, inputs: Any, random_state: RandomState, directions: Directions
-    ) -> Tensor | None:
-        """None where an operator has no forward mode."""
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            duals = self._named(
-                directions, lambda p, v: forward_ad.make_dual(p.detach(), v.to(p.dtype))
+            self.way = DIFFERENCES
+            layer = _layer_of(
+                opaque.node,
+                self.passes.backbone,
+                lambda: self.passes.again(inputs, random_state),
             )
-            try:
-                features = self.passes.again(inputs, random_state, duals)
-            except (RuntimeError, NotImplementedError):
-                return None
-            return forward_ad.unpack_dual(features).tangent
+            log.warning(
+                "hypergradient by finite differences, not exact: no forward-mode derivative in "
+                "layer %s (%s)",
+                layer,
+                opaque,
+            )
+        return self._by_differences(inputs, random_state, directions)
 
     def _by_differences(
         self, inputs: Any, random_state: RandomState, directions: Directions
@@ -126,13 +103,6 @@ def _norm(tensors: Any) -> Tensor:
     """The Euclidean norm of all numbers in `tensors`, (), float32 at least."""
     norms = torch.stack([torch.linalg.vector_norm(t.detach().float()) for t in tensors])
     return torch.linalg.vector_norm(norms)
-
-
-def _lacks_jvp(node: Any) -> bool:
-    """An autograd Function in Python without forward mode, compiled modules among them."""
-    if not isinstance(node, BackwardCFunction):
-        return False
-    return node._forward_cls.jvp is torch.autograd.Function.jvp  # type: ignore[attr-defined]
 
 
 def _layer_of(node: str, backbone: nn.Module, run: Callable[[], Tensor]) -> str:

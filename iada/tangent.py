@@ -7,7 +7,8 @@ the casts of the pass that made it, and without touching buffers or random state
 
 Operators that take most of the time have a rule. For any other one the tangent comes from its own
 backward function, which is linear in the gradient it is given: differentiating it by that gradient
-transposes it. Custom autograd Functions and compiled modules are opaque: `Opaque` names them.
+transposes it. That holds for autograd Functions written in Python too, unless they are marked as
+once differentiable; these, compiled modules and reentrant checkpoints are `Opaque`.
 """
 
 import collections
@@ -28,12 +29,11 @@ class Opaque(Exception):
     """An operator of the graph whose forward-mode derivative cannot be had from it.
 
     node: the operator's name in the graph, e.g. "EmbeddingBagBackward0".
-    custom: it is an autograd Function written in Python.
     """
 
-    def __init__(self, node: Any, custom: bool, why: str) -> None:
+    def __init__(self, node: Any, why: str) -> None:
         super().__init__(f"{node.name()}: {why}")
-        self.node, self.custom = node.name(), custom
+        self.node = node.name()
 
 
 Edges = list[tuple[Any, int]]
@@ -87,14 +87,16 @@ def graph_tangent(output: Tensor, directions: Mapping[Tensor, Tensor]) -> Tensor
 
 def _advance(node: Any, given: Tangents) -> Tangents:
     """The tangents of a node's outputs from those of its inputs, of which one at least moves."""
-    if isinstance(node, BackwardCFunction):
-        raise Opaque(node, True, "an autograd Function written in Python")
+    if node.name() in FLAT:
+        return []
     rule = RULES.get(node.name())
     try:
         tangent = None if rule is None else rule(node, given)
         return _transposed(node, given) if tangent is None else [tangent]
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
-        raise Opaque(node, False, str(error).partition("\n")[0]) from error
+        raise Opaque(node, str(error).partition("\n")[0]) from error
 
 
 def _transposed(node: Any, given: Tangents) -> Tangents:
@@ -104,17 +106,33 @@ def _transposed(node: Any, given: Tangents) -> Tangents:
             torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device, requires_grad=True)
             for meta in node._input_metadata
         ]
-        found = node(*probes)
-        found = found if isinstance(found, tuple) else (found,)
+        if node.name() == "CheckpointFunctionBackward":  # its backward changes .grad
+            raise RuntimeError("reentrant checkpoint")
+        if isinstance(node, BackwardCFunction):
+            found, given = _of_tensors(node, node.apply(*probes), given)
+        else:
+            found = node(*probes)
+            found = list(found) if isinstance(found, tuple) else [found]
+        # The engine sums a broadcast input's gradient and casts it afterwards: here it is neither.
         pairs = [
-            (grad, tangent)
+            (grad, tangent.to(grad.dtype).expand(grad.shape))
             for grad, tangent in zip(found, given, strict=True)
-            if grad is not None and tangent is not None and grad.requires_grad
+            if grad is not None and tangent is not None
         ]
         if not pairs:
-            raise RuntimeError("its backward function has no derivative")
+            return []
         grads, tangents = zip(*pairs, strict=True)
-        return list(torch.autograd.grad(grads, probes, tangents, allow_unused=True))
+        moved: Tangents = list(torch.autograd.grad(grads, probes, tangents, allow_unused=True))
+        if all(tangent is None for tangent in moved):
+            raise RuntimeError("its backward function has no derivative")
+        return moved
+
+
+def _of_tensors(node: Any, found: Any, given: Tangents) -> tuple[list[Any], Tangents]:
+    """A Python Function gives a gradient for each argument, but its edges are the tensors alone."""
+    found = found if isinstance(found, tuple) else (found,)
+    moving = [t for t, (reads, _) in zip(given, node.next_functions, strict=True) if reads]
+    return [g for g, asked in zip(found, node.needs_input_grad, strict=False) if asked], moving
 
 
 # Rules: (node, tangents of its inputs) → tangent of its only output that carries one, or None to
@@ -231,26 +249,35 @@ def _product(
 
 
 def _layer_norm(node: Any, given: Tangents) -> Tensor | None:
-    """As `_batch_norm`, each row by itself."""
+    """As `_batch_norm`, each row by itself; γ is not constant over a row, and comes after."""
     moved_input, moved_weight, moved_bias = given
     inputs, weight = node._saved_input, node._saved_weight
-    if weight is None:
+    if weight is None or weight.dtype != inputs.dtype:
         return None
     mean, inverse_deviation = node._saved_result1, node._saved_result2
     tangent = None
     if moved_input is not None:
-        centred = (inputs - mean) * inverse_deviation
-        axes = tuple(range(-len(node._saved_normalized_shape), 0))
-        moved = moved_input - moved_input.mean(axes, keepdim=True)
-        moved = moved - centred * (centred * moved_input).mean(axes, keepdim=True)
-        tangent = moved.mul_(inverse_deviation).mul_(weight)
+        tangent = torch.ops.aten.native_layer_norm_backward(
+            moved_input,
+            inputs,
+            node._saved_normalized_shape,
+            mean,
+            inverse_deviation,
+            None,
+            None,
+            [True, False, False],
+        )[0].mul_(weight)
     if moved_weight is not None:
-        part = ((inputs - mean) * inverse_deviation) * moved_weight
-        tangent = part if tangent is None else tangent + part
-    if moved_bias is not None:
-        tangent = moved_bias.expand(inputs.shape) if tangent is None else tangent + moved_bias
-    assert tangent is not None
-    return tangent.to(node._input_metadata[0].dtype)
+        part = (inputs - mean).mul_(inverse_deviation).mul_(moved_weight)
+        tangent = part if tangent is None else tangent.add_(part)
+    if moved_bias is None:
+        return tangent
+    return moved_bias.expand(inputs.shape) if tangent is None else tangent.add_(moved_bias)
+
+
+def _symmetric(node: Any, given: Tangents) -> Tensor | None:
+    """Functions of each number by itself, and softmax: J is symmetric, the backward function J."""
+    return node(given[0])
 
 
 def _shaped(node: Any, given: Tangents) -> Tensor | None:
@@ -290,6 +317,24 @@ def _attention(node: Any, given: Tangents) -> Tensor | None:
         return forward_ad.unpack_dual(result).tangent
 
 
+FLAT = tuple(f"{name}Backward0" for name in ("Ceil", "Floor", "Round", "Sgn", "Sign", "Trunc"))
+
+SYMMETRIC = (
+    "EluBackward0",
+    "ExpBackward0",
+    "GeluBackward0",
+    "HardswishBackward0",
+    "HardtanhBackward0",
+    "LeakyReluBackward0",
+    "MishBackward0",
+    "NativeDropoutBackward0",
+    "SigmoidBackward0",
+    "SiluBackward0",
+    "SoftmaxBackward0",
+    "SoftplusBackward0",
+    "TanhBackward0",
+)
+
 RULES: Mapping[str, Callable[[Any, Tangents], Tensor | None]] = {
     "ConvolutionBackward0": _convolution,
     "NativeBatchNormBackward0": _batch_norm,
@@ -308,6 +353,7 @@ RULES: Mapping[str, Callable[[Any, Tangents], Tensor | None]] = {
     "ScaledDotProductFlashAttentionBackward0": _attention,
     "ScaledDotProductEfficientAttentionBackward0": _attention,
     "ScaledDotProductCudnnAttentionBackward0": _attention,
+    **dict.fromkeys(SYMMETRIC, _symmetric),
 }
 
 FUSED_ATTENTION: Sequence[str] = [name for name in RULES if name.startswith("ScaledDotProduct")]
