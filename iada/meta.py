@@ -80,6 +80,9 @@ class MetaIADA:
     Random state moves as by one forward on the training batch and, if there is a meta step, one on
     the meta batch: passes that repeat draws leave no trace.
 
+    A backbone under torch.compile has finite differences. Its graph is used twice: set
+    torch._functorch.config.donated_buffer to False before it compiles, or use low_memory=True.
+
     Args:
         backbone: module from inputs to features (N, A).
         head: the last layer, nn.Linear(A, C).
