@@ -121,7 +121,7 @@ AMD = replace(
     NVIDIA,
     class_pass=Tile(32, 32, 16),
     pair_terms=Tile(32, 32, 16),
-    small=Small(1024, 128, 64, 2**15, 1024, 32, 64, 256, 64),
+    small=Small(1024, 128, 64, 2**15, 512, 32, 64, 256, 64),
     true_float32="ieee",
     fast_float32="ieee",
 )
