@@ -6,6 +6,8 @@ from problems import max_norm
 
 from iada_kernels import reference, select_backend
 
+pytestmark = pytest.mark.usefixtures("poison")  # in fresh memory of Triton kernels
+
 SIZES = [(12, 4, 5), (1, 3, 2), (2, 1, 3), (33, 100, 17), (130, 10, 64), (6, 70, 1), (0, 3, 4)]
 
 

@@ -9,6 +9,8 @@ from problems import assert_same, max_norm, random_problem, sign_argument, targe
 from iada_kernels import reference, select_backend
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
 
+pytestmark = pytest.mark.usefixtures("poison")  # in fresh memory of Triton kernels
+
 SIZES = [(7, 4, 5), (1, 3, 2), (5, 1, 4), (3, 9, 6), (33, 6, 17), (0, 3, 4), (70, 19, 33)]
 
 
