@@ -11,6 +11,17 @@ from iada_kernels.native import fakes
 REQUIRED_BY = "IADA_REQUIRE_NATIVE"  # set: a missing library is an error
 TAKEN_FROM = "IADA_NATIVE_LIBRARY"  # set: another build of it; "none": act as if there were none
 
+OPERATORS = (
+    "loss_forward",
+    "loss_forward_update",
+    "loss_backward",
+    "covariance_update",
+    "hypergradient",
+    "covariance_step",
+    "characteristics",
+    "arguments_fit",
+)
+
 
 def _load() -> tuple[str | None, str]:
     """(path of the library, why it is missing): one of the two."""
@@ -26,19 +37,11 @@ def _load() -> tuple[str | None, str]:
         torch.ops.load_library(path)
     except OSError as error:  # built for another machine, or for a newer torch
         return None, f"{path} does not load: {error}"
+    absent = [name for name in OPERATORS if not hasattr(torch.ops.iada_native, name)]
+    if absent:
+        return None, f"{path} is of another version: it has no {absent[0]}; install iada again"
     return path, ""
 
-
-OPERATORS = (
-    "loss_forward",
-    "loss_forward_update",
-    "loss_backward",
-    "covariance_update",
-    "hypergradient",
-    "covariance_step",
-    "characteristics",
-    "arguments_fit",
-)
 
 PATH, WHY_MISSING = _load()
 if PATH is None and os.environ.get(REQUIRED_BY, "0") not in ("", "0"):
