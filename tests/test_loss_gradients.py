@@ -56,14 +56,16 @@ def assert_derivatives(problem, backend, names=None):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_finite_differences(structure, shape, reduction, backend, device):
+def test_finite_differences(structure, shape, reduction, compiled_target):
+    backend, device = compiled_target
     problem = small_problem(*shape, structure=structure, reduction=reduction)
     assert_derivatives(problem.to(device), backend)
 
 
 @pytest.mark.parametrize("structure", ["full", "diag"])
 @pytest.mark.parametrize("shape", [(3, 2, 2), (1, 2, 2)], ids=["N>=C", "N<C"])
-def test_finite_differences_entry_by_entry(structure, shape, backend, device):
+def test_finite_differences_entry_by_entry(structure, shape, compiled_target):
+    backend, device = compiled_target
     problem = small_problem(*shape, structure=structure, reduction="none", ignored=0.0)
     loss, leaves = as_function(problem.to(device), backend)
     assert gradcheck(loss, leaves)
@@ -73,15 +75,17 @@ def test_finite_differences_entry_by_entry(structure, shape, backend, device):
 @pytest.mark.parametrize("structure", ["full", "diag"])
 @pytest.mark.parametrize("absent", ["bias", "epsilon", "log_prior"])
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
-def test_finite_differences_without_a_term(structure, absent, ignored, backend, device):
+def test_finite_differences_without_a_term(structure, absent, ignored, compiled_target):
+    backend, device = compiled_target
     problem = small_problem(structure=structure, ignored=ignored, **{absent: False})
     assert_derivatives(problem.to(device), backend)
 
 
 @pytest.mark.parametrize("structure", ["full", "diag"])
 @pytest.mark.parametrize("names", SUBSETS, ids="-".join)
-def test_any_of_the_tensors_may_require_gradients(names, structure, backend, device):
+def test_any_of_the_tensors_may_require_gradients(names, structure, compiled_target):
     """Each combination against finite differences, and against the gradients of all at once."""
+    backend, device = compiled_target
     problem = small_problem(structure=structure).to(device)
     loss, leaves = as_function(problem, backend, names)
     assert gradcheck(loss, leaves, fast_mode=True, check_undefined_grad=False)
@@ -106,7 +110,8 @@ def two_orders(problem, backend, names, wanted):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_finite_differences_of_an_asymmetric_covariance(shape, backend, device):
+def test_finite_differences_of_an_asymmetric_covariance(shape, compiled_target):
+    backend, device = compiled_target
     problem = small_problem(*shape, symmetric=False).to(device)
     assert_derivatives(problem, backend)
 

@@ -11,7 +11,7 @@ import torch
 from conftest import _targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import fused, random_problem, value_and_gradients
+from problems import TENSORS, fused, random_problem, value_and_gradients
 from test_covariance import assert_state, new_state, population, skewed_stream
 from test_loss import (
     assert_agrees,
@@ -21,6 +21,8 @@ from test_loss import (
     shapes,
     terms,
 )
+from test_loss_gradients import as_function, small_problem
+from torch.autograd import gradcheck, gradgradcheck
 
 import iada
 
@@ -66,6 +68,30 @@ def test_the_general_kernels(structure, size, reduction):
     with config.use(GENERAL):
         problem = random_problem(*size, structure=structure, reduction=reduction)
         assert_agrees(problem, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_finite_differences_along_random_directions(structure, general, reduction):
+    """First and second order."""
+    problem = small_problem(structure=structure, reduction=reduction).to(DEVICE)
+    loss, leaves = as_function(problem, "triton")
+    with kernels(general):
+        assert gradcheck(loss, leaves, fast_mode=True, check_undefined_grad=False)
+        assert gradgradcheck(loss, leaves, fast_mode=True, check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("name", TENSORS)
+def test_each_tensor_alone_may_require_a_gradient(structure, general, name):
+    problem = small_problem(structure=structure).to(DEVICE)
+    with kernels(general):
+        everything = value_and_gradients(fused("triton"), problem)
+        loss, leaves = as_function(problem, "triton", [name])
+        (found,) = torch.autograd.grad(1.3 * loss(*leaves) + loss(*leaves), leaves)
+    torch.testing.assert_close(found, everything[name], rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("structure", ["full", "diag"])
