@@ -86,8 +86,11 @@ def with_sure_signs(shape: Shape, problem: Problem) -> tuple[Problem, Tensor]:
     return replace(problem, epsilon=epsilon.requires_grad_()), sure
 
 
-def exact(shape: Shape, problem: Problem, state: State) -> dict[str, Tensor]:
-    """The step in float64 by the definitions: first the update, then the loss with the new Σ."""
+def exact(shape: Shape, problem: Problem, state: State) -> tuple[dict[str, Tensor], float]:
+    """The step in float64 by the definitions: first the update, then the loss with the new Σ.
+
+    And the largest |z̃|, at least 1.
+    """
     counts = problem.labels != shape.ignore_index
     labels = torch.where(counts, problem.labels, -1)
     with torch.no_grad():
@@ -101,7 +104,7 @@ def exact(shape: Shape, problem: Problem, state: State) -> dict[str, Tensor]:
     leaves = [t.detach().double().requires_grad_() for t in problem.differentiable]
     features, weight, bias, epsilon = leaves
     grads = [torch.zeros_like(leaf) for leaf in leaves]
-    value = weight.new_zeros(())
+    value, largest = weight.new_zeros(()), 1.0
     share = 1.0 / counts.sum().clamp(min=1)
     width, pairs = shape.features, 5 * shape.classes * shape.features
     row_bytes = 8 * (pairs + (2 * width * width if shape.structure == "full" else 0))
@@ -123,16 +126,26 @@ def exact(shape: Shape, problem: Problem, state: State) -> dict[str, Tensor]:
         for total, grad in zip(grads, torch.autograd.grad(loss, leaves), strict=True):
             total += grad
         value = value + loss.detach()
+        with torch.no_grad():
+            tensors = (features[part], weight, bias, _target(shape, problem)[part], covariance)
+            more = (epsilon[part], problem.log_prior.double(), ALPHA, BETA)
+            largest = max(largest, _largest(reference.adjusted_logits(*tensors, *more)))
     found = dict(zip(("loss", *GRADIENTS), (value, *grads), strict=True))
-    return found | {"covariance": covariance, "mean": mean, "count": count}
+    state_after = {"covariance": covariance, "mean": mean, "count": count}
+    return found | state_after, largest
 
 
 def judged(
-    ours: dict[str, Tensor], torch_way: dict[str, Tensor], want: dict[str, Tensor], sure: Tensor
+    ours: dict[str, Tensor],
+    torch_way: dict[str, Tensor],
+    want: dict[str, Tensor],
+    sure: Tensor,
+    largest_logit: float,
 ) -> dict[str, dict[str, float | bool]]:
     """Of each tensor: our error and torch's in the max norm, and whether ours is within bounds.
 
-    Torch may be exact by luck, so the unit is no less than what rounding of the result explains.
+    Torch may be exact by luck, so the unit is no less than what rounding explains: of the result,
+    and of logits of size |z̃|, which moves every probability by a share eps·|z̃|.
     """
     found: dict[str, dict[str, float | bool]] = {}
     for name, expected in want.items():
@@ -144,7 +157,10 @@ def judged(
             continue
         error, torch_error = (_largest(t.double() - expected) for t in (have, other))
         scale = max(_largest(expected), 1.0 if name == "loss" else 1e-3)
-        unit = max(torch_error, torch.finfo(have.dtype).eps * scale)
+        eps = torch.finfo(have.dtype).eps
+        if name in ("loss", *GRADIENTS):
+            eps = max(eps, torch.finfo(torch.float32).eps * largest_logit)
+        unit = max(torch_error, eps * scale)
         found[name] = {
             "error": error,
             "torch_error": torch_error,

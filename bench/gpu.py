@@ -194,7 +194,8 @@ def _errors(
     ours = outcome(module, results)
     module = loss_module(shape, problem, state, "torch")
     torch_way = outcome(module, step(module, problem))
-    return judged(ours, torch_way, exact(shape, problem, state), sure)
+    want, largest_logit = exact(shape, problem, state)
+    return judged(ours, torch_way, want, sure, largest_logit)
 
 
 def _changing(problem: Problem) -> tuple[torch.Tensor, ...]:

@@ -72,7 +72,7 @@ def test_errors_are_judged_by_torch_own():
     torch_way = result([1.0, 2.001])
 
     def within(ours):
-        return {name: e["within"] for name, e in judged(ours, torch_way, want, sure).items()}
+        return {name: e["within"] for name, e in judged(ours, torch_way, want, sure, 1.0).items()}
 
     assert within(result([1.003, 2.0])) == {"weight": True, "epsilon": True, "count": True}
     assert not within(result([1.005, 2.0]))["weight"]

@@ -22,9 +22,12 @@ from test_loss import (
     terms,
 )
 from test_loss_gradients import as_function, small_problem
+from test_memory import LargestOutput
 from torch.autograd import gradcheck, gradgradcheck
 
 import iada
+from iada_kernels import select_backend
+from iada_kernels.contract import LossInputs, LossNeeds, LossOptions
 
 if not any(target.backend == "triton" for target in _targets()):
     pytest.skip("triton serves no device here", allow_module_level=True)
@@ -117,8 +120,6 @@ def test_a_label_that_is_no_class_makes_its_loss_nan_and_reads_nothing(structure
     problem = random_problem(9, structure=structure, ignored=0.0, reduction="none").to(DEVICE)
     problem.labels[2], problem.labels[5] = 10**6, -7
     options = problem.options
-    from iada_kernels import select_backend
-    from iada_kernels.contract import LossInputs, LossNeeds, LossOptions
 
     p = problem
     inputs = LossInputs(
@@ -202,3 +203,24 @@ def test_a_short_stream_in_float32(structure, offset):
     assert_state(state, expected, 2e-4 if offset else 2e-5, mean_tolerance=2e-6)
     if structure == "full":
         assert torch.equal(state.covariance, state.covariance.mT)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_no_temporary_of_the_eager_form(structure, architecture):
+    """What the launchers allocate, without a launch: nothing of N×C×A, nothing of N×A×A."""
+    rows, classes, width = 512, 24, 72
+    problem = random_problem(
+        rows, classes, width, structure=structure, dtype=torch.float32, margin=0.0
+    ).to("meta")
+    p = problem
+    inputs = LossInputs(
+        p.features, p.weight, p.bias, p.labels, p.covariance, p.epsilon, p.log_prior
+    )
+    options, needs = LossOptions(**p.options), LossNeeds(*[True] * 6)
+    passes = select_backend("triton", DEVICE)
+    with recording(execute=False, architecture=architecture) as launches, LargestOutput() as watch:
+        loss, saved = passes.loss_forward(inputs, options, needs)
+        passes.loss_backward(inputs, options, saved, torch.empty_like(loss), needs)
+    assert launches
+    assert watch.numel <= classes * width * max(classes, width), watch.maker
