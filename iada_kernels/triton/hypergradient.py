@@ -138,7 +138,7 @@ def curvature_kernel(
 
 @triton.jit
 def strength_kernel(
-    residual, curvature, weight, tangent, sign, scale, labels, grad, N, C, A, ignore_index,
+    residual, curvature, weight, tangent, sign, scale, grad, N, C, A,
     BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -228,8 +228,7 @@ def hypergradient(
         launch(
             strength_kernel,
             (triton.cdiv(count, tile.rows), tiles),
-            z, z_tangent, weight, tangent, sign, share, labels, parts,
-            count, *weight.shape, options.ignore_index,
+            z, z_tangent, weight, tangent, sign, share, parts, count, *weight.shape,
             warps=tile.warps, stages=tile.stages,
             BLOCK_N=tile.rows, BLOCK_A=tile.columns, BLOCK_C=tile.depth,
             ACC=compute_type(dtype), DOT=dot_precision(configuration),
