@@ -3,16 +3,16 @@
 Zhou et al., "Boosting Model Resilience via Implicit Adversarial Data Augmentation", IJCAI 2024.
 """
 
-from iada.config import TrainerConfig
 from iada.covariance import ClassCovariance
-from iada.data import TensorData
 from iada.eager import eager_loss
+from iada.engine.meta import MetaIADA, MetaStep
 from iada.loss import IADALoss, fused_loss
-from iada.meta import MetaIADA, MetaStep
 from iada.perturbation import PerturbationNet
 from iada.prior import log_class_prior
 from iada.sample_characteristics import TrainingMemory, characteristics
-from iada.trainer import Trainer
+from iada.training.config import TrainerConfig
+from iada.training.data import TensorData
+from iada.training.trainer import Trainer
 from iada.validation import value_checks
 
 __all__ = [

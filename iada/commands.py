@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from iada.config import TrainerConfig, check_fields, read_toml
-from iada.data import TensorData
 from iada.distributed import current_group, launched_group, rank_of
-from iada.files import check_writable
 from iada.models import mlp
-from iada.trainer import Trainer
+from iada.training.config import TrainerConfig, check_fields, read_toml
+from iada.training.data import TensorData
+from iada.training.files import check_writable
+from iada.training.trainer import Trainer
 from iada.validation import complain
 
 PARTS = ("train", "meta", "validation", "test")

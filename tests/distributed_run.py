@@ -28,7 +28,7 @@ from iada.distributed import (
     rank_of,
     row_counts,
 )
-from iada.measures import EpochMeasures
+from iada.training.measures import EpochMeasures
 
 DTYPES = (torch.float32, torch.float64)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from training import make_trainer
 
-from iada.checkpoint import load_checkpoint
 from iada.distributed import average, current_group, gather_rows, own_part, row_counts
+from iada.training.checkpoint import load_checkpoint
 
 TESTS = Path(__file__).parent
 METHODS = ("ce", "meta-iada", "logit-adjustment", "isda")

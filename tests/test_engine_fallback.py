@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from iada import tangent
+from iada.engine import tangent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

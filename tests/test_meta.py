@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import iada
-from iada.projection import nearest_positive_semidefinite
+from iada.engine.projection import nearest_positive_semidefinite
 from iada_kernels import reference
 from iada_kernels.reference import same_label_share
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from iada.commands import SECTIONS
-from iada.config import read_toml
-from iada.schedule import build_optimizer, build_schedule
+from iada.training.config import read_toml
+from iada.training.schedule import build_optimizer, build_schedule
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

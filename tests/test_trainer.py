@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import iada
-from iada.checkpoint import load_checkpoint, save_checkpoint
-from iada.config import METHODS
-from iada.data import WithIndex, batches, epoch_order, stream_order
 from iada.models import mlp
+from iada.training.checkpoint import load_checkpoint, save_checkpoint
+from iada.training.config import METHODS
+from iada.training.data import WithIndex, batches, epoch_order, stream_order
 
 SMALL = {
     "epochs": 4,

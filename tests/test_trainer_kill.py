@@ -11,7 +11,7 @@ import pytest
 import torch
 from training import differences, make_trainer
 
-from iada.checkpoint import load_checkpoint
+from iada.training.checkpoint import load_checkpoint
 
 # Children are forked from a server that has imported everything but computed nothing.
 context = multiprocessing.get_context("forkserver")
@@ -56,13 +56,13 @@ def arm(fault):
     elif fault == "after renaming":
         os.replace = deadly(os.replace, os.replace)
     elif fault == "in the middle of a row":
-        import iada.logs
+        import iada.training.logs
 
         def cut(log, row):
             with open(log.path, "a") as file:
                 file.write(f"{row['epoch']},0.12")
 
-        iada.logs.CsvLog.write = deadly(iada.logs.CsvLog.write, cut)
+        iada.training.logs.CsvLog.write = deadly(iada.training.logs.CsvLog.write, cut)
     else:
         raise ValueError(fault)
 

@@ -7,8 +7,8 @@ import torch
 from training import CLASSES, make_trainer
 
 import iada
-from iada.logs import COLUMNS, LISTS, CsvLog
-from iada.measures import HISTOGRAM_BINS, PHASES, EpochMeasures
+from iada.training.logs import COLUMNS, LISTS, CsvLog
+from iada.training.measures import HISTOGRAM_BINS, PHASES, EpochMeasures
 
 
 class Observer:

@@ -12,12 +12,12 @@ import torch
 from training import CLASSES, SETTINGS, differences, make_trainer
 
 import iada
-import iada.divergence
-from iada.checkpoint import load_checkpoint, save_checkpoint
-from iada.data import batches
-from iada.divergence import CHECK_EVERY, LossWatch
+import iada.training.divergence
 from iada.models import mlp
-from iada.schedule import build_optimizer, build_schedule
+from iada.training.checkpoint import load_checkpoint, save_checkpoint
+from iada.training.data import batches
+from iada.training.divergence import CHECK_EVERY, LossWatch
+from iada.training.schedule import build_optimizer, build_schedule
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from iada.demo.scenarios import NUM_CLASSES, Split, make_split
 from iada.demo.settings import HIDDEN, trainer_config
-from iada.meta import MetaStep
+from iada.engine.meta import MetaStep
 from iada.models import mlp
-from iada.trainer import Trainer
+from iada.training.trainer import Trainer
 from iada_kernels.dispatch import select_backend
 
 HISTOGRAM_BINS = 20  # of ε over (−1, 1)

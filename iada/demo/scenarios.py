@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iada.data import TensorData
+from iada.training.data import TensorData
 
 NUM_CLASSES = 10
 TEST, VALIDATION, META, TRAIN = 50, 20, 10, 94  # images of each class

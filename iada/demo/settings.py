@@ -10,7 +10,7 @@ milder tail, 20:1, alpha 0.25 was no better than 0, and alpha 1 lost 11 points. 
 ISDA and Meta-IADA can diverge on the long tail at lr 0.2 and above.
 """
 
-from iada.config import TrainerConfig
+from iada.training.config import TrainerConfig
 
 HIDDEN = (128, 64)  # hidden layers of the MLP; the last is the feature width A
 

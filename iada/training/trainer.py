@@ -9,12 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from iada import random_state
-from iada.baselines import FirstOrder
-from iada.checkpoint import load_checkpoint, load_parts, save_checkpoint
-from iada.config import TrainerConfig, check_same_run
 from iada.covariance import ClassCovariance
-from iada.data import batches, count_classes, epoch_order, stream_order, to_device
 from iada.distributed import (
     any_rank,
     broadcast,
@@ -25,23 +20,28 @@ from iada.distributed import (
     own_part,
     rank_of,
 )
-from iada.divergence import LossWatch, all_finite, diverged
-from iada.evaluate import class_accuracy
-from iada.files import check_writable, remove_leftovers
-from iada.interrupt import stop_flag
-from iada.logs import open_logs
-from iada.measures import EpochMeasures, PhaseTimes
-from iada.meta import MetaIADA, MetaStep
+from iada.engine.meta import MetaIADA, MetaStep
+from iada.methods.first_order import FirstOrder
 from iada.perturbation import PerturbationNet
 from iada.sample_characteristics import TrainingMemory
-from iada.schedule import alpha_at, build_optimizer, build_schedule
+from iada.training import random_state
+from iada.training.checkpoint import load_checkpoint, load_parts, save_checkpoint
+from iada.training.config import TrainerConfig, check_same_run
+from iada.training.data import batches, count_classes, epoch_order, stream_order, to_device
+from iada.training.divergence import LossWatch, all_finite, diverged
+from iada.training.evaluate import class_accuracy
+from iada.training.files import check_writable, remove_leftovers
+from iada.training.interrupt import stop_flag
+from iada.training.logs import open_logs
+from iada.training.measures import EpochMeasures, PhaseTimes
+from iada.training.schedule import alpha_at, build_optimizer, build_schedule
 from iada.validation import complain
 
 CHECKPOINT = "checkpoint.pt"
 
 
 class Trainer:
-    """Trains a backbone and a linear head by one of `iada.config.METHODS`.
+    """Trains a backbone and a linear head by one of `iada.training.config.METHODS`.
 
     >>> trainer = iada.Trainer(backbone, head, train_set, meta_set, config, folder="runs/a")
     >>> trainer.fit()

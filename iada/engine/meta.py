@@ -35,18 +35,18 @@ from torch.func import functional_call
 
 from iada.covariance import ClassCovariance
 from iada.distributed import Group
-from iada.double_backward import double_backward
-from iada.hypergradient import DIFFERENCES, GRAPH, FeatureTangent
-from iada.learner import Classifier, HeadGradients, Learner, Rows, check_classifier, linear
+from iada.engine.double_backward import double_backward
+from iada.engine.hypergradient import DIFFERENCES, GRAPH, FeatureTangent
+from iada.engine.learner import Classifier, HeadGradients, Learner, Rows, check_classifier, linear
+from iada.engine.meta_gradient import MetaPasses
+from iada.engine.passes import Passes, RandomState
+from iada.engine.projection import nearest_positive_semidefinite
+from iada.engine.virtual import VirtualStep
 from iada.loss import fused_loss
-from iada.meta_gradient import MetaPasses
-from iada.passes import Passes, RandomState
 from iada.perturbation import PerturbationNet
 from iada.prior import log_class_prior
-from iada.projection import nearest_positive_semidefinite
 from iada.sample_characteristics import TrainingMemory, characteristics, loss_and_margin
 from iada.validation import complain
-from iada.virtual import VirtualStep
 from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.dispatch import select_backend
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iada.learner import Rows, check_meta_loss
-from iada.passes import Passes
-from iada.virtual import VirtualStep
+from iada.engine.learner import Rows, check_meta_loss
+from iada.engine.passes import Passes
+from iada.engine.virtual import VirtualStep
 
 
 def double_backward(

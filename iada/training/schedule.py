@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from iada.config import TrainerConfig
+from iada.training.config import TrainerConfig
 from iada.validation import complain
 
 WARMUP_START = 0.01  # share of lr that warm-up starts from

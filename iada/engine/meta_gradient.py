@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iada.distributed import gather_rows
-from iada.hypergradient import GRAPH, FeatureTangent
-from iada.learner import HeadGradients, Learner, Rows, check_meta_loss, linear
-from iada.passes import Passes, RandomState
-from iada.virtual import VirtualStep
+from iada.engine.hypergradient import GRAPH, FeatureTangent
+from iada.engine.learner import HeadGradients, Learner, Rows, check_meta_loss, linear
+from iada.engine.passes import Passes, RandomState
+from iada.engine.virtual import VirtualStep
 from iada_kernels.contract import HeadTangents
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from iada.covariance import STRUCTURES
-from iada.meta import HYPERGRADIENTS, SCOPES
+from iada.engine.meta import HYPERGRADIENTS, SCOPES
 from iada.validation import complain
 
 METHODS = ("ce", "logit-adjustment", "isda", "meta-iada")

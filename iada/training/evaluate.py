@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from iada.data import batches, to_device
+from iada.training.data import batches, to_device
 
 
 @torch.no_grad()

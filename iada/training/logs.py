@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from iada.files import remove_leftovers, to_disk, written_aside
-from iada.measures import HISTOGRAM_BINS, PHASES
+from iada.training.files import remove_leftovers, to_disk, written_aside
+from iada.training.measures import HISTOGRAM_BINS, PHASES
 from iada.validation import complain
 
 CSV_FILE = "log.csv"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from iada.random_state import preserved, seed_host, seed_of
+from iada.training.random_state import preserved, seed_host, seed_of
 from iada.validation import check_label_values, check_labels, check_tensor, complain
 
 
@@ -48,7 +48,7 @@ class WithIndex(Dataset):
     """A data set of (input, label, ...) items as (input, label, index); the rest is dropped.
 
     A batch is asked for as (step, indices), so that each sample's draws follow from its place in
-    the run: see `iada.random_state`.
+    the run: see `iada.training.random_state`.
     """
 
     def __init__(self, dataset: Dataset, seed: int = 0) -> None:

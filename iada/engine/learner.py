@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iada.distributed import Group, average, gather_rows, rank_of, row_counts
-from iada.tangent import graph_order
+from iada.engine.tangent import graph_order
 from iada.validation import (
     check_label_values,
     check_labels,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iada.passes import Passes, RandomState
-from iada.tangent import FUSED_ATTENTION, Opaque, graph_order, graph_tangent
+from iada.engine.passes import Passes, RandomState
+from iada.engine.tangent import FUSED_ATTENTION, Opaque, graph_order, graph_tangent
 
 log = logging.getLogger("iada")
 
@@ -20,7 +20,8 @@ Directions = Mapping[Tensor, Tensor]
 class FeatureTangent:
     """The features' Jacobian-vector product, by the best way that the backbone allows.
 
-    - "graph": read off the training pass's graph (`iada.tangent`): exact, no further forward;
+    - "graph": read off the training pass's graph (`iada.engine.tangent`): exact, without a further
+      forward;
     - "finite-difference": two forwards, (h(φ + t v) − h(φ − t v)) / 2t.
 
     It goes from the first to the second, for good and with one line in the log "iada", where the

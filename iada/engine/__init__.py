@@ -1,0 +1,1 @@
+"""Meta-IADA's iteration: exact hypergradients without a second-order graph (docs/training.md)."""

@@ -1,0 +1,1 @@
+"""The run around a method: data order, schedules, logs, checkpoints, resume."""
