@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import iada
 from bench.memory import peak_bytes
 from bench.timing import interleave, ratio
-from iada.models import cifar_resnet
+from iada.backbones import cifar_resnet
 
 CLASSES = 10
 MODES: dict[str, dict[str, Any]] = {

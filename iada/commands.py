@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from iada.backbones import mlp
 from iada.distributed import current_group, launched_group, rank_of
-from iada.models import mlp
 from iada.training.config import TrainerConfig, check_fields, read_toml
 from iada.training.data import TensorData
 from iada.training.files import check_writable

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import iada
-from iada.models import cifar_resnet
+from iada.backbones import cifar_resnet
 
 CLASSES = 3
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import iada
-from iada.models import mlp
+from iada.backbones import mlp
 from iada.training.checkpoint import load_checkpoint, save_checkpoint
 from iada.training.config import METHODS
 from iada.training.data import WithIndex, batches, epoch_order, stream_order

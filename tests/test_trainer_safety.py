@@ -13,7 +13,7 @@ from training import CLASSES, SETTINGS, differences, make_trainer
 
 import iada
 import iada.training.divergence
-from iada.models import mlp
+from iada.backbones import mlp
 from iada.training.checkpoint import load_checkpoint, save_checkpoint
 from iada.training.data import batches
 from iada.training.divergence import CHECK_EVERY, LossWatch

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import iada
-from iada.models import mlp
+from iada.backbones import mlp
 
 CLASSES = 3
 SETTINGS = {

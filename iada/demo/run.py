@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iada.backbones import mlp
 from iada.demo.scenarios import NUM_CLASSES, Split, make_split
 from iada.demo.settings import HIDDEN, trainer_config
 from iada.engine.meta import MetaStep
-from iada.models import mlp
 from iada.training.trainer import Trainer
 from iada_kernels.dispatch import select_backend
 
