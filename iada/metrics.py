@@ -132,7 +132,7 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> T
 
 
 def class_macro_precision(confusion: Tensor) -> float | None:
-    """The mean, over the classes that have samples, of the share of their predictions that is right.
+    """The mean over classes with samples of the share of right ones among a class's predictions.
 
     A class that is never predicted counts 0. None without samples.
     """
