@@ -53,13 +53,15 @@ def test_every_method_learns(method):
     assert trainer.class_accuracy(make_data(seed=2)).mean() > 0.8
 
 
-@pytest.mark.parametrize("method", ["isda", "meta-iada"])
+@pytest.mark.parametrize(
+    "settings", [{"method": "isda"}, {"method": "meta-iada"}, {"interval": 3}], ids=str
+)
 @pytest.mark.parametrize("stop_after", [1, 5, 9, 13])
-def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, method, stop_after):
-    whole = make_trainer(method=method)
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, settings, stop_after):
+    whole = make_trainer(**settings)
     whole.fit()
 
-    part = make_trainer(tmp_path, method=method)
+    part = make_trainer(tmp_path, **settings)
     steps = 0
 
     def count_and_interrupt(step):
@@ -78,7 +80,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, method, stop_after):
         part.fit()
     assert steps == stop_after
 
-    rest = make_trainer(tmp_path, method=method)
+    rest = make_trainer(tmp_path, **settings)
     assert rest.resume()
     rest.fit()
     assert rest.history == whole.history
@@ -359,6 +361,20 @@ def test_the_engine_s_settings_reach_it(settings):
         torch.equal(a, b) for a, b in zip(parameters(trainer), parameters(plain), strict=True)
     )
     assert same == (settings == {"low_memory": True})
+
+
+def test_meta_batches_are_loaded_for_meta_steps_alone():
+    class Counted(iada.TensorData):
+        reads = 0
+
+        def __getitem__(self, i):
+            Counted.reads += 1
+            return super().__getitem__(i)
+
+    trainer = make_trainer(epochs=4, ce_epochs=2, interval=3)
+    trainer.meta_set = Counted(make_data(15, seed=1).inputs, make_data(15).labels)
+    trainer.fit()
+    assert Counted.reads == 3 * 8  # steps 0, 3 and 6 of eight, with a meta batch of eight
 
 
 @pytest.mark.parametrize(("name", "value"), [("hypergradient", "exact"), ("scope", "all")])

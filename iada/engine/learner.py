@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iada.distributed import Group, average, gather_rows, rank_of, row_counts
+from iada.distributed import (
+    Group,
+    average,
+    gather_rows,
+    rank_of,
+    row_counts,
+    running_statistics,
+)
 from iada.engine.tangent import graph_order
 from iada.validation import (
     check_label_values,
@@ -240,7 +247,10 @@ class Learner:
     def descend(
         self, features: Tensor, head_gradients: HeadGradients, rows: Rows, clip_norm: float
     ) -> None:
-        """One step of the optimizer, its gradient clipped to `clip_norm` unless that is 0."""
+        """One step of the optimizer, its gradient clipped to `clip_norm` unless that is 0.
+
+        BatchNorm's running statistics, of this process's rows so far, are averaged as well.
+        """
         gradients = self.gradients(features, head_gradients, rows, self.trained())
         self.optimizer.zero_grad()
         for parameter, grad in gradients.items():
@@ -250,6 +260,7 @@ class Learner:
             torch.nn.utils.clip_grad_norm_(list(gradients), clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        average(running_statistics(self.classifier.backbone), rows.counts, self.group)
 
 
 def linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

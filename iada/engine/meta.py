@@ -40,6 +40,7 @@ from iada.engine.hypergradient import DIFFERENCES, GRAPH, FeatureTangent
 from iada.engine.learner import Classifier, HeadGradients, Learner, Rows, check_classifier, linear
 from iada.engine.meta_gradient import MetaPasses
 from iada.engine.passes import Passes, RandomState
+from iada.engine.plain import plain_step
 from iada.engine.projection import nearest_positive_semidefinite
 from iada.engine.virtual import VirtualStep
 from iada.loss import fused_loss
@@ -93,7 +94,7 @@ class MetaIADA:
         perturbation_optimizer: its optimizer; Adam at 1e-3 by default, as in the paper.
         covariance: a `ClassCovariance`; a new full one by default.
         memory: last epoch's values for the characteristics; by default one of class means only.
-            Call `memory.end_epoch()` after each epoch.
+            Call `end_epoch()` after each epoch.
         alpha, beta: of Eq. 6; plain attributes, to be annealed.
         covariance_lr: η₂ of Eq. 9.
         persistent: keep what Eq. 9 does to Σ; False uses it for Eq. 10 only, as MetaSAug does.
@@ -190,6 +191,11 @@ class MetaIADA:
         self._meta_loss = torch.full((), torch.nan, dtype=dtype, device=device)
 
     @property
+    def head(self) -> nn.Linear:
+        """The classifier's last layer."""
+        return self.classifier.head
+
+    @property
     def needs_meta_batch(self) -> bool:
         """Whether the next `step` makes a meta step: with interval=k one in k does."""
         return self._steps % self.interval == 0
@@ -235,18 +241,27 @@ class MetaIADA:
         Records losses and margins for the characteristics; Σ is left to the second phase.
         """
         rows = self._learner.rows("batch", batch, len(self.memory.samples))
-        with self._passes.own_autocast():
-            features = self._passes.first(rows.inputs)
-            whole = self._learner.gather(features, rows)
 
-            def mean_loss(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-                losses, margin = loss_and_margin(linear(h, weight, bias), rows.labels)
-                self.memory.record(losses.detach(), margin.detach(), rows.labels, rows.index)
-                return losses.mean()
+        def mean_loss(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            losses, margin = loss_and_margin(linear(features, weight, bias), rows.labels)
+            self.memory.record(losses.detach(), margin.detach(), rows.labels, rows.index)
+            return losses.mean()
 
-            loss, grads = self._learner.head_gradients(mean_loss, whole)
-            self._learner.descend(features, grads, rows, self.clip_norm)
-        return loss
+        return plain_step(self._learner, self._passes, rows, mean_loss, self.clip_norm)
+
+    def begin_epoch(
+        self, epoch: int, order: Sequence[list[int]], first_step: int
+    ) -> Sequence[list[int]]:
+        """The rows as they are."""
+        return order
+
+    def end_epoch(self) -> None:
+        """To be called after each epoch: its losses and margins become the last epoch's."""
+        self.memory.end_epoch()
+
+    def learned(self) -> list[Tensor]:
+        """Σ and Ω: what must stay finite beside the classifier."""
+        return [self.covariance.covariance, *self.perturbation.parameters()]
 
     def state_dict(self) -> dict[str, Any]:
         """Ω, its optimizer, Σ with its statistics, the memory, and where the engine stands.

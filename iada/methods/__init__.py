@@ -1,1 +1,1 @@
-"""What a training step does: one class a family of methods, all with the same calls."""
+"""What a training step does: one class a family of methods, all with the calls of `Method`."""

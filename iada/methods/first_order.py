@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from iada.covariance import ClassCovariance
-from iada.distributed import Group, average, gather_rows, row_counts, running_statistics
+from iada.distributed import Group
+from iada.engine.learner import Classifier, Learner
+from iada.engine.passes import Passes
+from iada.engine.plain import plain_step
 from iada.loss import fused_loss
 from iada.prior import log_class_prior
 
@@ -26,6 +29,8 @@ class FirstOrder:
         process_group: ranks that share every batch, each with its rows (see `iada.distributed`).
     """
 
+    needs_meta_batch = False
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -39,11 +44,20 @@ class FirstOrder:
         clip_norm: float = 0.0,
         process_group: Group = None,
     ) -> None:
-        self.backbone, self.head, self.optimizer = backbone, head, optimizer
-        self.log_prior = log_class_prior(class_counts, head.out_features).to(head.weight)
+        device, dtype = head.weight.device, torch.promote_types(torch.float32, head.weight.dtype)
+        self.head = head
+        self.log_prior = log_class_prior(class_counts, head.out_features).to(device, dtype)
         self.covariance = covariance
         self.alpha, self.beta, self.clip_norm = alpha, beta, clip_norm
-        self.group = process_group
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
+        self._learner = Learner(Classifier(backbone, head), optimizer, scaler, process_group)
+        self._passes = Passes(backbone, device)
+
+    def begin_epoch(
+        self, epoch: int, order: Sequence[list[int]], first_step: int
+    ) -> Sequence[list[int]]:
+        """The rows as they are."""
+        return order
 
     def cross_entropy_step(self, batch: Sequence[Any]) -> Tensor:
         """Plain CE on (inputs, labels, ...); the loss, detached."""
@@ -56,26 +70,30 @@ class FirstOrder:
     def _step(
         self, batch: Sequence[Any], covariance: ClassCovariance | None, beta: float
     ) -> Tensor:
-        inputs, labels = batch[0], batch[1]
-        counts = row_counts(len(labels), self.group)
-        features = self.backbone(inputs)
-        if covariance is not None:  # of the whole batch, by every rank alike
-            rows = gather_rows(features, counts, self.group)
-            covariance.update(rows, gather_rows(labels, counts, self.group))
-        loss = fused_loss(
-            features,
-            self.head.weight,
-            self.head.bias,
-            labels,
-            covariance=covariance,
-            log_prior=self.log_prior,
-            alpha=self.alpha,
-            beta=beta,
-        )
-        descend(self.optimizer, loss, self.clip_norm, counts, self.group)
-        value = loss.detach()
-        average([value, *running_statistics(self.backbone)], counts, self.group)
-        return value
+        rows = self._learner.rows("batch", batch, 0)
+
+        def loss(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            if covariance is not None:
+                covariance.update(features, rows.labels)
+            return fused_loss(
+                features,
+                weight,
+                bias,
+                rows.labels,
+                covariance=covariance,
+                log_prior=self.log_prior,
+                alpha=self.alpha,
+                beta=beta,
+            )
+
+        return plain_step(self._learner, self._passes, rows, loss, self.clip_norm)
+
+    def end_epoch(self) -> None:
+        """Nothing is kept from epoch to epoch."""
+
+    def learned(self) -> list[Tensor]:
+        """Σ, where the method has one."""
+        return [] if self.covariance is None else [self.covariance.covariance]
 
     def state_dict(self) -> dict[str, Any]:
         """The covariance with its statistics, where the method has one."""
@@ -85,23 +103,3 @@ class FirstOrder:
         """The inverse of `state_dict`."""
         if self.covariance is not None:
             self.covariance.load_state_dict(state["covariance"])
-
-
-def descend(
-    optimizer: torch.optim.Optimizer,
-    loss: Tensor,
-    clip_norm: float,
-    counts: Sequence[int] = (),
-    group: Group = None,
-) -> None:
-    """One optimizer step on `loss`, its gradient clipped to `clip_norm` unless that is 0.
-
-    With a group, on the mean of the ranks' losses, weighted by `counts`, their rows.
-    """
-    optimizer.zero_grad()
-    loss.backward()
-    parameters = [p for part in optimizer.param_groups for p in part["params"]]
-    average([p.grad for p in parameters if p.grad is not None], counts, group)
-    if clip_norm > 0:
-        torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-    optimizer.step()

@@ -1,7 +1,8 @@
-"""Accuracy of each class on a data set."""
+"""What a classifier gives on a data set, and its accuracy on each class."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ def class_accuracy(
     right = torch.zeros(head.out_features, dtype=torch.float64)
     total = torch.zeros(head.out_features, dtype=torch.float64)
     rows = torch.arange(len(dataset)).split(batch_size)  # type: ignore[arg-type]
-    with _evaluating(backbone, head):
+    with evaluating(backbone, head):
         for batch in batches(dataset, [part.tolist() for part in rows]):
             inputs, labels, *_ = to_device(tuple(batch), device)
             hit = (head(backbone(inputs)).argmax(dim=1) == labels).cpu()
@@ -28,8 +29,31 @@ def class_accuracy(
     return right / total
 
 
+class Outputs(NamedTuple):
+    """Features (N, A), logits (N, C) and labels (N) of a whole data set, on the CPU."""
+
+    features: Tensor
+    logits: Tensor
+    labels: Tensor
+
+
+@torch.no_grad()
+def outputs(
+    backbone: nn.Module, head: nn.Linear, dataset: Dataset, batch_size: int = 512
+) -> Outputs:
+    """What the classifier gives in evaluation mode, for `iada.metrics` and `iada.diagnostics`."""
+    rows = torch.arange(len(dataset)).split(batch_size)  # type: ignore[arg-type]
+    found = []
+    with evaluating(backbone, head):
+        for batch in batches(dataset, [part.tolist() for part in rows]):
+            inputs, labels, *_ = to_device(tuple(batch), head.weight.device)
+            features = backbone(inputs)
+            found.append((features.cpu(), head(features).cpu(), labels.cpu()))
+    return Outputs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
 @contextlib.contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode while inside; afterwards each module in the mode it had."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from iada.covariance import ClassCovariance
 from iada.distributed import (
     any_rank,
     broadcast,
@@ -20,10 +19,9 @@ from iada.distributed import (
     own_part,
     rank_of,
 )
-from iada.engine.meta import MetaIADA, MetaStep
-from iada.methods.first_order import FirstOrder
-from iada.perturbation import PerturbationNet
-from iada.sample_characteristics import TrainingMemory
+from iada.engine.meta import MetaStep
+from iada.methods.build import build_method
+from iada.methods.method import Method
 from iada.training import random_state
 from iada.training.checkpoint import load_checkpoint, load_parts, save_checkpoint
 from iada.training.config import TrainerConfig, check_same_run
@@ -51,7 +49,7 @@ class Trainer:
         backbone: module from inputs to features (N, A).
         head: nn.Linear(A, C).
         train_set: items (input, label); `TensorData`, or any map-style data set.
-        meta_set: the same, small, clean and balanced; None for methods other than "meta-iada".
+        meta_set: the same, small, clean and balanced; may be None for methods that need none.
         config: a `TrainerConfig`.
         class_counts: training samples of each class (C); read from the labels of a `TensorData`.
         folder: where checkpoint.pt and log.csv are kept; None for neither.
@@ -98,10 +96,6 @@ class Trainer:
         for name, dataset in named.items():
             if dataset is not None and len(dataset) == 0:  # type: ignore[arg-type]
                 raise complain(name, "at least one sample", "none", "check how it was selected")
-        if config.method == "meta-iada" and meta_set is None:
-            raise complain(
-                "meta_set", "a small clean data set", "None", "pass one, or choose another method"
-            )
         if tensorboard and folder is None:
             raise complain("folder", "one for TensorBoard's files", "None", "pass a folder")
         self.config = config
@@ -121,7 +115,19 @@ class Trainer:
             class_counts = count_classes(train_set, head.out_features)
         self.optimizer = build_optimizer(self._parameters(), config)
         self.scheduler = build_schedule(self.optimizer, config, self._steps)
-        self.method = self._build_method(class_counts)
+        self.method: Method = build_method(
+            config,
+            backbone,
+            head,
+            self.optimizer,
+            class_counts,
+            len(train_set),  # type: ignore[arg-type]
+            self.group,
+        )
+        if meta_set is None and self.method.needs_meta_batch:
+            raise complain(
+                "meta_set", "a small clean data set", "None", "pass one, or choose another method"
+            )
         self.epoch = 0
         self.batch = 0
         self.history: list[dict[str, Any]] = []
@@ -173,17 +179,19 @@ class Trainer:
         """The rest of the current epoch; False if asked to stop, with a state to be saved."""
         config, epoch = self.config, self.epoch
         order = epoch_order(len(self.train_set), config.batch_size, config.seed, epoch)  # type: ignore[arg-type]
-        rest = order[self.batch :]
+        rest: Sequence[list[int]] = order[self.batch :]
         meta_phase = epoch >= config.ce_epochs
         self.method.alpha = alpha_at(config, epoch)
         if not self.backbone.training:  # else parts that were put into eval mode stay there
             self.backbone.train()
         watch = LossWatch(self._measures.losses, epoch, self._step - self.batch)
+        if meta_phase:
+            rest = self.method.begin_epoch(epoch, rest, self._step)
         train = self._loader(self.train_set, rest, self.num_workers)
-        meta = self._loader(self.meta_set, self._meta_order(len(rest)) if meta_phase else [])
         for _ in rest:
             with self._times.phase("data"):
-                batch, meta_batch = next(train), next(meta, None)
+                batch = next(train)
+                meta_batch = self._meta_batch() if meta_phase else None
             with self._times.phase("step"):
                 self._step_on(batch, meta_batch, meta_phase)
                 watch.look(self.batch)
@@ -229,8 +237,7 @@ class Trainer:
         kept = ("epoch", "loss", "accuracy")
         self.history.append({name: row[name] for name in kept if name in row})
         write({**row, **self._times.take()})
-        if isinstance(self.method, MetaIADA):
-            self.method.memory.end_epoch()
+        self.method.end_epoch()
         if self.config.schedule_each == "epoch":
             self.scheduler.step()
         self.epoch, self.batch, self._measures = self.epoch + 1, 0, self._new_measures()
@@ -241,17 +248,12 @@ class Trainer:
     def _check_finite(self, watch: LossWatch) -> None:
         """FloatingPointError if a loss so far, or what the last step left, is not finite."""
         watch.finish(self.batch)
-        learned: list[Tensor] = [*self._parameters()]
-        if self.method.covariance is not None:
-            learned.append(self.method.covariance.covariance)
-        if isinstance(self.method, MetaIADA):
-            learned += self.method.perturbation.parameters()
-        if not all_finite(learned):
+        if not all_finite([*self._parameters(), *self.method.learned()]):
             raise diverged("parameters that are not finite", self._step - 1, self.epoch)
 
     def class_accuracy(self, dataset: Dataset, batch_size: int = 512) -> Tensor:
         """Accuracy of each class on `dataset`, (C) float64; NaN for a class without samples."""
-        return class_accuracy(self.backbone, self.head, dataset, batch_size)
+        return class_accuracy(self.backbone, self.method.head, dataset, batch_size)
 
     def save(self) -> None:
         """Write checkpoint.pt into `folder`, all or nothing; nothing without a folder."""
@@ -316,60 +318,18 @@ class Trainer:
         names = ("backbone", "head", "optimizer", "scheduler", "method")
         return {**{name: getattr(self, name) for name in names}, "measures": self._measures}
 
-    def _build_method(self, class_counts: Tensor) -> FirstOrder | MetaIADA:
-        config, weight = self.config, self.head.weight
-        shape = (self.head.out_features, self.head.in_features)
-        shared = (self.backbone, self.head, self.optimizer, class_counts)
-        covariance = None
-        dtype = torch.promote_types(torch.float32, weight.dtype)
-        if config.method in ("isda", "meta-iada"):
-            covariance = ClassCovariance(*shape, config.structure).to(weight.device, dtype)
-        if config.method != "meta-iada":
-            return FirstOrder(
-                *shared,
-                covariance=covariance,
-                alpha=config.alpha,
-                beta=config.beta if config.method == "logit-adjustment" else 0.0,
-                clip_norm=config.clip_norm,
-                process_group=self.group,
-            )
-        perturbation = PerturbationNet().to(weight.device, dtype)
-        broadcast([*perturbation.parameters(), *perturbation.buffers()], self.group)
-        memory = TrainingMemory(shape[0], len(self.train_set))  # type: ignore[arg-type]
-        return MetaIADA(
-            *shared,
-            perturbation=perturbation,
-            perturbation_optimizer=torch.optim.Adam(
-                perturbation.parameters(), lr=config.perturbation_lr
-            ),
-            covariance=covariance,
-            memory=memory.to(weight.device, dtype),
-            alpha=config.alpha,
-            beta=config.beta,
-            covariance_lr=config.covariance_lr,
-            persistent=config.persistent,
-            project=config.project,
-            clip_norm=config.clip_norm,
-            hypergradient=config.hypergradient,
-            scope=config.scope,
-            interval=config.interval,
-            low_memory=config.low_memory,
-            process_group=self.group,
-        )
-
-    def _meta_order(self, steps: int) -> list[list[int]]:
-        """The meta set's batches of the next `steps` steps; none for other methods."""
-        if self.meta_set is None or not isinstance(self.method, MetaIADA):
-            return []
+    def _meta_batch(self) -> tuple[Any, ...] | None:
+        """The next step's place in an endless stream of the meta set, if the method asks for it."""
+        if self.meta_set is None or not self.method.needs_meta_batch:
+            return None
         size, config = len(self.meta_set), self.config  # type: ignore[arg-type]
-        return list(stream_order(size, config.meta_batch_size, config.seed, self._step, steps))
+        order = stream_order(size, config.meta_batch_size, config.seed, self._step, 1)
+        return next(self._loader(self.meta_set, list(order)))
 
     def _loader(
-        self, dataset: Dataset | None, order: list[list[int]], num_workers: int = 0
+        self, dataset: Dataset, order: Sequence[list[int]], num_workers: int = 0
     ) -> Iterator[tuple[Any, ...]]:
-        """This rank's part of each batch, on the device."""
-        if dataset is None:
-            return iter(())
+        """This rank's part of each batch, the first one for the next step; on the device."""
         own = [rows[own_part(len(rows), self.group)] for rows in order]
         loader = batches(dataset, own, num_workers, self.config.seed, self._step)
         return (to_device(tuple(batch), self._device) for batch in loader)
