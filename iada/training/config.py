@@ -16,6 +16,7 @@ from iada.validation import complain
 METHODS = ("ce", "logit-adjustment", "isda", "meta-iada")
 SCHEDULES = ("constant", "cosine", "multistep")
 UNITS = ("epoch", "step")
+AUTOCASTS = ("none", "bfloat16")
 # LBFGS asks for the loss many times in a step.
 OPTIMIZERS = sorted(
     name
@@ -61,6 +62,10 @@ class TrainerConfig:
     clip_norm: largest norm of the classifier's gradient, 0 for no clipping.
     seed: of initialisation, data order, and what the data set draws.
     checkpoint_every: epochs between checkpoints.
+    autocast: "none", or "bfloat16" for the passes through the backbone.
+    channels_last: the backbone's weights, and images, in that memory format.
+    compile: the training passes by torch.compile. The graph of a compiled backbone cannot be read,
+    so that "jvp" goes over to finite differences.
     """
 
     method: str = "meta-iada"
@@ -93,6 +98,9 @@ class TrainerConfig:
     clip_norm: float = 0.0
     seed: int = 0
     checkpoint_every: int = 1
+    autocast: str = "none"
+    channels_last: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -104,6 +112,7 @@ class TrainerConfig:
             "hypergradient": HYPERGRADIENTS,
             "scope": SCOPES,
             "optimizer": OPTIMIZERS,
+            "autocast": AUTOCASTS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -1,7 +1,7 @@
 """Algorithm 1 whole: plain CE to T1, then the method to T2, with checkpoints and resume."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from iada.training.checkpoint import load_checkpoint, load_parts, save_checkpoin
 from iada.training.config import TrainerConfig, check_same_run
 from iada.training.data import batches, count_classes, epoch_order, stream_order, to_device
 from iada.training.divergence import LossWatch, all_finite, diverged
-from iada.training.evaluate import class_accuracy
+from iada.training.evaluate import Outputs, class_accuracy, outputs
 from iada.training.files import check_writable, remove_leftovers
 from iada.training.interrupt import stop_flag
 from iada.training.logs import open_logs
 from iada.training.measures import EpochMeasures, PhaseTimes
 from iada.training.schedule import alpha_at, build_optimizer, build_schedule
+from iada.training.speed import Speed
 from iada.validation import complain
 
 CHECKPOINT = "checkpoint.pt"
@@ -56,6 +57,8 @@ class Trainer:
         observe: called after each step of the second phase with (trainer, batch, result): result
             is a `MetaStep` with the strengths of this batch, or the loss of a baseline.
         validation_set: measured after each epoch into `history`.
+        measure: called after each epoch with the trainer, in evaluation mode; the plain numbers
+            that it returns by name go into `history` too.
         progress: show a bar, if tqdm is installed.
         num_workers: of the training loader.
         tensorboard: write the log for TensorBoard too, into `folder`.
@@ -69,8 +72,8 @@ class Trainer:
     writes, and all ranks must make the same calls: docs/training.md.
 
     Attributes:
-        history: one dict an epoch: epoch, loss, and accuracy (mean over classes) where there is
-            a validation set. log.csv has more.
+        history: one dict an epoch: epoch, loss, accuracy (mean over classes) where there is a
+            validation set, and what `measure` returned. log.csv has more of the training itself.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Trainer:
         folder: str | Path | None = None,
         observe: "Callable[[Trainer, Sequence[Any], Any], None] | None" = None,
         validation_set: Dataset | None = None,
+        measure: "Callable[[Trainer], Mapping[str, float | None]] | None" = None,
         progress: bool = False,
         num_workers: int = 0,
         tensorboard: bool = False,
@@ -103,7 +107,8 @@ class Trainer:
         self.train_set, self.meta_set = train_set, meta_set
         self.validation_set = validation_set
         self.folder = None if folder is None else Path(folder)
-        self.observe, self.progress, self.num_workers = observe, progress, num_workers
+        self.observe, self.measure = observe, measure
+        self.progress, self.num_workers = progress, num_workers
         self.tensorboard = tensorboard
         self.group = current_group()
         rows = {"batch_size": len(train_set) // self._steps}  # type: ignore[arg-type]
@@ -113,11 +118,13 @@ class Trainer:
         broadcast([*backbone.parameters(), *backbone.buffers(), *head.parameters()], self.group)
         if class_counts is None:
             class_counts = count_classes(train_set, head.out_features)
+        self.speed = Speed(config, self._device)
+        stepped = self.speed.prepare(backbone)
         self.optimizer = build_optimizer(self._parameters(), config)
         self.scheduler = build_schedule(self.optimizer, config, self._steps)
         self.method: Method = build_method(
             config,
-            backbone,
+            stepped,
             head,
             self.optimizer,
             class_counts,
@@ -206,10 +213,11 @@ class Trainer:
     def _step_on(self, batch: Any, meta_batch: Any, meta_phase: bool) -> None:
         """One step of the method, or of plain CE before it."""
         try:
-            if meta_phase:
-                result = self.method.step(batch, meta_batch)
-            else:
-                result = self.method.cross_entropy_step(batch)
+            with self.speed.autocast():
+                if meta_phase:
+                    result = self.method.step(batch, meta_batch)
+                else:
+                    result = self.method.cross_entropy_step(batch)
         except ValueError as error:  # the checks of values see a diverged classifier first
             if all_finite(self._parameters()):
                 place = f"step {self._step}, epoch {self.epoch}"
@@ -235,7 +243,11 @@ class Trainer:
             with self._times.phase("validation"):
                 row["accuracy"] = float(self.class_accuracy(self.validation_set).nanmean())
         kept = ("epoch", "loss", "accuracy")
-        self.history.append({name: row[name] for name in kept if name in row})
+        entry = {name: row[name] for name in kept if name in row}
+        if self.measure is not None:
+            with self._times.phase("validation"):
+                entry |= self.measure(self)
+        self.history.append(entry)
         write({**row, **self._times.take()})
         self.method.end_epoch()
         if self.config.schedule_each == "epoch":
@@ -253,7 +265,13 @@ class Trainer:
 
     def class_accuracy(self, dataset: Dataset, batch_size: int = 512) -> Tensor:
         """Accuracy of each class on `dataset`, (C) float64; NaN for a class without samples."""
-        return class_accuracy(self.backbone, self.method.head, dataset, batch_size)
+        with self.speed.autocast():
+            return class_accuracy(self.backbone, self.method.head, dataset, batch_size)
+
+    def outputs(self, dataset: Dataset, batch_size: int = 512) -> Outputs:
+        """Features, logits and labels of all of `dataset`, in its order, on the CPU."""
+        with self.speed.autocast():
+            return outputs(self.backbone, self.method.head, dataset, batch_size)
 
     def save(self) -> None:
         """Write checkpoint.pt into `folder`, all or nothing; nothing without a folder."""
@@ -332,7 +350,7 @@ class Trainer:
         """This rank's part of each batch, the first one for the next step; on the device."""
         own = [rows[own_part(len(rows), self.group)] for rows in order]
         loader = batches(dataset, own, num_workers, self.config.seed, self._step)
-        return (to_device(tuple(batch), self._device) for batch in loader)
+        return (self.speed.laid_out(to_device(tuple(batch), self._device)) for batch in loader)
 
     def _new_measures(self) -> EpochMeasures:
         dtype = torch.promote_types(torch.float32, self.head.weight.dtype)
