@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,9 +31,27 @@ class TensorData(Dataset):
         return self.inputs[rows], self.labels[rows], rows
 
 
+@runtime_checkable
+class WholeBatches(Protocol):
+    """A data set that makes whole batches (inputs, labels, index) faster than sample by sample.
+
+    What it draws follows from the seed, the step and each sample's index alone, so that neither a
+    resumed run nor a batch split over ranks changes it. `in_memory` ones are asked in the training
+    process itself, others in the workers.
+    """
+
+    labels: Tensor
+    in_memory: bool
+
+    def whole_batch(
+        self, seed: int, step: int, indices: Sequence[int]
+    ) -> tuple[Any, Tensor, Tensor]:
+        """Inputs, labels (N) and index (N) of these samples at this step of this run."""
+
+
 def count_classes(dataset: Dataset, num_classes: int) -> Tensor:
-    """Samples of each class, (C), of a `TensorData`; ValueError for another data set."""
-    if isinstance(dataset, TensorData):
+    """Samples of each class, (C), of a data set that has its labels; ValueError for another."""
+    if isinstance(dataset, TensorData | WholeBatches):
         check_label_values(dataset.labels, num_classes, None)
         return torch.bincount(dataset.labels, minlength=num_classes)
     raise complain(
@@ -72,6 +90,17 @@ class WithIndex(Dataset):
         return items
 
 
+class _AtStep(Dataset):
+    """A `WholeBatches` asked as (step, indices)."""
+
+    def __init__(self, dataset: WholeBatches, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitems__(self, place: tuple[int, Sequence[int]]) -> tuple[Any, Tensor, Tensor]:
+        return self.dataset.whole_batch(self.seed, *place)
+
+
 def batches(
     dataset: Dataset,
     order: Sequence[list[int]],
@@ -83,16 +112,21 @@ def batches(
 
     It leaves the global random generators as they were: those belong to the model's dropout. What
     the data set draws from them itself follows from `seed`, the step (`first_step` for the first
-    of `order`) and the sample. A `TensorData` itself is served without workers.
+    of `order`) and the sample. A `TensorData` itself is served without workers; `WholeBatches`
+    make theirs at once.
     """
     own = torch.Generator().manual_seed(seed_of(seed, first_step))
     if type(dataset) is TensorData:  # a subclass may have its own __getitem__
         return DataLoader(dataset, batch_sampler=order, collate_fn=_whole, generator=own)
-    indexed = WithIndex(dataset, seed)
+    served: Dataset = WithIndex(dataset, seed)
+    if isinstance(dataset, WholeBatches):
+        served = _AtStep(dataset, seed)
+        num_workers = 0 if dataset.in_memory else num_workers
     return DataLoader(
-        indexed,
+        served,
         batch_sampler=list(enumerate(order, first_step)),  # type: ignore[arg-type]
         num_workers=num_workers,
+        collate_fn=_whole if isinstance(served, _AtStep) else None,
         generator=own,
         worker_init_fn=_leave_ctrl_c_to_the_loop,
     )

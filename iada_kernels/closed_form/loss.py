@@ -94,7 +94,8 @@ def loss_forward(
             grad_epsilons.append(torch.linalg.vecdot(d, moved))
 
     divisor = _divisor(ignored, options)
-    value = _reduce(join(losses).masked_fill_(ignored, 0.0), divisor, options)
+    # Not in place: compiled by torch 2.11, a result that was changed in place has no gradient.
+    value = _reduce(join(losses).masked_fill(ignored, 0.0), divisor, options)
     grad_epsilon = join(grad_epsilons) if grad_epsilons else None
     return value, SavedLoss(target, join(residuals), grad_epsilon, sign, twice_product, divisor)
 

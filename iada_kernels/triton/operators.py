@@ -37,8 +37,8 @@ def loss_forward(
         assert inputs.covariance is not None
         counted = torch.where(inputs.labels == options.ignore_index, -1, inputs.labels)
         _update(inputs.covariance, stream.mean, stream.count, inputs.features, counted)
-    loss, *saved = _forward(*_plain(inputs, options), _bits(needs))
-    return loss, saved
+    found = _forward(*_plain(inputs, options), _bits(needs))
+    return found[0], found[1:]
 
 
 def loss_backward(

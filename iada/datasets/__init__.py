@@ -1,0 +1,31 @@
+"""Readers of the standard data sets, from a path that the user gives; nothing is downloaded.
+
+Every reader takes a path and returns {"train", "validation", "test": Labelled}, as far as the data
+set has them. A fault in the files is told by file and line, and nothing is half loaded.
+"""
+
+from collections.abc import Callable
+
+from iada.datasets.celeba import read_celeba
+from iada.datasets.cifar import read_cifar10, read_cifar100
+from iada.datasets.civilcomments import read_civilcomments
+from iada.datasets.folders import read_folder
+from iada.datasets.glt import read_glt
+from iada.datasets.labelled import Labelled
+from iada.datasets.lists import read_lists
+from iada.datasets.mnist import read_mnist
+from iada.datasets.waterbirds import read_waterbirds
+
+READERS: dict[str, Callable[..., dict[str, Labelled]]] = {
+    "cifar10": read_cifar10,
+    "cifar100": read_cifar100,
+    "folder": read_folder,
+    "lists": read_lists,
+    "mnist": read_mnist,
+    "waterbirds": read_waterbirds,
+    "celeba": read_celeba,
+    "civilcomments": read_civilcomments,
+    "glt": read_glt,
+}
+
+__all__ = ["READERS", "Labelled", *(reader.__name__ for reader in READERS.values())]
