@@ -11,18 +11,12 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from iada.datasets import READERS
 from iada.metrics import METRICS
+from iada.scenarios import SCENARIOS
 from iada.training.config import METHODS, TrainerConfig, check_fields
 from iada.validation import complain
 
-SCENARIOS = (
-    "as-it-is",
-    "long-tail",
-    "generalized-long-tail",
-    "noise",
-    "groups",
-    "colored-mnist",
-)
 AUGMENTS = ("none", "crop-flip")
 Figures = dict[str, float]
 
@@ -63,8 +57,8 @@ class Recipe:
 
     name: "table2/cifar10-100".  source: table and paper.  metrics: the columns of the table, names
     of `iada.metrics.METRICS`.  selection: the epoch that the paper reports, "last" or "best".
-    needs: the data set, in words.  data: {"reader", ...} as `iada.datasets.READERS` take it.
-    scenario: {"kind", ...}.  published: rows of the table that have no method here.
+    needs: the data set, in words.  data: the reader's name in `iada.datasets.READERS`, as "reader",
+    and its options.  scenario: the name in `iada.scenarios.SCENARIOS`, and its parameters.  published: rows of the table that have no method here.
     """
 
     name: str
@@ -133,9 +127,12 @@ def _build(name: str, sections: dict[str, Any]) -> Recipe:
     for metric in about["metrics"]:
         if metric not in METRICS:
             raise complain(f"{name} metrics", f"some of {', '.join(METRICS)}", metric, "mend it")
-    if sections["scenario"]["kind"] not in SCENARIOS:
-        got = repr(sections["scenario"]["kind"])
-        raise complain(f"{name} [scenario] kind", f"one of {', '.join(SCENARIOS)}", got, "mend it")
+    for section, key, known in (("scenario", "name", SCENARIOS), ("data", "reader", READERS)):
+        if sections[section][key] not in known:
+            got = repr(sections[section][key])
+            raise complain(
+                f"{name} [{section}] {key}", f"one of {', '.join(known)}", got, "mend it"
+            )
     try:
         model = ModelSettings(**sections.get("model", {}))
         contestants = tuple(
@@ -205,7 +202,7 @@ def shortened(config: TrainerConfig, epochs: int) -> TrainerConfig:
 
 
 def parse_change(text: str) -> tuple[str, str, Any]:
-    """("scenario", "noise", "flip") of "scenario.noise=flip"; the value as TOML where it is."""
+    """("scenario", "kind", "flip") of "scenario.kind=flip"; the value as TOML where it is."""
     place, equals, value = text.partition("=")
     section, dot, key = place.strip().partition(".")
     if not (equals and dot and key):

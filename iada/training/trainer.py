@@ -55,7 +55,8 @@ class Trainer:
         class_counts: training samples of each class (C); read from the labels of a `TensorData`.
         folder: where checkpoint.pt and log.csv are kept; None for neither.
         observe: called after each step of the second phase with (trainer, batch, result): result
-            is a `MetaStep` with the strengths of this batch, or the loss of a baseline.
+            is a `MetaStep` with the strengths of this batch, or the loss of a baseline. Its state
+            is checkpointed if it has state_dict and load_state_dict.
         validation_set: measured after each epoch into `history`.
         measure: called after each epoch with the trainer, in evaluation mode; the plain numbers
             that it returns by name go into `history` too.
@@ -334,7 +335,10 @@ class Trainer:
     def _parts(self) -> dict[str, Any]:
         """What has a state_dict of its own."""
         names = ("backbone", "head", "optimizer", "scheduler", "method")
-        return {**{name: getattr(self, name) for name in names}, "measures": self._measures}
+        parts = {**{name: getattr(self, name) for name in names}, "measures": self._measures}
+        if hasattr(self.observe, "load_state_dict"):
+            parts["observe"] = self.observe
+        return parts
 
     def _meta_batch(self) -> tuple[Any, ...] | None:
         """The next step's place in an endless stream of the meta set, if the method asks for it."""

@@ -1,0 +1,162 @@
+"""From a recipe and a path to data: the split of a seed, and what the trainer is given of it."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from iada.backbones import build_backbone
+from iada.datasets import READERS, Labelled
+from iada.datasets.file_view import FileView
+from iada.datasets.memory_view import CIFAR10, CIFAR100, IMAGENET, MemoryView
+from iada.datasets.text_view import TextView, load_tokenizer
+from iada.paper.recipe import Recipe, shortened
+from iada.scenarios import SCENARIOS, Split, colored_mnist
+from iada.training.evaluate import outputs
+from iada.validation import complain
+
+NORMALISATIONS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+Parts = dict[str, Labelled]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What makes an experiment smaller than the published one; 0 leaves it as it is.
+
+    epochs: of training, all marks of the schedule in proportion.  train, test: images a class.
+    """
+
+    epochs: int = 0
+    train: int = 0
+    test: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.epochs or self.train or self.test)
+
+
+def read_parts(recipe: Recipe, path: Path, limits: Limits) -> Parts:
+    """The data set at `path`, smaller by `limits`."""
+    options = dict(recipe.data)
+    name, colored = options.pop("reader"), options.pop("colored", False)
+    reader = READERS[name]
+    if not path.exists():
+        raise complain("--data", recipe.needs, f"nothing at {path}", "pass where it lies")
+    known = list(inspect.signature(reader).parameters)[1:]
+    for key in options:
+        if key not in known:
+            wanted = f"one of reader, colored, {', '.join(known)}"
+            raise complain(f"[data] {key}", wanted, repr(key), "rename or remove it")
+    parts = reader(path, **options)
+    if colored:
+        parts = colored_mnist(parts)
+    kept = {"train": limits.train, "test": limits.test, "validation": limits.test}
+    return {part: first_of_each(data, kept[part]) for part, data in parts.items()}
+
+
+def first_of_each(data: Labelled, count: int) -> Labelled:
+    """At most `count` samples of each class, drawn alike for every seed; all of them for 0."""
+    if not count:
+        return data
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(data)))
+    labels = data.labels[order]
+    chosen = [order[labels == c][:count] for c in range(data.num_classes)]
+    return data.subset(torch.cat(chosen).sort().values)
+
+
+def make_split(recipe: Recipe, parts: Parts, seed: int) -> Split:
+    """The recipe's scenario on these parts."""
+    options = dict(recipe.scenario)
+    scenario = SCENARIOS[options.pop("name")]
+    clustering = options.pop("clustering", None)
+    known = inspect.signature(scenario).parameters
+    for key in options:
+        if key not in known:
+            wanted = f"one of {', '.join(list(known)[1:])}"
+            raise complain(f"[scenario] {key}", wanted, repr(key), "rename or remove it")
+    if clustering is not None:
+        source = parts[options.get("meta_from", "validation")]
+        options["features"] = _features(clustering, source, recipe.model.image_size)
+    return scenario(parts, seed=seed, **options)
+
+
+def _features(backbone: str, data: Labelled, size: int) -> Tensor:
+    """Of a pre-trained backbone, (N, A)."""
+    model, head = build_backbone(backbone, data.num_classes, pretrained=True, image_size=size)
+    device = best_device()
+    return outputs(model.to(device), head.to(device), FileView(data, size=size), 256).features
+
+
+@dataclass(frozen=True)
+class Views:
+    """The pieces of a split as the trainer takes them; `plain_train` without augmentation."""
+
+    train: Dataset
+    meta: Dataset | None
+    validation: Dataset | None
+    test: Dataset
+
+
+def make_views(recipe: Recipe, split: Split, device: torch.device) -> Views:
+    """Normalised images or tokens; images in memory lie on the device."""
+    view = _view(recipe, split.train, device)
+    augment = recipe.model.augment if recipe.model.augment != "none" else None
+    return Views(
+        view(split.train, augment),
+        None if split.meta is None else view(split.meta, augment),
+        None if split.validation is None else view(split.validation, None),
+        view(split.test, None),
+    )
+
+
+def _view(
+    recipe: Recipe, data: Labelled, device: torch.device
+) -> Callable[[Labelled, str | None], Dataset]:
+    if isinstance(data.inputs, Tensor):
+        scale = NORMALISATIONS.get(recipe.data["reader"], CIFAR10 if _small(data) else IMAGENET)
+        return lambda piece, augment: MemoryView(piece, scale, augment, device)
+    if isinstance(data.inputs[0], str):
+        folder = recipe.model.backbone.removeprefix("transformers/")
+        tokenizer = load_tokenizer(folder)
+        return lambda piece, augment: TextView(piece, tokenizer)
+    size = recipe.model.image_size
+    return lambda piece, augment: FileView(piece, augment is not None, size)
+
+
+def _small(data: Labelled) -> bool:
+    return isinstance(data.inputs, Tensor) and data.inputs.shape[-1] <= 64
+
+
+def best_device() -> torch.device:
+    """The accelerator, if there is one."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+def published_size(record: Mapping[str, Any]) -> str:
+    """What a record's run was, where it was smaller than the published one; else ""."""
+    limits = Limits(**(record.get("limits") or {}))
+    words = []
+    if limits.epochs:
+        words.append(f"{limits.epochs} of {record['published_epochs']} epochs")
+    if limits.train:
+        words.append(f"≤ {limits.train} training images a class")
+    if limits.test:
+        words.append(f"≤ {limits.test} test images a class")
+    return ", ".join(words)
+
+
+def limited(recipe: Recipe, limits: Limits) -> Recipe:
+    """The recipe with its schedules in `limits.epochs` epochs."""
+    if not limits.epochs:
+        return recipe
+    contestants = tuple(
+        replace(contestant, trainer=shortened(contestant.trainer, limits.epochs))
+        for contestant in recipe.contestants
+    )
+    return replace(recipe, contestants=contestants)

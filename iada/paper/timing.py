@@ -1,0 +1,76 @@
+"""How long a run will take on this machine, from a few timed steps."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from iada.paper.experiment import Limits
+from iada.paper.recipe import Contestant, Recipe
+from iada.paper.run import Place, prepare
+from iada.scenarios import Split
+from iada.training.data import batches, to_device
+
+WARM_UP, TIMED = 2, 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one step of plain CE, of the method, and of one test; steps of each phase."""
+
+    plain_step: float
+    method_step: float
+    test: float
+    plain_steps: int
+    method_steps: int
+    tests: int
+
+    @property
+    def total(self) -> float:
+        """Seconds of the run."""
+        steps = self.plain_step * self.plain_steps + self.method_step * self.method_steps
+        return steps + self.test * self.tests
+
+
+def estimate(
+    recipe: Recipe, contestant: Contestant, split: Split, limits: Limits, place: Place
+) -> Estimate:
+    """From the time of a few steps of a throw-away model, loading of their data included."""
+    trainer, views, _ = prepare(recipe, contestant, 0, split, limits, place)
+    config = trainer.config
+    rows = torch.arange(WARM_UP + TIMED)[:, None] * config.batch_size
+    rows = (rows + torch.arange(config.batch_size)) % len(split.train)
+    order = rows.tolist()
+    steps = -(-len(split.train) // config.batch_size)
+    phase_two = trainer.method.begin_epoch(config.ce_epochs, order, 0)
+    seconds = []
+    for plain in (True, False):
+        served = iter(batches(views.train, order if plain else phase_two))
+        for step in range(WARM_UP + TIMED):
+            if step == WARM_UP:
+                start = _now(place.device)
+            batch = trainer.speed.laid_out(to_device(tuple(next(served)), place.device))
+            with trainer.speed.autocast():
+                if plain:
+                    trainer.method.cross_entropy_step(batch)
+                else:
+                    trainer.method.step(batch, trainer.meta_batch(step))
+        seconds.append((_now(place.device) - start) / TIMED)
+    count = min(len(split.test), 4 * config.batch_size)
+    sample = torch.utils.data.Subset(views.test, range(count))
+    start = _now(place.device)
+    trainer.outputs(sample)
+    test = (_now(place.device) - start) / count * len(split.test)
+    return Estimate(
+        *seconds,
+        test,
+        steps * config.ce_epochs,
+        steps * (config.epochs - config.ce_epochs),
+        -(-config.epochs // place.evaluate_every) + 1,
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
