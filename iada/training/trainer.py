@@ -54,7 +54,8 @@ class Trainer:
         class_counts: training samples of each class (C); read from the labels of a `TensorData`.
         folder: where checkpoint.pt and log.csv are kept; None for neither.
         observe: called after each step of the second phase with (trainer, batch, result): result
-            is a `MetaStep` with the strengths of this batch, or the loss of a baseline.
+            is a `MetaStep` with the strengths of this batch, or the loss of a method without a
+            meta set.
         validation_set: measured after each epoch into `history`.
         progress: show a bar, if tqdm is installed.
         num_workers: of the training loader.
@@ -116,13 +117,7 @@ class Trainer:
         self.optimizer = build_optimizer(self._parameters(), config)
         self.scheduler = build_schedule(self.optimizer, config, self._steps)
         self.method: Method = build_method(
-            config,
-            backbone,
-            head,
-            self.optimizer,
-            class_counts,
-            len(train_set),  # type: ignore[arg-type]
-            self.group,
+            config, backbone, head, self.optimizer, class_counts, train_set, self.group
         )
         if meta_set is None and self.method.needs_meta_batch:
             raise complain(
@@ -216,7 +211,7 @@ class Trainer:
                 raise ValueError(f"{error} ({place})") from error
             got = "a classifier that is not finite"
             raise diverged(got, self._step, self.epoch) from error
-        if isinstance(result, MetaStep):
+        if isinstance(result, MetaStep) and result.epsilon is not None:
             own = result.epsilon[own_part(len(result.epsilon), self.group)]
             result = dataclasses.replace(result, epsilon=own)
         self._measures.record(self.batch, result, batch[1])
