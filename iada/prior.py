@@ -12,6 +12,12 @@ def log_class_prior(class_counts: Tensor, num_classes: int | None = None) -> Ten
     A class without samples counts as one, so that no logit becomes −inf.
     Raises ValueError for counts that are negative, not finite or of another length.
     """
+    counts = checked_counts(class_counts, num_classes)
+    return (counts / counts.sum()).log().float()
+
+
+def checked_counts(class_counts: Tensor, num_classes: int | None = None) -> Tensor:
+    """Samples of each class, (C) float64, at least 1; ValueError as by `log_class_prior`."""
     expected = "samples of each class, (C)" if num_classes is None else f"({num_classes},) counts"
     check_tensor("class_counts", class_counts, expected)
     check_sizes("class_counts", class_counts, expected, (num_classes,))
@@ -23,5 +29,4 @@ def log_class_prior(class_counts: Tensor, num_classes: int | None = None) -> Ten
             str(class_counts.tolist()),
             "count the training labels: torch.bincount(labels, minlength=C)",
         )
-    counts = counts.clamp(min=1)
-    return (counts / counts.sum()).log().float()
+    return counts.clamp(min=1)

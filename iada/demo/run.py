@@ -62,7 +62,9 @@ class StrengthLog:
         self.epsilon: list[Tensor] = []
 
     def __call__(self, trainer: Trainer, batch: Sequence[Any], result: Any) -> None:
-        if isinstance(result, MetaStep) and trainer.epoch >= self.first_epoch:
+        if trainer.epoch < self.first_epoch or not isinstance(result, MetaStep):
+            return
+        if result.epsilon is not None:
             self.index.append(batch[2])
             self.epsilon.append(result.epsilon)
 

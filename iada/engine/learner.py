@@ -158,7 +158,10 @@ class Learner:
         loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
         features: Tensor,
     ) -> tuple[Tensor, HeadGradients]:
-        """A loss of (features, weight, bias), detached, and its gradients; features (N, A)."""
+        """A loss of (features, weight, bias), detached, and its gradients; features (N, A).
+
+        The loss depends on the features; weight or bias it may leave out.
+        """
         head = self.classifier.head
         features = features.detach().requires_grad_()
         leaves = [features]
@@ -169,7 +172,8 @@ class Learner:
         with torch.enable_grad():
             value = loss(features, leaves[1], leaves[2] if head.bias is not None else None)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = dict(zip(map(id, wanted), torch.autograd.grad(value, wanted), strict=True))
+        given = torch.autograd.grad(value, wanted, allow_unused=True)
+        found = dict(zip(map(id, wanted), given, strict=True))
         grads = [found.get(id(leaf)) for leaf in leaves]
         bias = grads[2] if head.bias is not None else None
         assert grads[0] is not None

@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from iada.covariance import ClassCovariance
 from iada.distributed import Group
@@ -42,11 +41,12 @@ from iada.engine.meta_gradient import MetaPasses
 from iada.engine.passes import Passes, RandomState
 from iada.engine.plain import plain_step
 from iada.engine.projection import nearest_positive_semidefinite
+from iada.engine.strengths import ConstantStrengths, LearnedStrengths
 from iada.engine.virtual import VirtualStep
 from iada.loss import fused_loss
 from iada.perturbation import PerturbationNet
 from iada.prior import log_class_prior
-from iada.sample_characteristics import TrainingMemory, characteristics, loss_and_margin
+from iada.sample_characteristics import TrainingMemory, loss_and_margin
 from iada.validation import complain
 from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.dispatch import select_backend
@@ -60,13 +60,13 @@ class MetaStep:
     """What one iteration did, as detached tensors: reading one waits for its device.
 
     loss: Eq. 10's loss before its step, (). meta_loss: CE at φ̄, (), of the last meta step where
-    this iteration had none. epsilon: the strengths of Eq. 10, (N). All of the whole batch where
-    processes share it.
+    this iteration had none. epsilon: the strengths of Eq. 10, (N); None without a perturbation. All
+    of the whole batch where processes share it.
     """
 
     loss: Tensor
     meta_loss: Tensor
-    epsilon: Tensor
+    epsilon: Tensor | None
 
 
 class MetaIADA:
@@ -92,7 +92,10 @@ class MetaIADA:
         class_counts: training samples of each class, (C).
         perturbation: the network Ω; a new `PerturbationNet` by default.
         perturbation_optimizer: its optimizer; Adam at 1e-3 by default, as in the paper.
+        epsilon: a number stands for the strengths of all samples, without Ω; 0 for no perturbation.
         covariance: a `ClassCovariance`; a new full one by default.
+        class_weights: of each class, (C), by which Eq. 7 and 10 weigh their losses: Σ ω_y ℓ / Σ ω_y
+            over the batch, as F.cross_entropy with a weight. None for the mean.
         memory: last epoch's values for the characteristics; by default one of class means only.
             Call `end_epoch()` after each epoch.
         alpha, beta: of Eq. 6; plain attributes, to be annealed.
@@ -131,7 +134,9 @@ class MetaIADA:
         *,
         perturbation: PerturbationNet | None = None,
         perturbation_optimizer: torch.optim.Optimizer | None = None,
+        epsilon: float | None = None,
         covariance: ClassCovariance | None = None,
+        class_weights: Tensor | None = None,
         memory: TrainingMemory | None = None,
         alpha: float = 0.5,
         beta: float = 1.0,
@@ -163,10 +168,7 @@ class MetaIADA:
         self.classifier = Classifier(backbone, head)
         self.optimizer = optimizer
         self.log_prior = log_class_prior(class_counts, num_classes).to(device, dtype)
-        self.perturbation = perturbation or PerturbationNet().to(device, dtype)
-        self.perturbation_optimizer = perturbation_optimizer or torch.optim.Adam(
-            self.perturbation.parameters(), lr=1e-3
-        )
+        self.class_weights = None if class_weights is None else class_weights.to(device, dtype)
         self.covariance = covariance or ClassCovariance(num_classes, width).to(device, dtype)
         self.memory = memory or TrainingMemory(num_classes).to(device, dtype)
         self.alpha, self.beta = alpha, beta
@@ -176,6 +178,16 @@ class MetaIADA:
         self.projections = torch.zeros((), dtype=torch.int64, device=device)
         self.hypergradient, self.scope, self.interval = hypergradient, scope, interval
         scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+        self.perturbation: PerturbationNet | None = None
+        self._strengths: LearnedStrengths | ConstantStrengths
+        if epsilon is None:
+            self.perturbation = perturbation or PerturbationNet().to(device, dtype)
+            adam = perturbation_optimizer or torch.optim.Adam(
+                self.perturbation.parameters(), lr=1e-3
+            )
+            self._strengths = LearnedStrengths(self.perturbation, adam, self.log_prior, scaler)
+        else:
+            self._strengths = ConstantStrengths(epsilon)
         self._learner = Learner(self.classifier, optimizer, scaler, process_group)
         self._virtual = VirtualStep(virtual_momentum, virtual_weight_decay)
         self._virtual.check(optimizer)
@@ -217,19 +229,13 @@ class MetaIADA:
             features = self._passes.first(rows.inputs)
             whole = self._learner.gather(features, rows)
             self.covariance.update(whole, rows.labels)
-            head = self.classifier.head
-            with torch.no_grad():
-                logits = linear(whole, head.weight, head.bias)
-            traits = characteristics(
-                whole, logits, rows.labels, head.weight, self.log_prior, self.memory, rows.index
-            )
-            self.memory.record(traits[:, 0], traits[:, 1], rows.labels, rows.index)
+            traits = self._strengths.traits(whole, self.classifier.head, rows, self.memory)
             sigma = self.covariance.covariance
             if meta_rows is not None:
                 features, sigma = self._meta_step(
                     features, whole, traits, rows, random_state, meta_rows
                 )
-            epsilon = self._strengths(traits, moves_buffers=meta_rows is None)
+            epsilon = self._strengths.values(traits, moves_buffers=meta_rows is None)
             loss, grads = self._head_gradients(whole, rows, sigma, epsilon)
             self._learner.descend(features, grads, rows, self.clip_norm)
         self._steps += 1
@@ -261,7 +267,7 @@ class MetaIADA:
 
     def learned(self) -> list[Tensor]:
         """Σ and Ω: what must stay finite beside the classifier."""
-        return [self.covariance.covariance, *self.perturbation.parameters()]
+        return [self.covariance.covariance, *self._strengths.parameters()]
 
     def state_dict(self) -> dict[str, Any]:
         """Ω, its optimizer, Σ with its statistics, the memory, and where the engine stands.
@@ -269,8 +275,7 @@ class MetaIADA:
         Not the classifier, its optimizer, nor the scaler: they are the caller's.
         """
         return {
-            "perturbation": self.perturbation.state_dict(),
-            "perturbation_optimizer": self.perturbation_optimizer.state_dict(),
+            **self._strengths.state_dict(),
             "covariance": self.covariance.state_dict(),
             "memory": self.memory.state_dict(),
             "projections": self.projections,
@@ -282,8 +287,7 @@ class MetaIADA:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self.perturbation.load_state_dict(state["perturbation"])
-        self.perturbation_optimizer.load_state_dict(state["perturbation_optimizer"])
+        self._strengths.load_state_dict(state)
         self.covariance.load_state_dict(state["covariance"])
         self.memory.load_state_dict(state["memory"])
         self.projections.copy_(state["projections"])
@@ -302,11 +306,10 @@ class MetaIADA:
         meta_rows: Rows,
     ) -> tuple[Tensor, Tensor]:
         """Eq. 7 to 9: moves Ω and Σ. The features to go on with, and the Σ that Eq. 10 takes."""
-        with torch.enable_grad():
-            epsilon = self.perturbation(traits)
+        epsilon = self._strengths.differentiable(traits)
         if self.hypergradient == "double-backward":
             return features, self._by_double_backward(features, epsilon, rows, meta_rows)
-        strengths = epsilon.detach()
+        strengths = None if epsilon is None else epsilon.detach()
         _, grads = self._head_gradients(whole, rows, self.covariance.covariance, strengths)
         found = self._meta_passes.run(features, grads, rows, random_state, meta_rows)
         self._meta_loss = found.meta_loss
@@ -320,26 +323,35 @@ class MetaIADA:
             strengths,
             self.log_prior,
         )
-        options = LossOptions(float(self.alpha), float(self.beta), -100, "mean")
+        weights = self.class_weights
+        reduction = "mean" if weights is None else "sum"
+        options = LossOptions(float(self.alpha), float(self.beta), -100, reduction)
         backend = select_backend(None, whole.device, whole.dtype)
         grad_epsilon, sums = backend.hypergradient(inputs, options, tangents, True)
-        assert grad_epsilon is not None
         scaled = self._learner.scaler.is_enabled()
         sigma = self.covariance.covariance
         if scaled or not self.persistent:
             sigma = sigma.clone()
+        # Weights of classes scale what each class's samples give: its Σ's gradient, and their ε's.
+        step = sigma if weights is None else torch.zeros_like(sigma)
         backend.covariance_step(
-            sigma, head.weight.detach(), tangents.weight, sums, -self.covariance_lr
+            step, head.weight.detach(), tangents.weight, sums, -self.covariance_lr
         )
+        if weights is not None:
+            own = weights[rows.labels]
+            step *= (weights / own.sum()).view(-1, *[1] * (step.dim() - 1))
+            sigma += step
+            grad_epsilon = None if grad_epsilon is None else grad_epsilon * (own / own.sum())
         if scaled:  # as the optimizers do where a gradient overflows
-            fine = torch.isfinite(grad_epsilon).all() & torch.isfinite(tangents.weight).all()
+            fine = torch.isfinite(tangents.weight).all()
+            if grad_epsilon is not None:
+                fine &= torch.isfinite(grad_epsilon).all()
             sigma = torch.where(fine, sigma, self.covariance.covariance)
-        omega = self._omega()
-        self._step_perturbation(torch.autograd.grad(epsilon, omega, grad_epsilon.to(epsilon.dtype)))
+        self._strengths.learn(epsilon, grad_epsilon, self._learner.scale())
         return found.features, self._keep(sigma)
 
     def _by_double_backward(
-        self, features: Tensor, epsilon: Tensor, rows: Rows, meta_rows: Rows
+        self, features: Tensor, epsilon: Tensor | None, rows: Rows, meta_rows: Rows
     ) -> Tensor:
         """Eq. 7 to 9 by the oracle; the Σ that Eq. 10 takes."""
         head = self.classifier.head
@@ -351,7 +363,7 @@ class MetaIADA:
         loss = self._loss(features, head.weight, head.bias, rows.labels, sigma, epsilon)
         self._meta_loss, (grad_sigma, *grads) = double_backward(
             loss,
-            [sigma, *self._omega()],
+            [sigma, *self._strengths.parameters()],
             trained,
             self.optimizer,
             self._virtual,
@@ -359,19 +371,10 @@ class MetaIADA:
             head,
             meta_rows,
         )
-        self._step_perturbation(grads)
+        self._strengths.step(grads, self._learner.scale())
         if sigma.dim() == 3:
             grad_sigma = (grad_sigma + grad_sigma.mT) / 2
         return self._keep(sigma.detach() - self.covariance_lr * grad_sigma)
-
-    def _omega(self) -> list[nn.Parameter]:
-        return [p for p in self.perturbation.parameters() if p.requires_grad]
-
-    def _step_perturbation(self, grads: Sequence[Tensor]) -> None:
-        """Eq. 8."""
-        for parameter, grad in zip(self._omega(), grads, strict=True):
-            parameter.grad = grad * self._learner.scale()
-        self._learner.scaler.step(self.perturbation_optimizer)
 
     @torch.no_grad()
     def _keep(self, sigma: Tensor) -> Tensor:
@@ -383,16 +386,8 @@ class MetaIADA:
             self.covariance.covariance.copy_(sigma)
         return sigma
 
-    @torch.no_grad()
-    def _strengths(self, traits: Tensor, moves_buffers: bool) -> Tensor:
-        """ε (N); the running statistics of Ω's BatchNorm move once an iteration."""
-        if moves_buffers:
-            return self.perturbation(traits)
-        buffers = {name: buffer.clone() for name, buffer in self.perturbation.named_buffers()}
-        return functional_call(self.perturbation, buffers, (traits,))
-
     def _head_gradients(
-        self, whole: Tensor, rows: Rows, sigma: Tensor, epsilon: Tensor
+        self, whole: Tensor, rows: Rows, sigma: Tensor, epsilon: Tensor | None
     ) -> tuple[Tensor, HeadGradients]:
         """Eq. 6 and its gradients by features and head."""
         return self._learner.head_gradients(
@@ -406,9 +401,9 @@ class MetaIADA:
         bias: Tensor | None,
         labels: Tensor,
         sigma: Tensor,
-        epsilon: Tensor,
+        epsilon: Tensor | None,
     ) -> Tensor:
-        return fused_loss(
+        losses = fused_loss(
             features,
             weight,
             bias,
@@ -418,7 +413,12 @@ class MetaIADA:
             log_prior=self.log_prior,
             alpha=self.alpha,
             beta=self.beta,
+            reduction="mean" if self.class_weights is None else "none",
         )
+        if self.class_weights is None:
+            return losses
+        own = self.class_weights[labels]
+        return torch.linalg.vecdot(losses, own.to(losses.dtype)) / own.sum()
 
 
 def _check_modes(hypergradient: str, scope: str, interval: int) -> None:

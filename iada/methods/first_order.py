@@ -1,6 +1,6 @@
 """The methods that need no meta set: CE, Logit Adjustment and ISDA, all on `fused_loss`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from iada.covariance import ClassCovariance
 from iada.distributed import Group
-from iada.engine.learner import Classifier, Learner
+from iada.engine.learner import Classifier, Learner, Rows
 from iada.engine.passes import Passes
 from iada.engine.plain import plain_step
 from iada.loss import fused_loss
@@ -16,7 +16,7 @@ from iada.prior import log_class_prior
 
 
 class FirstOrder:
-    """One optimizer step a batch on a special case of Eq. 6.
+    """One optimizer step a batch on a loss of the head; here on a special case of Eq. 6.
 
     covariance None and beta 0 is CE; covariance None and beta 1 is Logit Adjustment (Balanced
     Softmax); a covariance and beta 0 is ISDA, whose alpha is to be ramped.
@@ -45,13 +45,17 @@ class FirstOrder:
         process_group: Group = None,
     ) -> None:
         device, dtype = head.weight.device, torch.promote_types(torch.float32, head.weight.dtype)
-        self.head = head
         self.log_prior = log_class_prior(class_counts, head.out_features).to(device, dtype)
         self.covariance = covariance
         self.alpha, self.beta, self.clip_norm = alpha, beta, clip_norm
         scaler = torch.amp.GradScaler(device.type, enabled=False)
         self._learner = Learner(Classifier(backbone, head), optimizer, scaler, process_group)
         self._passes = Passes(backbone, device)
+
+    @property
+    def head(self) -> nn.Linear:
+        """What evaluation classifies features by."""
+        return self._learner.classifier.head
 
     def begin_epoch(
         self, epoch: int, order: Sequence[list[int]], first_step: int
@@ -61,32 +65,39 @@ class FirstOrder:
 
     def cross_entropy_step(self, batch: Sequence[Any]) -> Tensor:
         """Plain CE on (inputs, labels, ...); the loss, detached."""
-        return self._step(batch, None, 0.0)
+        rows = self._learner.rows("batch", batch, 0)
+        return self._descend(rows, lambda h, w, b: self.cross_entropy(h, w, b, rows.labels))
 
     def step(self, batch: Sequence[Any], meta_batch: Sequence[Any] | None = None) -> Tensor:
         """The method's own loss on (inputs, labels, ...), detached; the meta batch is not used."""
-        return self._step(batch, self.covariance, self.beta)
-
-    def _step(
-        self, batch: Sequence[Any], covariance: ClassCovariance | None, beta: float
-    ) -> Tensor:
         rows = self._learner.rows("batch", batch, 0)
+        return self._descend(rows, lambda h, w, b: self.loss(h, w, b, rows.labels))
 
-        def loss(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            if covariance is not None:
-                covariance.update(features, rows.labels)
-            return fused_loss(
-                features,
-                weight,
-                bias,
-                rows.labels,
-                covariance=covariance,
-                log_prior=self.log_prior,
-                alpha=self.alpha,
-                beta=beta,
-            )
-
+    def _descend(
+        self, rows: Rows, loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    ) -> Tensor:
         return plain_step(self._learner, self._passes, rows, loss, self.clip_norm)
+
+    def loss(self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        """The method's loss () of the head on features (N, A)."""
+        if self.covariance is not None:
+            self.covariance.update(features, labels)
+        return fused_loss(
+            features,
+            weight,
+            bias,
+            labels,
+            covariance=self.covariance,
+            log_prior=self.log_prior,
+            alpha=self.alpha,
+            beta=self.beta,
+        )
+
+    def cross_entropy(
+        self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    ) -> Tensor:
+        """The loss of the plain epochs."""
+        return fused_loss(features, weight, bias, labels, covariance=None)
 
     def end_epoch(self) -> None:
         """Nothing is kept from epoch to epoch."""

@@ -58,8 +58,8 @@ def paper(options: argparse.Namespace) -> int:
     if options.table is None:
         raise complain("--table", "a table of the papers", "none", "pass one, or --list")
     if options.data is None:
-        chosen = "; ".join(dict.fromkeys(r.needs for r in _chosen(options)))
-        raise complain("--data", f"a path ({chosen})", "none", "pass where the data set lies")
+        needs = "; ".join(dict.fromkeys(recipe.needs for recipe in _chosen(options)))
+        raise complain("--data", f"a path ({needs})", "none", "pass where the data set lies")
     for name in ("seeds", "evaluate_every"):
         if getattr(options, name) < 1:
             text = f"--{name.replace('_', '-')}"

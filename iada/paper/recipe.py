@@ -55,10 +55,12 @@ class Contestant:
 class Recipe:
     """One experiment.
 
-    name: "table2/cifar10-100".  source: table and paper.  metrics: the columns of the table, names
-    of `iada.metrics.METRICS`.  selection: the epoch that the paper reports, "last" or "best".
-    needs: the data set, in words.  data: the reader's name in `iada.datasets.READERS`, as "reader",
-    and its options.  scenario: the name in `iada.scenarios.SCENARIOS`, and its parameters.  published: rows of the table that have no method here.
+    name: "table2/cifar10-100".  source: table and paper.  needs: the data set, in words.
+    metrics: the columns of the table, names of `iada.metrics.METRICS`.
+    selection: the epoch that the paper reports, "last" or "best".
+    data: the reader's name in `iada.datasets.READERS`, as "reader", and its options.
+    scenario: the name in `iada.scenarios.SCENARIOS`, as "name", and its parameters.
+    published: rows of the table that have no method here.
     """
 
     name: str
@@ -196,6 +198,7 @@ def shortened(config: TrainerConfig, epochs: int) -> TrainerConfig:
         config,
         epochs=epochs,
         ce_epochs=round(config.ce_epochs * share),
+        finetune_epochs=max(1, round(config.finetune_epochs * share)),
         milestones=tuple(max(1, round(mark * share)) for mark in config.milestones),
         warmup_epochs=config.warmup_epochs * share,
     )

@@ -46,15 +46,12 @@ def estimate(
     seconds = []
     for plain in (True, False):
         served = iter(batches(views.train, order if plain else phase_two))
+        start = 0.0
         for step in range(WARM_UP + TIMED):
             if step == WARM_UP:
                 start = _now(place.device)
-            batch = trainer.speed.laid_out(to_device(tuple(next(served)), place.device))
-            with trainer.speed.autocast():
-                if plain:
-                    trainer.method.cross_entropy_step(batch)
-                else:
-                    trainer.method.step(batch, trainer.meta_batch(step))
+            batch = to_device(tuple(next(served)), place.device)
+            trainer.step_on(batch, None if plain else trainer.meta_batch(), not plain)
         seconds.append((_now(place.device) - start) / TIMED)
     count = min(len(split.test), 4 * config.batch_size)
     sample = torch.utils.data.Subset(views.test, range(count))
@@ -62,7 +59,8 @@ def estimate(
     trainer.outputs(sample)
     test = (_now(place.device) - start) / count * len(split.test)
     return Estimate(
-        *seconds,
+        seconds[0],
+        seconds[1],
         test,
         steps * config.ce_epochs,
         steps * (config.epochs - config.ce_epochs),

@@ -13,7 +13,21 @@ from iada.covariance import STRUCTURES
 from iada.engine.meta import HYPERGRADIENTS, SCOPES
 from iada.validation import complain
 
-METHODS = ("ce", "logit-adjustment", "isda", "meta-iada")
+METHODS = (
+    "ce",
+    "cb-ce",
+    "cb-focal",
+    "ldam-drw",
+    "logit-adjustment",
+    "isda",
+    "metasaug",
+    "meta-weight-net",
+    "meta-iada",
+    "cmo",
+    "afr",
+)
+STAGED = ("ldam-drw", "cmo", "afr")  # what they do depends on how far the run is
+PERTURBATIONS = ("learned", "constant")
 SCHEDULES = ("constant", "cosine", "multistep")
 UNITS = ("epoch", "step")
 AUTOCASTS = ("none", "bfloat16")
@@ -37,6 +51,10 @@ LEAST = {
     "covariance_lr": 0,
     "clip_norm": 0,
     "warmup_epochs": 0,
+    "class_beta": 0,
+    "focal_gamma": 0,
+    "reweight_from": 0,
+    "finetune_epochs": 1,
 }
 
 
@@ -44,8 +62,9 @@ LEAST = {
 class TrainerConfig:
     """Settings of `iada.Trainer`, with the paper's values for CIFAR-LT as defaults.
 
-    method: "ce", "logit-adjustment", "isda" or "meta-iada".
-    epochs: T2 of Algorithm 1, in epochs.  ce_epochs: T1, the epochs of plain CE before the method.
+    method: one of METHODS; docs/training.md has what each minimises, its source and its cost.
+    epochs: T2 of Algorithm 1, in epochs.  ce_epochs: T1, the epochs of plain CE before the method:
+    0 for those that are published without, which are all but Meta-IADA and MetaSAug.
     batch_size, meta_batch_size: n and m of Algorithm 1.
     optimizer: of the classifier, by its name in torch.optim: "SGD", "Adam", "AdamW", …
     lr, momentum, weight_decay: its arguments (momentum where it has one); lr is η₁.
@@ -56,8 +75,17 @@ class TrainerConfig:
     schedule_each: "epoch" or "step": how often lr moves.
     alpha, beta: of Eq. 6.  alpha_ramp: alpha rises linearly from 0 over the method's epochs, as
     in ISDA.
-    perturbation_lr: Adam's on Ω (η₂ of Eq. 8).  covariance_lr: η₂ of Eq. 9.
+    perturbation_lr: Adam's on Ω (η₂ of Eq. 8), or on Meta-Weight-Net's network.
+    covariance_lr: η₂ of Eq. 9; MetaSAug's published value is 0.1.
     structure: of the covariance, "full" or "diag".
+    perturbation: of Meta-IADA, "learned", or "constant": ε is `epsilon` for all samples. Ablations
+    are alpha = 0 (without generalization), constant 0 (without robustness), beta = 0 (without
+    fairness) and scope = "head".
+    class_beta: β of the class-balanced weights (cb-ce, cb-focal, ldam-drw, metasaug).
+    focal_gamma: γ of cb-focal.
+    reweight_from: share of the epochs after which ldam-drw weighs its classes; 160 of 200.
+    finetune_epochs: the last epochs, AFR's second stage.  finetune_lr: lr at its start, from which
+    it falls to 0 as a cosine; `schedule` is the first stage's.
     persistent, project, hypergradient, scope, interval, low_memory: see `MetaIADA`.
     clip_norm: largest norm of the classifier's gradient, 0 for no clipping.
     seed: of initialisation, data order, and what the data set draws.
@@ -89,6 +117,13 @@ class TrainerConfig:
     perturbation_lr: float = 1e-3
     covariance_lr: float = 1e-3
     structure: str = "full"
+    perturbation: str = "learned"
+    epsilon: float = 0.0
+    class_beta: float = 0.9999
+    focal_gamma: float = 1.0
+    reweight_from: float = 0.8
+    finetune_epochs: int = 50
+    finetune_lr: float = 0.01
     persistent: bool = True
     project: bool = False
     hypergradient: str = "jvp"
@@ -109,6 +144,7 @@ class TrainerConfig:
             "schedule": SCHEDULES,
             "schedule_each": UNITS,
             "structure": STRUCTURES,
+            "perturbation": PERTURBATIONS,
             "hypergradient": HYPERGRADIENTS,
             "scope": SCOPES,
             "optimizer": OPTIMIZERS,
@@ -121,11 +157,17 @@ class TrainerConfig:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise complain(name, f"at least {least}", repr(getattr(self, name)), "raise it")
-        for name in ("lr", "perturbation_lr", "gamma"):
+        for name in ("lr", "perturbation_lr", "gamma", "finetune_lr"):
             if getattr(self, name) <= 0:
                 raise complain(name, "above 0", repr(getattr(self, name)), "raise it")
-        if self.momentum >= 1:
-            raise complain("momentum", "below 1", repr(self.momentum), "0.9 is usual")
+        for name, usual in {"momentum": 0.9, "class_beta": 0.9999}.items():
+            if getattr(self, name) >= 1:
+                raise complain(name, "below 1", repr(getattr(self, name)), f"{usual} is usual")
+        if self.reweight_from > 1:
+            raise complain("reweight_from", "a share", repr(self.reweight_from), "0.8 is usual")
+        if self.epsilon and self.perturbation == "learned":
+            remedy = "set perturbation too"
+            raise complain("epsilon", "0 with a learned perturbation", repr(self.epsilon), remedy)
         twice = {"lr", "momentum", "weight_decay"} & set(self.optimizer_options)
         if twice:
             name = min(twice)
@@ -143,16 +185,25 @@ class TrainerConfig:
                 repr(self.ce_epochs),
                 "set it too: it is the part of epochs that trains with plain CE first",
             )
+        if self.method == "afr" and self.finetune_epochs > self.epochs - self.ce_epochs:
+            raise complain(
+                "finetune_epochs",
+                f"at most epochs - ce_epochs = {self.epochs - self.ce_epochs}",
+                repr(self.finetune_epochs),
+                "set it too: it is the last part of epochs",
+            )
 
 
 def check_same_run(config: TrainerConfig, former: dict[str, Any]) -> None:
     """ValueError if a run with the settings `former` cannot go on with `config`.
 
-    `checkpoint_every` may differ, and `epochs` where no schedule depends on it.
+    `checkpoint_every` may differ, and `epochs` where nothing depends on it. A setting that the
+    former run did not know yet had its default.
     """
     free = {"checkpoint_every"}
-    if config.schedule != "cosine" and not config.alpha_ramp:
+    if config.schedule != "cosine" and not config.alpha_ramp and config.method not in STAGED:
         free.add("epochs")
+    former = {**dataclasses.asdict(TrainerConfig()), **former}
     for name, value in dataclasses.asdict(config).items():
         if name not in free and former.get(name) != value:
             raise complain(

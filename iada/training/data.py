@@ -49,11 +49,20 @@ class WholeBatches(Protocol):
         """Inputs, labels (N) and index (N) of these samples at this step of this run."""
 
 
+def labels_of(dataset: Dataset) -> Tensor | None:
+    """The labels (N) int64 of a data set that keeps them as an attribute `labels`; else None."""
+    labels = getattr(dataset, "labels", None)
+    if isinstance(labels, Tensor) and len(labels) == len(dataset):  # type: ignore[arg-type]
+        return labels.long()
+    return None
+
+
 def count_classes(dataset: Dataset, num_classes: int) -> Tensor:
-    """Samples of each class, (C), of a data set that has its labels; ValueError for another."""
-    if isinstance(dataset, TensorData | WholeBatches):
-        check_label_values(dataset.labels, num_classes, None)
-        return torch.bincount(dataset.labels, minlength=num_classes)
+    """Samples of each class, (C), if the data set has `labels_of`; else ValueError."""
+    labels = labels_of(dataset)
+    if labels is not None:
+        check_label_values(labels, num_classes, None)
+        return torch.bincount(labels, minlength=num_classes)
     raise complain(
         "class_counts",
         f"samples of each class, ({num_classes},)",

@@ -52,6 +52,8 @@ class EpochMeasures(nn.Module):
             return
         self.losses[place] = result.loss
         self.meta_losses[place] = result.meta_loss
+        if result.epsilon is None:
+            return
         epsilon, one = result.epsilon, torch.ones_like(labels)
         bins = ((epsilon + 1) * (HISTOGRAM_BINS / 2)).long().clamp(0, HISTOGRAM_BINS - 1)
         self.epsilon_histogram.index_add_(0, bins, one)

@@ -1,6 +1,7 @@
 """The optimizer of the classifier and how its learning rate, and alpha, change."""
 
 import inspect
+import math
 from collections.abc import Iterable
 
 import torch
@@ -46,10 +47,11 @@ def build_schedule(
 ) -> lr_scheduler.LRScheduler:
     """Warm-up, then `config.schedule`; to be stepped once an epoch or, on demand, once a step.
 
-    steps: of one epoch.
+    AFR's second stage has a cosine of its own. steps: of one epoch.
     """
     unit = steps if config.schedule_each == "step" else 1
-    warmup, total = round(config.warmup_epochs * unit), config.epochs * unit
+    own_epochs = config.epochs - (config.finetune_epochs if config.method == "afr" else 0)
+    warmup, total = round(config.warmup_epochs * unit), own_epochs * unit
     if config.schedule == "cosine":
         main: lr_scheduler.LRScheduler = lr_scheduler.CosineAnnealingLR(
             optimizer, max(1, total - warmup)
@@ -60,10 +62,19 @@ def build_schedule(
         main = lr_scheduler.MultiStepLR(
             optimizer, [mark * unit - warmup for mark in marks], config.gamma
         )
-    if not warmup:
-        return main
-    rise = lr_scheduler.LinearLR(optimizer, WARMUP_START, total_iters=warmup)
-    return lr_scheduler.SequentialLR(optimizer, [rise, main], [warmup])
+    parts, ends = [main], []
+    if warmup:
+        rise = lr_scheduler.LinearLR(optimizer, WARMUP_START, total_iters=warmup)
+        parts, ends = [rise, main], [warmup]
+    if config.method == "afr":
+        length, share = config.finetune_epochs * unit, config.finetune_lr / config.lr
+
+        def fall(step: int) -> float:
+            return share * (1 + math.cos(math.pi * min(step, length) / length)) / 2
+
+        parts.append(lr_scheduler.LambdaLR(optimizer, fall))
+        ends.append(total)
+    return lr_scheduler.SequentialLR(optimizer, parts, ends) if ends else main
 
 
 def alpha_at(config: TrainerConfig, epoch: int) -> float:

@@ -55,8 +55,8 @@ class Trainer:
         class_counts: training samples of each class (C); read from the labels of a `TensorData`.
         folder: where checkpoint.pt and log.csv are kept; None for neither.
         observe: called after each step of the second phase with (trainer, batch, result): result
-            is a `MetaStep` with the strengths of this batch, or the loss of a baseline. Its state
-            is checkpointed if it has state_dict and load_state_dict.
+            is a `MetaStep` with the strengths of this batch, or the loss of a method without a
+            meta set. Its state is checkpointed if it has state_dict and load_state_dict.
         validation_set: measured after each epoch into `history`.
         measure: called after each epoch with the trainer, in evaluation mode; the plain numbers
             that it returns by name go into `history` too.
@@ -124,13 +124,7 @@ class Trainer:
         self.optimizer = build_optimizer(self._parameters(), config)
         self.scheduler = build_schedule(self.optimizer, config, self._steps)
         self.method: Method = build_method(
-            config,
-            stepped,
-            head,
-            self.optimizer,
-            class_counts,
-            len(train_set),  # type: ignore[arg-type]
-            self.group,
+            config, stepped, head, self.optimizer, class_counts, train_set, self.group
         )
         if meta_set is None and self.method.needs_meta_batch:
             raise complain(
@@ -199,9 +193,9 @@ class Trainer:
         for _ in rest:
             with self._times.phase("data"):
                 batch = next(train)
-                meta_batch = self._meta_batch() if meta_phase else None
+                meta_batch = self.meta_batch() if meta_phase else None
             with self._times.phase("step"):
-                self._step_on(batch, meta_batch, meta_phase)
+                self.step_on(batch, meta_batch, meta_phase)
                 watch.look(self.batch)
             if self.batch < len(order) and any_rank(stopped(), self.group):
                 self._check_finite(watch)  # a diverged state must not replace a good checkpoint
@@ -211,7 +205,7 @@ class Trainer:
         self._end_epoch(write)
         return not any_rank(stopped(), self.group)
 
-    def _step_on(self, batch: Any, meta_batch: Any, meta_phase: bool) -> None:
+    def step_on(self, batch: Any, meta_batch: Any, meta_phase: bool) -> None:
         """One step of the method, or of plain CE before it."""
         try:
             with self.speed.autocast():
@@ -225,7 +219,7 @@ class Trainer:
                 raise ValueError(f"{error} ({place})") from error
             got = "a classifier that is not finite"
             raise diverged(got, self._step, self.epoch) from error
-        if isinstance(result, MetaStep):
+        if isinstance(result, MetaStep) and result.epsilon is not None:
             own = result.epsilon[own_part(len(result.epsilon), self.group)]
             result = dataclasses.replace(result, epsilon=own)
         self._measures.record(self.batch, result, batch[1])
@@ -340,7 +334,7 @@ class Trainer:
             parts["observe"] = self.observe
         return parts
 
-    def _meta_batch(self) -> tuple[Any, ...] | None:
+    def meta_batch(self) -> tuple[Any, ...] | None:
         """The next step's place in an endless stream of the meta set, if the method asks for it."""
         if self.meta_set is None or not self.method.needs_meta_batch:
             return None

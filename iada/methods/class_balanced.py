@@ -1,0 +1,53 @@
+"""Class-Balanced CE and Focal: losses weighted by the effective number of samples."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iada.engine.learner import linear
+from iada.methods.class_weights import class_balanced_weights
+from iada.methods.first_order import FirstOrder
+
+
+class ClassBalanced(FirstOrder):
+    """(1/n) Σ ω_y (1 − p_y)^γ CE(z, y), with p = softmax(z) and ω by `class_balanced_weights`.
+
+    Cui et al., CVPR 2019: γ = 0 is their CB-CE. Their focal term is on C sigmoids; this is the
+    softmax form that Cao et al. (NeurIPS 2019) and later long-tail work compare with, there with
+    γ = 1. As in Cui et al. the weighted sum is divided by n, not by the sum of the weights.
+
+    Args:
+        class_beta: β of the weights.
+        focal_gamma: γ.
+        others: as in `FirstOrder`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Linear,
+        optimizer: torch.optim.Optimizer,
+        class_counts: Tensor,
+        *,
+        class_beta: float = 0.9999,
+        focal_gamma: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(backbone, head, optimizer, class_counts, **options)
+        weights = class_balanced_weights(class_counts, class_beta)
+        self.class_weights = weights.to(self.log_prior)
+        self.focal_gamma = focal_gamma
+
+    def loss(self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        """The mean over the batch."""
+        log_p = linear(features, weight, bias).log_softmax(dim=1)
+        losses = F.nll_loss(log_p, labels, reduction="none")
+        if self.focal_gamma:
+            # 1 − p_y as the sum of the others keeps the digits of a confident sample.
+            rest = log_p.exp().scatter(1, labels[:, None], 0.0).sum(dim=1)
+            # x^γ has no derivative at 0 for γ below 1, and 0 is what p_y rounds to there.
+            tiny = torch.finfo(rest.dtype).tiny
+            losses = losses * rest.clamp(min=tiny) ** self.focal_gamma
+        return (losses * self.class_weights[labels]).mean()

@@ -1,0 +1,154 @@
+"""Context-rich Minority Oversampling with Balanced Softmax.
+
+Park et al., "The Majority Can Help the Minority", CVPR 2022, as its published code has it: in half
+of the steps (p = 0.5) a box of an image drawn by inverse class frequency is pasted over each image
+of the batch, at the same place in all; λ ~ Beta(1, 1) and the box takes 1 − λ of the area. With λ
+the share that is left of the background, the loss is λ ℓ(z, y_background) + (1 − λ) ℓ(z,
+y_foreground). None in the first four and the last three epochs.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from iada.methods.first_order import FirstOrder
+from iada.training.random_state import seed_of
+from iada.validation import check_label_values, complain
+
+SHARE = 0.5  # of the steps
+FIRST_WITHOUT, LAST_WITHOUT = 4, 3  # epochs
+STREAM = 0x636D6F  # keeps these draws apart from others of the same seed and step
+
+
+@dataclass(frozen=True)
+class Paste:
+    """What one step pastes. rest: λ as drawn; centre: of the box, in shares of height and width.
+
+    adversarial: rows among the foregrounds that are to be attacked first (see `afr`).
+    """
+
+    rest: float
+    centre: tuple[float, float]
+    adversarial: Sequence[int] = ()
+
+    def box(self, height: int, width: int) -> tuple[slice, slice]:
+        """Rows and columns of the box, which the image's border cuts off."""
+        share = math.sqrt(1.0 - self.rest)
+        sides = []
+        for size, centre in zip((height, width), self.centre, strict=True):
+            half, middle = int(size * share) // 2, int(size * centre)
+            sides.append(slice(max(0, middle - half), min(size, middle + half)))
+        return sides[0], sides[1]
+
+
+class ForegroundPool:
+    """Entries of the training set, drawn with replacement so that all classes come equally often.
+
+    labels: of each entry, (M). rows: which row of the training set each is, (M).
+    """
+
+    def __init__(self, labels: np.ndarray, rows: np.ndarray) -> None:
+        self.rows = rows
+        weights = 1.0 / np.bincount(labels)[labels]
+        self.cumulative = np.cumsum(weights) / weights.sum()
+
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """`count` entries' places in the pool."""
+        places = np.searchsorted(self.cumulative, rng.random(count), side="right")
+        return np.minimum(places, len(self.rows) - 1)
+
+
+class CMO(FirstOrder):
+    """See above. Beside each row of such a step another one is loaded: twice the data, one pass.
+
+    Args:
+        labels: of the training set, (N).
+        first_epoch, last_epoch: of the run, between which it takes place.
+        seed: of all draws, which depend on the step alone and so on no stop.
+        options: as in `FirstOrder`, without process_group.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Linear,
+        optimizer: torch.optim.Optimizer,
+        class_counts: Tensor,
+        *,
+        labels: Tensor,
+        first_epoch: int = 0,
+        last_epoch: int = 200,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(backbone, head, optimizer, class_counts, beta=1.0, **options)
+        check_label_values(labels, head.out_features, None)
+        self.labels = labels.cpu()
+        self.first_epoch, self.last_epoch, self.seed = first_epoch, last_epoch, seed
+        self.pool = ForegroundPool(self.labels.numpy(), np.arange(len(labels)))
+        self._plans: deque[Paste | None] = deque()
+
+    def begin_epoch(
+        self, epoch: int, order: Sequence[list[int]], first_step: int
+    ) -> Sequence[list[int]]:
+        """The rows, and after them the foregrounds' in those steps that paste."""
+        active = self.first_epoch + FIRST_WITHOUT <= epoch < self.last_epoch - LAST_WITHOUT
+        return self._plan(order, first_step, SHARE if active else 0.0)
+
+    def _plan(
+        self, order: Sequence[list[int]], first_step: int, share: float
+    ) -> Sequence[list[int]]:
+        """Decide for each step whether it pastes, and what."""
+        self._plans.clear()
+        wanted = []
+        for step, rows in enumerate(order, first_step):
+            rng = np.random.default_rng(seed_of(self.seed, STREAM, step))
+            plan, foregrounds = None, []
+            if rng.random() < share:
+                centre = (rng.random(), rng.random())
+                rest = rng.beta(1.0, 1.0)
+                places = self.pool.draw(rng, len(rows))
+                foregrounds = self.pool.rows[places].tolist()
+                plan = Paste(rest, centre, self._adversarial(places))
+            self._plans.append(plan)
+            wanted.append([*rows, *foregrounds])
+        return wanted
+
+    def _adversarial(self, places: np.ndarray) -> Sequence[int]:
+        """Which of the foregrounds are to be attacked: none."""
+        return ()
+
+    def step(self, batch: Sequence[Any], meta_batch: Sequence[Any] | None = None) -> Tensor:
+        """The loss of the mixed images, or of the images as they are; detached."""
+        plan = self._plans.popleft()
+        if plan is None:
+            return super().step(batch)
+        inputs, labels = batch[0], batch[1]
+        if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+            got = f"shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else "no tensor"
+            raise complain("inputs", "images (N, channels, H, W)", got, "take another method")
+        count = len(labels) // 2
+        foreground = self._foreground(inputs[count:], labels[count:], plan)
+        height, width = inputs.shape[2:]
+        rows, columns = plan.box(height, width)
+        mixed = inputs[:count].clone()
+        mixed[:, :, rows, columns] = foreground[:, :, rows, columns]
+        rest = 1.0 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+        batch_rows = self._learner.rows("batch", (mixed, labels[:count]), 0)
+        others = labels[count:].long()
+
+        def loss(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            own = self.loss(features, weight, bias, batch_rows.labels)
+            return rest * own + (1.0 - rest) * self.loss(features, weight, bias, others)
+
+        return self._descend(batch_rows, loss)
+
+    def _foreground(self, inputs: Tensor, labels: Tensor, plan: Paste) -> Tensor:
+        """What is pasted, (N, channels, H, W)."""
+        return inputs

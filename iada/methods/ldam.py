@@ -1,0 +1,97 @@
+"""LDAM-DRW: margins by class size on normalised features, and deferred re-weighting.
+
+Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019:
+
+    z_j  = s (cos(h, w_j) − Δ_j [j = y]),   Δ_c ∝ n_c^(−1/4), the largest one ½,   s = 30
+    loss = Σ ω_y CE(z, y) / Σ ω_y
+
+with ω = 1 until the re-weighting, from then on `class_balanced_weights`. As in their published code
+the weighted sum is divided by the sum of the weights.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iada.methods.class_weights import class_balanced_weights
+from iada.methods.first_order import FirstOrder
+from iada.prior import checked_counts
+
+SCALE, MAX_MARGIN = 30.0, 0.5
+
+
+class CosineLinear(nn.Linear):
+    """s cos(h, w_j): the logits of a head by its weight alone, which it shares; (N, A) → (N, C)."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = head.in_features, head.out_features
+        self.weight = head.weight
+        self.register_parameter("bias", None)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, A) → (N, C)."""
+        return cosine_logits(features, self.weight.to(features.dtype))
+
+
+def cosine_logits(features: Tensor, weight: Tensor) -> Tensor:
+    """s cos(h, w_j) of features (N, A) and weight (C, A), (N, C)."""
+    return SCALE * F.linear(F.normalize(features), F.normalize(weight))
+
+
+class LDAM(FirstOrder):
+    """See above. The head's bias is not used and stays as it is; evaluation goes by the cosines.
+
+    Args:
+        class_beta: β of the weights after re-weighting sets in.
+        reweight_epoch: from which epoch on that is; 160 of 200 in the paper.
+        others: as in `FirstOrder`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Linear,
+        optimizer: torch.optim.Optimizer,
+        class_counts: Tensor,
+        *,
+        class_beta: float = 0.9999,
+        reweight_epoch: int = 160,
+        **options: Any,
+    ) -> None:
+        super().__init__(backbone, head, optimizer, class_counts, **options)
+        margins = checked_counts(class_counts) ** -0.25
+        self.margins = (margins * (MAX_MARGIN / margins.max())).to(self.log_prior)
+        weights = class_balanced_weights(class_counts, class_beta)
+        self.class_weights = weights.to(self.log_prior)
+        self.reweight_epoch = reweight_epoch
+        self.reweights = False
+
+    @property
+    def head(self) -> nn.Linear:
+        """The cosines, scaled."""
+        return CosineLinear(self._learner.classifier.head)
+
+    def begin_epoch(
+        self, epoch: int, order: Sequence[list[int]], first_step: int
+    ) -> Sequence[list[int]]:
+        """The rows as they are; looks whether it is time for the weights."""
+        self.reweights = epoch >= self.reweight_epoch
+        return order
+
+    def loss(self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        """The weighted mean over the batch."""
+        logits = cosine_logits(features, weight.to(features.dtype))
+        margins = SCALE * self.margins[labels, None].to(logits.dtype)
+        logits = logits.scatter_add(1, labels[:, None], -margins)
+        weights = self.class_weights.to(logits.dtype) if self.reweights else None
+        return F.cross_entropy(logits, labels, weights)
+
+    def cross_entropy(
+        self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    ) -> Tensor:
+        """CE of the cosines: what evaluation goes by is trained before the margins come, too."""
+        return F.cross_entropy(cosine_logits(features, weight.to(features.dtype)), labels)
