@@ -1,4 +1,4 @@
-"""What `python -m iada` does: `demo` and `train`."""
+"""What `python -m iada` does: `demo`, `train` and `paper`."""
 
 import argparse
 import dataclasses
@@ -15,6 +15,7 @@ import torch
 
 from iada.backbones import mlp
 from iada.distributed import current_group, launched_group, rank_of
+from iada.paper.command import add_paper
 from iada.training.config import TrainerConfig, check_fields, read_toml
 from iada.training.data import TensorData
 from iada.training.files import check_writable
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_train(commands)
+    add_paper(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
