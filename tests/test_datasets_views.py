@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from iada.backbones.small import mlp
 from iada.datasets import Labelled, read_civilcomments, read_folder
 from iada.datasets.augment import HOLE, crop_flip, cutout
 from iada.datasets.draws import draws
 from iada.datasets.file_view import FileView, middle, random_part
 from iada.datasets.memory_view import CIFAR10, MemoryView
 from iada.datasets.text_view import TextView, load_tokenizer
-from iada.models import mlp
 from iada.training.config import TrainerConfig
 from iada.training.data import TensorData, batches, count_classes
 from iada.training.random_state import seed_of
