@@ -155,10 +155,11 @@ def test_memory_view_errors(change, message):
 
 def test_auto_augment_draws_by_place():
     pytest.importorskip("kornia.augmentation.auto")
-    view = MemoryView(labelled(12), CIFAR10, "autoaugment-cutout")
+    view = MemoryView(labelled(12), CIFAR10, "autoaugment-cutout", device="meta")
     assert not view.in_memory
+    loaded = next(iter(batches(view, [[0, 4, 7]], num_workers=2, seed=1, first_step=5)))
     whole = view.whole_batch(1, 5, [0, 4, 7])[0]
-    torch.rand(3)
+    assert torch.equal(loaded[0], whole)
     assert torch.equal(whole[1:], view.whole_batch(1, 5, [4, 7])[0])
     plain = MemoryView(labelled(12), CIFAR10, "crop-flip").whole_batch(1, 5, [0, 4, 7])[0]
     assert not torch.equal(whole, plain)
