@@ -125,9 +125,12 @@ def main(folder, methods):
     whole = make_trainer(folder / "whole", method=methods[-1])  # dropout: each rank its own masks
     whole.fit()
     check_stop_and_resume(folder / "part", methods[-1], whole)
-    normalised = make_trainer(method="ce", epochs=3, batch_norm=True)
-    normalised.fit()
-    check_alike(normalised)
+    for method in ("meta-iada", "ce"):
+        normalised = make_trainer(method=method, epochs=3, batch_norm=True)
+        normalised.fit()
+        check_alike(normalised)
+    with pytest.raises(ValueError, match="method: expected one process for cmo and afr"):
+        make_trainer(method="cmo")
     with pytest.raises(ValueError, match="batch_size: expected a row for each of 2 processes"):
         make_trainer(method="ce", batch_size=1)
     wrapped = torch.nn.parallel.DistributedDataParallel(normalised.backbone)

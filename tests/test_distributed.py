@@ -14,7 +14,15 @@ from iada.distributed import average, current_group, gather_rows, own_part, row_
 from iada.training.checkpoint import load_checkpoint
 
 TESTS = Path(__file__).parent
-METHODS = ("ce", "meta-iada", "logit-adjustment", "isda")
+METHODS = (
+    "ce",
+    "meta-iada",
+    "logit-adjustment",
+    "ldam-drw",
+    "metasaug",
+    "meta-weight-net",
+    "isda",
+)
 
 
 def torchrun(*arguments):
@@ -45,7 +53,8 @@ def folder(tmp_path_factory):
 def tensors(state):
     """Parameters, Ω, Σ and its statistics."""
     parts = {**state, **state["method"]}
-    names = [name for name in ("backbone", "head", "perturbation", "covariance") if name in parts]
+    names = ("backbone", "head", "perturbation", "weight_net", "covariance")
+    names = [name for name in names if name in parts]
     return {f"{n}.{k}": tensor.double() for n in names for k, tensor in parts[n].items()}
 
 

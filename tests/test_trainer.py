@@ -34,7 +34,7 @@ def make_trainer(folder=None, train_set=None, **settings):
     backbone, head = mlp(8, (16,), 3)
     backbone.append(torch.nn.Dropout(0.2))
     config = iada.TrainerConfig(**{**SMALL, **settings})
-    meta_set = make_data(15, seed=1) if config.method == "meta-iada" else None
+    meta_set = make_data(15, seed=1)
     data = make_data() if train_set is None else train_set
     counts = torch.tensor([20, 20, 20])
     return iada.Trainer(backbone, head, data, meta_set, config, folder=folder, class_counts=counts)
@@ -44,7 +44,9 @@ def parameters(trainer):
     return [*trainer.backbone.parameters(), *trainer.head.parameters()]
 
 
-@pytest.mark.parametrize("method", METHODS)
+# test_methods_training.py has all of them: two take images, and these classes, which lie on one
+# line, leave no room for LDAM's margins on cosines.
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("cmo", "afr", "ldam-drw")])
 def test_every_method_learns(method):
     trainer = make_trainer(method=method, epochs=12)
     history = trainer.fit()

@@ -65,7 +65,7 @@ def make_trainer(
         backbone,
         head,
         Augmented(make_data(dtype=dtype)),
-        Augmented(make_data(9, 1, dtype)) if config.method == "meta-iada" else None,
+        Augmented(make_data(9, 1, dtype)),
         config,
         class_counts=torch.bincount(make_data().labels),
         folder=folder,

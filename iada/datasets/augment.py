@@ -46,8 +46,8 @@ def _inside(distance: Tensor) -> Tensor:
 def auto_augment() -> Callable[[Tensor, int, int, Sequence[int]], Tensor]:
     """AutoAugment with the policy found on CIFAR-10 (Cubuk et al., 2019), by kornia.
 
-    kornia draws from torch's global generator, and one draw for the batch is another for its
-    parts: it is given the samples one by one, each with the seed of its place in the run.
+    kornia draws from torch's global generator, and chooses one pair of operations for a whole
+    batch: it is given the samples one by one, each with the seed of its place in the run.
     """
     try:
         policy: Any = import_module("kornia.augmentation.auto").AutoAugment("cifar10")

@@ -40,8 +40,13 @@ class Labelled(Dataset):
             got = f"{self.inputs.dtype} {tuple(self.inputs.shape)}"
             raise complain("inputs", "uint8 images (N, C, H, W)", got, "convert them")
         if self.groups is not None:
-            check_labels(self.groups, count)
-            check_label_values(self.groups, len(self.group_names), None)
+            check_sizes("groups", self.groups, f"a group ({count},) for each sample", (count,))
+            known = (self.groups >= 0) & (self.groups < len(self.group_names))
+            if not known.all():
+                row = int((~known).nonzero()[0, 0])
+                expected = f"groups in [0, {len(self.group_names)})"
+                got = f"{int(self.groups[row])} at row {row}"
+                raise complain("groups", expected, got, "name every group in group_names")
         if self.members is not None:
             expected = f"bool ({count}, {len(self.member_names)})"
             check_sizes("members", self.members, expected, (count, len(self.member_names)))

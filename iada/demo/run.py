@@ -99,7 +99,7 @@ def run_one(scenario: str, method: str, seed: int) -> Outcome:
         backbone,
         head,
         split.with_meta() if method == "ce+meta" else split.train,
-        split.meta if config.method == "meta-iada" else None,
+        split.meta,
         config,
         observe=log,
         validation_set=split.validation,

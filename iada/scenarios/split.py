@@ -87,7 +87,7 @@ class Split:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `split.npz` (rows, noisy labels) and `split.json` (the record) into `folder`."""
-        arrays = {name: rows.numpy() for name, rows in self.rows.items()}
+        arrays: dict[str, Any] = {name: rows.numpy() for name, rows in self.rows.items()}
         if self.wrong is not None:
             arrays["train_labels"] = self.train.labels.numpy()
         content = io.BytesIO()

@@ -121,8 +121,14 @@ void piece_of_products(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t 
         source = panel;
         stride = tile_columns;
       }
+      Fetch<T> fetch{};  // as many numbers of the next Σ as are read of this one
+      if (p.next != nullptr && j0 == 0) {
+        const int64_t tiles = (rows + kTileRows - 1) / kTileRows * ((width + kDepth - 1) / kDepth);
+        const T* from = p.next + n * width;
+        fetch = {from, from + columns * width, (columns * width + tiles - 1) / tiles};
+      }
       product<T>(rows, tile_columns, width, delta, width_padded, 1, source, stride, block,
-                 tile_columns, false);
+                 tile_columns, false, fetch);
       for (int64_t j = 0; j < rows; ++j) {
         const T* made = block + j * tile_columns;
         partial[j0 + j] += tile_dot(made, delta + j * width_padded + n);

@@ -11,8 +11,9 @@ namespace {
 constexpr int64_t kKeptProducts = int64_t(1) << 22;
 
 // Bytes of Σ that are updated and then read by the class pass before the next ones are: they are
-// still in a cache then, however large Σ is.
-constexpr int64_t kFreshBytes = int64_t(1) << 23;
+// still in a cache then, however large Σ is. The next class comes from memory meanwhile.
+constexpr int64_t kFreshBytes = int64_t(1) << 21;
+constexpr int64_t kPieceColumns = 128;  // columns of Σ that are one piece of the class pass
 
 struct LossCall {
   const Tensor &features, &weight, &labels;
@@ -26,12 +27,9 @@ struct LossCall {
 template <class T>
 void fresh_table(const LossCall& call, const ClassRows& rows, bool full, T* table, T* product) {
   const int64_t C = call.weight.size(0), A = call.weight.size(1), size = rows.present;
-  int64_t step = size;
-  if (call.mean != nullptr) {
-    const int64_t bytes = A * (full ? A : 1) * static_cast<int64_t>(sizeof(T));
-    step = larger(1, smaller(size, kFreshBytes / larger(1, bytes)));
-  }
-  for (int64_t first = 0; first < size; first += step) {
+  const int64_t bytes = A * (full ? A : 1) * static_cast<int64_t>(sizeof(T));
+  const int64_t step = larger(1, smaller(size, kFreshBytes / larger(1, bytes)));
+  const auto part_of = [&](int64_t first) {
     const ClassRows part{smaller(step, size - first), rows.classes + first, rows.order,
                          rows.begins + first};
     if (call.mean != nullptr) {
@@ -39,10 +37,21 @@ void fresh_table(const LossCall& call, const ClassRows& rows, bool full, T* tabl
                               full, target<T>(*call.covariance), target<T>(*call.mean),
                               target<int64_t>(*call.count)});
     }
-    run(ClassPass<T>{C, A, part.present, part.classes, pointer<T>(call.weight),
-                     pointer<T>(call.covariance), full, static_cast<T>(call.alpha),
-                     table + first * table_row(C),
-                     product == nullptr ? nullptr : product + first * C * A, nullptr, nullptr});
+    const T* sigma = pointer<T>(call.covariance);
+    const bool one = full && step == 1 && first + 1 < size;
+    run(ClassPass<T>{C, A, part.present, part.classes, pointer<T>(call.weight), sigma, full,
+                     static_cast<T>(call.alpha), table + first * table_row(C),
+                     product == nullptr ? nullptr : product + first * C * A, nullptr, nullptr,
+                     one ? sigma + rows.classes[first + 1] * A * A : nullptr});
+  };
+  // Threads share the parts where these are more than the pieces of one; else those pieces. Within
+  // a part nothing differs. Scratch of the update and of the class pass is then each thread's.
+  const int64_t parts = (size + step - 1) / step;
+  if (parts > larger(1, A / kPieceColumns)) {
+    const double work = double(size) * C * A * (full ? A : 1);
+    parallel_pieces<Buffer<T>>(parts, work, 0, [&](int64_t k, T*) { part_of(k * step); });
+  } else {
+    for (int64_t k = 0; k < parts; ++k) part_of(k * step);
   }
 }
 

@@ -35,7 +35,7 @@ HypergradientResult hypergradient_of(const TangentCall& call) {
     run(ClassPass<T>{C, A, rows.present, rows.classes, pointer<T>(call.weight),
                      pointer<T>(call.covariance), call.covariance->dim() == 3,
                      static_cast<T>(call.alpha), table.data, nullptr,
-                     pointer<T>(call.weight_tangent), tangent.data});
+                     pointer<T>(call.weight_tangent), tangent.data, nullptr});
   }
   TangentHead<T> head{};
   head.num_classes = C;

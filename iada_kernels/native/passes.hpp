@@ -36,6 +36,7 @@ struct ClassPass {
   T* product;  // (U, C, A): (W − 1w_c) Σ_c; null where not wanted, and for the diagonal form
   const T* weight_tangent;  // V (C, A), or null
   T* tangent;  // α (w_j − w_c)ᵀ Σ_c (V_j − V_c) (U, table_row(C)), or null
+  const T* next;  // (A, A): Σ of the class that comes after, brought closer meanwhile; or null
 };
 
 // ∂L/∂W through R: grad_weight_j += α Σ_u G_uj P_uj, grad_weight_c −= α Σ_j G_uj P_uj.

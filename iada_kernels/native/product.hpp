@@ -54,9 +54,24 @@ inline void tile_of(int64_t rows, int64_t depth, const T* a, int64_t a_row, int6
   }
 }
 
+// Asks for the numbers [at, end) to be brought closer, `share` of them at each call.
+template <class T>
+struct Fetch {
+  const T *at, *end;
+  int64_t share;
+  void operator()() {
+    constexpr int64_t line = 64 / sizeof(T);
+    const int64_t count = smaller(share, end - at);
+    for (int64_t i = 0; i < count; i += line) __builtin_prefetch(at + i, 0, 2);
+    at += count;
+  }
+};
+
+// What `fetch` asks for comes while tiles are multiplied.
 template <class T>
 inline void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row,
-                    int64_t a_column, const T* b, int64_t b_row, T* c, int64_t c_row, bool add) {
+                    int64_t a_column, const T* b, int64_t b_row, T* c, int64_t c_row, bool add,
+                    Fetch<T> fetch = {}) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t k = 0; k < larger(depth, 1); k += kDepth) {
     const int64_t deep = smaller(kDepth, depth - k);
@@ -65,6 +80,7 @@ inline void product(int64_t rows, int64_t columns, int64_t depth, const T* a, in
         const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
         tile_of<T>(end - begin, deep, a + begin * a_row + k * a_column, a_row, a_column,
                    b + k * b_row + n, b_row, c + begin * c_row + n, c_row, add || k > 0);
+        fetch();
       }
     }
   }
