@@ -5,12 +5,12 @@ import signal
 
 import pytest
 import torch
+from iada.models import mlp
 from torch import nn
 from training import differences
 
 import iada
 from iada.demo.scenarios import make_split
-from iada.models import mlp
 from iada.training.config import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -68,7 +68,7 @@ def paper(options: argparse.Namespace) -> int:
         if getattr(options, name) < 0:
             text = f"--{name.replace('_', '-')}"
             raise complain(text, "0 or more", str(getattr(options, name)), "0 leaves it")
-    limits = Limits(options.epochs, options.train_limit, options.test_limit)
+    limits = Limits(options.epochs, options.train_limit, options.test_limit, tuple(options.changes))
     place = Place(
         options.out,
         best_device() if options.device is None else torch.device(options.device),
@@ -119,6 +119,8 @@ def _run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Pla
     from iada.report import write_page
 
     print(f"{recipe.name}: {recipe.title} ({recipe.source})", flush=True)
+    if limits:
+        print("Not as published: see the figures' record.", flush=True)
     parts = read_parts(recipe, options.data, limits)
     records = []
     for seed in range(options.seeds):

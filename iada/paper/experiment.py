@@ -22,22 +22,29 @@ from iada.training.evaluate import outputs
 from iada.validation import complain
 
 NORMALISATIONS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+# How the published protocols of these cut their images.
+FILE_OPTIONS: dict[str, dict[str, Any]] = {
+    "waterbirds": {"shape": "square", "scale": (0.7, 1.0)},
+    "celeba": {"shape": "whole", "scale": (0.7, 1.0)},
+}
 Parts = dict[str, Labelled]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What makes an experiment smaller than the published one; 0 leaves it as it is.
+    """What makes an experiment smaller than the published one, or another; 0 leaves it as it is.
 
     epochs: of training, all marks of the schedule in proportion.  train, test: images a class.
+    changes: settings of the recipe that were changed, as they were given.
     """
 
     epochs: int = 0
     train: int = 0
     test: int = 0
+    changes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.epochs or self.train or self.test)
+        return self != Limits()
 
 
 def read_parts(recipe: Recipe, path: Path, limits: Limits) -> Parts:
@@ -124,8 +131,8 @@ def _view(
         folder = recipe.model.backbone.removeprefix("transformers/")
         tokenizer = load_tokenizer(folder)
         return lambda piece, augment: TextView(piece, tokenizer)
-    size = recipe.model.image_size
-    return lambda piece, augment: FileView(piece, augment is not None, size)
+    size, options = recipe.model.image_size, FILE_OPTIONS.get(recipe.data["reader"], {})
+    return lambda piece, augment: FileView(piece, augment is not None, size, **options)
 
 
 def _small(data: Labelled) -> bool:
@@ -139,9 +146,9 @@ def best_device() -> torch.device:
 
 
 def published_size(record: Mapping[str, Any]) -> str:
-    """What a record's run was, where it was smaller than the published one; else ""."""
+    """What a record's run was, where it was not as published; else ""."""
     limits = Limits(**(record.get("limits") or {}))
-    words = []
+    words = list(limits.changes)
     if limits.epochs:
         words.append(f"{limits.epochs} of {record['published_epochs']} epochs")
     if limits.train:

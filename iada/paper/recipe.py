@@ -192,12 +192,15 @@ def _place(name: str) -> tuple[int, int]:
 
 
 def shortened(config: TrainerConfig, epochs: int) -> TrainerConfig:
-    """The same schedule in so many epochs: every mark on it moves in proportion."""
+    """The same schedule in so many epochs: every mark on it moves in proportion.
+
+    At least one epoch is the method's own.
+    """
     share = epochs / config.epochs
     return dataclasses.replace(
         config,
         epochs=epochs,
-        ce_epochs=round(config.ce_epochs * share),
+        ce_epochs=min(epochs - 1, round(config.ce_epochs * share)),
         finetune_epochs=max(1, round(config.finetune_epochs * share)),
         milestones=tuple(max(1, round(mark * share)) for mark in config.milestones),
         warmup_epochs=config.warmup_epochs * share,

@@ -1,0 +1,267 @@
+"""Recipes of the papers' tables, and `python -m iada paper` on a small data set of true format."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from iada.commands import main
+from iada.metrics import METRICS
+from iada.paper import recipe as recipes
+from iada.paper.experiment import Limits, first_of_each, make_split, read_parts
+from iada.paper.listing import comparison, read_records
+from iada.paper.recipe import load, names, parse_change, shortened, table_name
+from iada.paper.strengths import StrengthCounts
+
+Image = pytest.importorskip("PIL.Image")
+
+CLASSES = [f"class{place}" for place in range(10)]
+SMALLER = [
+    "data.reader=folder",
+    "model.backbone=resnet20",
+    "trainer.batch_size=16",
+    "trainer.meta_batch_size=10",
+    "scenario.ratio=2",
+    "scenario.meta_per_class=2",
+]
+ROW = ["paper", "--table", "2", "--row", "cifar10-100", "--device", "cpu", "--set", *SMALLER]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Train and test folders of ten classes, each of its own brightness."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 3)):
+        for place, name in enumerate(CLASSES):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 30, (8, 8, 3)) + 22 * place
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+def test_every_row_of_the_tables_has_a_recipe():
+    tables = {name.split("/")[0] for name in names()}
+    assert tables == {*(f"table{place}" for place in range(2, 8)), "figure6", "afr-table1"}
+    rows = {name.split("/")[1] for name in names() if name.startswith("table6/")}
+    assert rows == {"celeba", "cmnist", "waterbirds", "civilcomments"}
+    assert len([name for name in names() if name.startswith(("table2/", "table5/"))]) == 8
+    assert names().index("table7/cifar10-10") < names().index("figure6/cifar10-10")
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_is_whole(name):
+    recipe = load(name)
+    assert recipe.title
+    assert recipe.needs
+    assert set(recipe.metrics) <= set(METRICS)
+    assert len({contestant.title for contestant in recipe.contestants}) == len(recipe.contestants)
+    figures = [contestant.published for contestant in recipe.contestants]
+    for published in (*figures, *recipe.published.values()):
+        assert set(published) <= set(recipe.metrics)
+        assert all(20 < value < 100 for value in published.values())
+    if "figure" not in name:
+        assert any(figures)
+    for contestant in recipe.contestants:
+        assert contestant.trainer.ce_epochs < contestant.trainer.epochs
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "metric", "percent"),
+    [
+        ("table2/cifar10-100", "meta-iada", "top1", 84.01),
+        ("table2/cifar100-10", "metasaug", "top1", 61.73),
+        ("table3/inat2018", "meta-iada", "top1", 72.55),
+        ("table4/imagenet-glt", "meta-iada", "precision", 50.07),
+        ("table5/cifar10-40", "meta-weight-net", "top1", 87.65),
+        ("table6/waterbirds", "meta-iada", "worst_group", 92.5),
+        ("table7/cifar10-100", "meta-iada", "top1", 84.01),
+        ("table7/cifar100-10", "without-r", "top1", 62.38),
+        ("afr-table1/cifar100-100", "afr-400", "top1", 51.91),
+    ],
+)
+def test_published_figures(name, method, metric, percent):
+    own = {contestant.key: contestant for contestant in load(name).contestants}
+    assert own[method].published[metric] == percent
+
+
+def test_ablations_leave_out_one_term_each():
+    own = {c.key: c.trainer for c in load("table7/cifar10-10").contestants}
+    whole = own["meta-iada"]
+    assert own["without-g"] == replace(whole, alpha=0.0)
+    assert own["without-r"] == replace(whole, perturbation="constant")
+    assert whole.epsilon == 0
+    assert own["without-f"] == replace(whole, beta=0.0)
+
+
+def test_a_shorter_schedule_is_the_same_in_proportion():
+    config = load("table2/cifar10-100").contestants[-1].trainer
+    assert (config.epochs, config.ce_epochs, config.milestones) == (200, 160, (160, 180))
+    short = shortened(config, 20)
+    assert (short.epochs, short.ce_epochs, short.milestones) == (20, 16, (16, 18))
+    assert replace(short, epochs=200, ce_epochs=160, milestones=(160, 180), finetune_epochs=50) == (
+        config
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [("2", "table2"), ("table2", "table2"), ("afr-1", "afr-table1"), ("figure6", "figure6")],
+)
+def test_names_of_tables(given, folder):
+    assert table_name(given) == folder
+
+
+def test_changes():
+    assert parse_change("scenario.ratio=50") == ("scenario", "ratio", 50)
+    assert parse_change("scenario.kind=flip") == ("scenario", "kind", "flip")
+    assert parse_change("trainer.milestones=[1, 2]") == ("trainer", "milestones", [1, 2])
+    changed = load("table2/cifar10-10", {"trainer": {"alpha": 0.25}})
+    assert {contestant.trainer.alpha for contestant in changed.contestants} == {0.25}
+
+
+def test_limits_keep_the_classes_even(images):
+    parts = read_parts(load("table2/cifar10-10", {"data": {"reader": "folder"}}), images, Limits())
+    few = first_of_each(parts["train"], 5)
+    assert few.class_counts().tolist() == [5] * 10
+    assert first_of_each(parts["train"], 0) is parts["train"]
+
+
+def test_runs_write_records_a_page_and_a_comparison(images, tmp_path, capsys):
+    command = [*ROW, "--data", str(images), "--out", str(tmp_path), "--epochs", "2"]
+    command += ["--methods", "ce", "metasaug", "meta-iada", "--seeds", "2", "--evaluate-every", "2"]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert "84.01" in output
+    assert "MiSLAS" in output
+    page = tmp_path / "table2/cifar10-100/index.html"
+    assert str(page) in output
+    assert "84.01" in page.read_text(encoding="utf-8")
+    records = read_records([tmp_path])
+    assert len(records) == 6
+    for record in records:
+        assert record["limits"]["epochs"] == 2
+        assert record["settings"]["seed"] == record["seed"]
+        assert np.sum(record["confusion"]) == 30
+        assert record["last"]["top1"] == pytest.approx(np.trace(record["confusion"]) / 30)
+        assert set(record["best"]) == set(METRICS)
+        assert [row["epoch"] for row in record["curve"]] == [0, 1]
+        assert record["class_counts"] == record["split"]["class_counts"]["train"]
+    own = next(r for r in records if r["method"] == "meta-iada" and r["seed"] == 0)
+    visits = sum(own["strengths"]["histogram_clean"])
+    assert visits == sum(own["class_counts"])  # the last epoch of two
+    assert len(own["spectrum"]) == 10
+    assert own["surrogate"]["classes"]
+    assert {"generalization", "robustness", "fairness"} <= set(own["curve"][-1])
+    assert "± " in comparison(load("table2/cifar10-100"), records)
+
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
+    assert main(command) == 0  # nothing is run twice
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert main([*command, "--epochs", "1"]) == 2
+    assert "one with another settings" in capsys.readouterr().err
+
+    assert main(["paper", "--list", "--out", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out
+    for name in names():
+        assert name in listed
+    assert "2 of 200 epochs" in listed
+    assert "scenario.ratio=2" in listed
+
+
+def test_an_interrupted_run_goes_on(images, tmp_path, monkeypatch):
+    command = [*ROW, "--data", str(images), "--epochs", "2", "--methods", "meta-iada"]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    stopped = []
+
+    def stop(self, trainer, batch, result):
+        call(self, trainer, batch, result)
+        if not stopped:
+            stopped.append(trainer.batch)
+            raise KeyboardInterrupt
+
+    call = StrengthCounts.__call__
+    monkeypatch.setattr(StrengthCounts, "__call__", stop)
+    assert main([*command, "--out", str(tmp_path / "cut")]) == 130
+    assert not list((tmp_path / "cut").rglob("record.json"))
+    assert main([*command, "--out", str(tmp_path / "cut")]) == 0
+    whole, cut = (read_records([tmp_path / name])[0] for name in ("whole", "cut"))
+    for name in set(whole) - {"seconds"}:
+        assert cut[name] == whole[name], name
+
+
+def test_a_dry_run_trains_nothing(images, tmp_path, capsys):
+    command = [*ROW, "--data", str(images), "--out", str(tmp_path), "--dry-run", "--epochs", "4"]
+    assert main([*command, "--methods", "ce", "meta-iada"]) == 0
+    output = capsys.readouterr().out
+    assert "30 test samples" in output
+    assert "Meta-IADA: " in output
+    assert "about 0:0" in output
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--table: expected a table"),
+        (["--table", "9"], "--table: expected one of afr-table1"),
+        (["--table", "2", "--row", "mnist", "--data", "."], "--row: expected one of cifar10-10"),
+        (["--table", "2", "--row", "cifar10-10"], "--data: expected a path"),
+        (["--table", "2", "--data", "/none"], "--data: expected CIFAR-10"),
+        (["--table", "2", "--data", ".", "--methods", "sgd"], "--methods: expected some of ce"),
+        (["--table", "2", "--data", ".", "--seeds", "0"], "--seeds: expected at least 1"),
+        (["--table", "2", "--data", ".", "--epochs", "-1"], "--epochs: expected 0 or more"),
+        (["--table", "2", "--data", ".", "--set", "ratio=3"], "--set: expected section.key"),
+        (["--table", "2", "--data", ".", "--set", "published.x=3"], "section published: expected"),
+        (["--table", "2", "--data", ".", "--set", "trainer.epoch=3"], "epoch"),
+        (["--table", "2", "--data", ".", "--set", "data.size=3"], r"\[data\] size: expected one"),
+        (["--table", "2", "--data", ".", "--set", "scenario.name=x"], "name: expected one of long"),
+    ],
+)
+def test_errors(arguments, message, capsys, tmp_path):
+    assert main(["paper", *arguments, "--out", str(tmp_path)]) == 2
+    found = capsys.readouterr().err
+    assert found.startswith("error: ")
+    assert __import__("re").search(message, found), found
+
+
+def test_an_unknown_scenario_setting(images):
+    recipe = load("table2/cifar10-10", {"data": {"reader": "folder"}, "scenario": {"size": 3}})
+    with pytest.raises(ValueError, match=r"\[scenario\] size: expected one of ratio"):
+        make_split(recipe, read_parts(recipe, images, Limits()), 0)
+
+
+def test_a_damaged_record(tmp_path, capsys):
+    (tmp_path / "record.json").write_text('{"experiment": ')
+    assert main(["paper", "--list", "--out", str(tmp_path)]) == 2
+    assert "record.json: expected a run's record" in capsys.readouterr().err
+
+
+def test_strengths_are_counted_by_class_and_label():
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    wrong = torch.tensor([False, True, False, False, True])
+    counts = StrengthCounts(labels, wrong, 3, epochs=10)
+    assert counts.as_record() is None
+    epsilon = torch.tensor([0.5, -0.5, 0.5, -0.2, -1.0])
+    result = type("Step", (), {"epsilon": epsilon})
+    from iada.engine.meta import MetaStep
+
+    result = MetaStep(torch.zeros(()), torch.zeros(()), epsilon)
+    batch = (None, labels, torch.arange(5))
+    counts(type("Run", (), {"epoch": 7}), batch, result)  # before the last fifth
+    assert counts.as_record() is None
+    counts(type("Run", (), {"epoch": 8}), batch, result)
+    found = counts.as_record()
+    assert found["class_share"] == [1 / 2, 1 / 3, None]
+    assert (found["share_clean"], found["share_flipped"]) == (2 / 3, 0)
+    assert sum(found["histogram_clean"]) == 3
+    assert found["histogram_flipped"][0] == 1
+    json.dumps(found)
+
+
+def test_the_recipes_are_shipped():
+    assert (recipes.recipe_folder() / "table2/cifar10-100.toml").is_file()
