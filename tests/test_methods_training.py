@@ -9,8 +9,8 @@ from torch import nn
 from training import differences
 
 import iada
+from iada.backbones import mlp
 from iada.demo.scenarios import make_split
-from iada.models import mlp
 from iada.training.config import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
