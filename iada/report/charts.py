@@ -85,10 +85,10 @@ def curves(
     places: Mapping[str, Sequence[float]] | None = None,
     height: float = 3.0,
 ) -> Picture:
-    """Lines with bands, a panel each. The keys of `panels` say what is on the y axes.
+    """Lines with bands, a panel each, over `xlabel` from 1 on.
 
-    With `ylabel` all panels share that, and their keys say what is on the x axes, at `places`;
-    without, it is `xlabel` from 1 on.
+    The keys of `panels` say what is on the y axes; with `ylabel`, which all panels then share, they
+    are titles, and with `places` on the x axes, by key, they say what these are.
     """
 
     def draw(figure: Any, axes_of: Sequence[Any]) -> None:
@@ -96,11 +96,13 @@ def curves(
             for one in series:
                 x = np.arange(1, one.values.shape[1] + 1) if places is None else places[key]
                 _band(axes, x, one)
-            axes.set(xlabel=key if ylabel else xlabel, ylabel=ylabel or key)
+            axes.set(xlabel=xlabel if places is None else key, ylabel=ylabel or key)
+            if ylabel and places is None:
+                axes.set_title(key)
         legend(figure, max(axes_of, key=lambda a: len(a.get_legend_handles_labels()[1])))
 
     alt = " ".join(
-        f"{ylabel or key} over {key if ylabel else xlabel}: "
+        f"{_said(key, ylabel, xlabel, places is not None)}: "
         + ", ".join(_course(one, places[key] if places else None) for one in series)
         + "."
         for key, series in panels.items()
@@ -174,6 +176,7 @@ def spectra(name: str, caption: str, panels: Mapping[str, np.ndarray], alt: str)
         import matplotlib
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
+        from matplotlib.ticker import MaxNLocator
 
         most = max(2, *(len(values) for values in panels.values()))
         colours = matplotlib.colormaps["viridis"]
@@ -184,7 +187,8 @@ def spectra(name: str, caption: str, panels: Mapping[str, np.ndarray], alt: str)
                 axes.plot(np.arange(1, len(row) + 1), shown, color=colour, lw=1)
             axes.set(title=label, xlabel="direction", ylabel="eigenvalue", yscale="log")
         scale = ScalarMappable(Normalize(1, most), colours)
-        figure.colorbar(scale, ax=list(axes_of), label="class, from most images to fewest")
+        label, ticks = "class, from most images to fewest", MaxNLocator(integer=True)
+        figure.colorbar(scale, ax=list(axes_of), label=label, ticks=ticks)
 
     return paint(name, caption, alt, draw, len(panels), 2, 3.0)
 
@@ -232,6 +236,13 @@ def _extremes(one: Series, places: Sequence[str]) -> str:
         return f"{one.label}: nothing known."
     low, high = min(known), max(known)
     return f"{one.label}: from {low[0]:.1f} ({low[1]}) to {high[0]:.1f} ({high[1]})."
+
+
+def _said(key: str, ylabel: str, xlabel: str, placed: bool) -> str:
+    """What a panel shows, in words."""
+    if placed:
+        return f"{ylabel} over {key}"
+    return f"{key}: {ylabel} over {xlabel}" if ylabel else f"{key} over {xlabel}"
 
 
 def _course(one: Series, places: Sequence[float] | None) -> str:
