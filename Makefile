@@ -2,6 +2,7 @@
 # make test    runs the tests
 # make check   lint and types        make bench   fused against eager
 # make sanitize   the native operators' tests under AddressSanitizer and UBSan
+# make fallback   what every backend must pass, as if there were no native library
 #
 # TORCH chooses the build of torch, as pip spells it, and PIP_ARGS is passed to pip:
 #   make demo TORCH=torch                                     whatever pip takes by itself
@@ -14,7 +15,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench sanitize clean FORCE
+.PHONY: demo test check bench sanitize fallback clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m iada demo --out demo-report
@@ -29,6 +30,13 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
+
+# Triton's kernels are the same with and without it.
+fallback: $(VENV)/.dev
+	IADA_NATIVE_LIBRARY=none IADA_REQUIRE_NATIVE=0 OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -q -n auto -k "not triton" tests/test_characteristics.py \
+	tests/test_compile.py tests/test_covariance.py tests/test_hypergradient.py tests/test_loss.py \
+	tests/test_loss_gradients.py tests/test_native.py tests/test_sign.py
 
 # A build that was asked for by name is asked for again: pip is quick where it is there already.
 $(VENV)/.torch: Makefile $(if $(TORCH),FORCE)

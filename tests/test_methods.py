@@ -307,7 +307,7 @@ def test_the_categories_are_told_apart():
     assert (layer(embeddings).argmax(dim=1) == targets).double().mean() > 0.95
 
 
-def make_afr(unit=None):
+def make_afr(deviation=None):
     """Two classes, each with ten images about one row of pixels and five about another.
 
     The head knows them all, so that thresholds are 0.8; cosines are about 0.9 and 0.4.
@@ -318,8 +318,8 @@ def make_afr(unit=None):
     tail = torch.tensor(([False] * 10 + [True] * 5) * 2)
     images = patterns[labels + 2 * tail] + 0.05 * torch.rand(30, 1, 4, WIDTH, dtype=torch.float64)
     data = iada.TensorData(images, labels)
-    if unit is not None:
-        data.std = torch.tensor([unit])
+    if deviation is not None:
+        data.deviation = torch.tensor([deviation])
     backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4 * WIDTH)).double()
     head = nn.Linear(4 * WIDTH, 2, dtype=torch.float64)
     head.weight.data = patterns[:2].flatten(1) + patterns[2:].flatten(1)
@@ -350,16 +350,16 @@ def test_afr_prepares_every_ten_epochs_of_the_second_stage():
     assert method._learner.classifier.backbone.training
 
 
-@pytest.mark.parametrize("std", [None, 0.25])
-def test_afr_attacks_its_copies_alone(std):
-    method, data, tail = make_afr(std)
+@pytest.mark.parametrize("deviation", [None, 0.25])
+def test_afr_attacks_its_copies_alone(deviation):
+    method, data, tail = make_afr(deviation)
     method.begin_epoch(5, [list(range(30))] * 3, 0)
     rows = torch.tensor([0, 3, 20, 29])
     images, labels = data.inputs[rows], data.labels[rows]
     pasted = method._foreground(images, labels, Paste(0.5, (0.5, 0.5), adversarial=[1, 2]))
     assert torch.equal(pasted[[0, 3]], images[[0, 3]])
     step = (pasted - images)[[1, 2]].abs().amax()
-    assert float(step) == pytest.approx(3 / 255 / (std or 1.0))
+    assert float(step) == pytest.approx(3 / 255 / (deviation or 1.0))
 
     def share(inputs):
         """Of the minority categories."""

@@ -10,6 +10,7 @@ from torch import nn
 from training import differences
 
 import iada
+from iada.backbones import mlp
 from iada.demo.scenarios import make_split
 from iada.training.config import METHODS
 

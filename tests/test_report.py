@@ -217,10 +217,17 @@ def test_page_is_whole_and_stands_alone(comparison):
 
 def test_table_has_last_best_and_published(comparison):
     _, page = comparison
-    assert page.row("CE") == ["CE", "71.00 ± 1.00", "71.50 ± 1.00", "80.00", "3"]
-    assert page.row("Meta-IADA") == ["Meta-IADA", "83.00 ± 1.00", "83.50 ± 1.00", "83.00", "3"]
+    assert page.row("CE") == ["CE", "71.00 ± 1.00", "71.50 ± 1.00", "80.00"]
+    assert page.row("Meta-IADA") == ["Meta-IADA", "83.00 ± 1.00", "83.50 ± 1.00", "83.00"]
     assert page.row("Logit Adjustment")[3] == "–"  # nothing published of it
     assert [row[0] for row in page.rows[2:6]] == list(METHODS.values())
+
+
+def test_seeds_are_told(sketch, comparison, tmp_path):
+    assert "over 3 seeds" in comparison[1].text
+    page = read(write_page(make_comparison()[:5], tmp_path))
+    assert page.row("CE")[-1] == "3"
+    assert page.row("Logit Adjustment")[-1] == "2"
 
 
 def test_best_is_bold(comparison):
@@ -252,7 +259,7 @@ def test_every_figure_of_a_long_tail(sketch):
 
 def test_groups_are_headlined_and_drawn(sketch, tmp_path):
     page = read(write_page(make_groups(), tmp_path))
-    assert page.row("CE") == ["CE", "95.00", "95.00", "78.00", "78.00", "1"]
+    assert page.row("CE") == ["CE", "95.00", "95.00", "78.00", "78.00"]
     found = names(make_groups())
     assert "groups" in found
     assert "from 78.0 (landbird, water) to 99.0 (landbird, land)" in found["groups"].alt

@@ -102,6 +102,14 @@ def test_resume_refuses_another_run_and_changes_nothing(tmp_path, other):
         assert torch.equal(a, b)
 
 
+def test_a_setting_that_the_former_run_did_not_know_had_its_default():
+    state = make_trainer().state_dict()
+    del state["config"]["class_beta"]
+    make_trainer().load_state_dict(state)
+    with pytest.raises(ValueError, match=r"checkpoint's class_beta: expected 0\.5 .* got 0\.9999"):
+        make_trainer(class_beta=0.5).load_state_dict(state)
+
+
 def test_resume_refuses_another_model(tmp_path):
     make_trainer(tmp_path).fit()
     trainer = make_trainer(tmp_path)

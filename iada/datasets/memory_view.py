@@ -53,6 +53,7 @@ class MemoryView(Dataset):
         leave = device is None or self._policy is not None
         self.images = data.inputs if leave else data.inputs.to(device)
         self.labels = data.labels.to(self.images.device)
+        self.deviation = deviation.flatten()
         self.scale = (1 / (255 * deviation)).to(self.images.device)
         self.shift = (-mean / deviation).to(self.images.device)
         self.augment = augment

@@ -53,7 +53,7 @@ def draw_all(records: Records) -> list[Picture]:
             )
         )
     panels = {
-        f"{SCENARIOS[s]}: accuracy (%)": _series(_select(records, s), lambda r: r["curve"])
+        SCENARIOS[s]: _series(_select(records, s), lambda r: r["curve"])
         for s in SCENARIOS
         if _select(records, s)
     }
@@ -61,7 +61,7 @@ def draw_all(records: Records) -> list[Picture]:
         "Balanced accuracy on the validation images after each epoch: mean over seeds, "
         "band of one standard deviation."
     )
-    drawn.append(curves("curves", caption, panels))
+    drawn.append(curves("curves", caption, panels, ylabel="balanced accuracy (%)"))
     return drawn
 
 

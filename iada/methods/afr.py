@@ -130,8 +130,8 @@ class AFR(CMO):
     """See above.
 
     Args:
-        train_set: what is embedded. If it has an attribute `std`, the numbers that pixels in [0, 1]
-            were divided by, (channels), an attack's step is 1/255 of the pixel range by them;
+        train_set: what is embedded. If it has an attribute `deviation`, the numbers that pixels in
+            [0, 1] were divided by, one a channel, the attack's step is 1/255 divided by them;
             otherwise the inputs are taken to be in [0, 1] themselves.
         finetune_epoch: first epoch of the second stage.
         others: as in `CMO`; the first stage lasts from first_epoch to finetune_epoch.
@@ -159,8 +159,8 @@ class AFR(CMO):
             nn.Linear, width, count, device=weight.device, dtype=dtype
         )
         self._begin_categories()
-        std = torch.as_tensor(getattr(train_set, "std", 1.0), dtype=dtype, device=weight.device)
-        self.unit = 1 / std.view(-1, 1, 1)
+        deviation = torch.as_tensor(getattr(train_set, "deviation", 1.0)).to(weight.device, dtype)
+        self.unit = 1 / deviation.view(-1, 1, 1)
         self.attacked = torch.zeros(len(self.labels), dtype=torch.bool)
         self.prepared_epoch = -1
 

@@ -3,6 +3,7 @@
 Every one gives its own text for those who cannot see it, with the numbers that matter.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -84,10 +85,10 @@ def curves(
     places: Mapping[str, Sequence[float]] | None = None,
     height: float = 3.0,
 ) -> Picture:
-    """Lines with bands, a panel each. The keys of `panels` say what is on the y axes.
+    """Lines with bands, a panel each, over `xlabel` from 1 on.
 
-    With `ylabel` all panels share that, and their keys say what is on the x axes, at `places`;
-    without, it is `xlabel` from 1 on.
+    The keys of `panels` say what is on the y axes; with `ylabel`, which all panels then share, they
+    are titles, and with `places` on the x axes, by key, they say what these are.
     """
 
     def draw(figure: Any, axes_of: Sequence[Any]) -> None:
@@ -95,11 +96,13 @@ def curves(
             for one in series:
                 x = np.arange(1, one.values.shape[1] + 1) if places is None else places[key]
                 _band(axes, x, one)
-            axes.set(xlabel=key if ylabel else xlabel, ylabel=ylabel or key)
+            axes.set(xlabel=xlabel if places is None else key, ylabel=ylabel or key)
+            if ylabel and places is None:
+                axes.set_title(key)
         legend(figure, max(axes_of, key=lambda a: len(a.get_legend_handles_labels()[1])))
 
     alt = " ".join(
-        f"{ylabel or key} over {key if ylabel else xlabel}: "
+        f"{_said(key, ylabel, xlabel, places is not None)}: "
         + ", ".join(_course(one, places[key] if places else None) for one in series)
         + "."
         for key, series in panels.items()
@@ -130,7 +133,8 @@ def strengths(
             right.stairs(visits, edges, fill=True, alpha=0.6, color=colour, label=label)
         right.axvline(0, color="black", lw=0.8)
         right.set(xlabel="strength ε", ylabel="visits (%)", xlim=(-1, 1))
-        right.legend()
+        right.set_xticks((-1, -0.5, 0, 0.5, 1))
+        legend(figure, right)
 
     said = " and ".join(f"{m:.1f} % of those with a {n}" for n, m in zip(names, mean, strict=True))
     alt = f"Bars and a histogram of the strength. Adversarial samples: {said}."
@@ -147,7 +151,6 @@ def confusions(
     }
 
     def draw(figure: Any, panels: Sequence[Any]) -> None:
-        image = None
         for axes, (label, share) in zip(panels, shares.items(), strict=True):
             image = axes.imshow(share, cmap="cividis", vmin=0, vmax=100)
             axes.set(title=label, xlabel="predicted", ylabel="true")
@@ -156,12 +159,14 @@ def confusions(
                 _write_numbers(axes, share)
                 axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
                 axes.set_yticks(range(len(classes)), classes, fontsize=7)
-        figure.colorbar(image, ax=list(panels), label="share of the true class (%)", shrink=0.7)
+        if len(classes) > NUMBERED:
+            figure.colorbar(image, ax=list(panels), label="share of the true class (%)", shrink=0.7)
 
     alt = "Confusion matrices. " + " ".join(
         f"{label}: {_worst_confusion(share, classes)}." for label, share in shares.items()
     )
-    return paint(name, caption, alt, draw, len(shares), 3, 3.0)
+    columns = 3 if len(shares) in (3, 5, 6) or len(classes) < 4 else 2
+    return paint(name, caption, alt, draw, len(shares), columns, 3.0 if columns == 3 else 3.8)
 
 
 def spectra(name: str, caption: str, panels: Mapping[str, np.ndarray], alt: str) -> Picture:
@@ -171,6 +176,7 @@ def spectra(name: str, caption: str, panels: Mapping[str, np.ndarray], alt: str)
         import matplotlib
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
+        from matplotlib.ticker import MaxNLocator
 
         most = max(2, *(len(values) for values in panels.values()))
         colours = matplotlib.colormaps["viridis"]
@@ -181,7 +187,8 @@ def spectra(name: str, caption: str, panels: Mapping[str, np.ndarray], alt: str)
                 axes.plot(np.arange(1, len(row) + 1), shown, color=colour, lw=1)
             axes.set(title=label, xlabel="direction", ylabel="eigenvalue", yscale="log")
         scale = ScalarMappable(Normalize(1, most), colours)
-        figure.colorbar(scale, ax=list(axes_of), label="class, from most images to fewest")
+        label, ticks = "class, from most images to fewest", MaxNLocator(integer=True)
+        figure.colorbar(scale, ax=list(axes_of), label=label, ticks=ticks)
 
     return paint(name, caption, alt, draw, len(panels), 2, 3.0)
 
@@ -204,18 +211,22 @@ def _band(axes: Any, x: Sequence[float] | np.ndarray, one: Series) -> None:
 
 
 def _label_ticks(axes: Any, names: Sequence[str]) -> None:
-    """Names at the ticks, slanted where they would run into each other."""
-    room = 10 * axes.figure.get_figwidth() / len(names)  # characters
-    slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticklabels(names, **(slant if max(map(len, names)) > room - 1 else {}))
+    """Names at the ticks, in two lines or slanted where they would run into each other."""
+    room = int(12 * axes.figure.get_figwidth() / len(names)) - 1  # characters
+    wrapped = [textwrap.wrap(name, max(room, 1), break_long_words=False) for name in names]
+    if all(len(lines) <= 2 and max(map(len, lines), default=0) <= room for lines in wrapped):
+        axes.set_xticklabels(["\n".join(lines) for lines in wrapped])
+    else:
+        axes.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor")
 
 
 def _write_numbers(axes: Any, share: np.ndarray) -> None:
     for (row, column), value in np.ndenumerate(share):
         if value >= 0.5:
             colour = "white" if value < 55 else "black"
-            text = f"{value:.0f}"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=6.5)
+            size = 6.5 if len(share) > 5 else 10
+            shown = {"ha": "center", "va": "center", "color": colour, "fontsize": size}
+            axes.text(column, row, f"{value:.0f}", **shown)
 
 
 def _extremes(one: Series, places: Sequence[str]) -> str:
@@ -225,6 +236,13 @@ def _extremes(one: Series, places: Sequence[str]) -> str:
         return f"{one.label}: nothing known."
     low, high = min(known), max(known)
     return f"{one.label}: from {low[0]:.1f} ({low[1]}) to {high[0]:.1f} ({high[1]})."
+
+
+def _said(key: str, ylabel: str, xlabel: str, placed: bool) -> str:
+    """What a panel shows, in words."""
+    if placed:
+        return f"{ylabel} over {key}"
+    return f"{key}: {ylabel} over {xlabel}" if ylabel else f"{key} over {xlabel}"
 
 
 def _course(one: Series, places: Sequence[float] | None) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from iada.report.charts import (
     spectra,
     strengths,
 )
-from iada.report.style import Picture
+from iada.report.style import Picture, looks
 
 TERMS = {
     "generalization": "G, generalization",
@@ -62,14 +63,19 @@ def draw_all(experiment: str, title: str, arms: Sequence[Arm], headline: str) ->
 
 
 def main_arms(arms: Sequence[Arm]) -> list[Arm]:
-    """All arms, but of a sweep over α and β the recommended values only, if they are in it."""
+    """All arms, but of a sweep over α and β the recommended values only, if they are in it.
+
+    With looks of their own, so that colours are not spent on arms that are not shown.
+    """
     swept = _swept(arms)
     best = [
         arm
         for arm in swept
         if all(setting(arm.records[0], key) == value for key, value in RECOMMENDED.items())
     ]
-    return [arm for arm in arms if arm not in swept or arm in best] if best else list(arms)
+    shown = [arm for arm in arms if arm not in swept or arm in best] if best else list(arms)
+    styles = looks([arm.method for arm in shown])
+    return [replace(arm, look=look) for arm, look in zip(shown, styles, strict=True)]
 
 
 def _swept(arms: Sequence[Arm]) -> list[Arm]:

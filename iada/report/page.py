@@ -112,10 +112,7 @@ def _section(experiment: str, title: str, arms: Sequence[Arm], published: Publis
     if metrics:
         parts.append(headline_table(arms, metrics, known))
         parts.append(f"<p>{_explanation(arms, any(known))}</p>")
-        parts.append(
-            f"<details><summary>All metrics</summary>{details_table(arms)}"
-            "<p>In percent, at the last epoch; below, at the best one.</p></details>"
-        )
+        parts.append(details_table(arms, metrics))
     parts += [
         figure(p) for p in draw_all(experiment, title, arms, metrics[0] if metrics else "top1")
     ]
@@ -127,8 +124,9 @@ def _section(experiment: str, title: str, arms: Sequence[Arm], published: Publis
 
 
 def _explanation(arms: Sequence[Arm], with_published: bool) -> str:
-    seeds = sorted({len(arm.records) for arm in arms})
-    text = "One seed. " if seeds == [1] else "Mean ± standard deviation over seeds. "
+    seeds = {len(arm.records) for arm in arms}
+    number = f"{seeds.pop()} " if len(seeds) == 1 else ""
+    text = "One seed. " if number == "1 " else f"Mean ± standard deviation over {number}seeds. "
     if len(arms) > 1:
         text += "The best mean at the last epoch is in bold. "
     text += "The best epoch is picked with hindsight, as in several published tables."

@@ -37,6 +37,7 @@ RC: dict[Any, Any] = {
     "grid.color": "#e5e5e5",
     "legend.frameon": False,
     "hatch.linewidth": 0.6,
+    "figure.constrained_layout.w_pad": 0.1,
     "savefig.dpi": 160,
 }
 WIDE, NARROW = 8.4, 4.0  # inches; on screen the text of both has about the size of the page's

@@ -36,35 +36,43 @@ def published_of(published: Published, experiment: str, arm: Arm, arms: Sequence
 def headline_table(
     arms: Sequence[Arm], metrics: Sequence[str], published: Sequence[Mapping[str, float]]
 ) -> str:
-    """Last and best epoch side by side and the published figure, for each of `metrics`."""
+    """Last and best epoch side by side and the published figure, for each of `metrics`.
+
+    The number of seeds has a column where it is not the same for all.
+    """
     with_published = any(published)
+    with_seeds = len({len(arm.records) for arm in arms}) > 1
     under = ["last epoch", "best epoch", *["published"] * with_published]
     top = "".join(
         f'<th scope="colgroup" colspan="{len(under)}">{METRICS[m]} (%)</th>' for m in metrics
     )
     names = "".join(f'<th scope="col">{name}</th>' for name in under) * len(metrics)
-    head = (
-        f'<tr><th rowspan="2" scope="col">method</th>{top}'
-        f'<th rowspan="2" scope="col">seeds</th></tr><tr>{names}</tr>'
-    )
-    best = {m: _best(arms, "last", m) for m in metrics}
+    seeds = '<th rowspan="2" scope="col">seeds</th>' if with_seeds else ""
+    head = f'<tr><th rowspan="2" scope="col">method</th>{top}{seeds}</tr><tr>{names}</tr>'
+    best = {m: _best(arms, m) for m in metrics}
     rows = []
     for arm, known in zip(arms, published, strict=True):
         cells = []
         for metric in metrics:
             last, peak = (arm.figures[epoch].get(metric) for epoch in ("last", "best"))
-            cells.append(_cell(_shown(last), last is not None and arm.label == best[metric]))
+            cells.append(_cell(_shown(last), arm.label in best[metric]))
             cells.append(_cell(_shown(peak)))
             if with_published:
                 cells.append(_cell(f"{known[metric]:.2f}" if metric in known else None))
-        cells.append(_cell(str(len(arm.records))))
+        if with_seeds:
+            cells.append(_cell(str(len(arm.records))))
         rows.append(f"{_row_head(arm.label)}{''.join(cells)}")
     return table(head, rows)
 
 
-def details_table(arms: Sequence[Arm]) -> str:
-    """Every metric that some arm has: the last epoch, below it the best."""
+def details_table(arms: Sequence[Arm], metrics: Sequence[str]) -> str:
+    """Every metric that some arm has: the last epoch, below it the best.
+
+    Empty if all of them are among `metrics`, which are shown already.
+    """
     shown = [m for m in METRICS if any(m in arm.figures["last"] for arm in arms)]
+    if set(shown) <= set(metrics):
+        return ""
     head = "".join(f'<th scope="col">{METRICS[m]}</th>' for m in shown)
     rows = []
     for arm in arms:
@@ -74,7 +82,9 @@ def details_table(arms: Sequence[Arm]) -> str:
             below = f"<br><small>{peak}</small>" if peak else ""
             cells.append(NOT_KNOWN if last is None else f"<td>{last}{below}</td>")
         rows.append(f"{_row_head(arm.label)}{''.join(cells)}")
-    return table(f'<tr><th scope="col">method</th>{head}</tr>', rows)
+    content = table(f'<tr><th scope="col">method</th>{head}</tr>', rows)
+    note = "<p>In percent, at the last epoch; below, at the best one.</p>"
+    return f"<details><summary>All metrics</summary>{content}{note}</details>"
 
 
 def overview_table(titles: Mapping[str, str], arms: Mapping[str, Sequence[Arm]]) -> str:
@@ -90,7 +100,7 @@ def overview_table(titles: Mapping[str, str], arms: Mapping[str, Sequence[Arm]])
             text, best = None, False
             for m in metric[experiment] if found else []:
                 text = _shown(found[0].figures["last"].get(m))
-                best = text is not None and _best(part, "last", m) == label
+                best = label in _best(part, m)
             cells.append(_cell(text, best))
         rows.append(f"{_row_head(label)}{''.join(cells)}")
     return table(f'<tr><th scope="col">method</th>{head}</tr>', rows)
@@ -117,7 +127,7 @@ def runs_table(arms: Sequence[Arm]) -> str:
 def settings_table(arms: Sequence[Arm]) -> str:
     """The settings that differ between arms, and below the table those that do not."""
     runs = [record for arm in arms for record in arm.records]
-    differing = differing_settings(runs)
+    differing = [name for name in differing_settings(runs) if name != "method"]
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in differing)
     rows = []
     for arm in arms:
@@ -128,7 +138,7 @@ def settings_table(arms: Sequence[Arm]) -> str:
         name: value
         for run in runs
         for name, value in (run.get("settings") or {}).items()
-        if name not in differing and name != "seed"
+        if name not in (*differing, "method", "seed")
     }
     common = ", ".join(f"{name} {value}" for name, value in same.items())
     shown = table(f'<tr><th scope="col">method</th>{head}</tr>', rows) if differing else ""
@@ -144,14 +154,20 @@ def table(head: str, rows: Sequence[str]) -> str:
     )
 
 
-def _best(arms: Sequence[Arm], epoch: str, metric: str) -> str | None:
-    """The label of the arm that is best in `metric`, None without two to compare."""
-    known = [
-        (arm.figures[epoch][metric].mean, arm.label) for arm in arms if metric in arm.figures[epoch]
-    ]
+def _best(arms: Sequence[Arm], metric: str) -> set[str]:
+    """The labels of the arms that are best in `metric` at the last epoch, as far as is shown.
+
+    None of fewer than two that can be compared.
+    """
+    known = {
+        arm.label: round(100 * arm.figures["last"][metric].mean, 2)
+        for arm in arms
+        if metric in arm.figures["last"]
+    }
     if len(known) < 2:
-        return None
-    return (min if metric in LOWER_IS_BETTER else max)(known)[1]
+        return set()
+    best = (min if metric in LOWER_IS_BETTER else max)(known.values())
+    return {label for label, value in known.items() if value == best}
 
 
 def _shown(value: Spread | None) -> str | None:
