@@ -135,7 +135,7 @@ def test_what_cannot_be_split(case):
 
 @pytest.mark.parametrize("name", ["resnet", "torchvision/", "keras/resnet50", ""])
 def test_unknown_names(name):
-    with pytest.raises(ValueError, match="backbone: expected one of resnet20"):
+    with pytest.raises(ValueError, match="backbone: expected one of resnet8"):
         build_backbone(name, 2)
 
 

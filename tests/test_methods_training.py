@@ -5,7 +5,6 @@ import signal
 
 import pytest
 import torch
-from iada.models import mlp
 from torch import nn
 from training import differences
 

@@ -13,6 +13,7 @@ from iada.backbones.split import split_classifier
 from iada.validation import complain
 
 BUILT_IN: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet8": (lambda: cifar_resnet(8), 64),
     "resnet20": (lambda: cifar_resnet(20), 64),
     "resnet32": (lambda: cifar_resnet(32), 64),
     "resnet56": (lambda: cifar_resnet(56), 64),

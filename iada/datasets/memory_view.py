@@ -27,6 +27,8 @@ class MemoryView(Dataset):
         augment: None; "crop-flip" (pad by 4, crop, flip); or "autoaugment-cutout", the same and
             then AutoAugment and CutOut, as the first stage of AFR's experiments has it. That takes
             some 2 ms for each image and is done on the CPU: give the trainer workers.
+        plain_from: the step of the run from which "autoaugment-cutout" is "crop-flip" alone, as in
+            AFR's second stage; None for never.
         device: where to keep the images and make the batches; None leaves them where they are, as
             does AutoAugment.
     """
@@ -36,6 +38,7 @@ class MemoryView(Dataset):
         data: Labelled,
         normalise: Normalisation,
         augment: str | None = None,
+        plain_from: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(data.inputs, Tensor):
@@ -56,7 +59,7 @@ class MemoryView(Dataset):
         self.deviation = deviation.flatten()
         self.scale = (1 / (255 * deviation)).to(self.images.device)
         self.shift = (-mean / deviation).to(self.images.device)
-        self.augment = augment
+        self.augment, self.plain_from = augment, plain_from
 
     @property
     def in_memory(self) -> bool:
@@ -82,7 +85,7 @@ class MemoryView(Dataset):
         images = self.images[rows]
         if self.augment is not None:
             images = crop_flip(images, seed, step, rows)
-        if self._policy is not None:
+        if self._policy is not None and (self.plain_from is None or step < self.plain_from):
             images = cutout(self._policy(images, seed, step, indices), seed, step, rows)
         inputs = images.float().mul_(self.scale).add_(self.shift)
         return inputs, self.labels[rows], rows

@@ -16,7 +16,7 @@ from iada.datasets import READERS, Labelled
 from iada.datasets.file_view import FileView
 from iada.datasets.memory_view import CIFAR10, CIFAR100, IMAGENET, MemoryView
 from iada.datasets.text_view import TextView, load_tokenizer
-from iada.paper.recipe import Recipe, shortened
+from iada.paper.recipe import Contestant, Recipe, shortened
 from iada.scenarios import SCENARIOS, Split, colored_mnist
 from iada.training.evaluate import outputs
 from iada.validation import complain
@@ -109,9 +109,13 @@ class Views:
     test: Dataset
 
 
-def make_views(recipe: Recipe, split: Split, device: torch.device) -> Views:
+def make_views(recipe: Recipe, contestant: Contestant, split: Split, device: torch.device) -> Views:
     """Normalised images or tokens; images in memory lie on the device."""
-    view = _view(recipe, split.train, device)
+    config, plain_from = contestant.trainer, None
+    if config.method == "afr":
+        steps = -(-len(split.train) // config.batch_size)
+        plain_from = steps * (config.epochs - config.finetune_epochs)
+    view = _view(recipe, split.train, plain_from, device)
     augment = recipe.model.augment if recipe.model.augment != "none" else None
     return Views(
         view(split.train, augment),
@@ -122,15 +126,17 @@ def make_views(recipe: Recipe, split: Split, device: torch.device) -> Views:
 
 
 def _view(
-    recipe: Recipe, data: Labelled, device: torch.device
+    recipe: Recipe, data: Labelled, plain_from: int | None, device: torch.device
 ) -> Callable[[Labelled, str | None], Dataset]:
     if isinstance(data.inputs, Tensor):
         scale = NORMALISATIONS.get(recipe.data["reader"], CIFAR10 if _small(data) else IMAGENET)
-        return lambda piece, augment: MemoryView(piece, scale, augment, device)
+        return lambda piece, augment: MemoryView(piece, scale, augment, plain_from, device)
     if isinstance(data.inputs[0], str):
         folder = recipe.model.backbone.removeprefix("transformers/")
         tokenizer = load_tokenizer(folder)
         return lambda piece, augment: TextView(piece, tokenizer)
+    if recipe.model.augment == "autoaugment-cutout":
+        raise complain("augment", "'none' or 'crop-flip'", "image files", "it is for small images")
     size, options = recipe.model.image_size, FILE_OPTIONS.get(recipe.data["reader"], {})
     return lambda piece, augment: FileView(piece, augment is not None, size, **options)
 

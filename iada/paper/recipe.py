@@ -17,7 +17,7 @@ from iada.scenarios import SCENARIOS
 from iada.training.config import METHODS, TrainerConfig, check_fields
 from iada.validation import complain
 
-AUGMENTS = ("none", "crop-flip")
+AUGMENTS = ("none", "crop-flip", "autoaugment-cutout")
 Figures = dict[str, float]
 
 
@@ -26,7 +26,8 @@ class ModelSettings:
     """[model]: what is trained, and how images reach it.
 
     backbone: as `iada.backbones.build_backbone` takes it.  pretrained: with its library's weights.
-    augment: "none" or "crop-flip".  image_size: height and width of images read from files.
+    augment: "none"; "crop-flip"; or "autoaugment-cutout", for small images: AutoAugment and CutOut
+    too, but not in AFR's second stage.  image_size: height and width of images read from files.
     """
 
     backbone: str = "resnet32"

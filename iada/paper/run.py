@@ -84,7 +84,7 @@ def prepare(
     recipe = limited(recipe, limits)
     contestant = next(c for c in recipe.contestants if c.key == contestant.key)
     config = dataclasses.replace(contestant.trainer, seed=seed)
-    views = make_views(recipe, split, place.device)
+    views = make_views(recipe, contestant, split, place.device)
     torch.manual_seed(seed)
     model = recipe.model
     backbone, head = build_backbone(

@@ -50,6 +50,7 @@ def estimate(
         for step in range(WARM_UP + TIMED):
             if step == WARM_UP:
                 start = _now(place.device)
+            trainer.batch = step % steps
             batch = to_device(tuple(next(served)), place.device)
             trainer.step_on(batch, None if plain else trainer.meta_batch(), not plain)
         seconds.append((_now(place.device) - start) / TIMED)
