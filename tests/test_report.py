@@ -113,9 +113,12 @@ def make_groups():
 
 def make_sweep():
     found = []
-    for alpha, beta in [(0.1, 1.0), (0.25, 1.0), (0.5, 1.0), (1.0, 1.0), (0.5, 0.5), (0.5, 1.5)]:
+    for alpha, beta in [(1.0, 1.0), (0.1, 1.0), (0.25, 1.0), (0.5, 1.0), (0.5, 0.5), (0.5, 1.5)]:
         for seed in range(2):
             record = make_record("meta-iada", seed, "fig6/cifar10-10", title="CIFAR10-LT 10:1")
+            record["method"] = f"alpha-{alpha}" if beta == 1 else f"beta-{beta}"
+            changed = f"α = {alpha}" if beta == 1 else f"β = {beta}"
+            record["method_name"] = f"Meta-IADA, {changed}"
             record["settings"] |= {"alpha": alpha, "beta": beta}
             top1 = 0.9 - (alpha - 0.5) ** 2 / 4 - (beta - 1) ** 2 / 20 + 0.01 * seed
             record["last"] = {"top1": top1}
@@ -271,11 +274,47 @@ def test_sweep_over_alpha_and_beta(sketch, tmp_path):
     assert "over β: Meta-IADA 89.2 at 0.5, 90.5 at 1, 89.2 at 1.5" in found.alt
     arms = arms_of(make_sweep())
     assert len(arms) == 6
-    assert arms[0].label == "Meta-IADA (alpha 0.1, beta 1.0)"
-    assert [arm.label for arm in main_arms(arms)] == ["Meta-IADA (alpha 0.5, beta 1.0)"]
+    (main,) = main_arms(arms)
+    assert (main.label, main.look.colour) == ("Meta-IADA, α = 0.5", "#D55E00")
     page = read(write_page(make_sweep(), tmp_path))
-    assert page.row("Meta-IADA (alpha 0.25, beta 1.0)")[1] == "88.94 ± 0.71"
+    assert page.row("Meta-IADA, α = 0.25")[1] == "88.94 ± 0.71"
     assert "sensitivity" not in names(make_comparison(1))
+
+
+def test_sweep_by_settings_alone(sketch):
+    records = make_sweep()
+    for record in records:
+        record |= {"method": "meta-iada", "method_name": "Meta-IADA"}
+    assert arms_of(records)[0].label == "Meta-IADA (alpha 0.1, beta 1.0)"
+    assert names(records)["sensitivity"].alt == names(make_sweep())["sensitivity"].alt
+
+
+def test_an_ablation_is_no_sweep(sketch):
+    records = [r for r in make_sweep() if r["settings"]["alpha"] in (0.1, 0.5)]
+    records = [r for r in records if r["settings"]["beta"] in (0.5, 1.0)]
+    assert len(main_arms(arms_of(records))) == 3
+    assert "sensitivity" not in names(records)
+    other = make_sweep()
+    other[0]["settings"]["perturbation"] = "constant"
+    assert "sensitivity" not in names(other)
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"), [("validation_worst_group", "best on the validation"), ("test_top1", "hind")]
+)
+def test_how_the_best_epoch_was_chosen_is_said(sketch, tmp_path, judge, said):
+    assert said in read(write_page([make_record(best_by=judge)], tmp_path)).text
+    assert said not in read(write_page([make_record()], tmp_path)).text
+
+
+def test_curve_that_is_not_measured_each_epoch():
+    values = np.full((1, 9), np.nan)
+    values[0, 2::3] = (1.0, 2.0, 3.0)
+    axes = Figure().subplots()
+    charts._band(axes, np.arange(9), charts.Series("CE", charts.Look("black"), values))
+    (line,) = axes.lines
+    assert line.get_xdata().tolist() == [2, 5, 8]
+    assert line.get_ydata().tolist() == [1, 2, 3]
 
 
 def test_several_experiments_have_an_overview(sketch, tmp_path):

@@ -4,14 +4,15 @@ A record is one finished run in plain values, as JSON has them. Of its keys "exp
 "method" are a must; each figure and table asks for what it shows and goes without what is absent:
 
     experiment, title        "table2/cifar10-100", "CIFAR10-LT 100:1"
-    method, method_name      "meta-iada", "Meta-IADA without G": what the page calls it
-    seed, settings           settings: of the trainer, by name
+    method, method_name      "without-g", "Meta-IADA without G": what the page calls it
+    seed, settings           settings: of the trainer, by name; "method" in it is what was trained
     class_names, class_counts
     last, best, best_epoch   the figures of `iada.metrics.measure` at the last and the best epoch
+    best_by                  what that was chosen by: "validation_…" or "test_…" and a metric
     confusion                (C, C) counts at the last epoch, rows are true classes
     group_accuracy           by the group's name, at the last epoch
     curve                    [{"epoch", "loss", "accuracy", "generalization", "robustness",
-                             "fairness"}, …], accuracy a share
+                             "fairness"}, …], accuracy the mean over classes, a share
     strengths                {"class_share", "share_clean", "share_flipped", "histogram_clean",
                              "histogram_flipped"} as in `iada.demo.run.Strengths`
     spectrum                 (C, A) eigenvalues, as of `iada.diagnostics.spectrum`
@@ -21,7 +22,7 @@ A record is one finished run in plain values, as JSON has them. Of its keys "exp
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from iada.metrics import Spread, mean_std
@@ -34,9 +35,14 @@ INCIDENTAL = ("seed", "checkpoint_every")  # settings that do not make another a
 
 @dataclass(frozen=True)
 class Arm:
-    """A method as it was run, with one record a seed. label: unlike that of any other arm."""
+    """A method as it was run, with one record a seed.
+
+    kind: the method that was trained, which arms may share: the trainer's setting "method", else
+    the record's. label: unlike that of any other arm.
+    """
 
     method: str
+    kind: str
     name: str
     label: str
     look: Look
@@ -71,17 +77,21 @@ def arms_of(records: Sequence[Record]) -> list[Arm]:
         key = (record["method"], record.get("method_name") or record["method"])
         named.setdefault(key, []).append(record)
     order = list(PREFERRED)
-    place = {key: order.index(key[0]) if key[0] in order else len(order) for key in named}
-    found: list[tuple[str, str, str, list[Record]]] = []
-    for (method, name), runs in sorted(named.items(), key=lambda item: place[item[0]]):
-        for label, part in _by_settings(name, runs):
+    kinds = {key: str(setting(runs[0], "method") or key[0]) for key, runs in named.items()}
+    place = {key: order.index(k) if k in order else len(order) for key, k in kinds.items()}
+    found: list[Arm] = []
+    for key, runs in sorted(named.items(), key=lambda item: place[item[0]]):
+        for label, part in _by_settings(key[1], runs):
             _check_seeds(label, part)
-            found.append((method, name, label, part))
-    styles = looks([method for method, *_ in found])
-    return [
-        Arm(method, name, label, look, sorted(part, key=lambda r: r.get("seed") or 0))
-        for (method, name, label, part), look in zip(found, styles, strict=True)
-    ]
+            part = sorted(part, key=lambda r: r.get("seed") or 0)
+            found.append(Arm(key[0], kinds[key], key[1], label, Look(""), part))
+    return with_looks(found)
+
+
+def with_looks(arms: Sequence[Arm]) -> list[Arm]:
+    """The arms with looks that differ, the first of a kind with its own colour if that is free."""
+    styles = looks([arm.kind for arm in arms])
+    return [replace(arm, look=look) for arm, look in zip(arms, styles, strict=True)]
 
 
 def differing_settings(records: Sequence[Record]) -> list[str]:

@@ -195,6 +195,8 @@ def spectra(name: str, caption: str, panels: Mapping[str, np.ndarray], alt: str)
 
 def _band(axes: Any, x: Sequence[float] | np.ndarray, one: Series) -> None:
     mean, error = mean_and_spread(one.values)
+    known = np.isfinite(mean)  # a line goes on over places without a value
+    x, mean, error = np.asarray(x)[known], mean[known], error[known]
     marker = "o" if len(mean) < 8 else None
     axes.plot(
         x,

@@ -1,8 +1,8 @@
 """The figures of an experiment, as far as its records have what they show."""
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from iada.diagnostics.spectrum import effective_rank
 from iada.metrics import METRICS
-from iada.report.arms import Arm, Record, differing_settings, setting
+from iada.report.arms import Arm, Record, differing_settings, setting, with_looks
 from iada.report.charts import (
     MOST_BARS,
     Series,
@@ -27,7 +27,8 @@ TERMS = {
     "robustness": "R, robustness",
     "fairness": "F, fairness",
 }
-SWEPT = ("alpha", "beta")
+SWEPT = {"alpha": "α", "beta": "β"}
+LEAST_SWEPT = 3  # values that make a sweep; two may be an ablation
 RECOMMENDED = {"alpha": 0.5, "beta": 1.0}  # by the paper's section 5.6
 SHOTS = ("many", "medium", "few")
 
@@ -63,29 +64,26 @@ def draw_all(experiment: str, title: str, arms: Sequence[Arm], headline: str) ->
 
 
 def main_arms(arms: Sequence[Arm]) -> list[Arm]:
-    """All arms, but of a sweep over α and β the recommended values only, if they are in it.
-
-    With looks of their own, so that colours are not spent on arms that are not shown.
-    """
-    swept = _swept(arms)
-    best = [
+    """All arms, but of a sweep over α and β the recommended values only, if they are in it."""
+    swept = [arm for sweep in _sweeps(arms) for arm in sweep]
+    recommended = [
         arm
         for arm in swept
         if all(setting(arm.records[0], key) == value for key, value in RECOMMENDED.items())
     ]
-    shown = [arm for arm in arms if arm not in swept or arm in best] if best else list(arms)
-    styles = looks([arm.method for arm in shown])
-    return [replace(arm, look=look) for arm, look in zip(shown, styles, strict=True)]
+    left_out = [arm for arm in swept if arm not in recommended] if recommended else []
+    return with_looks([arm for arm in arms if arm not in left_out])
 
 
-def _swept(arms: Sequence[Arm]) -> list[Arm]:
-    """Arms of a method whose settings differ in α and β alone."""
+def _sweeps(arms: Sequence[Arm]) -> list[list[Arm]]:
+    """The arms of each kind that differ in α and β alone, with three values of one of them."""
     found = []
-    for arm in arms:
-        own = [r for other in arms if other.name == arm.name for r in other.records]
-        differing = differing_settings(own)
-        if differing and set(differing) <= set(SWEPT):
-            found.append(arm)
+    for kind in dict.fromkeys(arm.kind for arm in arms):
+        own = [arm for arm in arms if arm.kind == kind]
+        differing = differing_settings([record for arm in own for record in arm.records])
+        longest = max(len(_longest_line(own, key)) for key in SWEPT)
+        if set(differing) <= set(SWEPT) and longest >= LEAST_SWEPT:
+            found.append(own)
     return found
 
 
@@ -205,35 +203,29 @@ def _clean_against_flipped(name: str, title: str, arm: Arm) -> Picture | None:
 
 
 def _sensitivity(name: str, title: str, arms: Sequence[Arm], headline: str) -> Picture | None:
-    swept = [arm for arm in _swept(arms) if headline in arm.figures["last"]]
     panels: dict[str, list[Series]] = {}
     places: dict[str, list[float]] = {}
-    for key in SWEPT:
-        line = _longest_line(swept, key)
-        if len(line) < 2:
-            continue
-        longest = max(len(arm.records) for arm in line.values())
-        values = np.full((longest, len(line)), np.nan)
-        for place, arm in enumerate(line.values()):
-            scores = [(r.get("last") or {}).get(headline) for r in arm.records]
-            values[: len(scores), place] = [np.nan if s is None else 100 * s for s in scores]
-        first = next(iter(line.values()))
-        panels[key] = [Series(first.name, first.look, values)]
-        places[key] = list(line)
+    for sweep in _sweeps(arms)[:1]:
+        common = os.path.commonprefix([arm.name for arm in sweep])
+        label = re.split("[,(]", common)[0].strip() or sweep[0].kind
+        (look,) = looks([sweep[0].kind])
+        for key, letter in SWEPT.items():
+            line = _longest_line([arm for arm in sweep if headline in arm.figures["last"]], key)
+            if len(line) < 2:
+                continue
+            scores = [
+                [(r.get("last") or {}).get(headline) for r in a.records] for a in line.values()
+            ]
+            panels[letter] = [Series(label, look, 100 * _padded(scores).T)]
+            places[letter] = list(line)
     if not panels:
         return None
     caption = (
         f"{METRICS[headline]} at the last epoch over α and over β, the other as recommended or as "
         f"most runs have it, {title}: the paper's Fig. 6."
     )
-    labels = {"alpha": "α", "beta": "β"}
-    return curves(
-        name,
-        caption,
-        {labels[key]: series for key, series in panels.items()},
-        ylabel=f"{METRICS[headline].lower()} (%)",
-        places={labels[key]: values for key, values in places.items()},
-    )
+    ylabel = f"{METRICS[headline].lower()} (%)"
+    return curves(name, caption, panels, ylabel=ylabel, places=places)
 
 
 def _longest_line(arms: Sequence[Arm], key: str) -> dict[float, Arm]:
@@ -263,7 +255,7 @@ def _confusion(name: str, title: str, arms: Sequence[Arm]) -> Picture | None:
 
 
 def _curves(name: str, title: str, arms: Sequence[Arm]) -> Picture | None:
-    panels = _curve_panels(arms, {"accuracy": "validation accuracy (%)", "loss": "training loss"})
+    panels = _curve_panels(arms, {"accuracy": "balanced accuracy (%)", "loss": "training loss"})
     if not panels:
         return None
     seeds = max(len(arm.records) for arm in arms)

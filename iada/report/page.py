@@ -44,8 +44,7 @@ def write_page(
 
     Args:
         records: one a run, as `iada.report.arms` describes them.
-        published: (experiment, method) → {metric: percent}. The method is "method_name" where that
-            has an entry, as the ablations of one method need, else "method".
+        published: (experiment, "method_name" or "method") → {metric: percent}.
         title: of the page.
         command: that made the runs, shown at the end.
 
@@ -129,7 +128,11 @@ def _explanation(arms: Sequence[Arm], with_published: bool) -> str:
     text = "One seed. " if number == "1 " else f"Mean ± standard deviation over {number}seeds. "
     if len(arms) > 1:
         text += "The best mean at the last epoch is in bold. "
-    text += "The best epoch is picked with hindsight, as in several published tables."
+    judges = {str(r.get("best_by") or "").split("_")[0] for arm in arms for r in arm.records}
+    if judges == {"validation"}:
+        text += "The best epoch is the one that is best on the validation set."
+    elif judges == {"test"}:
+        text += "The best epoch is picked with hindsight, by test accuracy, as in several papers."
     return f"{text} The published figures are the papers' own." if with_published else text
 
 

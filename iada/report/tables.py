@@ -2,7 +2,6 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from iada.metrics import METRICS, Spread
 from iada.report.arms import Arm, Record, differing_settings
@@ -23,12 +22,13 @@ def headline_metrics(arms: Sequence[Arm], published: Sequence[Mapping[str, float
     return shown or [m for m in METRICS if m in measured][:1]
 
 
-def published_of(published: Published, experiment: str, arm: Arm, arms: Sequence[Arm]) -> Any:
-    """The published figures of an arm: under its label, its name, or, where no other arm shares
-    the method, its method. Empty if there are none."""
-    for key in (arm.label, arm.name):
-        if (experiment, key) in published:
-            return published[experiment, key]
+def published_of(
+    published: Published, experiment: str, arm: Arm, arms: Sequence[Arm]
+) -> Mapping[str, float]:
+    """The published figures of an arm: under its name, or under its method where no other arm has
+    that. Empty if there are none."""
+    if (experiment, arm.name) in published:
+        return published[experiment, arm.name]
     alone = sum(other.method == arm.method for other in arms) == 1
     return published.get((experiment, arm.method), {}) if alone else {}
 
