@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
+import iada
 from iada.commands import SECTIONS
 from iada.training.config import read_toml
 from iada.training.schedule import build_optimizer, build_schedule
@@ -52,3 +54,24 @@ def test_settings_of_the_training_page(tmp_path):
     optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], config)
     assert type(optimizer) is torch.optim.AdamW
     build_schedule(optimizer, config, steps=10)
+
+
+def test_your_own_data_and_backbones(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for part, count in (("train", 8), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for place in range(count):
+                image.new("RGB", (8, 8), (30 * place, 0, 0)).save(
+                    tmp_path / part / name / f"{place}.png"
+                )
+    names = {
+        "photos": tmp_path,
+        "config": iada.TrainerConfig(epochs=2, ce_epochs=1, batch_size=4, meta_batch_size=4),
+        "model": torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2)),
+        "example_batch": torch.zeros(1, 3),
+    }
+    (block,) = blocks("python", (ROOT / "docs/experiments.md").read_text())
+    exec(block, names)
+    assert len(names["trainer"].history) == 2
+    assert names["head"].in_features == 5

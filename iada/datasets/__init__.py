@@ -9,11 +9,14 @@ from collections.abc import Callable
 from iada.datasets.celeba import read_celeba
 from iada.datasets.cifar import read_cifar10, read_cifar100
 from iada.datasets.civilcomments import read_civilcomments
+from iada.datasets.file_view import FileView
 from iada.datasets.folders import read_folder
 from iada.datasets.glt import read_glt
 from iada.datasets.labelled import Labelled
 from iada.datasets.lists import read_lists
+from iada.datasets.memory_view import CIFAR10, CIFAR100, IMAGENET, MemoryView
 from iada.datasets.mnist import read_mnist
+from iada.datasets.text_view import TextView, load_tokenizer
 from iada.datasets.waterbirds import read_waterbirds
 
 READERS: dict[str, Callable[..., dict[str, Labelled]]] = {
@@ -28,4 +31,15 @@ READERS: dict[str, Callable[..., dict[str, Labelled]]] = {
     "glt": read_glt,
 }
 
-__all__ = ["READERS", "Labelled", *(reader.__name__ for reader in READERS.values())]
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "IMAGENET",
+    "READERS",
+    "FileView",
+    "Labelled",
+    "MemoryView",
+    "TextView",
+    "load_tokenizer",
+    *(reader.__name__ for reader in READERS.values()),
+]

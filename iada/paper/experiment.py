@@ -12,10 +12,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from iada.backbones import build_backbone
-from iada.datasets import READERS, Labelled
-from iada.datasets.file_view import FileView
-from iada.datasets.memory_view import CIFAR10, CIFAR100, IMAGENET, MemoryView
-from iada.datasets.text_view import TextView, load_tokenizer
+from iada.datasets import (
+    CIFAR10,
+    CIFAR100,
+    IMAGENET,
+    READERS,
+    FileView,
+    Labelled,
+    MemoryView,
+    TextView,
+    load_tokenizer,
+)
 from iada.paper.recipe import Contestant, Recipe, shortened
 from iada.scenarios import SCENARIOS, Split, colored_mnist
 from iada.training.evaluate import outputs
