@@ -132,11 +132,25 @@ def _run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Pla
             records.append(run(recipe, contestant, seed, split, limits, own))
     print(f"\n{comparison(recipe, records)}")
     folder = options.out / recipe.name
-    command = f"python -m iada paper --table {options.table} --row {recipe.row} --data PATH"
+    title = f"{recipe.title} ({recipe.source})"
     page = write_page(
-        records, folder, published_figures([recipe]), f"{recipe.title} ({recipe.source})", command
+        records, folder, published_figures([recipe]), title, _command(recipe, options)
     )
     print(f"\nReport: {page}")
+
+
+def _command(recipe: Recipe, options: argparse.Namespace) -> str:
+    """The command that makes these runs, for another person's machine."""
+    words = [f"python -m iada paper --table {options.table} --row {recipe.row} --data PATH"]
+    for name in ("seeds", "epochs", "train_limit", "test_limit", "evaluate_every"):
+        value = getattr(options, name)
+        if value > 1:
+            words.append(f"--{name.replace('_', '-')} {value}")
+    if options.methods:
+        words.append(f"--methods {' '.join(options.methods)}")
+    if options.changes:
+        words.append(f"--set {' '.join(options.changes)}")
+    return " ".join(words)
 
 
 def _dry_run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Place) -> None:
