@@ -140,11 +140,14 @@ def test_runs_write_records_a_page_and_a_comparison(images, tmp_path, capsys):
     assert "MiSLAS" in output
     page = tmp_path / "table2/cifar10-100/index.html"
     assert str(page) in output
-    assert "84.01" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "84.01" in text
+    assert "Not as published:" in text
+    assert "2 of 200 epochs" in text
     records = read_records([tmp_path])
     assert len(records) == 4
     for record in records:
-        assert record["limits"]["epochs"] == 2
+        assert record["departures"] == [*SMALLER, "2 of 200 epochs"]
         assert record["settings"]["seed"] == record["seed"]
         assert np.sum(record["confusion"]) == 30
         assert record["last"]["top1"] == pytest.approx(np.trace(record["confusion"]) / 30)

@@ -119,8 +119,8 @@ def _run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Pla
     from iada.report import write_page
 
     print(f"{recipe.name}: {recipe.title} ({recipe.source})", flush=True)
-    if limits:
-        print("Not as published: see the figures' record.", flush=True)
+    for departure in limits.words(recipe.contestants[0].trainer.epochs):
+        print(f"  other than published: {departure}", flush=True)
     parts = read_parts(recipe, options.data, limits)
     records = []
     for seed in range(options.seeds):
@@ -132,10 +132,8 @@ def _run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Pla
             records.append(run(recipe, contestant, seed, split, limits, own))
     print(f"\n{comparison(recipe, records)}")
     folder = options.out / recipe.name
-    title = f"{recipe.title} ({recipe.source})"
-    page = write_page(
-        records, folder, published_figures([recipe]), title, _command(recipe, options)
-    )
+    command = _command(recipe, options)
+    page = write_page(records, folder, published_figures([recipe]), recipe.source, command)
     print(f"\nReport: {page}")
 
 

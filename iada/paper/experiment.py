@@ -1,7 +1,7 @@
 """From a recipe and a path to data: the split of a seed, and what the trainer is given of it."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,17 @@ class Limits:
 
     def __bool__(self) -> bool:
         return self != Limits()
+
+    def words(self, published_epochs: int) -> list[str]:
+        """Each of them for a person; published_epochs: of the whole schedule."""
+        found = list(self.changes)
+        if self.epochs:
+            found.append(f"{self.epochs} of {published_epochs} epochs")
+        if self.train:
+            found.append(f"at most {self.train} training images a class")
+        if self.test:
+            found.append(f"at most {self.test} test images a class")
+        return found
 
 
 def read_parts(recipe: Recipe, path: Path, limits: Limits) -> Parts:
@@ -156,19 +167,6 @@ def best_device() -> torch.device:
     """The accelerator, if there is one."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if found is None else found
-
-
-def published_size(record: Mapping[str, Any]) -> str:
-    """What a record's run was, where it was not as published; else ""."""
-    limits = Limits(**(record.get("limits") or {}))
-    words = list(limits.changes)
-    if limits.epochs:
-        words.append(f"{limits.epochs} of {record['published_epochs']} epochs")
-    if limits.train:
-        words.append(f"≤ {limits.train} training images a class")
-    if limits.test:
-        words.append(f"≤ {limits.test} test images a class")
-    return ", ".join(words)
 
 
 def limited(recipe: Recipe, limits: Limits) -> Recipe:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from iada.metrics import METRICS, mean_std
-from iada.paper.experiment import published_size
 from iada.paper.recipe import Recipe
 from iada.paper.run import RECORD
 from iada.validation import complain
@@ -30,7 +29,7 @@ def read_records(folders: Iterable[Path]) -> list[Record]:
                 raise complain(str(path), "a run's record", f"{error}", remedy) from error
             for record in content if isinstance(content, list) else [content]:
                 key = (record["experiment"], record["method"], record["seed"])
-                found.setdefault((*key, json.dumps(record.get("limits"))), record)
+                found.setdefault((*key, _departures(record)), record)
     return list(found.values())
 
 
@@ -46,9 +45,9 @@ def listing(recipes: Sequence[Recipe], records: Sequence[Record]) -> str:
         own = [record for record in records if record["experiment"] == recipe.name]
         if not own:
             lines.append(f"  run    nothing yet ({len(recipe.contestants)} methods)")
-        for size in dict.fromkeys(published_size(record) for record in own):
-            chosen = [record for record in own if published_size(record) == size]
-            lines.append(f"  run    {size or 'as published'}")
+        for departures in dict.fromkeys(map(_departures, own)):
+            chosen = [record for record in own if _departures(record) == departures]
+            lines.append(f"  run    {departures or 'as published'}")
             lines += [f"    {line}" for line in comparison(recipe, chosen).splitlines()]
     return "\n".join(lines).lstrip("\n")
 
@@ -98,6 +97,11 @@ def published_figures(recipes: Iterable[Recipe]) -> dict[tuple[str, str], Mappin
         for contestant in recipe.contestants
         if contestant.published
     }
+
+
+def _departures(record: Record) -> str:
+    """What a run did other than the recipe says."""
+    return ", ".join(record.get("departures") or ())
 
 
 def _shown(spread: Any) -> str:

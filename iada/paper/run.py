@@ -168,8 +168,7 @@ def _asked(
                 "settings": dataclasses.asdict(trainer.config),
                 "model": dataclasses.asdict(recipe.model),
                 "split": split.record,
-                "limits": dataclasses.asdict(limits) if limits else None,
-                "published_epochs": contestant.trainer.epochs,
+                "departures": limits.words(contestant.trainer.epochs),
                 "class_counts": split.train.class_counts().tolist(),
             }
         )

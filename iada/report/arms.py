@@ -5,6 +5,7 @@ A record is one finished run in plain values, as JSON has them. Of its keys "exp
 
     experiment, title        "table2/cifar10-100", "CIFAR10-LT 100:1"
     method, method_name      "without-g", "Meta-IADA without G": what the page calls it
+    departures               ["12 of 200 epochs", …]: where the run is not as published
     seed, settings           settings: of the trainer, by name; "method" in it is what was trained
     class_names, class_counts
     last, best, best_epoch   the figures of `iada.metrics.measure` at the last and the best epoch

@@ -133,7 +133,13 @@ def _explanation(arms: Sequence[Arm], with_published: bool) -> str:
         text += "The best epoch is the one that is best on the validation set."
     elif judges == {"test"}:
         text += "The best epoch is picked with hindsight, by test accuracy, as in several papers."
-    return f"{text} The published figures are the papers' own." if with_published else text
+    if with_published:
+        text += " The published figures are the papers' own."
+    departures = dict.fromkeys(d for a in arms for r in a.records for d in r.get("departures", ()))
+    if departures:
+        listed = html.escape("; ".join(departures))
+        text += f" <strong>Not as published:</strong> {listed}."
+    return text
 
 
 def _footer(command: str | None) -> str:
