@@ -7,6 +7,10 @@ Every case is timed twice: with an allocator that keeps what it has, as caching 
 accelerators do, and (`_default_malloc`) with glibc's defaults, which give tens of megabytes back
 after each step and fetch them again page by page. All sides of a run have the same allocator.
 
+`--compiled` adds a backbone compiled by inductor, which takes minutes: `sgd_compiled`, the plain
+step with it, and `compiled`, the iteration. A compiled module is opaque to the exact hypergradient:
+that iteration goes by finite differences.
+
 Memory is the most that a step rises above what lies there between steps, each side in a process of
 its own: `memory_jvp` as a share of double backward, `memory_low` as a ratio to plain SGD.
 """
@@ -26,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 import iada
 from bench.memory import peak_bytes
@@ -40,6 +45,10 @@ MODES: dict[str, dict[str, Any]] = {
     "head": {"scope": "head"},
     "interval10": {"interval": 10},
     "low_memory": {"low_memory": True},
+}
+COMPILED: dict[str, dict[str, Any]] = {
+    "sgd_compiled": {},
+    "compiled": {"hypergradient": "finite-difference"},
 }
 MEMORY = {"memory_jvp": ("jvp", "double_backward"), "memory_low": ("low_memory", "sgd")}
 # Settings of glibc's malloc: never give memory back; give each large tensor back when it is freed,
@@ -68,6 +77,18 @@ class Transformer(nn.Module):
         return self.layers(self.embed(inputs).flatten(2).mT).mean(dim=1)
 
 
+class Whole(nn.Module):
+    """torch.compile takes a bare nn.Sequential layer by layer, and this in one graph."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """What `inner` gives."""
+        return self.inner(inputs)
+
+
 @dataclass(frozen=True)
 class Case:
     """A backbone, its feature width, and the rows of batch and meta batch."""
@@ -90,25 +111,26 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--compiled", action="store_true", help="also a compiled backbone")
     parser.add_argument("--time-of", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.time_of:
-        print(json.dumps(timed_row(options.time_of, options.rounds)))
+        print(json.dumps(timed_row(options.time_of, options.rounds, options.compiled)))
         return 0
     if options.memory_of:
         print(extra_memory(*options.memory_of))
         return 0
-    columns = [*MODES, *MEMORY]
+    columns = [*_modes(options.compiled), *MEMORY]
     print("| case | SGD, ms | " + " | ".join(columns) + " |")
     print("|---|" + "---:|" * (len(columns) + 1))
     rows: dict[str, Any] = {}
     for name in options.cases:
         memory = memory_row(name)
         for suffix, malloc in (("", KEEPING), ("_default_malloc", {})):
-            rounds = str(options.rounds)
-            row = json.loads(_child(["--time-of", name, "--rounds", rounds], malloc))
+            arguments = ["--time-of", name, "--rounds", str(options.rounds)]
+            row = json.loads(_child(arguments + ["--compiled"] * options.compiled, malloc))
             rows[name + suffix] = row = row | memory
             cells = [f"{row['sgd_ms']:.0f}"] + [f"{row[column]:.2f}" for column in columns]
             print(f"| {name}{suffix} | " + " | ".join(cells) + " |", flush=True)
@@ -122,14 +144,19 @@ def main() -> int:
     return 0
 
 
-def timed_row(name: str, rounds: int) -> dict[str, float]:
+def timed_row(name: str, rounds: int, compiled: bool) -> dict[str, float]:
     """Medians of the ratios to plain SGD round by round; SGD's own median in milliseconds."""
-    sides = {mode: step_of(name, mode) for mode in ("sgd", *MODES)}
+    modes = _modes(compiled)
+    sides = {mode: step_of(name, mode) for mode in ("sgd", *modes)}
     sides["interval10"] = _repeat(sides["interval10"], 10)
     taken = interleave(sides, rounds, budget=1e9)
     taken["interval10"] = [seconds / 10 for seconds in taken["interval10"]]
-    row = {mode: ratio(taken[mode], taken["sgd"]) for mode in MODES}
+    row = {mode: ratio(taken[mode], taken["sgd"]) for mode in modes}
     return row | {"sgd_ms": 1e3 * statistics.median(taken["sgd"])}
+
+
+def _modes(compiled: bool) -> dict[str, dict[str, Any]]:
+    return MODES | COMPILED if compiled else MODES
 
 
 def _repeat(call: Callable[[], object], times: int) -> Callable[[], object]:
@@ -137,16 +164,20 @@ def _repeat(call: Callable[[], object], times: int) -> Callable[[], object]:
 
 
 def step_of(name: str, mode: str) -> Callable[[], object]:
-    """A plain SGD step, or an iteration in one of MODES, on a model and batch of its own."""
+    """A plain SGD step, or an iteration in one of the modes, on a model and batch of its own."""
     case = CASES[name]
     torch.manual_seed(0)
     backbone, head = case.backbone(), nn.Linear(case.width, CLASSES)
+    if mode in COMPILED:
+        functorch_config.donated_buffer = False  # the engine keeps a graph for a second backward
+        backbone = Whole(backbone)
+        backbone.compile(dynamic=False)
     parameters = [*backbone.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4)
     batch, meta_batch = (
         (torch.randn(case.rows, 3, 32, 32), torch.arange(case.rows) % CLASSES) for _ in range(2)
     )
-    if mode == "sgd":
+    if mode.startswith("sgd"):
 
         def step() -> object:
             optimizer.zero_grad()
@@ -156,7 +187,8 @@ def step_of(name: str, mode: str) -> Callable[[], object]:
             return loss.detach()
 
         return step
-    meta = iada.MetaIADA(backbone, head, optimizer, torch.ones(CLASSES), **MODES[mode])
+    settings = _modes(compiled=True)[mode]
+    meta = iada.MetaIADA(backbone, head, optimizer, torch.ones(CLASSES), **settings)
     return lambda: meta.step(batch, meta_batch)
 
 
