@@ -156,12 +156,12 @@ def write_celeba(folder, as_csv=False):
 IDENTITIES = ["male", "female", "LGBTQ", "christian", "muslim", "other_religions", "black", "white"]
 
 
-def write_civilcomments(folder):
+def write_civilcomments(folder, copies=1):
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for split in ("train", "val", "test"):
         for toxicity in (0.0, 0.6):
-            for mention in (0.0, 0.5):
+            for mention in (0.0, 0.5) * copies:
                 text = f'A comment, with "quotes"\nand a line, {len(rows)}'
                 values = [mention, 0.2, 0, 0, 0, 0, mention, 0]
                 rows.append([len(rows), 1000 + len(rows), split, text, toxicity, *values])

@@ -1,15 +1,20 @@
 """Recipes of the papers' tables, and `python -m iada paper` on a small data set of true format."""
 
+import argparse
 import json
+import shlex
 from dataclasses import replace
 
+import dataset_files as made
 import numpy as np
 import pytest
 import torch
 
 from iada.commands import main
+from iada.datasets.civilcomments import MEMBERS
 from iada.metrics import METRICS
 from iada.paper import recipe as recipes
+from iada.paper.command import _command, add_paper
 from iada.paper.experiment import Limits, first_of_each, make_split, read_parts
 from iada.paper.listing import comparison, read_records
 from iada.paper.recipe import load, names, parse_change, shortened, table_name
@@ -197,6 +202,60 @@ def test_an_interrupted_run_goes_on(images, tmp_path, monkeypatch):
         assert cut[name] == whole[name], name
 
 
+def test_a_run_that_was_begun_goes_on_with_its_own_data_only(images, tmp_path, monkeypatch, capsys):
+    command = [*ROW, "--data", str(images), "--epochs", "2", "--methods", "ce"]
+    command += ["--out", str(tmp_path)]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr("iada.paper.run._measure", stop)  # at the end of the first epoch
+        assert main(command) == 130
+    capsys.readouterr()
+    for change, what in (("model.augment=none", "model"), ("scenario.convention=step", "split")):
+        assert main([*command, "--set", *SMALLER, change]) == 2
+        assert f"one with another {what}" in capsys.readouterr().err
+    assert main(command) == 0
+    (record,) = read_records([tmp_path])
+    assert record["model"]["augment"] == "crop-flip"
+    assert record["split"]["parameters"]["convention"] == "ldam"
+
+
+def test_texts_with_groups_run_whole(tmp_path, monkeypatch, capsys):
+    made.write_civilcomments(tmp_path / "data", copies=4)
+
+    def tokenizer(texts, **_):
+        width = max(map(len, texts))  # as a tokenizer's, it depends on the batch
+        ids = torch.tensor([[*map(ord, text), *[0] * (width - len(text))] for text in texts])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+    class Mean(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.letters = torch.nn.Embedding(128, 4)
+
+        def forward(self, inputs):
+            return self.letters(inputs["input_ids"]).mean(dim=1)
+
+    monkeypatch.setattr("iada.paper.experiment.load_tokenizer", lambda path: tokenizer)
+    monkeypatch.setattr(
+        "iada.paper.run.build_backbone", lambda *_, **__: (Mean(), torch.nn.Linear(4, 2))
+    )
+    command = ["paper", "--table", "6", "--row", "civilcomments", "--data", str(tmp_path / "data")]
+    command += ["--device", "cpu", "--out", str(tmp_path / "runs"), "--methods", "ce", "meta-iada"]
+    command += ["--epochs", "2", "--set", "scenario.meta_per_group=1"]
+    assert main([*command, "--dry-run"]) == 0
+    assert main(command) == 0
+    records = read_records([tmp_path / "runs"])
+    assert [record["method"] for record in records] == ["ce", "meta-iada"]
+    for record in records:
+        assert record["best_by"] == "validation_worst_group"
+        assert set(record["group_accuracy"]) == set(MEMBERS)
+    assert records[1]["surrogate"]["classes"] == [0, 1]
+    assert "Worst group, best  published" in capsys.readouterr().out
+
+
 def test_a_dry_run_trains_nothing(images, tmp_path, capsys):
     command = [*ROW, "--data", str(images), "--out", str(tmp_path), "--dry-run", "--epochs", "4"]
     assert main([*command, "--methods", "ce", "meta-iada"]) == 0
@@ -214,14 +273,17 @@ def test_a_dry_run_trains_nothing(images, tmp_path, capsys):
         (["--table", "9"], "--table: expected one of afr-table1"),
         (["--table", "2", "--row", "mnist", "--data", "."], "--row: expected one of cifar10-10"),
         (["--table", "2", "--row", "cifar10-10"], "--data: expected a path"),
-        (["--table", "2", "--data", "/none"], "--data: expected CIFAR-10"),
+        (["--table", "2", "--row", "cifar10-10", "--data", "/none"], "--data: expected CIFAR-10"),
         (["--table", "2", "--data", ".", "--methods", "sgd"], "--methods: expected some of ce"),
         (["--table", "2", "--data", ".", "--seeds", "0"], "--seeds: expected at least 1"),
         (["--table", "2", "--data", ".", "--epochs", "-1"], "--epochs: expected 0 or more"),
+        (["--table", "7", "--data", "."], "--row: expected rows of one data set"),
+        (["--table", "4", "--data", "."], "--row: expected rows of one data set"),
+        (["--table", "4", "--data", ".", "--device", "x"], "--device: expected a torch device"),
         (["--table", "2", "--data", ".", "--set", "ratio=3"], "--set: expected section.key"),
         (["--table", "2", "--data", ".", "--set", "published.x=3"], "section published: expected"),
         (["--table", "2", "--data", ".", "--set", "trainer.epoch=3"], "epoch"),
-        (["--table", "2", "--data", ".", "--set", "data.size=3"], r"\[data\] size: expected one"),
+        (["--table", "3", "--data", ".", "--set", "data.size=3"], r"\[data\] size: expected one"),
         (["--table", "2", "--data", ".", "--set", "scenario.name=x"], "name: expected one of long"),
     ],
 )
@@ -264,6 +326,21 @@ def test_strengths_are_counted_by_class_and_label():
     assert sum(found["histogram_clean"]) == 3
     assert found["histogram_flipped"][0] == 1
     json.dumps(found)
+
+
+def test_the_command_on_a_page_is_the_whole_one():
+    recipe = load("table2/cifar10-10")
+    parser = argparse.ArgumentParser()
+    add_paper(parser.add_subparsers())
+    given = ["paper", "--table", "2", "--row", "cifar10-10", "--data", "PATH", "--epochs", "1"]
+    given += ["--train-limit", "1", "--methods", "ce", "--set", "data.images=/a b", "data.reader=x"]
+    words = shlex.split(_command(recipe, parser.parse_args(given)))
+    assert words[:3] == ["python", "-m", "iada"]
+    assert vars(parser.parse_args(words[3:])) == vars(parser.parse_args(given))
+
+
+def test_groups_are_published_at_the_epoch_chosen_by_validation():
+    assert {load(name).selection for name in names() if name.startswith("table6/")} == {"best"}
 
 
 def test_the_recipes_are_shipped():

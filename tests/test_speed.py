@@ -8,6 +8,7 @@ from torch import nn
 
 import iada
 from iada.backbones import cifar_resnet
+from iada.training.evaluate import outputs
 
 CLASSES = 4
 
@@ -102,6 +103,25 @@ def test_outputs_are_in_the_order_of_the_data():
         features = trainer.backbone(data.inputs)
         torch.testing.assert_close(found.features, features)
         torch.testing.assert_close(found.logits, trainer.head(features))
+    rows = torch.tensor([4, 1, 7])
+    some = trainer.outputs(data, batch_size=2, rows=rows)
+    assert torch.equal(some.labels, data.labels[rows])
+    torch.testing.assert_close(some.features, features[rows])
+
+
+class FromWorkers(iada.TensorData):
+    """Tells of each sample whether a worker has read it."""
+
+    def __getitem__(self, index):
+        inputs = self.inputs[index] * 0 + (torch.utils.data.get_worker_info() is not None)
+        return inputs, self.labels[index], index
+
+
+def test_evaluation_reads_in_workers_too():
+    served = FromWorkers(torch.randn(6, 3), torch.arange(6) % CLASSES)
+    for workers in (0, 2):
+        found = outputs(nn.Identity(), nn.Linear(3, CLASSES), served, num_workers=workers)
+        assert found.features.unique().tolist() == [float(workers > 0)]
 
 
 def test_float16_is_refused():

@@ -134,13 +134,13 @@ def run_all(jobs: Sequence[tuple[str, str, int]], workers: int | None = None) ->
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def machine() -> dict[str, str]:
-    """What rounding depends on: equal machines give equal digits, others may not."""
+def machine(device: torch.device | str = "cpu") -> dict[str, str]:
+    """What rounding on a device depends on: equal machines give equal digits, others may not."""
     processor = platform.machine()
     with contextlib.suppress(OSError):
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         processor = found[1] if found else processor
-    backend = select_backend(None, torch.device("cpu"))
+    backend = select_backend(None, torch.device(device))
     return {
         "processor": processor,
         "capability": torch.backends.cpu.get_cpu_capability(),

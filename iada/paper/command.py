@@ -1,6 +1,8 @@
 """`python -m iada paper`: the papers' experiments, their figures beside the published ones."""
 
 import argparse
+import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -71,13 +73,14 @@ def paper(options: argparse.Namespace) -> int:
     limits = Limits(options.epochs, options.train_limit, options.test_limit, tuple(options.changes))
     place = Place(
         options.out,
-        best_device() if options.device is None else torch.device(options.device),
+        best_device() if options.device is None else _device(options.device),
         options.workers,
         progress=True,
         tensorboard=options.tensorboard,
         evaluate_every=options.evaluate_every,
     )
     chosen = _chosen(options)
+    _check_one_data_set(chosen)
     if options.dry_run:
         for recipe in chosen:
             _dry_run(recipe, options, limits, place)
@@ -86,6 +89,23 @@ def paper(options: argparse.Namespace) -> int:
     for recipe in chosen:
         _run(recipe, options, limits, place)
     return 0
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        got = f"{name!r} ({str(error).splitlines()[0]})"
+        raise complain("--device", "a torch device", got, "leave it out, or pass cpu") from error
+
+
+def _check_one_data_set(chosen: Sequence[Recipe]) -> None:
+    """All rows read the one path alike; found now, not after the first row's hours."""
+    kinds = {(recipe.data["reader"], recipe.data.get("protocol") == "alt") for recipe in chosen}
+    if len(kinds) > 1:
+        rows = ", ".join(recipe.row for recipe in chosen)
+        expected = "rows of one data set, as --data is one path"
+        raise complain("--row", expected, f"all of {rows}", "pass one of these")
 
 
 def _chosen(options: argparse.Namespace) -> list[Recipe]:
@@ -112,7 +132,7 @@ def _with_methods(recipe: Recipe, methods: list[str] | None) -> Recipe:
         if key not in by_key:
             known = ", ".join(by_key)
             raise complain("--methods", f"some of {known}", repr(key), f"see {recipe.name}.toml")
-    return replace(recipe, contestants=tuple(by_key[key] for key in methods))
+    return replace(recipe, contestants=tuple(by_key[key] for key in dict.fromkeys(methods)))
 
 
 def _run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Place) -> None:
@@ -142,12 +162,12 @@ def _command(recipe: Recipe, options: argparse.Namespace) -> str:
     words = [f"python -m iada paper --table {options.table} --row {recipe.row} --data PATH"]
     for name in ("seeds", "epochs", "train_limit", "test_limit", "evaluate_every"):
         value = getattr(options, name)
-        if value > 1:
+        if value > (name in ("seeds", "evaluate_every")):  # 1 or 0 is what they are by default
             words.append(f"--{name.replace('_', '-')} {value}")
     if options.methods:
         words.append(f"--methods {' '.join(options.methods)}")
     if options.changes:
-        words.append(f"--set {' '.join(options.changes)}")
+        words.append(f"--set {shlex.join(options.changes)}")
     return " ".join(words)
 
 

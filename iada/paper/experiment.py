@@ -119,7 +119,7 @@ def _features(backbone: str, data: Labelled, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Views:
-    """The pieces of a split as the trainer takes them; `plain_train` without augmentation."""
+    """The pieces of a split as the trainer takes them."""
 
     train: Dataset
     meta: Dataset | None

@@ -20,10 +20,10 @@ from iada.paper.recipe import Contestant, Recipe
 from iada.paper.strengths import StrengthCounts
 from iada.scenarios import Split
 from iada.training.files import written_aside
-from iada.training.trainer import Trainer
+from iada.training.trainer import CHECKPOINT, Trainer
 from iada.validation import complain
 
-RECORD = "record.json"
+RECORD, ASKED = "record.json", "run.json"
 MOST_EIGENVALUES = 6400  # kept in a record: all of 100 classes with 64 features
 GAP_ROWS = 500  # training samples that the surrogate is checked on
 
@@ -46,13 +46,16 @@ def run(
     """Train, or go on, in `place.folder`; the record, which is kept there as record.json.
 
     A run that has its record already is not made again. ValueError if the folder holds one with
-    other settings.
+    other settings or on other data, finished or begun: run.json is what it was begun with.
     """
     trainer, views, watch = prepare(recipe, contestant, seed, split, limits, place)
-    record = place.folder / RECORD
+    record, begun = place.folder / RECORD, place.folder / ASKED
     asked = _asked(recipe, contestant, seed, trainer, split, limits)
     if record.exists():
         return _former(record, asked)
+    if begun.exists() and (place.folder / CHECKPOINT).exists():
+        _former(begun, asked)
+    _write(begun, asked)
     split.save(place.folder)
     former = trainer.resume()
     start = time.monotonic()
@@ -70,10 +73,9 @@ def run(
         **_covariance(trainer, views),
         # Of this call alone, where a run was interrupted.
         "seconds": None if former else seconds,
-        "machine": {**machine(), "device": str(place.device)},
+        "machine": _machine(place.device),
     }
-    with written_aside(record) as file:
-        file.write((json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    _write(record, found)
     return found
 
 
@@ -175,6 +177,19 @@ def _asked(
     )
 
 
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    with written_aside(path) as file:
+        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    """The machine, and what of it trains."""
+    found = {**machine(device), "device": str(device)}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+    return found
+
+
 def _former(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -247,9 +262,9 @@ def _covariance(trainer: Trainer, views: Views) -> dict[str, Any]:
     covariance = trainer.method.covariance
     if covariance is None or covariance.covariance.shape[:2].numel() > MOST_EIGENVALUES:
         return {"spectrum": None, "surrogate": None}
-    rows = torch.arange(len(views.train)).tensor_split(GAP_ROWS)  # type: ignore[arg-type]
-    chosen = [int(part[0]) for part in rows if len(part)]
-    found = trainer.outputs(torch.utils.data.Subset(views.train, chosen))
+    count = len(views.train)  # type: ignore[arg-type]
+    chosen = torch.arange(GAP_ROWS) * count // GAP_ROWS if count > GAP_ROWS else torch.arange(count)
+    found = trainer.outputs(views.train, rows=chosen)
     head = trainer.method.head
     gap = surrogate_gap(
         found.features.float(),

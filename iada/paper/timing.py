@@ -51,13 +51,12 @@ def estimate(
             if step == WARM_UP:
                 start = _now(place.device)
             trainer.batch = step % steps
-            batch = to_device(tuple(next(served)), place.device)
+            batch = trainer.speed.laid_out(to_device(tuple(next(served)), place.device))
             trainer.step_on(batch, None if plain else trainer.meta_batch(), not plain)
         seconds.append((_now(place.device) - start) / TIMED)
     count = min(len(split.test), 4 * config.batch_size)
-    sample = torch.utils.data.Subset(views.test, range(count))
     start = _now(place.device)
-    trainer.outputs(sample)
+    trainer.outputs(views.test, rows=torch.arange(count))
     test = (_now(place.device) - start) / count * len(split.test)
     return Estimate(
         seconds[0],

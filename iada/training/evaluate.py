@@ -13,15 +13,22 @@ from iada.training.data import batches, to_device
 
 @torch.no_grad()
 def class_accuracy(
-    backbone: nn.Module, head: nn.Linear, dataset: Dataset, batch_size: int = 512
+    backbone: nn.Module,
+    head: nn.Linear,
+    dataset: Dataset,
+    batch_size: int = 512,
+    num_workers: int = 0,
 ) -> Tensor:
-    """The share of right answers in each class, (C) float64; NaN for a class without samples."""
+    """The share of right answers in each class, (C) float64; NaN for a class without samples.
+
+    num_workers: of the loader.
+    """
     device = head.weight.device
     right = torch.zeros(head.out_features, dtype=torch.float64)
     total = torch.zeros(head.out_features, dtype=torch.float64)
     rows = torch.arange(len(dataset)).split(batch_size)  # type: ignore[arg-type]
     with evaluating(backbone, head):
-        for batch in batches(dataset, [part.tolist() for part in rows]):
+        for batch in batches(dataset, [part.tolist() for part in rows], num_workers):
             inputs, labels, *_ = to_device(tuple(batch), device)
             hit = (head(backbone(inputs)).argmax(dim=1) == labels).cpu()
             right.index_add_(0, labels.cpu(), hit.double())
@@ -30,7 +37,7 @@ def class_accuracy(
 
 
 class Outputs(NamedTuple):
-    """Features (N, A), logits (N, C) and labels (N) of a whole data set, on the CPU."""
+    """Features (N, A), logits (N, C) and labels (N) of a data set's samples, on the CPU."""
 
     features: Tensor
     logits: Tensor
@@ -39,13 +46,22 @@ class Outputs(NamedTuple):
 
 @torch.no_grad()
 def outputs(
-    backbone: nn.Module, head: nn.Linear, dataset: Dataset, batch_size: int = 512
+    backbone: nn.Module,
+    head: nn.Linear,
+    dataset: Dataset,
+    batch_size: int = 512,
+    num_workers: int = 0,
+    rows: Tensor | None = None,
 ) -> Outputs:
-    """What the classifier gives in evaluation mode, for `iada.metrics` and `iada.diagnostics`."""
-    rows = torch.arange(len(dataset)).split(batch_size)  # type: ignore[arg-type]
+    """What the classifier gives in evaluation mode, for `iada.metrics` and `iada.diagnostics`.
+
+    num_workers: of the loader. rows: the samples to look at, in this order; None for all.
+    """
+    chosen = torch.arange(len(dataset)) if rows is None else rows  # type: ignore[arg-type]
+    order = [part.tolist() for part in chosen.split(batch_size)]
     found = []
     with evaluating(backbone, head):
-        for batch in batches(dataset, [part.tolist() for part in rows]):
+        for batch in batches(dataset, order, num_workers):
             inputs, labels, *_ = to_device(tuple(batch), head.weight.device)
             features = backbone(inputs)
             found.append((features.cpu(), head(features).cpu(), labels.cpu()))

@@ -61,7 +61,7 @@ class Trainer:
         measure: called after each epoch with the trainer, in evaluation mode; the plain numbers
             that it returns by name go into `history` too.
         progress: show a bar, if tqdm is installed.
-        num_workers: of the training loader.
+        num_workers: of the loaders of training and evaluation; data in memory is read without.
         tensorboard: write the log for TensorBoard too, into `folder`.
 
     A stopped run goes on bit for bit on a CPU: the order of the data follows from the seed, as does
@@ -261,12 +261,18 @@ class Trainer:
     def class_accuracy(self, dataset: Dataset, batch_size: int = 512) -> Tensor:
         """Accuracy of each class on `dataset`, (C) float64; NaN for a class without samples."""
         with self.speed.autocast():
-            return class_accuracy(self.backbone, self.method.head, dataset, batch_size)
+            return class_accuracy(
+                self.backbone, self.method.head, dataset, batch_size, self.num_workers
+            )
 
-    def outputs(self, dataset: Dataset, batch_size: int = 512) -> Outputs:
-        """Features, logits and labels of all of `dataset`, in its order, on the CPU."""
+    def outputs(
+        self, dataset: Dataset, batch_size: int = 512, rows: Tensor | None = None
+    ) -> Outputs:
+        """Features, logits and labels of `dataset` on the CPU, of all samples or of these rows."""
         with self.speed.autocast():
-            return outputs(self.backbone, self.method.head, dataset, batch_size)
+            return outputs(
+                self.backbone, self.method.head, dataset, batch_size, self.num_workers, rows
+            )
 
     def save(self) -> None:
         """Write checkpoint.pt into `folder`, all or nothing; nothing without a folder."""
