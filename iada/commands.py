@@ -83,8 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; pip install 'iada[demo]'", file=sys.stderr)
+    except ImportError as error:
+        text = str(error)
+        if isinstance(error, ModuleNotFoundError) and "pip install" not in text:
+            extra = "paper" if options.command == "paper" else "demo"
+            text = f"{error.name} is not installed; pip install 'iada[{extra}]'"
+        print(f"error: {text}", file=sys.stderr)
         return 2
 
 

@@ -157,3 +157,18 @@ def test_an_unwritable_folder_is_found_before_training(config, tmp_path, capsys)
     blocked.write_text("a file where the folder should be")
     assert main(["train", "--config", str(config), "--out", str(blocked)]) == 2
     assert "folder: expected" in capsys.readouterr().err
+
+
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch, capsys):
+    def missing(message):
+        def command(options):
+            raise ModuleNotFoundError(message, name="matplotlib")
+
+        return command
+
+    monkeypatch.setattr("iada.paper.command.paper", missing("No module named 'matplotlib'"))
+    assert main(["paper", "--list"]) == 2
+    assert "pip install 'iada[paper]'" in capsys.readouterr().err
+    monkeypatch.setattr("iada.paper.command.paper", missing("no timm; pip install timm"))
+    assert main(["paper", "--list"]) == 2
+    assert capsys.readouterr().err == "error: no timm; pip install timm\n"
