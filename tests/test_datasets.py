@@ -126,6 +126,21 @@ def test_civilcomments(tmp_path):
     assert torch.equal(train.subset(torch.tensor([3])).members, train.members[3:])
 
 
+def test_glt_of_the_alt_protocol_has_classes_of_one_size(tmp_path):
+    made.write_glt(tmp_path)
+    file, images = tmp_path / "annotation.json", tmp_path / "images"
+    assert len(READERS["glt"](file, images=images, protocol="alt")["train"]) == 6
+    found = json.loads(file.read_text())
+    labels = found["train"]["label"]
+    for key in list(labels)[1:]:
+        labels[key] = "0"
+    labels[next(iter(labels))] = "1"
+    file.write_text(json.dumps(found))
+    READERS["glt"](file, images=images, protocol="glt")
+    with pytest.raises(ValueError, match="classes of one size.*got 1 to 5 images.*ALT's own"):
+        READERS["glt"](file, images=images, protocol="alt")
+
+
 @pytest.mark.parametrize("with_paths", [False, True])
 def test_glt(tmp_path, with_paths):
     made.write_glt(tmp_path, with_paths)

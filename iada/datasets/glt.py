@@ -47,6 +47,12 @@ def read_glt(
         groups = tuple(f"attribute {number}" for number in range(int(attributes.max()) + 1))
         parts[part] = Labelled(paths, labels, names, attributes, groups)
     check_every_class(parts["train"], "train", file)
+    if protocol == "alt":
+        counts = parts["train"].class_counts()
+        if counts.max() > 2 * counts.min():
+            expected = "training classes of one size, as the ALT protocol has them"
+            got = f"{int(counts.min())} to {int(counts.max())} images"
+            raise complain(str(file), expected, got, "pass the file of ALT's own training set")
     return parts
 
 
