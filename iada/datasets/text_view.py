@@ -24,7 +24,8 @@ def load_tokenizer(path: str | os.PathLike) -> Callable[..., Any]:
         raise ImportError(text) from error
     folder = Path(path)
     if not folder.is_dir():
-        raise missing(folder, "a folder with tokenizer.json or vocab.txt", "pass a model's folder")
+        remedy = "pass a model's folder; to `paper`: --set model.backbone=transformers/FOLDER"
+        raise missing(folder, "a folder with tokenizer.json or vocab.txt", remedy)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
