@@ -12,6 +12,7 @@ import torch
 
 from iada.commands import main
 from iada.datasets.civilcomments import MEMBERS
+from iada.engine.meta_step import MetaStep
 from iada.metrics import METRICS
 from iada.paper import recipe as recipes
 from iada.paper.command import _command, add_paper
@@ -125,8 +126,22 @@ def test_changes():
     assert parse_change("scenario.ratio=50") == ("scenario", "ratio", 50)
     assert parse_change("scenario.kind=flip") == ("scenario", "kind", "flip")
     assert parse_change("trainer.milestones=[1, 2]") == ("trainer", "milestones", [1, 2])
+    assert parse_change("methods.alpha-0.1.lr=1") == ("methods.alpha-0.1", "lr", 1)
     changed = load("table2/cifar10-10", {"trainer": {"alpha": 0.25}})
     assert {contestant.trainer.alpha for contestant in changed.contestants} == {0.25}
+
+
+def test_a_change_reaches_what_it_names_or_fails():
+    name = "table2/cifar10-10"
+    changed = load(name, {"methods.metasaug": {"ce_epochs": 100}})
+    marks = {contestant.key: contestant.trainer.ce_epochs for contestant in changed.contestants}
+    assert (marks["ce"], marks["metasaug"], marks["meta-iada"]) == (0, 100, 160)
+    with pytest.raises(ValueError, match=r"ce_epochs: .* metasaug, meta-iada .*methods\.metasaug"):
+        load(name, {"trainer": {"ce_epochs": 100}})
+    with pytest.raises(ValueError, match="section methods.sgd: expected .*methods.ce"):
+        load(name, {"methods.sgd": {"lr": 1.0}})
+    with pytest.raises(ValueError, match="methods.ce.title: expected a setting"):
+        load(name, {"methods.ce": {"title": "ERM"}})
 
 
 def test_limits_keep_the_classes_even(images):
@@ -312,9 +327,6 @@ def test_strengths_are_counted_by_class_and_label():
     counts = StrengthCounts(labels, wrong, 3, epochs=10)
     assert counts.as_record() is None
     epsilon = torch.tensor([0.5, -0.5, 0.5, -0.2, -1.0])
-    result = type("Step", (), {"epsilon": epsilon})
-    from iada.engine.meta import MetaStep
-
     result = MetaStep(torch.zeros(()), torch.zeros(()), epsilon)
     batch = (None, labels, torch.arange(5))
     counts(type("Run", (), {"epoch": 7}), batch, result)  # before the last fifth

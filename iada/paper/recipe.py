@@ -108,17 +108,47 @@ def table_name(table: str) -> str:
 def load(name: str, changes: dict[str, dict[str, Any]] | None = None) -> Recipe:
     """The recipe called `name`, with `changes` {section: {key: value}} over its own.
 
-    Raises ValueError naming the recipe, the section and the key.
+    Sections are data, scenario, model, trainer, and methods.KEY, which goes before trainer. Raises
+    ValueError naming the recipe, the section and the key; for a change of trainer that a method's
+    own setting would undo, too.
     """
     if name not in names():
         raise complain("recipe", f"one of {', '.join(names())}", repr(name), "see --list")
     sections = _sections(name)
     for section, values in (changes or {}).items():
-        if section not in ("data", "scenario", "model", "trainer"):
-            wanted = "data, scenario, model or trainer"
+        methods = {f"methods.{key}": key for key in sections["methods"]}
+        if section in methods:
+            _check_own(section, values)
+            sections["methods"][methods[section]] |= values
+        elif section in ("data", "scenario", "model", "trainer"):
+            if section == "trainer":
+                _check_shared(values, sections["methods"])
+            sections[section] = {**sections.get(section, {}), **values}
+        else:
+            wanted = f"data, scenario, model, trainer, {', '.join(methods)}"
             raise complain(f"section {section}", wanted, repr(section), "rename it")
-        sections[section] = {**sections.get(section, {}), **values}
     return _build(name, sections)
+
+
+def _check_own(section: str, values: dict[str, Any]) -> None:
+    """A change of one method is one of its settings."""
+    for key in values:
+        if key in ("title", "published", "method"):
+            wanted = "a setting of the trainer"
+            raise complain(f"{section}.{key}", wanted, repr(key), "choose another")
+
+
+def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) -> None:
+    """A change for all methods is not of a setting that one of them has for itself."""
+    for key in values:
+        own = [name for name, settings in methods.items() if key in settings]
+        if own:
+            raise complain(
+                f"trainer.{key}",
+                "a setting that all methods of this recipe share",
+                f"one that {', '.join(own)} set for themselves",
+                f"pass methods.{own[0]}.{key} and the like",
+            )
 
 
 def _build(name: str, sections: dict[str, Any]) -> Recipe:
@@ -209,9 +239,12 @@ def shortened(config: TrainerConfig, epochs: int) -> TrainerConfig:
 
 
 def parse_change(text: str) -> tuple[str, str, Any]:
-    """("scenario", "kind", "flip") of "scenario.kind=flip"; the value as TOML where it is."""
+    """("scenario", "kind", "flip") of "scenario.kind=flip"; the value as TOML where it is.
+
+    The section is all before the last dot, as in "methods.meta-iada.alpha=0.25".
+    """
     place, equals, value = text.partition("=")
-    section, dot, key = place.strip().partition(".")
+    section, dot, key = place.strip().rpartition(".")
     if not (equals and dot and key):
         raise complain("--set", "section.key=value", repr(text), "as in scenario.ratio=50")
     try:

@@ -139,7 +139,8 @@ class Watch:
     strengths: StrengthCounts
 
     def __call__(self, trainer: Trainer, batch: Sequence[Any], result: Any) -> None:
-        self.terms(trainer, batch, result)
+        if trainer.method.covariance is not None:
+            self.terms(trainer, batch, result)
         self.strengths(trainer, batch, result)
 
     def state_dict(self) -> dict[str, Any]:
