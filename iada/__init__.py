@@ -5,7 +5,8 @@ Zhou et al., "Boosting Model Resilience via Implicit Adversarial Data Augmentati
 
 from iada.covariance import ClassCovariance
 from iada.eager import eager_loss
-from iada.engine.meta import MetaIADA, MetaStep
+from iada.engine.meta import MetaIADA
+from iada.engine.meta_step import MetaStep
 from iada.loss import IADALoss, fused_loss
 from iada.perturbation import PerturbationNet
 from iada.prior import log_class_prior

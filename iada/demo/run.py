@@ -18,7 +18,7 @@ from torch import Tensor
 from iada.backbones import mlp
 from iada.demo.scenarios import NUM_CLASSES, Split, make_split
 from iada.demo.settings import HIDDEN, trainer_config
-from iada.engine.meta import MetaStep
+from iada.engine.meta_step import MetaStep
 from iada.training.trainer import Trainer
 from iada_kernels.dispatch import select_backend
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iada.covariance import ClassCovariance
-from iada.engine.meta import MetaStep
+from iada.engine.meta_step import MetaStep
 from iada.precision import full_precision
 from iada.training.evaluate import evaluating
 from iada.validation import check_loss_arguments, complain

@@ -26,7 +26,6 @@ virtual step and built again, from the same random state, for ḣ and Eq. 10.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +37,8 @@ from iada.engine.double_backward import double_backward
 from iada.engine.hypergradient import DIFFERENCES, GRAPH, FeatureTangent
 from iada.engine.learner import Classifier, HeadGradients, Learner, Rows, check_classifier, linear
 from iada.engine.meta_gradient import MetaPasses
+from iada.engine.meta_step import MetaStep
+from iada.engine.modes import ORACLE, check_modes, check_not_oracle
 from iada.engine.passes import Passes, RandomState
 from iada.engine.plain import plain_step
 from iada.engine.projection import nearest_positive_semidefinite
@@ -47,26 +48,8 @@ from iada.loss import fused_loss
 from iada.perturbation import PerturbationNet
 from iada.prior import log_class_prior
 from iada.sample_characteristics import TrainingMemory, loss_and_margin
-from iada.validation import complain
 from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.dispatch import select_backend
-
-HYPERGRADIENTS = ("jvp", "finite-difference", "double-backward")
-SCOPES = ("full", "head")
-
-
-@dataclass(frozen=True)
-class MetaStep:
-    """What one iteration did, as detached tensors: reading one waits for its device.
-
-    loss: Eq. 10's loss before its step, (). meta_loss: CE at φ̄, (), of the last meta step where
-    this iteration had none. epsilon: the strengths of Eq. 10, (N); None without a perturbation. All
-    of the whole batch where processes share it.
-    """
-
-    loss: Tensor
-    meta_loss: Tensor
-    epsilon: Tensor | None
 
 
 class MetaIADA:
@@ -154,15 +137,10 @@ class MetaIADA:
         process_group: Group = None,
     ) -> None:
         check_classifier(backbone, head)
-        oracle = hypergradient == "double-backward"
-        _check_modes(hypergradient, scope, interval)
-        if oracle and (low_memory or process_group is not None or (scaler and scaler.is_enabled())):
-            raise complain(
-                "hypergradient",
-                "'jvp' or 'finite-difference' with low_memory, process_group or scaler",
-                repr(hypergradient),
-                "leave these out: double backward is the oracle of the other two",
-            )
+        scales = scaler is not None and scaler.is_enabled()
+        check_modes(hypergradient, scope, interval)
+        if low_memory or process_group is not None or scales:
+            check_not_oracle(hypergradient)
         num_classes, width = head.weight.shape
         device, dtype = head.weight.device, torch.promote_types(torch.float32, head.weight.dtype)
         self.classifier = Classifier(backbone, head)
@@ -192,7 +170,7 @@ class MetaIADA:
         self._virtual = VirtualStep(virtual_momentum, virtual_weight_decay)
         self._virtual.check(optimizer)
         self._passes = Passes(backbone, device)
-        self._passes.math_attention = oracle
+        self._passes.math_attention = hypergradient == ORACLE
         self._tangent = FeatureTangent(
             self._passes, GRAPH if hypergradient == "jvp" else DIFFERENCES
         )
@@ -307,7 +285,7 @@ class MetaIADA:
     ) -> tuple[Tensor, Tensor]:
         """Eq. 7 to 9: moves Ω and Σ. The features to go on with, and the Σ that Eq. 10 takes."""
         epsilon = self._strengths.differentiable(traits)
-        if self.hypergradient == "double-backward":
+        if self.hypergradient == ORACLE:
             return features, self._by_double_backward(features, epsilon, rows, meta_rows)
         strengths = None if epsilon is None else epsilon.detach()
         _, grads = self._head_gradients(whole, rows, self.covariance.covariance, strengths)
@@ -419,13 +397,3 @@ class MetaIADA:
             return losses
         own = self.class_weights[labels]
         return torch.linalg.vecdot(losses, own.to(losses.dtype)) / own.sum()
-
-
-def _check_modes(hypergradient: str, scope: str, interval: int) -> None:
-    choices = {"hypergradient": (hypergradient, HYPERGRADIENTS), "scope": (scope, SCOPES)}
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            wanted = f"one of {', '.join(map(repr, allowed))}"
-            raise complain(name, wanted, repr(value), "pass one of these")
-    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-        raise complain("interval", "a positive int", repr(interval), "1 is every iteration")

@@ -22,8 +22,8 @@ from iada.covariance import ClassCovariance
 from iada.distributed import Group
 from iada.engine.hypergradient import DIFFERENCES, GRAPH, FeatureTangent
 from iada.engine.learner import Classifier, Learner, check_classifier, linear
-from iada.engine.meta import MetaStep
 from iada.engine.meta_gradient import MetaPasses
+from iada.engine.meta_step import MetaStep
 from iada.engine.passes import Passes, RandomState
 from iada.engine.plain import plain_step
 from iada.engine.virtual import VirtualStep

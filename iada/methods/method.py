@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from iada.covariance import ClassCovariance
-from iada.engine.meta import MetaStep
+from iada.engine.meta_step import MetaStep
 
 
 class Method(Protocol):

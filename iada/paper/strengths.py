@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iada.engine.meta import MetaStep
+from iada.engine.meta_step import MetaStep
 from iada.training.measures import HISTOGRAM_BINS
 
 LAST_EPOCHS = 0.2  # of the run, counted: forty of 200, as in Fig. 3 and 4

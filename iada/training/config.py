@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from iada.covariance import STRUCTURES
-from iada.engine.meta import HYPERGRADIENTS, SCOPES
+from iada.engine.modes import HYPERGRADIENTS, SCOPES
 from iada.validation import complain
 
 METHODS = (

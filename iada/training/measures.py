@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from iada.covariance import ClassCovariance
 from iada.distributed import Group, add_up
-from iada.engine.meta import MetaStep
+from iada.engine.meta_step import MetaStep
 
 HISTOGRAM_BINS = 20  # of ε over (−1, 1)
 COUNTS = ("epsilon_histogram", "adversarial", "visits")

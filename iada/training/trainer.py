@@ -19,7 +19,7 @@ from iada.distributed import (
     own_part,
     rank_of,
 )
-from iada.engine.meta import MetaStep
+from iada.engine.meta_step import MetaStep
 from iada.methods.build import build_method
 from iada.methods.method import Method
 from iada.training import random_state
