@@ -126,6 +126,18 @@ def test_civilcomments(tmp_path):
     assert torch.equal(train.subset(torch.tensor([3])).members, train.members[3:])
 
 
+def test_glt_parts_name_the_same_attributes(tmp_path):
+    made.write_glt(tmp_path)
+    file = tmp_path / "annotation.json"
+    found = json.loads(file.read_text())
+    for key in found["train"]["attribute"]:
+        found["train"]["attribute"][key] = 0
+    file.write_text(json.dumps(found))
+    parts = READERS["glt"](file, images=tmp_path / "images")
+    assert parts["train"].groups.tolist() == [0] * 6
+    assert {len(part.group_names) for part in parts.values()} == {3}
+
+
 def test_glt_of_the_alt_protocol_has_classes_of_one_size(tmp_path):
     made.write_glt(tmp_path)
     file, images = tmp_path / "annotation.json", tmp_path / "images"

@@ -34,17 +34,18 @@ def read_glt(
     annotation = _json(file)
     names = _class_names(annotation, file)
     root = None if images is None else folder_at(images, "the images")
-    parts, drop = {}, None
-    for part, section in {"train": "train", "validation": "val", "test": TESTS[protocol]}.items():
-        entries = _entries(annotation, section, len(names), file)
-        if drop is None:
-            drop = _leading(Path(entries[0][0]), root, f"{file}, {section}")
+    sections = {"train": "train", "validation": "val", "test": TESTS[protocol]}
+    found = {part: _entries(annotation, name, len(names), file) for part, name in sections.items()}
+    most = max(attribute for entries in found.values() for _, _, attribute in entries)
+    groups = tuple(f"attribute {number}" for number in range(most + 1))  # the same for all parts
+    drop = _leading(Path(found["train"][0][0]), root, f"{file}, train")
+    parts = {}
+    for part, entries in found.items():
         paths = [_place(Path(entry), root, drop) for entry, _, _ in entries]
         for image in paths:
-            check_image_file(image, f"{file}, {section}")
+            check_image_file(image, f"{file}, {sections[part]}")
         labels = torch.tensor([label for _, label, _ in entries])
         attributes = torch.tensor([attribute for _, _, attribute in entries])
-        groups = tuple(f"attribute {number}" for number in range(int(attributes.max()) + 1))
         parts[part] = Labelled(paths, labels, names, attributes, groups)
     check_every_class(parts["train"], "train", file)
     if protocol == "alt":
