@@ -36,6 +36,7 @@ import iada
 from bench.memory import peak_bytes
 from bench.timing import interleave, ratio
 from iada.backbones import cifar_resnet
+from iada.training.speed import Whole
 
 CLASSES = 10
 MODES: dict[str, dict[str, Any]] = {
@@ -75,18 +76,6 @@ class Transformer(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Images (N, 3, 32, 32) → features (N, width)."""
         return self.layers(self.embed(inputs).flatten(2).mT).mean(dim=1)
-
-
-class Whole(nn.Module):
-    """torch.compile takes a bare nn.Sequential layer by layer, and this in one graph."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """What `inner` gives."""
-        return self.inner(inputs)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,18 @@ from iada.training.config import TrainerConfig
 from iada.validation import complain
 
 
+class Whole(nn.Module):
+    """torch.compile takes a bare nn.Sequential layer by layer, and this in one graph."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, inputs: Any) -> Tensor:
+        """What `inner` gives."""
+        return self.inner(inputs)
+
+
 class Speed:
     """The options of a run, applied to its backbone, batches and passes.
 
@@ -36,7 +48,7 @@ class Speed:
             return backbone
         # Meta-IADA goes down a pass's graph twice, which donated buffers do not allow.
         functorch_config.donated_buffer = False
-        return torch.compile(backbone)  # type: ignore[return-value]
+        return torch.compile(Whole(backbone), dynamic=False)  # type: ignore[return-value]
 
     def laid_out(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """A batch with its images, (N, C, H, W), as the backbone has its weights."""
