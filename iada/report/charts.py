@@ -97,6 +97,8 @@ def curves(
                 x = np.arange(1, one.values.shape[1] + 1) if places is None else places[key]
                 _band(axes, x, one)
             axes.set(xlabel=xlabel if places is None else key, ylabel=ylabel or key)
+            if places is None:
+                axes.locator_params(axis="x", integer=True)
             if ylabel and places is None:
                 axes.set_title(key)
         legend(figure, max(axes_of, key=lambda a: len(a.get_legend_handles_labels()[1])))
@@ -153,7 +155,8 @@ def confusions(
     def draw(figure: Any, panels: Sequence[Any]) -> None:
         for axes, (label, share) in zip(panels, shares.items(), strict=True):
             image = axes.imshow(share, cmap="cividis", vmin=0, vmax=100)
-            axes.set(title=label, xlabel="predicted", ylabel="true")
+            axes.set(xlabel="predicted", ylabel="true")
+            axes.set_title(label, pad=12)  # else it touches the panel above
             axes.grid(False)
             if len(classes) <= NUMBERED:
                 _write_numbers(axes, share)
