@@ -9,6 +9,7 @@ import dataset_files as made
 import numpy as np
 import pytest
 import torch
+from processes import held_by_another_process
 
 from iada.commands import main
 from iada.datasets.civilcomments import MEMBERS
@@ -20,6 +21,7 @@ from iada.paper.experiment import Limits, first_of_each, make_split, read_parts
 from iada.paper.listing import comparison, read_records
 from iada.paper.recipe import load, names, parse_change, shortened, table_name
 from iada.paper.strengths import StrengthCounts
+from iada.training.lock import LOCK
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -217,6 +219,29 @@ def test_an_interrupted_run_goes_on(images, tmp_path, monkeypatch):
         assert cut[name] == whole[name], name
 
 
+def test_one_seed_alone(images, tmp_path, capsys):
+    command = [*ROW, "--data", str(images), "--epochs", "2", "--methods", "ce"]
+    command += ["--out", str(tmp_path)]
+    assert main([*command, "--seed", "3"]) == 0
+    (record,) = read_records([tmp_path])
+    assert record["seed"] == 3
+    assert (tmp_path / "table2/cifar10-100/ce/seed3/record.json").exists()
+    with pytest.raises(SystemExit):
+        main([*command, "--seed", "3", "--seeds", "2"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_makes_is_left_alone(images, tmp_path, capsys):
+    command = [*ROW, "--data", str(images), "--epochs", "2", "--methods", "ce"]
+    folder = tmp_path / "table2/cifar10-100/ce/seed0"
+    with held_by_another_process(folder) as other:
+        assert main([*command, "--out", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert f"{folder}, in use by process {other}" in error
+        assert [entry.name for entry in folder.iterdir()] == [LOCK]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+
+
 def test_a_run_that_was_begun_goes_on_with_its_own_data_only(images, tmp_path, monkeypatch, capsys):
     command = [*ROW, "--data", str(images), "--epochs", "2", "--methods", "ce"]
     command += ["--out", str(tmp_path)]
@@ -291,6 +316,7 @@ def test_a_dry_run_trains_nothing(images, tmp_path, capsys):
         (["--table", "2", "--row", "cifar10-10", "--data", "/none"], "--data: expected CIFAR-10"),
         (["--table", "2", "--data", ".", "--methods", "sgd"], "--methods: expected some of ce"),
         (["--table", "2", "--data", ".", "--seeds", "0"], "--seeds: expected at least 1"),
+        (["--table", "2", "--data", ".", "--seed", "-1"], "--seed: expected 0 or more"),
         (["--table", "2", "--data", ".", "--epochs", "-1"], "--epochs: expected 0 or more"),
         (["--table", "7", "--data", "."], "--row: expected rows of one data set"),
         (["--table", "4", "--data", "."], "--row: expected rows of one data set"),
@@ -348,6 +374,9 @@ def test_the_command_on_a_page_is_the_whole_one():
     given += ["--train-limit", "1", "--methods", "ce", "--set", "data.images=/a b", "data.reader=x"]
     words = shlex.split(_command(recipe, parser.parse_args(given)))
     assert words[:3] == ["python", "-m", "iada"]
+    assert vars(parser.parse_args(words[3:])) == vars(parser.parse_args(given))
+    given += ["--seed", "2"]
+    words = shlex.split(_command(recipe, parser.parse_args(given)))
     assert vars(parser.parse_args(words[3:])) == vars(parser.parse_args(given))
 
 

@@ -34,7 +34,11 @@ def add_paper(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--row", help="a row of the table, as in cifar10-100 (default: all)")
     parser.add_argument("--data", type=Path, help="your copy of the data set")
     parser.add_argument("--methods", nargs="+", metavar="M", help="some of the row's (default all)")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each method (default 1)")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default 1)"
+    )
+    seeds.add_argument("--seed", type=int, metavar="K", help="seed K alone")
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder for the runs")
     parser.add_argument("--dry-run", action="store_true", help="what would run, and for how long")
     parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="changes")
@@ -66,10 +70,10 @@ def paper(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             text = f"--{name.replace('_', '-')}"
             raise complain(text, "at least 1", str(getattr(options, name)), "raise it")
-    for name in ("epochs", "train_limit", "test_limit", "workers"):
-        if getattr(options, name) < 0:
+    for name in ("epochs", "train_limit", "test_limit", "workers", "seed"):
+        if (getattr(options, name) or 0) < 0:
             text = f"--{name.replace('_', '-')}"
-            raise complain(text, "0 or more", str(getattr(options, name)), "0 leaves it")
+            raise complain(text, "0 or more", str(getattr(options, name)), "raise it")
     limits = Limits(options.epochs, options.train_limit, options.test_limit, tuple(options.changes))
     place = Place(
         options.out,
@@ -143,7 +147,7 @@ def _run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Pla
         print(f"  other than published: {departure}", flush=True)
     parts = read_parts(recipe, options.data, limits)
     records = []
-    for seed in range(options.seeds):
+    for seed in _seeds(options):
         split = make_split(recipe, parts, seed)
         for contestant in recipe.contestants:
             print(f"\n{contestant.title}, seed {seed}", flush=True)
@@ -157,6 +161,10 @@ def _run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Pla
     print(f"\nReport: {page}")
 
 
+def _seeds(options: argparse.Namespace) -> Sequence[int]:
+    return range(options.seeds) if options.seed is None else [options.seed]
+
+
 def _command(recipe: Recipe, options: argparse.Namespace) -> str:
     """The command that makes these runs, for another person's machine."""
     words = [f"python -m iada paper --table {options.table} --row {recipe.row} --data PATH"]
@@ -164,6 +172,8 @@ def _command(recipe: Recipe, options: argparse.Namespace) -> str:
         value = getattr(options, name)
         if value > (name in ("seeds", "evaluate_every")):  # 1 or 0 is what they are by default
             words.append(f"--{name.replace('_', '-')} {value}")
+    if options.seed is not None:
+        words.append(f"--seed {options.seed}")
     if options.methods:
         words.append(f"--methods {' '.join(options.methods)}")
     if options.changes:
@@ -175,20 +185,21 @@ def _dry_run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place:
     from iada.paper.timing import estimate
 
     parts = read_parts(recipe, options.data, limits)
-    split = make_split(recipe, parts, 0)
+    seeds = _seeds(options)
+    split = make_split(recipe, parts, seeds[0])
     meta = 0 if split.meta is None else len(split.meta)
     print(f"{recipe.name}: {recipe.title} ({recipe.source}), on {place.device}")
     print(f"  {len(split.train)} training, {meta} meta and {len(split.test)} test samples")
     total = 0.0
     for contestant in recipe.contestants:
         found = estimate(recipe, contestant, split, limits, place)
-        total += options.seeds * found.total
+        total += len(seeds) * found.total
         print(
             f"  {contestant.title}: {found.plain_steps} steps of {1e3 * found.plain_step:.0f} ms, "
             f"{found.method_steps} of {1e3 * found.method_step:.0f} ms, {found.tests} tests of "
             f"{found.test:.1f} s: about {_duration(found.total)} a seed"
         )
-    print(f"  {options.seeds} seeds: about {_duration(total)}")
+    print(f"  {len(seeds)} seeds: about {_duration(total)}")
 
 
 def _duration(seconds: float) -> str:

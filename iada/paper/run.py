@@ -19,7 +19,8 @@ from iada.paper.experiment import Limits, Views, limited, make_views
 from iada.paper.recipe import Contestant, Recipe
 from iada.paper.strengths import StrengthCounts
 from iada.scenarios import Split
-from iada.training.files import written_aside
+from iada.training.files import check_writable, written_aside
+from iada.training.lock import folder_lock
 from iada.training.trainer import CHECKPOINT, Trainer
 from iada.validation import complain
 
@@ -46,8 +47,17 @@ def run(
     """Train, or go on, in `place.folder`; the record, which is kept there as record.json.
 
     A run that has its record already is not made again. ValueError if the folder holds one with
-    other settings or on other data, finished or begun: run.json is what it was begun with.
+    other settings or on other data, finished or begun: run.json is what it was begun with; or if
+    another process is at it.
     """
+    check_writable(place.folder)
+    with folder_lock(place.folder):
+        return _run(recipe, contestant, seed, split, limits, place)
+
+
+def _run(
+    recipe: Recipe, contestant: Contestant, seed: int, split: Split, limits: Limits, place: Place
+) -> dict[str, Any]:
     trainer, views, watch = prepare(recipe, contestant, seed, split, limits, place)
     record, begun = place.folder / RECORD, place.folder / ASKED
     asked = _asked(recipe, contestant, seed, trainer, split, limits)

@@ -1,5 +1,6 @@
 """Algorithm 1 whole: plain CE to T1, then the method to T2, with checkpoints and resume."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from iada.training.divergence import LossWatch, all_finite, diverged
 from iada.training.evaluate import Outputs, class_accuracy, outputs
 from iada.training.files import check_writable, remove_leftovers
 from iada.training.interrupt import stop_flag
+from iada.training.lock import folder_lock
 from iada.training.logs import open_logs
 from iada.training.measures import EpochMeasures, PhaseTimes
 from iada.training.schedule import alpha_at, build_optimizer, build_schedule
@@ -144,15 +146,15 @@ class Trainer:
         KeyboardInterrupt. A loss that is not finite raises FloatingPointError naming the step,
         with the last checkpoint intact. A folder that is full or cannot be written raises OSError,
         before training or with the last checkpoint intact, and one with the checkpoint of another
-        run ValueError.
+        run ValueError, as one in which another process trains.
         """
         config, rank = self.config, rank_of(self.group)
         if self.epoch == config.epochs:
             return self.history
         if rank > 0 and self._step == 0:  # else all ranks would draw the same dropout masks
             random_state.seed_all(random_state.seed_of(config.seed, rank), self._device)
-        with stop_flag() as stopped:
-            self._prepare_folder()
+        with stop_flag() as stopped, contextlib.ExitStack() as entered:
+            self._prepare_folder(entered)
             places = (self.folder, self.tensorboard, self.progress) if rank == 0 else ()
             with open_logs(self.epoch, config.epochs, *places) as write:
                 while self.epoch < config.epochs:
@@ -162,12 +164,13 @@ class Trainer:
                         raise KeyboardInterrupt(f"stopped at epoch {self.epoch}{where}")
         return self.history
 
-    def _prepare_folder(self) -> None:
-        """Find out now whether a checkpoint can be written."""
+    def _prepare_folder(self, entered: contextlib.ExitStack) -> None:
+        """Find out now whether a checkpoint can be written; `entered` keeps the folder's lock."""
         if self.folder is None:
             return
         if rank_of(self.group) == 0:
             check_writable(self.folder)
+            entered.enter_context(folder_lock(self.folder))
             remove_leftovers(self.folder / CHECKPOINT)
             if (self.folder / CHECKPOINT).exists() and not self._owns_checkpoint:
                 remedy = "call resume() first, or move it"
@@ -289,10 +292,9 @@ class Trainer:
         Rank 0 reads it for all.
         """
         state = None
-        if self.folder is not None and rank_of(self.group) == 0:
-            remove_leftovers(self.folder / CHECKPOINT)
-            if (self.folder / CHECKPOINT).exists():
-                state = load_checkpoint(self.folder / CHECKPOINT)
+        path = None if self.folder is None else self.folder / CHECKPOINT
+        if path is not None and rank_of(self.group) == 0 and path.exists():
+            state = load_checkpoint(path)
         state = broadcast_object(state, self.group)
         if state is None:
             return False
