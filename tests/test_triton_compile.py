@@ -66,6 +66,51 @@ def test_every_kernel_compiles_and_fits(architecture, tmp_path):
         assert row["shared"] <= SHARED_LIMIT[architecture], row
 
 
+# The backward pass of one loss, which has a kernel for each set of gradients: every pair, and all.
+GRADIENTS = """
+import itertools, sys
+from dataclasses import fields
+from bench.launches import _inputs, _meta, _options
+from bench.offline import compiling_for
+from bench.resources import figures_of
+from bench.shapes import SHAPES
+from iada_kernels.contract import LossNeeds
+from iada_kernels.dispatch import triton_backend
+from iada_kernels.triton.launch import recording
+architecture, shape = sys.argv[1], SHAPES[sys.argv[2]]
+names = [field.name for field in fields(LossNeeds)]
+passes, inputs, options, known = triton_backend(), _inputs(shape), _options(shape), {}
+with compiling_for(architecture):
+    for wanted in [*itertools.combinations(names, 2), names]:
+        needs = LossNeeds(**{name: name in wanted for name in names})
+        with recording(execute=False, architecture=architecture):
+            _, saved = passes.loss_forward(inputs, options, needs)
+        with recording(execute=False, architecture=architecture) as launches:
+            passes.loss_backward(inputs, options, saved, _meta(), needs)
+        assert launches
+        for launch in launches:
+            figures = figures_of(launch, architecture, known)
+            print(" + ".join(wanted), launch.kernel.fn.__name__, figures.get("error", ""))
+"""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape"),
+    [
+        *((architecture, "cifar10-r32") for architecture in ARCHITECTURES),
+        ("sm_90", "cifar10-wrn"),
+        ("sm_90", "imagenet-diag"),
+    ],
+)
+def test_any_two_gradients_compile_together(architecture, shape):
+    done = without_interpreter("-c", GRADIENTS, architecture, shape)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "weight + covariance" in done.stdout
+    small = shape == "cifar10-r32"  # otherwise the launches below would be of other kernels
+    assert ("small_backward_kernel" in done.stdout) == small
+    assert "Error" not in done.stdout, done.stdout[-4000:]
+
+
 def test_what_fits_passes():
     assert complaint(FITS) == ""
 

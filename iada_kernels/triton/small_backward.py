@@ -78,9 +78,9 @@ def small_backward_kernel(
         if program >= 0:
             written = tl.where(tl.load(size + program) > 0, A * A, 0)
             for first in range(0, A * A, BLOCK_N * BLOCK_A):
-                at = first + tl.arange(0, BLOCK_N * BLOCK_A)
-                part = tl.load(part_covariance + start + at, mask=at < written, other=0.0)
-                tl.store(covariance + start + at, g * part, mask=at < A * A)
+                entry = first + tl.arange(0, BLOCK_N * BLOCK_A)  # `at` has another shape above
+                part = tl.load(part_covariance + start + entry, mask=entry < written, other=0.0)
+                tl.store(covariance + start + entry, g * part, mask=entry < A * A)
 
 
 def loss_backward(
