@@ -34,9 +34,10 @@ bench: $(VENV)/.dev
 # Triton's kernels are the same with and without it.
 fallback: $(VENV)/.dev
 	IADA_NATIVE_LIBRARY=none IADA_REQUIRE_NATIVE=0 OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest -q -n auto -k "not triton" tests/test_characteristics.py \
-	tests/test_compile.py tests/test_covariance.py tests/test_hypergradient.py tests/test_loss.py \
-	tests/test_loss_gradients.py tests/test_native.py tests/test_sign.py
+	$(BIN)/python -m pytest -q -n auto -k "not triton" tests/nn/test_covariance.py \
+	tests/nn/test_loss.py tests/nn/test_loss_gradients.py tests/kernels/test_characteristics.py \
+	tests/kernels/test_compile.py tests/kernels/test_hypergradient.py tests/kernels/test_native.py \
+	tests/kernels/test_sign.py
 
 # A build that was asked for by name is asked for again: pip is quick where it is there already.
 $(VENV)/.torch: Makefile $(if $(TORCH),FORCE)
@@ -77,7 +78,7 @@ sanitize: $(VENV)/.dev
 	IADA_NATIVE_LIBRARY=build/sanitize/_native.so IADA_REQUIRE_NATIVE=1 \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
-	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_native.py
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels/test_native.py
 
 clean:
 	rm -rf $(VENV) build demo-report

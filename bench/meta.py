@@ -35,8 +35,8 @@ from torch._functorch import config as functorch_config
 import iada
 from bench.memory import peak_bytes
 from bench.timing import interleave, ratio
-from iada.backbones import cifar_resnet
-from iada.training.speed import Whole
+from iada.models import cifar_resnet
+from iada.training.acceleration import Whole
 
 CLASSES = 10
 MODES: dict[str, dict[str, Any]] = {

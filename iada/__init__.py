@@ -3,18 +3,18 @@
 Zhou et al., "Boosting Model Resilience via Implicit Adversarial Data Augmentation", IJCAI 2024.
 """
 
-from iada.covariance import ClassCovariance
-from iada.eager import eager_loss
-from iada.engine.meta import MetaIADA
-from iada.engine.meta_step import MetaStep
-from iada.loss import IADALoss, fused_loss
-from iada.perturbation import PerturbationNet
-from iada.prior import log_class_prior
-from iada.sample_characteristics import TrainingMemory, characteristics
+from iada.meta.meta_iada import MetaIADA
+from iada.meta.step_result import MetaStep
+from iada.nn.characteristics import TrainingMemory, characteristics
+from iada.nn.class_covariance import ClassCovariance
+from iada.nn.eager import eager_loss
+from iada.nn.functional import IADALoss, fused_loss
+from iada.nn.perturbation_net import PerturbationNet
+from iada.nn.priors import log_class_prior
 from iada.training.config import TrainerConfig
-from iada.training.data import TensorData
 from iada.training.trainer import Trainer
-from iada.validation import value_checks
+from iada.utils.checks import value_checks
+from iada.utils.loading import TensorData
 
 __all__ = [
     "ClassCovariance",

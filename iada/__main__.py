@@ -2,7 +2,7 @@
 
 import sys
 
-from iada.commands import main
+from iada.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

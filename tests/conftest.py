@@ -7,7 +7,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from hypothesis import settings
-from poison import poison_fresh_memory
+
+from tests.helpers.poison import poison_fresh_memory
 
 if not torch.cuda.is_available():  # before triton is imported, which looks once
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -44,11 +44,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from iada.loss import fused_loss
 from iada.methods.cmo import CMO, ForegroundPool, Paste
-from iada.prior import log_class_prior
-from iada.training.data import batches, to_device
-from iada.training.random_state import seed_of
+from iada.nn.functional import fused_loss
+from iada.nn.priors import log_class_prior
+from iada.utils.loading import batches, to_device
+from iada.utils.seeds import seed_of
 
 THRESHOLD = 0.8
 SHARE = 0.25  # of the second stage's steps

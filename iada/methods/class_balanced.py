@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iada.engine.learner import linear
-from iada.methods.class_weights import class_balanced_weights
-from iada.methods.first_order import FirstOrder
+from iada.meta.learner import linear
+from iada.methods.head_loss import FirstOrder
+from iada.nn.class_weights import class_balanced_weights
 
 
 class ClassBalanced(FirstOrder):

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iada.methods.first_order import FirstOrder
-from iada.training.random_state import seed_of
-from iada.validation import check_label_values, complain
+from iada.methods.head_loss import FirstOrder
+from iada.utils.checks import check_label_values, complain
+from iada.utils.seeds import seed_of
 
 SHARE = 0.5  # of the steps
 FIRST_WITHOUT, LAST_WITHOUT = 4, 3  # epochs

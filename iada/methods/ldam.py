@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iada.methods.class_weights import class_balanced_weights
-from iada.methods.first_order import FirstOrder
-from iada.prior import checked_counts
+from iada.methods.head_loss import FirstOrder
+from iada.nn.class_weights import class_balanced_weights
+from iada.nn.priors import checked_counts
 
 SCALE, MAX_MARGIN = 30.0, 0.5
 

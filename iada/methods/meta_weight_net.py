@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iada.covariance import ClassCovariance
-from iada.distributed import Group
-from iada.engine.hypergradient import DIFFERENCES, GRAPH, FeatureTangent
-from iada.engine.learner import Classifier, Learner, check_classifier, linear
-from iada.engine.meta_gradient import MetaPasses
-from iada.engine.meta_step import MetaStep
-from iada.engine.passes import Passes, RandomState
-from iada.engine.plain import plain_step
-from iada.engine.virtual import VirtualStep
-from iada.validation import complain
+from iada.meta.backbone_passes import Passes, RandomState
+from iada.meta.feature_jvp import DIFFERENCES, GRAPH, FeatureTangent
+from iada.meta.hypergradient import MetaPasses
+from iada.meta.learner import Classifier, Learner, check_classifier, linear
+from iada.meta.plain import plain_step
+from iada.meta.step_result import MetaStep
+from iada.meta.virtual_step import VirtualStep
+from iada.nn.class_covariance import ClassCovariance
+from iada.utils.checks import complain
+from iada.utils.distributed import Group
 from iada_kernels.contract import HeadTangents
 
 WEIGHT_DECAY = 1e-4  # of Adam on Θ, in the published code

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from iada.training.files import written_aside
+from iada.utils.files import written_aside
 
 FORMAT = "iada-checkpoint-2"
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from iada.covariance import STRUCTURES
-from iada.engine.modes import HYPERGRADIENTS, SCOPES
-from iada.validation import complain
+from iada.meta.modes import HYPERGRADIENTS, SCOPES
+from iada.nn.class_covariance import STRUCTURES
+from iada.utils.checks import complain
 
 METHODS = (
     "ce",

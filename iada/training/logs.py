@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from iada.training.files import remove_leftovers, to_disk, written_aside
 from iada.training.measures import HISTOGRAM_BINS, PHASES
-from iada.validation import complain
+from iada.utils.checks import complain
+from iada.utils.files import remove_leftovers, to_disk, written_aside
 
 CSV_FILE = "log.csv"
 COLUMNS = (

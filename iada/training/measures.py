@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iada.covariance import ClassCovariance
-from iada.distributed import Group, add_up
-from iada.engine.meta_step import MetaStep
+from iada.meta.step_result import MetaStep
+from iada.nn.class_covariance import ClassCovariance
+from iada.utils.distributed import Group, add_up
 
 HISTOGRAM_BINS = 20  # of ε over (−1, 1)
 COUNTS = ("epsilon_histogram", "adversarial", "visits")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from iada.training.config import TrainerConfig
-from iada.validation import complain
+from iada.utils.checks import complain
 
 WARMUP_START = 0.01  # share of lr that warm-up starts from
 

@@ -10,7 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from iada.distributed import (
+from iada.meta.step_result import MetaStep
+from iada.methods.base import Method
+from iada.training.acceleration import Speed
+from iada.training.build_method import build_method
+from iada.training.checkpoint import load_checkpoint, load_parts, save_checkpoint
+from iada.training.config import TrainerConfig, check_same_run
+from iada.training.divergence import LossWatch, all_finite, diverged
+from iada.training.interrupt import stop_flag
+from iada.training.logs import open_logs
+from iada.training.measures import EpochMeasures, PhaseTimes
+from iada.training.schedule import alpha_at, build_optimizer, build_schedule
+from iada.utils import seeds as random_state
+from iada.utils.checks import complain
+from iada.utils.distributed import (
     any_rank,
     broadcast,
     broadcast_object,
@@ -20,23 +33,10 @@ from iada.distributed import (
     own_part,
     rank_of,
 )
-from iada.engine.meta_step import MetaStep
-from iada.methods.build import build_method
-from iada.methods.method import Method
-from iada.training import random_state
-from iada.training.checkpoint import load_checkpoint, load_parts, save_checkpoint
-from iada.training.config import TrainerConfig, check_same_run
-from iada.training.data import batches, count_classes, epoch_order, stream_order, to_device
-from iada.training.divergence import LossWatch, all_finite, diverged
-from iada.training.evaluate import Outputs, class_accuracy, outputs
-from iada.training.files import check_writable, remove_leftovers
-from iada.training.interrupt import stop_flag
-from iada.training.lock import folder_lock
-from iada.training.logs import open_logs
-from iada.training.measures import EpochMeasures, PhaseTimes
-from iada.training.schedule import alpha_at, build_optimizer, build_schedule
-from iada.training.speed import Speed
-from iada.validation import complain
+from iada.utils.evaluate import Outputs, class_accuracy, outputs
+from iada.utils.files import check_writable, remove_leftovers
+from iada.utils.loading import batches, count_classes, epoch_order, stream_order, to_device
+from iada.utils.lock import folder_lock
 
 CHECKPOINT = "checkpoint.pt"
 

@@ -1,0 +1,257 @@
+"""What `python -m iada` does: `demo`, `train` and `paper`."""
+
+import argparse
+import dataclasses
+import json
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from iada.experiments.command import add_paper
+from iada.models import mlp
+from iada.training.config import TrainerConfig, check_fields, read_toml
+from iada.training.trainer import Trainer
+from iada.utils.checks import complain
+from iada.utils.distributed import current_group, launched_group, rank_of
+from iada.utils.files import check_writable
+from iada.utils.loading import TensorData
+
+PARTS = ("train", "meta", "validation", "test")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """[data]: where the arrays are.
+
+    kind: "digits" (scikit-learn's, made worse by scenario "long-tail" or "noise": the demo's split
+    of seed 0), or "npz".
+    path: an .npz file with arrays {train,meta,validation,test}_inputs (N, ...) of floats and
+    ..._labels (N) of integers; meta and validation may be absent. A relative path counts from the
+    configuration's folder.
+    """
+
+    kind: str = "digits"
+    scenario: str = "long-tail"
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """[model]: an MLP. hidden: widths of its hidden layers. device: a torch device."""
+
+    hidden: tuple[int, ...] = (128, 64)
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.hidden or min(self.hidden) < 1:
+            raise complain("hidden", "widths from 1", repr(self.hidden), "as in [128, 64]")
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise complain(
+                "device", "a torch device", f"{self.device!r} ({reason})", "try 'cpu'"
+            ) from error
+
+
+SECTIONS = {"data": DataConfig, "model": ModelConfig, "trainer": TrainerConfig}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code. 130 after Ctrl-C, 2 for an error in the input."""
+    parser = argparse.ArgumentParser(prog="python -m iada", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_demo(commands)
+    _add_train(commands)
+    add_paper(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}" if str(stop) else "\nstopped")
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        text = str(error)
+        if isinstance(error, ModuleNotFoundError) and "pip install" not in text:
+            extra = "paper" if options.command == "paper" else "demo"
+            text = f"{error.name} is not installed; pip install 'iada[{extra}]'"
+        print(f"error: {text}", file=sys.stderr)
+        return 2
+
+
+def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("demo", help="train on digits against baselines, write a report")
+    parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder to write")
+    parser.add_argument("--seeds", type=int, default=8, help="runs of each method (default 8)")
+    parser.add_argument("--jobs", type=int, default=None, help="processes (default: all cores)")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from tqdm.auto import tqdm
+
+    from iada.experiments.demo.report import verdict, write_report
+    from iada.experiments.demo.run import as_json, run_all
+    from iada.experiments.demo.scenarios import SCENARIOS
+    from iada.experiments.demo.settings import METHODS
+    from iada.experiments.demo.tables import markdown_table
+
+    if options.seeds < 1 or (options.jobs is not None and options.jobs < 1):
+        raise complain("--seeds, --jobs", "at least 1", "less", "pass a positive number")
+    check_writable(options.out)  # before minutes of training, not after
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that workers are stopped too
+    # Longest first, so that no process waits for a late long one.
+    methods = sorted(METHODS, key=lambda m: m != "meta-iada")
+    jobs = [(s, m, seed) for m in methods for s in SCENARIOS for seed in range(options.seeds)]
+    outcomes = []
+    with tqdm(total=len(jobs), unit="run") as bar:
+        for outcome in run_all(jobs, options.jobs):
+            outcomes.append(outcome)
+            accuracy = 100 * float(np.mean(outcome.class_accuracy))
+            name = f"{outcome.scenario}, {METHODS[outcome.method]}, seed {outcome.seed}"
+            bar.set_postfix_str(f"{name}: {accuracy:.1f} %")
+            bar.update()
+    records = as_json(outcomes)
+    command = f"python -m iada demo --seeds {options.seeds}"
+    page = write_report(records, options.out, command)
+    print(f"\nBalanced test accuracy (%), mean ± std over {options.seeds} seeds\n")
+    print(markdown_table(records))
+    print(f"\n{verdict(records)}\n\nReport: {page}")
+    return 0
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train by a TOML configuration",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="\n\n".join(f"{kind.__doc__}" for kind in SECTIONS.values()),
+        epilog="Ctrl-C finishes the step and leaves a checkpoint; --resume goes on from it.\n"
+        "With several processes: torchrun --nproc-per-node 2 -m iada train --config run.toml",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="a TOML file, see above")
+    parser.add_argument("--out", type=Path, default=Path("runs/run"), help="folder to write")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
+    parser.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    with launched_group():
+        return _train_here(options)
+
+
+def _train_here(options: argparse.Namespace) -> int:
+    sections = read_toml(options.config, SECTIONS)
+    data, model, config = sections["data"], sections["model"], sections["trainer"]
+    parts = _load_data(data, options.config.parent)
+    num_classes = 1 + max(int(part.labels.max()) for part in parts.values())
+    first = rank_of(current_group()) == 0
+    torch.manual_seed(config.seed)
+    backbone, head = mlp(parts["train"].inputs[0].numel(), model.hidden, num_classes)
+    trainer = Trainer(
+        backbone.to(model.device),
+        head.to(model.device),
+        parts["train"],
+        parts.get("meta"),
+        config,
+        folder=options.out,
+        validation_set=parts.get("validation"),
+        progress=first,
+        tensorboard=options.tensorboard,
+    )
+    say = print if first else _say_nothing
+    if options.resume:
+        say("resumed" if trainer.resume() else f"nothing to resume in {options.out}: from new")
+    elif first and (options.out / "checkpoint.pt").exists():
+        raise complain(
+            "--out", "a folder without a checkpoint", str(options.out), "add --resume, or move it"
+        )
+    trainer.fit()
+    accuracy = trainer.class_accuracy(parts["test"])
+    balanced = float(accuracy.nanmean())
+    result = {
+        "config": dataclasses.asdict(config),
+        "history": trainer.history,
+        "data": dataclasses.asdict(data),
+        "model": dataclasses.asdict(model),
+        "test_class_accuracy": [None if math.isnan(a) else a for a in accuracy.tolist()],
+        "test_balanced_accuracy": balanced,
+    }
+    if first:
+        (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    say(f"balanced test accuracy {100 * balanced:.2f} %")
+    say(f"written: {options.out / 'result.json'}")
+    return 0
+
+
+def _say_nothing(text: str) -> None:
+    """What ranks but the first print."""
+
+
+def _load_data(data: DataConfig, folder: Path) -> dict[str, TensorData]:
+    if data.kind == "digits":
+        from iada.experiments.demo.scenarios import make_split
+
+        split = make_split(data.scenario, seed=0)
+        found = {part: getattr(split, part) for part in PARTS}
+        return {name: TensorData(part.inputs.float(), part.labels) for name, part in found.items()}
+    if data.kind != "npz":
+        raise complain("[data] kind", "'digits' or 'npz'", repr(data.kind), "choose one of them")
+    return _load_npz(folder / data.path)
+
+
+def _load_npz(path: Path) -> dict[str, TensorData]:
+    try:
+        arrays = np.load(path, allow_pickle=False)
+        names = set(arrays.files)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"[data] path: expected an .npz file at {path}, got {error}; see --help"
+        ) from error
+    parts: dict[str, TensorData] = {}
+    for part in PARTS:
+        keys = f"{part}_inputs", f"{part}_labels"
+        if names.isdisjoint(keys) and part in ("meta", "validation"):
+            continue
+        missing = sorted(set(keys) - names)
+        if missing:
+            raise complain(str(path), ", ".join(keys), f"no {missing[0]}", "add the array")
+        inputs, labels = (np.asarray(arrays[key]) for key in keys)
+        if inputs.ndim < 2 or inputs.dtype.kind not in "fiu" or not np.isfinite(inputs).all():
+            got = f"{inputs.dtype} of shape {inputs.shape}"
+            remedy = "mend the array; NaN and infinity are not allowed"
+            raise complain(f"{path} {keys[0]}", "finite numbers (N, ...)", got, remedy)
+        if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels < 0).any():
+            got = f"{labels.dtype} of shape {labels.shape}, or negative ones"
+            raise complain(f"{path} {keys[1]}", "class indices (N,) from 0", got, "mend the array")
+        if len(inputs) != len(labels) or not len(inputs):
+            raise complain(
+                f"{path} {part}",
+                "as many labels as inputs, at least one",
+                f"{len(inputs)} inputs and {len(labels)} labels",
+                "mend the arrays",
+            )
+        if parts and inputs.shape[1:] != parts["train"].inputs.shape[1:]:
+            shape = tuple(parts["train"].inputs.shape[1:])
+            got = f"{inputs.shape[1:]}"
+            raise complain(
+                f"{path} {keys[0]}", f"samples of shape {shape}, as in train", got, "mend it"
+            )
+        parts[part] = TensorData(
+            torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(labels.astype(np.int64))
+        )
+    return parts

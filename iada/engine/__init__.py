@@ -1,1 +1,0 @@
-"""Meta-IADA's iteration: exact hypergradients without a second-order graph (docs/training.md)."""

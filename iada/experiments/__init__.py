@@ -1,0 +1,1 @@
+"""Everything that reproduces papers: data sets, scenarios, recipes, runs, reports."""

@@ -1,0 +1,206 @@
+"""`python -m iada paper`: the papers' experiments, their figures beside the published ones."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iada.experiments import recipe as recipes
+from iada.experiments.experiment import Limits, best_device, make_split, read_parts
+from iada.experiments.listing import comparison, listing, published_figures, read_records
+from iada.experiments.recipe import Recipe
+from iada.experiments.run import Place, run
+from iada.utils.checks import complain
+from iada.utils.files import check_writable
+
+RESULTS = Path("bench/results/paper.json")  # of this repository's own runs, in a checkout
+
+
+def add_paper(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser's."""
+    parser = commands.add_parser(
+        "paper",
+        help="run the papers' experiments",
+        description=__doc__,
+        epilog=f"The recipes: {recipes.recipe_folder()}",
+    )
+    parser.add_argument("--list", action="store_true", help="every row, and what has been run")
+    parser.add_argument("--table", help="2 to 7, afr-1, or figure6")
+    parser.add_argument("--row", help="a row of the table, as in cifar10-100 (default: all)")
+    parser.add_argument("--data", type=Path, help="your copy of the data set")
+    parser.add_argument("--methods", nargs="+", metavar="M", help="some of the row's (default all)")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default 1)"
+    )
+    seeds.add_argument("--seed", type=int, metavar="K", help="seed K alone")
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder for the runs")
+    parser.add_argument("--dry-run", action="store_true", help="what would run, and for how long")
+    parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="changes")
+    parser.add_argument("--device", help="a torch device (default: the accelerator, or cpu)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load image files")
+    parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
+    smaller = parser.add_argument_group("a smaller experiment than the published one")
+    smaller.add_argument("--epochs", type=int, default=0, help="the schedule in so many epochs")
+    smaller.add_argument("--train-limit", type=int, default=0, help="training images a class")
+    smaller.add_argument("--test-limit", type=int, default=0, help="test images a class")
+    parser.add_argument(
+        "--evaluate-every", type=int, default=1, metavar="N", help="test every N epochs (default 1)"
+    )
+    parser.set_defaults(run=paper)
+
+
+def paper(options: argparse.Namespace) -> int:
+    """Run the command; its exit code."""
+    if options.list:
+        known = read_records([options.out, RESULTS])
+        print(listing([recipes.load(name) for name in recipes.names()], known))
+        return 0
+    if options.table is None:
+        raise complain("--table", "a table of the papers", "none", "pass one, or --list")
+    if options.data is None:
+        needs = "; ".join(dict.fromkeys(recipe.needs for recipe in _chosen(options)))
+        raise complain("--data", f"a path ({needs})", "none", "pass where the data set lies")
+    for name in ("seeds", "evaluate_every"):
+        if getattr(options, name) < 1:
+            text = f"--{name.replace('_', '-')}"
+            raise complain(text, "at least 1", str(getattr(options, name)), "raise it")
+    for name in ("epochs", "train_limit", "test_limit", "workers", "seed"):
+        if (getattr(options, name) or 0) < 0:
+            text = f"--{name.replace('_', '-')}"
+            raise complain(text, "0 or more", str(getattr(options, name)), "raise it")
+    limits = Limits(options.epochs, options.train_limit, options.test_limit, tuple(options.changes))
+    place = Place(
+        options.out,
+        best_device() if options.device is None else _device(options.device),
+        options.workers,
+        progress=True,
+        tensorboard=options.tensorboard,
+        evaluate_every=options.evaluate_every,
+    )
+    chosen = _chosen(options)
+    _check_one_data_set(chosen)
+    if options.dry_run:
+        for recipe in chosen:
+            _dry_run(recipe, options, limits, place)
+        return 0
+    check_writable(options.out)  # before hours of training, not after
+    for recipe in chosen:
+        _run(recipe, options, limits, place)
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        got = f"{name!r} ({str(error).splitlines()[0]})"
+        raise complain("--device", "a torch device", got, "leave it out, or pass cpu") from error
+
+
+def _check_one_data_set(chosen: Sequence[Recipe]) -> None:
+    """All rows read the one path alike; found now, not after the first row's hours."""
+    kinds = {(recipe.data["reader"], recipe.data.get("protocol") == "alt") for recipe in chosen}
+    if len(kinds) > 1:
+        rows = ", ".join(recipe.row for recipe in chosen)
+        expected = "rows of one data set, as --data is one path"
+        raise complain("--row", expected, f"all of {rows}", "pass one of these")
+
+
+def _chosen(options: argparse.Namespace) -> list[Recipe]:
+    """The recipes that the options name, with their methods and changes."""
+    table = recipes.table_name(options.table)
+    rows = [name for name in recipes.names() if name.startswith(f"{table}/")]
+    if options.row is not None:
+        if f"{table}/{options.row}" not in rows:
+            known = ", ".join(name.split("/")[1] for name in rows)
+            raise complain("--row", f"one of {known}", repr(options.row), "see --list")
+        rows = [f"{table}/{options.row}"]
+    changes: dict[str, dict[str, Any]] = {}
+    for text in options.changes:
+        section, key, value = recipes.parse_change(text)
+        changes.setdefault(section, {})[key] = value
+    return [_with_methods(recipes.load(name, changes), options.methods) for name in rows]
+
+
+def _with_methods(recipe: Recipe, methods: list[str] | None) -> Recipe:
+    if methods is None:
+        return recipe
+    by_key = {contestant.key: contestant for contestant in recipe.contestants}
+    for key in methods:
+        if key not in by_key:
+            known = ", ".join(by_key)
+            raise complain("--methods", f"some of {known}", repr(key), f"see {recipe.name}.toml")
+    return replace(recipe, contestants=tuple(by_key[key] for key in dict.fromkeys(methods)))
+
+
+def _run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Place) -> None:
+    from iada.experiments.report import write_page
+
+    print(f"{recipe.name}: {recipe.title} ({recipe.source})", flush=True)
+    for departure in limits.words(recipe.contestants[0].trainer.epochs):
+        print(f"  other than published: {departure}", flush=True)
+    parts = read_parts(recipe, options.data, limits)
+    records = []
+    for seed in _seeds(options):
+        split = make_split(recipe, parts, seed)
+        for contestant in recipe.contestants:
+            print(f"\n{contestant.title}, seed {seed}", flush=True)
+            folder = options.out / recipe.name / contestant.key / f"seed{seed}"
+            own = replace(place, folder=folder)
+            records.append(run(recipe, contestant, seed, split, limits, own))
+    print(f"\n{comparison(recipe, records)}")
+    folder = options.out / recipe.name
+    command = _command(recipe, options)
+    page = write_page(records, folder, published_figures([recipe]), recipe.source, command)
+    print(f"\nReport: {page}")
+
+
+def _seeds(options: argparse.Namespace) -> Sequence[int]:
+    return range(options.seeds) if options.seed is None else [options.seed]
+
+
+def _command(recipe: Recipe, options: argparse.Namespace) -> str:
+    """The command that makes these runs, for another person's machine."""
+    words = [f"python -m iada paper --table {options.table} --row {recipe.row} --data PATH"]
+    for name in ("seeds", "epochs", "train_limit", "test_limit", "evaluate_every"):
+        value = getattr(options, name)
+        if value > (name in ("seeds", "evaluate_every")):  # 1 or 0 is what they are by default
+            words.append(f"--{name.replace('_', '-')} {value}")
+    if options.seed is not None:
+        words.append(f"--seed {options.seed}")
+    if options.methods:
+        words.append(f"--methods {' '.join(options.methods)}")
+    if options.changes:
+        words.append(f"--set {shlex.join(options.changes)}")
+    return " ".join(words)
+
+
+def _dry_run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Place) -> None:
+    from iada.experiments.timing import estimate
+
+    parts = read_parts(recipe, options.data, limits)
+    seeds = _seeds(options)
+    split = make_split(recipe, parts, seeds[0])
+    meta = 0 if split.meta is None else len(split.meta)
+    print(f"{recipe.name}: {recipe.title} ({recipe.source}), on {place.device}")
+    print(f"  {len(split.train)} training, {meta} meta and {len(split.test)} test samples")
+    total = 0.0
+    for contestant in recipe.contestants:
+        found = estimate(recipe, contestant, split, limits, place)
+        total += len(seeds) * found.total
+        print(
+            f"  {contestant.title}: {found.plain_steps} steps of {1e3 * found.plain_step:.0f} ms, "
+            f"{found.method_steps} of {1e3 * found.method_step:.0f} ms, {found.tests} tests of "
+            f"{found.test:.1f} s: about {_duration(found.total)} a seed"
+        )
+    print(f"  {len(seeds)} seeds: about {_duration(total)}")
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,45 @@
+"""Readers of the standard data sets, from a path that the user gives; nothing is downloaded.
+
+Every reader takes a path and returns {"train", "validation", "test": Labelled}, as far as the data
+set has them. A fault in the files is told by file and line, and nothing is half loaded.
+"""
+
+from collections.abc import Callable
+
+from iada.experiments.datasets.celeba import read_celeba
+from iada.experiments.datasets.cifar import read_cifar10, read_cifar100
+from iada.experiments.datasets.civilcomments import read_civilcomments
+from iada.experiments.datasets.file_view import FileView
+from iada.experiments.datasets.folders import read_folder
+from iada.experiments.datasets.glt import read_glt
+from iada.experiments.datasets.labelled import Labelled
+from iada.experiments.datasets.lists import read_lists
+from iada.experiments.datasets.memory_view import CIFAR10, CIFAR100, IMAGENET, MemoryView
+from iada.experiments.datasets.mnist import read_mnist
+from iada.experiments.datasets.text_view import TextView, load_tokenizer
+from iada.experiments.datasets.waterbirds import read_waterbirds
+
+READERS: dict[str, Callable[..., dict[str, Labelled]]] = {
+    "cifar10": read_cifar10,
+    "cifar100": read_cifar100,
+    "folder": read_folder,
+    "lists": read_lists,
+    "mnist": read_mnist,
+    "waterbirds": read_waterbirds,
+    "celeba": read_celeba,
+    "civilcomments": read_civilcomments,
+    "glt": read_glt,
+}
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "IMAGENET",
+    "READERS",
+    "FileView",
+    "Labelled",
+    "MemoryView",
+    "TextView",
+    "load_tokenizer",
+    *(reader.__name__ for reader in READERS.values()),
+]

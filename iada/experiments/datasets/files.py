@@ -1,0 +1,125 @@
+"""What every reader asks of files: that they are there, whole, and in the form that is expected.
+
+Each fault is told by file and line, before anything is handed out. A file that is not there is a
+FileNotFoundError, one that is damaged a ValueError; both carry the message of `complain`.
+"""
+
+import csv
+import os
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+
+from iada.utils.checks import complain
+
+DAMAGED = "mend the file, or fetch it again"
+
+
+def missing(path: Path, expected: str, remedy: str) -> FileNotFoundError:
+    """The error for a path that should hold `expected` and does not."""
+    got = "nothing" if not path.exists() else "something else"
+    return FileNotFoundError(str(complain(str(path), expected, got, remedy)))
+
+
+def at_line(path: Path, line: int) -> str:
+    """How a line of a file is named in messages."""
+    return f"{path}, line {line}"
+
+
+def folder_at(path: str | os.PathLike, expected: str) -> Path:
+    """`path` as the folder that it must be."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise missing(folder, f"a folder with {expected}", "pass the folder that holds the data")
+    return folder
+
+
+def first_file(folder: Path, names: Sequence[str], expected: str) -> Path:
+    """The first of `names` that is a file in `folder`."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    choices = " or ".join(names)
+    raise missing(folder / names[0], f"{expected} ({choices})", f"look into {folder}")
+
+
+def bytes_of(path: Path) -> bytes:
+    """A file's bytes; an empty file is refused."""
+    if not path.is_file():
+        raise missing(path, "a file", "fetch it, or pass the folder that holds it")
+    content = path.read_bytes()
+    if not content:
+        raise complain(str(path), "a file with content", "an empty one", DAMAGED)
+    return content
+
+
+def lines_of(path: Path) -> list[str]:
+    """A UTF-8 text file's lines; an empty file is refused."""
+    content = bytes_of(path)
+    try:
+        return content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise complain(at_line(path, line), "UTF-8 text", "other bytes", DAMAGED) from error
+
+
+def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, {column: text}) of each row of a CSV file that has at least `columns`."""
+    bytes_of(path)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            absent = [name for name in columns if name not in header]
+            if absent:
+                raise complain(
+                    at_line(path, 1),
+                    f"a header with {', '.join(columns)}",
+                    f"none of {', '.join(absent)}",
+                    DAMAGED,
+                )
+            found = 0
+            for row in reader:
+                where = at_line(path, reader.line_num)
+                if len(row) != len(header):
+                    raise complain(where, f"{len(header)} fields", str(len(row)), DAMAGED)
+                found += 1
+                yield reader.line_num, dict(zip(header, row, strict=True))
+            if not found:
+                raise complain(str(path), "rows below the header", "none", DAMAGED)
+        except (csv.Error, UnicodeDecodeError) as error:
+            where = at_line(path, reader.line_num + 1)
+            raise complain(where, "comma-separated UTF-8 text", str(error), DAMAGED) from error
+
+
+def integer(text: str, allowed: Container[int], expected: str, where: str) -> int:
+    """`text` as one of the allowed whole numbers."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise complain(where, expected, repr(text), DAMAGED) from None
+    if value not in allowed:
+        raise complain(where, expected, str(value), DAMAGED)
+    return value
+
+
+def number(text: str, expected: str, where: str) -> float:
+    """`text` as a number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise complain(where, expected, repr(text), DAMAGED) from None
+    if not 0 <= value <= 1:
+        raise complain(where, expected, text, DAMAGED)
+    return value
+
+
+def check_image_file(path: Path, where: str) -> None:
+    """An image file is there and not empty; what is in it shows when it is read."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        remedy = "put the image there, or pass the folder of the images"
+        text = str(complain(where, f"an image at {path}", "no such file", remedy))
+        raise FileNotFoundError(text) from None
+    if not size:
+        raise complain(where, f"an image at {path}", "an empty file", "fetch that image again")

@@ -1,0 +1,95 @@
+"""Image folders: {train, validation, test}/<class>/<image>, or <class>/<image> alone."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from iada.experiments.datasets.files import check_image_file, folder_at, missing
+from iada.experiments.datasets.images import SUFFIXES, small_images
+from iada.experiments.datasets.labelled import Labelled
+from iada.utils.checks import complain
+
+PARTS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+
+
+def read_folder(path: str | os.PathLike, memory: bool | None = None) -> dict[str, Labelled]:
+    """The images of each class's folder; classes in the alphabetical order of their names.
+
+    path: a folder with `train` and, if there are any, `val` or `validation` and `test`; or one
+    with a folder for each class, which is then all of `train`.
+    memory: keep the decoded images in memory, as one uint8 tensor; None does so where all are of
+    the same size, up to 64×64 pixels. True fails where that is not so.
+    """
+    folder = folder_at(path, "train/<class>/ or <class>/ with images")
+    found = {
+        part: folder / name
+        for part, names in PARTS.items()
+        for name in names
+        if (folder / name).is_dir()
+    }
+    if "train" not in found:
+        if found:
+            raise missing(folder / "train", "the training images", f"look into {folder}")
+        found = {"train": folder}
+    names = _classes(found["train"])
+    listed = {part: _images(place, names) for part, place in found.items()}
+    loaded = [] if memory is False else _decoded([paths for paths, _ in listed.values()])
+    if memory and not loaded:
+        expected = "images of one size, up to 64×64 pixels"
+        raise complain("memory", expected, "others", "pass memory=None to read them as needed")
+    return {
+        part: Labelled(
+            loaded[place] if loaded else paths, torch.tensor(labels, dtype=torch.int64), names
+        )
+        for place, (part, (paths, labels)) in enumerate(listed.items())
+    }
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    names = tuple(sorted(entry.name for entry in _visible(folder) if entry.is_dir()))
+    if not names:
+        raise missing(folder / "<class>", "a folder for each class", f"look into {folder}")
+    return names
+
+
+def _images(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]]:
+    """Paths and labels of all images in the folders of the classes."""
+    other = sorted(set(_classes(folder)) - set(names))
+    if other:
+        expected = "the classes of the training images"
+        raise complain(str(folder / other[0]), expected, "another", "rename the folder")
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        own = folder / name
+        if not own.is_dir():
+            raise missing(own, f"the images of class {name!r}", "add them")
+        images = sorted(
+            Path(entry.path)
+            for entry in _visible(own)
+            if Path(entry.name).suffix.lower() in SUFFIXES
+        )
+        if not images:
+            raise complain(str(own), "images", "none", "add some, or take the class away")
+        for image in images:
+            check_image_file(image, str(own))
+        paths += images
+        labels += [label] * len(images)
+    return paths, labels
+
+
+def _decoded(listed: list[list[Path]]) -> list[torch.Tensor]:
+    """The images of every part in memory; empty unless all are small and of one size."""
+    images: list[torch.Tensor] = []
+    for paths in listed:
+        part = small_images(paths)
+        if part is None or part.shape[1:] != (images or [part])[0].shape[1:]:
+            return []
+        images.append(part)
+    return images
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]

@@ -1,0 +1,132 @@
+"""Generalized long-tail benchmarks (Tang et al., 2022): ImageNet-GLT and MSCOCO-GLT."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iada.experiments.datasets.files import DAMAGED, bytes_of, check_image_file, folder_at, missing
+from iada.experiments.datasets.labelled import Labelled, check_every_class
+from iada.utils.checks import complain
+
+# Which test set goes with which protocol. ALT is the training set with balanced classes: it lies in
+# an annotation file of its own (…_inter_bl.json, coco_cbl) and has the same test set as GLT.
+TESTS = {"clt": "test_bl", "glt": "test_bbl", "alt": "test_bbl"}
+
+
+def read_glt(
+    path: str | os.PathLike, images: str | os.PathLike | None = None, protocol: str = "glt"
+) -> dict[str, Labelled]:
+    """The train, validation and test images of an annotation file, by path.
+
+    Groups are class-wise attributes (ImageNet-GLT: clusters from frequent to rare), the same
+    numbers in every class. path: the annotation json. images: the folder that the images lie in;
+    the paths in the file, written on its authors' machine, are looked up there by their endings;
+    None takes them as they are. protocol: "clt", "glt" or "alt", which chooses the test set.
+    """
+    if protocol not in TESTS:
+        raise complain(
+            "protocol", f"one of {', '.join(TESTS)}", repr(protocol), "pass one of these"
+        )
+    file = Path(path)
+    annotation = _json(file)
+    names = _class_names(annotation, file)
+    root = None if images is None else folder_at(images, "the images")
+    sections = {"train": "train", "validation": "val", "test": TESTS[protocol]}
+    found = {part: _entries(annotation, name, len(names), file) for part, name in sections.items()}
+    most = max(attribute for entries in found.values() for _, _, attribute in entries)
+    groups = tuple(f"attribute {number}" for number in range(most + 1))  # the same for all parts
+    drop = _leading(Path(found["train"][0][0]), root, f"{file}, train")
+    parts = {}
+    for part, entries in found.items():
+        paths = [_place(Path(entry), root, drop) for entry, _, _ in entries]
+        for image in paths:
+            check_image_file(image, f"{file}, {sections[part]}")
+        labels = torch.tensor([label for _, label, _ in entries])
+        attributes = torch.tensor([attribute for _, _, attribute in entries])
+        parts[part] = Labelled(paths, labels, names, attributes, groups)
+    check_every_class(parts["train"], "train", file)
+    if protocol == "alt":
+        counts = parts["train"].class_counts()
+        if counts.max() > 2 * counts.min():
+            expected = "training classes of one size, as the ALT protocol has them"
+            got = f"{int(counts.min())} to {int(counts.max())} images"
+            raise complain(str(file), expected, got, "pass the file of ALT's own training set")
+    return parts
+
+
+def _json(file: Path) -> dict[str, Any]:
+    content = bytes_of(file)
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        line = getattr(error, "lineno", 1)
+        raise complain(f"{file}, line {line}", "json", str(error), DAMAGED) from error
+    if not isinstance(found, dict):
+        raise complain(str(file), "a json object", f"a {type(found).__name__}", DAMAGED)
+    return found
+
+
+def _class_names(annotation: dict[str, Any], file: Path) -> tuple[str, ...]:
+    """The names of classes 0, 1, … out of id2cat."""
+    found = annotation.get("id2cat")
+    if not isinstance(found, dict) or not found:
+        raise complain(f"{file}, id2cat", "a name for each class", repr(found), DAMAGED)
+    wanted = [str(number) for number in range(len(found))]
+    absent = [number for number in wanted if number not in found]
+    if absent:
+        expected = f"names of classes 0 to {len(found) - 1}"
+        raise complain(f"{file}, id2cat", expected, f"none of {absent[0]}", DAMAGED)
+    return tuple(str(found[number]) for number in wanted)
+
+
+def _entries(
+    annotation: dict[str, Any], section: str, classes: int, file: Path
+) -> list[tuple[str, int, int]]:
+    """(path, label, attribute) of each image of a section."""
+    where = f"{file}, {section}"
+    found = annotation.get(section)
+    if not isinstance(found, dict) or not isinstance(found.get("label"), dict):
+        raise complain(where, "a section with label", "none", DAMAGED)
+    if not found["label"]:
+        raise complain(where, "images", "none", "this file holds another protocol: take its other")
+    entries = []
+    for key, label in found["label"].items():
+        own = f"{where}, {key}"
+        attribute = _value(found, "attribute", key, own)
+        path = _value(found, "path", key, own) if "path" in found else key  # MSCOCO-GLT has ids
+        number = _whole(label, f"a label in [0, {classes})", own)
+        if number >= classes:
+            raise complain(own, f"a label in [0, {classes})", str(label), DAMAGED)
+        entries.append((str(path), number, _whole(attribute, "an attribute from 0 on", own)))
+    return entries
+
+
+def _value(section: dict[str, Any], table: str, key: str, where: str) -> Any:
+    values = section.get(table)
+    if not isinstance(values, dict) or key not in values:
+        raise complain(where, f"its {table}", "none", DAMAGED)
+    return values[key]
+
+
+def _whole(value: Any, expected: str, where: str) -> int:
+    """A whole number from 0 on; the authors' files have some of them as strings."""
+    if isinstance(value, int | str) and not isinstance(value, bool) and str(value).isdecimal():
+        return int(value)
+    raise complain(where, expected, repr(value), DAMAGED)
+
+
+def _leading(path: Path, root: Path | None, where: str) -> int:
+    """How many leading parts of the file's paths to drop, so that the rest lies below `root`."""
+    if root is None:
+        return 0
+    for drop in range(len(path.parts)):
+        if path.parts[drop] != path.anchor and root.joinpath(*path.parts[drop:]).is_file():
+            return drop
+    raise missing(root / path.name, f"the images of {where}, such as {path}", "pass their folder")
+
+
+def _place(path: Path, root: Path | None, drop: int) -> Path:
+    return path if root is None else root.joinpath(*path.parts[drop:])

@@ -1,0 +1,57 @@
+"""Image files, read by Pillow."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iada.utils.checks import complain
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+)
+SMALL = 64  # pixels a side: images up to this size are kept in memory
+
+
+def open_image(path: Path) -> "Image":
+    """The image of a file, decoded, as RGB; OSError naming the file where that fails."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("image files are read by Pillow: pip install 'iada[paper]'") from error
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        text = complain(str(path), "an image", f"{error}", "fetch that image again")
+        raise OSError(str(text)) from error
+
+
+def pixels(image: "Image") -> Tensor:
+    """uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def small_images(paths: Sequence[Path]) -> Tensor | None:
+    """All images as one uint8 tensor (N, 3, H, W); None unless all are of one small size."""
+    if not paths:
+        return None
+    first = open_image(paths[0])
+    if max(first.size) > SMALL:
+        return None
+    images = torch.empty((len(paths), 3, first.height, first.width), dtype=torch.uint8)
+    for row, path in enumerate(paths):
+        image = open_image(path)
+        if image.size != first.size:
+            return None
+        images[row] = pixels(image)
+    return images

@@ -1,0 +1,115 @@
+"""Samples with their labels: what every reader returns and every scenario cuts up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from iada.utils.checks import check_label_values, check_labels, check_sizes, complain
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled(Dataset):
+    """Samples, their labels and, where the data set has them, their groups; never changed.
+
+    inputs: images in memory, uint8 (N, C, H, W); or N paths of image files; or N texts.
+    labels: (N) int64 in [0, len(class_names)). groups: (N) int64 in [0, len(group_names)) or None.
+    members: (N, M) bool or None, for sets of samples that overlap (CivilComments' identities by
+    class), named by `member_names`.
+    """
+
+    inputs: Tensor | Sequence[Path] | Sequence[str]
+    labels: Tensor
+    class_names: tuple[str, ...]
+    groups: Tensor | None = None
+    group_names: tuple[str, ...] = ()
+    members: Tensor | None = None
+    member_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        count = len(self.inputs)
+        check_labels(self.labels, count)
+        check_label_values(self.labels, len(self.class_names), None)
+        if isinstance(self.inputs, Tensor) and (
+            self.inputs.dtype != torch.uint8 or self.inputs.dim() != 4
+        ):
+            got = f"{self.inputs.dtype} {tuple(self.inputs.shape)}"
+            raise complain("inputs", "uint8 images (N, C, H, W)", got, "convert them")
+        if self.groups is not None:
+            check_sizes("groups", self.groups, f"a group ({count},) for each sample", (count,))
+            known = (self.groups >= 0) & (self.groups < len(self.group_names))
+            if not known.all():
+                row = int((~known).nonzero()[0, 0])
+                expected = f"groups in [0, {len(self.group_names)})"
+                got = f"{int(self.groups[row])} at row {row}"
+                raise complain("groups", expected, got, "name every group in group_names")
+        if self.members is not None:
+            expected = f"bool ({count}, {len(self.member_names)})"
+            check_sizes("members", self.members, expected, (count, len(self.member_names)))
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.inputs[index], int(self.labels[index])
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that there are, whether or not each has samples here."""
+        return len(self.class_names)
+
+    def class_counts(self) -> Tensor:
+        """Samples of each class, (C)."""
+        return torch.bincount(self.labels, minlength=self.num_classes)
+
+    def group_counts(self) -> Tensor:
+        """Samples of each group, (G); ValueError where there are no groups."""
+        return torch.bincount(self.grouped(), minlength=len(self.group_names))
+
+    def grouped(self) -> Tensor:
+        """The groups, (N); ValueError where there are none."""
+        if self.groups is None:
+            raise complain(
+                "groups", "a group for each sample", "None", "use a data set with groups"
+            )
+        return self.groups
+
+    def subset(self, rows: Tensor) -> "Labelled":
+        """The samples of these row numbers, in their order."""
+        rows = rows.long()
+        if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
+            got = f"{int(rows.min())} to {int(rows.max())}"
+            raise complain("rows", f"row numbers in [0, {len(self)})", got, "check the split")
+        inputs = self.inputs
+        chosen = (
+            inputs[rows] if isinstance(inputs, Tensor) else [inputs[row] for row in rows.tolist()]
+        )
+        return replace(
+            self,
+            inputs=chosen,
+            labels=self.labels[rows],
+            groups=None if self.groups is None else self.groups[rows],
+            members=None if self.members is None else self.members[rows],
+        )
+
+    def relabelled(self, labels: Tensor) -> "Labelled":
+        """The same samples with other labels; their groups stay as they were."""
+        return replace(self, labels=labels)
+
+
+def check_every_class(part: Labelled, name: str, source: Path) -> None:
+    """Each class has a sample in this part."""
+    absent = (part.class_counts() == 0).nonzero().flatten().tolist()
+    if absent:
+        names = ", ".join(part.class_names[c] for c in absent[:5])
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        raise complain(
+            str(source),
+            f"samples of each of the {part.num_classes} classes in {name}",
+            f"none of {names}{more}",
+            "add them, or take the class away",
+        )

@@ -1,0 +1,194 @@
+"""How far the surrogate of Eq. 5 lies above the loss it stands for, Eq. 2, by sampling.
+
+Eq. 2 is the expected CE over h̃ ~ N(h + δ, αΣ_y); Jensen's inequality turns it into Eq. 5, CE at
+z̃ = w·(h + δ) + b + αρ. CE depends on h̃ through the differences of logits to the true class's
+only, (W − 1w_y) h̃ + b − b_y, Gaussian with the covariance α F Fᵀ where F = (W − 1w_y) Σ_y^½: these
+are sampled, C numbers a draw instead of A.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iada.nn.class_covariance import ClassCovariance
+from iada.utils.autocast import full_precision
+from iada.utils.checks import check_finite, check_label_values, check_loss_arguments, complain
+from iada_kernels.closed_form.loss import perturbation_sign
+
+CHUNK = 2**22  # numbers drawn at a time: 32 MiB of float64
+
+
+@dataclass(frozen=True)
+class SurrogateGap:
+    """Both sides of the inequality for the U classes that have rows; (U) float64 on the CPU.
+
+    classes: their indices, int64. rows: samples of each, int64. expected: Eq. 2 as sampled, the
+    mean over the class's rows, in nats. standard_error: of `expected`, from the spread of the
+    draws. bound: Eq. 5. negative: the part of Σ_c, of its eigenvalues' absolute sum, that was
+    negative and taken as 0 on both sides: a Gaussian has none.
+
+    Per class without the weight 1/π_c, which `overall` applies.
+    """
+
+    classes: Tensor
+    rows: Tensor
+    expected: Tensor
+    standard_error: Tensor
+    bound: Tensor
+    negative: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        """bound − expected, (U), at least 0 but for the sampling error."""
+        return self.bound - self.expected
+
+    def overall(self, class_counts: Tensor) -> dict[str, float]:
+        """expected, bound, gap and standard_error over all rows, each weighted by 1/π_y.
+
+        class_counts: training samples of each class, (C). The weights are divided by their sum, as
+        in Eq. 1.
+        """
+        counts = class_counts.double().cpu()[self.classes]
+        if not (counts > 0).all():
+            absent = int(self.classes[(counts <= 0).nonzero()[0, 0]])
+            remedy = "count the data that the model was trained on"
+            raise complain("class_counts", "samples of each class", f"0 of class {absent}", remedy)
+        weight = self.rows / counts
+        weight = weight / weight.sum()
+        return {
+            "expected": float(weight @ self.expected),
+            "bound": float(weight @ self.bound),
+            "gap": float(weight @ self.gap),
+            "standard_error": math.sqrt(float(weight.square() @ self.standard_error.square())),
+        }
+
+    def as_record(self) -> dict[str, list[Any]]:
+        """Plain lists, one entry a class, for the record of a run."""
+        names = ("classes", "rows", "expected", "bound", "gap", "standard_error", "negative")
+        return {name: getattr(self, name).tolist() for name in names}
+
+
+@torch.no_grad()
+def surrogate_gap(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    covariance: Tensor | ClassCovariance,
+    epsilon: Tensor | None = None,
+    alpha: float = 0.5,
+    samples: int = 1000,
+    seed: int = 0,
+) -> SurrogateGap:
+    """Monte-Carlo check of Eq. 2 ≤ Eq. 5 on the features of a fitted model.
+
+    Computed in float64. Memory beside the arguments is bounded: CHUNK draws, and one class's Σ.
+
+    Args:
+        features, weight, bias, labels, covariance, epsilon, alpha: as in `iada.fused_loss`; alpha
+            is not negative, and every label a class.
+        samples: draws of h̃ for each row, at least 2.
+        seed: of the draws.
+
+    Raises ValueError for an argument that does not fit.
+    """
+    if isinstance(covariance, ClassCovariance):
+        covariance = covariance.covariance
+    check_loss_arguments(
+        features, weight, bias, labels, covariance, epsilon, None, alpha, 0.0, -100, "none"
+    )
+    labels = labels.long()
+    _check_values(features, weight, labels, covariance, alpha, samples)
+    generator = torch.Generator(features.device).manual_seed(seed)
+    found = []
+    with full_precision(features.device):
+        head = weight.double()
+        for c in labels.unique().tolist():
+            rows = (labels == c).nonzero()[:, 0]
+            h = features[rows].double()
+            shift = None if epsilon is None else epsilon[rows].double()
+            centre = _logit_differences(h, head, bias, labels[rows], shift)
+            factor, negative = _factor(head - head[c], covariance[c].double())
+            factor = factor * math.sqrt(alpha)
+            bound = (centre + 0.5 * factor.square().sum(dim=1)).logsumexp(dim=1)
+            mean, variance = _expected(centre, factor, samples, generator)
+            error = (variance.sum() / samples).sqrt() / len(rows)
+            found.append((c, len(rows), mean.mean(), error, bound.mean(), negative))
+    columns = [[float(entry) for entry in column] for column in zip(*found, strict=True)]
+    table = torch.tensor(columns, dtype=torch.float64)
+    return SurrogateGap(table[0].long(), table[1].long(), *table[2:])
+
+
+def _expected(
+    centre: Tensor, factor: Tensor, samples: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance, (n) each, of log Σ_j exp(centre + F ξ)_j over draws of ξ ~ N(0, 1)."""
+    start = centre.logsumexp(dim=1)  # draws are summed up as differences to it, without cancelling
+    total, squares = torch.zeros_like(start), torch.zeros_like(start)
+    size = max(1, CHUNK // centre.numel())
+    for first in range(0, samples, size):
+        draws = min(size, samples - first)
+        shape = (draws, len(centre), factor.shape[1])
+        noise = torch.randn(shape, generator=generator, dtype=centre.dtype, device=centre.device)
+        change = (centre + noise @ factor.T).logsumexp(dim=2) - start
+        total += change.sum(dim=0)
+        squares += change.square().sum(dim=0)
+    mean = total / samples
+    variance = (squares - samples * mean.square()) / (samples - 1)
+    return start + mean, variance.clamp(min=0)
+
+
+def _logit_differences(
+    features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, epsilon: Tensor | None
+) -> Tensor:
+    """(w_j − w_y)·(h + ε s) + b_j − b_y, (n, C), for rows of one class."""
+    offset = weight.new_zeros(len(weight)) if bias is None else bias.to(weight.dtype)
+    if epsilon is not None:
+        logits = features @ weight.T + offset
+        direction = perturbation_sign(logits, weight, labels[:, None])
+        features = features + epsilon[:, None] * direction
+    own = labels[0]
+    return features @ (weight - weight[own]).T + (offset - offset[own])
+
+
+def _factor(difference: Tensor, sigma: Tensor) -> tuple[Tensor, float]:
+    """F with F Fᵀ = Δ Σ Δᵀ, (C, r), r ≤ C, and the share of Σ that was negative.
+
+    difference Δ (C, A), sigma (A, A) or its diagonal (A).
+    """
+    if sigma.dim() == 1:
+        values = sigma
+        factor = difference * sigma.clamp(min=0).sqrt()
+    else:
+        values, vectors = torch.linalg.eigh((sigma + sigma.mT) / 2)
+        rounding = values.abs().max() * len(values) * torch.finfo(values.dtype).eps
+        kept = values > rounding
+        factor = difference @ (vectors[:, kept] * values[kept].sqrt())
+    if factor.shape[1] > len(factor):  # F = L Q with orthonormal rows of Q: Q ξ is ~ N(0, 1) too
+        factor = torch.linalg.qr(factor.T, mode="r").R.T
+    total = float(values.abs().sum())
+    return factor, float(values.clamp(max=0).abs().sum()) / total if total else 0.0
+
+
+def _check_values(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    covariance: Tensor,
+    alpha: float,
+    samples: int,
+) -> None:
+    if len(features) == 0:
+        raise complain("features", "at least one row", "none", "pass the features of some samples")
+    if alpha < 0:
+        remedy = "αΣ is a covariance: pass the α of training"
+        raise complain("alpha", "0 or more", repr(alpha), remedy)
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
+        raise complain("samples", "an int from 2", repr(samples), "1000 is usual")
+    check_label_values(labels, len(weight), None)
+    for name, tensor in (("features", features), ("weight", weight), ("covariance", covariance)):
+        check_finite(name, tensor, "look for what diverged in training")

@@ -1,0 +1,180 @@
+"""From a recipe and a path to data: the split of a seed, and what the trainer is given of it."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from iada.experiments.datasets import (
+    CIFAR10,
+    CIFAR100,
+    IMAGENET,
+    READERS,
+    FileView,
+    Labelled,
+    MemoryView,
+    TextView,
+    load_tokenizer,
+)
+from iada.experiments.recipe import Contestant, Recipe, shortened
+from iada.experiments.scenarios import SCENARIOS, Split, colored_mnist
+from iada.models import build_backbone
+from iada.utils.checks import complain
+from iada.utils.evaluate import outputs
+
+NORMALISATIONS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+# How the published protocols of these cut their images.
+FILE_OPTIONS: dict[str, dict[str, Any]] = {
+    "waterbirds": {"shape": "square", "scale": (0.7, 1.0)},
+    "celeba": {"shape": "whole", "scale": (0.7, 1.0)},
+}
+Parts = dict[str, Labelled]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What makes an experiment smaller than the published one, or another; 0 leaves it as it is.
+
+    epochs: of training, all marks of the schedule in proportion.  train, test: images a class.
+    changes: settings of the recipe that were changed, as they were given.
+    """
+
+    epochs: int = 0
+    train: int = 0
+    test: int = 0
+    changes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self != Limits()
+
+    def words(self, published_epochs: int) -> list[str]:
+        """Each of them for a person; published_epochs: of the whole schedule."""
+        found = list(self.changes)
+        if self.epochs:
+            found.append(f"{self.epochs} of {published_epochs} epochs")
+        if self.train:
+            found.append(f"at most {self.train} training images a class")
+        if self.test:
+            found.append(f"at most {self.test} test images a class")
+        return found
+
+
+def read_parts(recipe: Recipe, path: Path, limits: Limits) -> Parts:
+    """The data set at `path`, smaller by `limits`."""
+    options = dict(recipe.data)
+    name, colored = options.pop("reader"), options.pop("colored", False)
+    reader = READERS[name]
+    if not path.exists():
+        raise complain("--data", recipe.needs, f"nothing at {path}", "pass where it lies")
+    known = list(inspect.signature(reader).parameters)[1:]
+    for key in options:
+        if key not in known:
+            wanted = f"one of reader, colored, {', '.join(known)}"
+            raise complain(f"[data] {key}", wanted, repr(key), "rename or remove it")
+    parts = reader(path, **options)
+    if colored:
+        parts = colored_mnist(parts)
+    kept = {"train": limits.train, "test": limits.test, "validation": limits.test}
+    return {part: first_of_each(data, kept[part]) for part, data in parts.items()}
+
+
+def first_of_each(data: Labelled, count: int) -> Labelled:
+    """At most `count` samples of each class, drawn alike for every seed; all of them for 0."""
+    if not count:
+        return data
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(data)))
+    labels = data.labels[order]
+    chosen = [order[labels == c][:count] for c in range(data.num_classes)]
+    return data.subset(torch.cat(chosen).sort().values)
+
+
+def make_split(recipe: Recipe, parts: Parts, seed: int) -> Split:
+    """The recipe's scenario on these parts."""
+    options = dict(recipe.scenario)
+    scenario = SCENARIOS[options.pop("name")]
+    clustering = options.pop("clustering", None)
+    known = inspect.signature(scenario).parameters
+    for key in options:
+        if key not in known:
+            wanted = f"one of {', '.join(list(known)[1:])}"
+            raise complain(f"[scenario] {key}", wanted, repr(key), "rename or remove it")
+    if clustering is not None:
+        source = parts[options.get("meta_from", "validation")]
+        options["features"] = _features(clustering, source, recipe.model.image_size)
+    return scenario(parts, seed=seed, **options)
+
+
+def _features(backbone: str, data: Labelled, size: int) -> Tensor:
+    """Of a pre-trained backbone, (N, A)."""
+    model, head = build_backbone(backbone, data.num_classes, pretrained=True, image_size=size)
+    device = best_device()
+    return outputs(model.to(device), head.to(device), FileView(data, size=size), 256).features
+
+
+@dataclass(frozen=True)
+class Views:
+    """The pieces of a split as the trainer takes them."""
+
+    train: Dataset
+    meta: Dataset | None
+    validation: Dataset | None
+    test: Dataset
+
+
+def make_views(recipe: Recipe, contestant: Contestant, split: Split, device: torch.device) -> Views:
+    """Normalised images or tokens; images in memory lie on the device."""
+    config, plain_from = contestant.trainer, None
+    if config.method == "afr":
+        steps = -(-len(split.train) // config.batch_size)
+        plain_from = steps * (config.epochs - config.finetune_epochs)
+    view = _view(recipe, split.train, plain_from, device)
+    augment = recipe.model.augment if recipe.model.augment != "none" else None
+    return Views(
+        view(split.train, augment),
+        None if split.meta is None else view(split.meta, augment),
+        None if split.validation is None else view(split.validation, None),
+        view(split.test, None),
+    )
+
+
+def _view(
+    recipe: Recipe, data: Labelled, plain_from: int | None, device: torch.device
+) -> Callable[[Labelled, str | None], Dataset]:
+    if isinstance(data.inputs, Tensor):
+        scale = NORMALISATIONS.get(recipe.data["reader"], CIFAR10 if _small(data) else IMAGENET)
+        return lambda piece, augment: MemoryView(piece, scale, augment, plain_from, device)
+    if isinstance(data.inputs[0], str):
+        folder = recipe.model.backbone.removeprefix("transformers/")
+        tokenizer = load_tokenizer(folder)
+        return lambda piece, augment: TextView(piece, tokenizer)
+    if recipe.model.augment == "autoaugment-cutout":
+        raise complain("augment", "'none' or 'crop-flip'", "image files", "it is for small images")
+    size, options = recipe.model.image_size, FILE_OPTIONS.get(recipe.data["reader"], {})
+    return lambda piece, augment: FileView(piece, augment is not None, size, **options)
+
+
+def _small(data: Labelled) -> bool:
+    return isinstance(data.inputs, Tensor) and data.inputs.shape[-1] <= 64
+
+
+def best_device() -> torch.device:
+    """The accelerator, if there is one."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+def limited(recipe: Recipe, limits: Limits) -> Recipe:
+    """The recipe with its schedules in `limits.epochs` epochs."""
+    if not limits.epochs:
+        return recipe
+    contestants = tuple(
+        replace(contestant, trainer=shortened(contestant.trainer, limits.epochs))
+        for contestant in recipe.contestants
+    )
+    return replace(recipe, contestants=contestants)

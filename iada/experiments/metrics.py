@@ -1,0 +1,214 @@
+"""What a classifier's test outputs amount to: accuracies, precision, calibration, over seeds too.
+
+Everything but the calibration follows from two tables of counts, predictions by class and hits by
+group, so that torch is all that evaluation needs, on a training machine too. A figure that is not
+defined, such as the accuracy on few-shot classes where there are none, is None and never NaN.
+
+Source of many, medium and few: Liu et al., "Large-Scale Long-Tailed Recognition in an Open World",
+CVPR 2019. Of the calibration error: Guo et al., "On Calibration of Modern Neural Networks", 2017.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from iada.utils.checks import (
+    check_finite,
+    check_float,
+    check_label_values,
+    check_labels,
+    check_sizes,
+    check_tensor,
+    complain,
+)
+
+MANY, FEW = 100, 20  # training images of a class: more than MANY, fewer than FEW
+CALIBRATION_BINS = 15
+
+METRICS = {
+    "top1": "Top-1 accuracy",
+    "balanced": "Balanced accuracy",
+    "many": f"Many-shot (> {MANY})",
+    "medium": f"Medium-shot ({FEW}–{MANY})",
+    "few": f"Few-shot (< {FEW})",
+    "precision": "Precision",
+    "average": "Average accuracy",
+    "weighted_average": "Average, weighted",
+    "worst_group": "Worst group",
+    "ece": "Calibration error",
+}
+
+
+class Measured(NamedTuple):
+    """The figures of one test: shares in [0, 1], None where one is not defined.
+
+    metrics: by the names in METRICS; "average", "weighted_average" and "worst_group" are None
+    without groups. confusion: (C, C) counts, rows are true classes. group_accuracy: of each group,
+    by its name, None for one without samples; None without groups.
+    """
+
+    metrics: dict[str, float | None]
+    confusion: list[list[int]]
+    group_accuracy: dict[str, float | None] | None
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation (n − 1; None of a single run) over runs."""
+
+    mean: float
+    std: float | None
+    runs: int
+
+
+def measure(
+    logits: Tensor,
+    labels: Tensor,
+    class_counts: Tensor | Sequence[int],
+    *,
+    groups: Tensor | None = None,
+    group_names: Sequence[str] = (),
+    group_counts: Tensor | Sequence[int] | None = None,
+) -> Measured:
+    """Every metric of one test.
+
+    top1 is over samples; balanced, many, medium and few are means of class accuracies, over the
+    classes that have test samples. precision is class-macro over the same classes, 0 for one that
+    is never predicted (as in the GLT benchmark of Tang et al., ECCV 2022). average is over
+    samples, weighted_average over groups by their training counts (Waterbirds' convention; not
+    defined if a group of the training data has no test sample), worst_group the least accurate
+    group among those with test samples.
+
+    Args:
+        logits: (N, C), any floating dtype, without log prior or perturbation.
+        labels: true classes (N).
+        class_counts: training images of each class, (C).
+        groups: the group of each sample, (N).
+        group_names: of all groups; their numbers by default.
+        group_counts: training images of each group.
+
+    Raises ValueError for shapes or values that do not fit, logits that are not finite, or no rows.
+    """
+    _check(logits, labels, class_counts)
+    num_classes = logits.shape[1]
+    counts = torch.as_tensor(class_counts).cpu()
+    predictions = logits.argmax(dim=1).cpu()
+    labels = labels.long().cpu()
+    table = confusion_matrix(predictions, labels, num_classes)
+    accuracy = _ratio(table.diagonal(), table.sum(dim=1))
+    metrics: dict[str, float | None] = dict.fromkeys(METRICS)
+    metrics["top1"] = float(_ratio(table.diagonal().sum(), table.sum()))
+    metrics["balanced"] = _mean(accuracy)
+    metrics["many"] = _mean(accuracy[counts > MANY])
+    metrics["medium"] = _mean(accuracy[(counts >= FEW) & (counts <= MANY)])
+    metrics["few"] = _mean(accuracy[counts < FEW])
+    metrics["precision"] = class_macro_precision(table)
+    metrics["ece"] = calibration_error(logits, labels.to(logits.device))
+    by_group = None
+    if groups is not None:
+        size = len(group_names) or int(groups.max()) + 1
+        check_sizes("groups", groups, "the group of each row", (len(labels),))
+        _check_range("groups", groups, size)
+        hits = (predictions == labels).double()
+        group = groups.long().cpu()
+        total = torch.bincount(group, minlength=size)
+        share = _ratio(torch.zeros(size).double().index_add_(0, group, hits), total)
+        metrics["average"] = metrics["top1"]
+        metrics["worst_group"] = float(share[~share.isnan()].min())
+        if group_counts is not None:
+            weights = torch.as_tensor(group_counts).cpu()
+            metrics["weighted_average"] = _weighted(share, weights)
+        names = list(group_names) or [str(place) for place in range(size)]
+        by_group = dict(zip(names, map(_number, share), strict=True))
+    return Measured(metrics, table.tolist(), by_group)
+
+
+def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Counts (C, C) int64: row of the true class, column of the predicted one."""
+    places = labels.long() * num_classes + predictions
+    return torch.bincount(places, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def class_macro_precision(confusion: Tensor) -> float | None:
+    """The mean over classes with samples of the share of right ones among a class's predictions.
+
+    A class that is never predicted counts 0. None without samples.
+    """
+    present = confusion.sum(dim=1) > 0
+    precision = _ratio(confusion.diagonal(), confusion.sum(dim=0).clamp(min=1))
+    return _mean(precision[present])
+
+
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error: Σ_b n_b/N |accuracy_b − confidence_b| over equal bins (l, u]."""
+    confidence, predictions = logits.double().softmax(dim=1).max(dim=1)
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gap = (predictions == labels).double() - confidence
+    sums = gap.new_zeros(bins).index_add_(0, place, gap)
+    return float(sums.abs().sum() / len(gap))
+
+
+def mean_std(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Spread]]:
+    """The metrics of runs that differ in their seed: {"last": {metric: Spread}, "best": {...}}.
+
+    Over the runs where a metric is defined; one that is defined in none is left out.
+    """
+    found: dict[str, dict[str, Spread]] = {}
+    for epoch in ("last", "best"):
+        found[epoch] = {}
+        for name in METRICS:
+            values = [(record.get(epoch) or {}).get(name) for record in records]
+            known = [float(value) for value in values if value is not None]
+            if known:
+                found[epoch][name] = spread(known)
+    return found
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation of at least one value."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), std, len(values))
+
+
+def _check(logits: Tensor, labels: Tensor, class_counts: Tensor | Sequence[int]) -> None:
+    check_float("logits", logits, "a floating-point tensor (N, C)", (None, None))
+    if logits.numel() == 0:
+        shape = f"shape {tuple(logits.shape)}"
+        raise complain("logits", "at least one row and one class", shape, "pass a test set")
+    check_labels(labels, len(logits))
+    check_label_values(labels.long(), logits.shape[1], None)
+    check_finite("logits", logits, "look for what overflowed in the model")
+    counts = torch.as_tensor(class_counts)
+    expected = "training images of each class, (C)"
+    check_tensor("class_counts", counts, expected)
+    check_sizes("class_counts", counts, expected, (logits.shape[1],))
+
+
+def _check_range(name: str, values: Tensor, size: int) -> None:
+    low, high = values.aminmax()
+    if low < 0 or high >= size:
+        got = f"numbers from {int(low)} to {int(high)}"
+        raise complain(name, f"numbers in [0, {size})", got, "name every group in group_names")
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole in float64, NaN where the whole is 0."""
+    return part.double() / whole.double()
+
+
+def _mean(values: Tensor) -> float | None:
+    """Over what is known, None if nothing is."""
+    return _number(values[~values.isnan()].mean())
+
+
+def _weighted(share: Tensor, weights: Tensor) -> float | None:
+    check_sizes("group_counts", weights, "training images of each group", (len(share),))
+    used = weights > 0
+    return _number((share * weights.double())[used].sum() / weights[used].sum())
+
+
+def _number(value: Tensor) -> float | None:
+    number = float(value)
+    return None if number != number else number

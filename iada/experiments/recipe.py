@@ -1,0 +1,258 @@
+"""Recipes: what the papers ran, one TOML file an experiment, in `iada/experiments/recipes`.
+
+`base` names a recipe whose sections it starts from; each key in a section replaces the base's.
+"""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from iada.experiments.datasets import READERS
+from iada.experiments.metrics import METRICS
+from iada.experiments.scenarios import SCENARIOS
+from iada.training.config import METHODS, TrainerConfig, check_fields
+from iada.utils.checks import complain
+
+AUGMENTS = ("none", "crop-flip", "autoaugment-cutout")
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """[model]: what is trained, and how images reach it.
+
+    backbone: as `iada.models.build_backbone` takes it.  pretrained: with its library's weights.
+    augment: "none"; "crop-flip"; or "autoaugment-cutout", for small images: AutoAugment and CutOut
+    too, but not in AFR's second stage.  image_size: height and width of images read from files.
+    """
+
+    backbone: str = "resnet32"
+    pretrained: bool = False
+    augment: str = "crop-flip"
+    image_size: int = 32
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.augment not in AUGMENTS:
+            wanted = " or ".join(map(repr, AUGMENTS))
+            raise complain("augment", wanted, repr(self.augment), "pass one of these")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One row of a table: a method with its settings, and the published figures in percent."""
+
+    key: str
+    title: str
+    trainer: TrainerConfig
+    published: Figures
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment.
+
+    name: "table2/cifar10-100".  source: table and paper.  needs: the data set, in words.
+    metrics: the columns of the table, names of `iada.experiments.metrics.METRICS`.
+    selection: the epoch that the paper reports, "last" or "best".
+    data: the reader's name in `iada.experiments.datasets.READERS`, as "reader", and its options.
+    scenario: the name in `iada.experiments.scenarios.SCENARIOS`, as "name", and its parameters.
+    published: rows of the table that have no method here.
+    """
+
+    name: str
+    title: str
+    source: str
+    metrics: tuple[str, ...]
+    selection: str
+    needs: str
+    data: dict[str, Any]
+    scenario: dict[str, Any]
+    model: ModelSettings
+    contestants: tuple[Contestant, ...]
+    published: dict[str, Figures] = field(default_factory=dict)
+
+    @property
+    def row(self) -> str:
+        """The name after the table's."""
+        return self.name.split("/")[1]
+
+
+def names() -> list[str]:
+    """All recipes, in the papers' order."""
+    root = _root()
+    found = [
+        f"{folder.name}/{file.name.removesuffix('.toml')}"
+        for folder in root.iterdir()
+        if folder.is_dir() and folder.name != "base"
+        for file in folder.iterdir()
+        if file.name.endswith(".toml")
+    ]
+    return sorted(found, key=lambda name: (_place(name), name))
+
+
+def table_name(table: str) -> str:
+    """The folder of "2", "6" or "afr-1"; figures are "figure6"."""
+    tables = sorted({name.split("/")[0] for name in names()})
+    wanted = table.lower()
+    for candidate in (wanted, f"table{wanted}", wanted.replace("afr-", "afr-table")):
+        if candidate in tables:
+            return candidate
+    raise complain("--table", f"one of {', '.join(tables)}", repr(table), "see --list")
+
+
+def load(name: str, changes: dict[str, dict[str, Any]] | None = None) -> Recipe:
+    """The recipe called `name`, with `changes` {section: {key: value}} over its own.
+
+    Sections are data, scenario, model, trainer, and methods.KEY, which goes before trainer. Raises
+    ValueError naming the recipe, the section and the key; for a change of trainer that a method's
+    own setting would undo, too.
+    """
+    if name not in names():
+        raise complain("recipe", f"one of {', '.join(names())}", repr(name), "see --list")
+    sections = _sections(name)
+    for section, values in (changes or {}).items():
+        methods = {f"methods.{key}": key for key in sections["methods"]}
+        if section in methods:
+            _check_own(section, values)
+            sections["methods"][methods[section]] |= values
+        elif section in ("data", "scenario", "model", "trainer"):
+            if section == "trainer":
+                _check_shared(values, sections["methods"])
+            sections[section] = {**sections.get(section, {}), **values}
+        else:
+            wanted = f"data, scenario, model, trainer, {', '.join(methods)}"
+            raise complain(f"section {section}", wanted, repr(section), "rename it")
+    return _build(name, sections)
+
+
+def _check_own(section: str, values: dict[str, Any]) -> None:
+    """A change of one method is one of its settings."""
+    for key in values:
+        if key in ("title", "published", "method"):
+            wanted = "a setting of the trainer"
+            raise complain(f"{section}.{key}", wanted, repr(key), "choose another")
+
+
+def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) -> None:
+    """A change for all methods is not of a setting that one of them has for itself."""
+    for key in values:
+        own = [name for name, settings in methods.items() if key in settings]
+        if own:
+            raise complain(
+                f"trainer.{key}",
+                "a setting that all methods of this recipe share",
+                f"one that {', '.join(own)} set for themselves",
+                f"pass methods.{own[0]}.{key} and the like",
+            )
+
+
+def _build(name: str, sections: dict[str, Any]) -> Recipe:
+    about = sections["experiment"]
+    unknown = set(sections) - {"experiment", "data", "scenario", "model", "trainer", "methods"}
+    unknown -= {"published"}
+    if unknown:
+        raise complain(f"{name} [{min(unknown)}]", "a known section", "another", "rename it")
+    for metric in about["metrics"]:
+        if metric not in METRICS:
+            raise complain(f"{name} metrics", f"some of {', '.join(METRICS)}", metric, "mend it")
+    for section, key, known in (("scenario", "name", SCENARIOS), ("data", "reader", READERS)):
+        if sections[section][key] not in known:
+            got = repr(sections[section][key])
+            raise complain(
+                f"{name} [{section}] {key}", f"one of {', '.join(known)}", got, "mend it"
+            )
+    try:
+        model = ModelSettings(**sections.get("model", {}))
+        contestants = tuple(
+            _contestant(key, values, sections.get("trainer", {}))
+            for key, values in sections["methods"].items()
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    data = dict(sections["data"])
+    return Recipe(
+        name=name,
+        title=about["title"],
+        source=about["source"],
+        metrics=tuple(about["metrics"]),
+        selection=about.get("selection", "last"),
+        needs=data.pop("needs"),
+        data=data,
+        scenario=dict(sections["scenario"]),
+        model=model,
+        contestants=contestants,
+        published=sections.get("published", {}),
+    )
+
+
+def _contestant(key: str, values: dict[str, Any], shared: dict[str, Any]) -> Contestant:
+    own = dict(values)
+    title, published = own.pop("title"), own.pop("published", {})
+    own.setdefault("method", key)
+    if own["method"] not in METHODS:
+        raise complain(f"[methods.{key}] method", f"one of {', '.join(METHODS)}", key, "add method")
+    return Contestant(key, title, TrainerConfig(**{**shared, **own}), published)
+
+
+def _sections(name: str) -> dict[str, Any]:
+    text = (_root() / f"{name}.toml").read_text(encoding="utf-8")
+    own = tomllib.loads(text)
+    base = own.pop("base", None)
+    if base is None:
+        return own
+    merged = _sections(base)
+    for section, values in own.items():
+        merged[section] = {**merged.get(section, {}), **values}
+    return merged
+
+
+def _root() -> Traversable:
+    return resources.files("iada.experiments") / "recipes"
+
+
+def _place(name: str) -> tuple[int, int]:
+    folder = name.split("/")[0]
+    kinds = ("table", "figure", "afr-table")
+    kind = next(place for place, start in enumerate(kinds) if folder.startswith(start))
+    return kind, int("".join(filter(str.isdigit, folder)))
+
+
+def shortened(config: TrainerConfig, epochs: int) -> TrainerConfig:
+    """The same schedule in so many epochs: every mark on it moves in proportion.
+
+    At least one epoch is the method's own.
+    """
+    share = epochs / config.epochs
+    return dataclasses.replace(
+        config,
+        epochs=epochs,
+        ce_epochs=min(epochs - 1, round(config.ce_epochs * share)),
+        finetune_epochs=max(1, round(config.finetune_epochs * share)),
+        milestones=tuple(max(1, round(mark * share)) for mark in config.milestones),
+        warmup_epochs=config.warmup_epochs * share,
+    )
+
+
+def parse_change(text: str) -> tuple[str, str, Any]:
+    """("scenario", "kind", "flip") of "scenario.kind=flip"; the value as TOML where it is.
+
+    The section is all before the last dot, as in "methods.meta-iada.alpha=0.25".
+    """
+    place, equals, value = text.partition("=")
+    section, dot, key = place.strip().rpartition(".")
+    if not (equals and dot and key):
+        raise complain("--set", "section.key=value", repr(text), "as in scenario.ratio=50")
+    try:
+        return section, key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return section, key, value
+
+
+def recipe_folder() -> Path:
+    """Where the recipes lie, for a person to read."""
+    return Path(str(_root()))

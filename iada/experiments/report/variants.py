@@ -1,0 +1,134 @@
+"""Records in order: experiments, and in each the arms whose runs differ in their seed only.
+
+A record is one finished run in plain values, as JSON has them. Of its keys "experiment" and
+"method" are a must; each figure and table asks for what it shows and goes without what is absent:
+
+    experiment, title        "table2/cifar10-100", "CIFAR10-LT 100:1"
+    method, method_name      "without-g", "Meta-IADA without G": what the page calls it
+    departures               ["12 of 200 epochs", …]: where the run is not as published
+    seed, settings           settings: of the trainer, by name; "method" in it is what was trained
+    class_names, class_counts
+    last, best, best_epoch   of `iada.experiments.metrics.measure`, at the last and the best epoch
+    best_by                  what that was chosen by: "validation_…" or "test_…" and a metric
+    confusion                (C, C) counts at the last epoch, rows are true classes
+    group_accuracy           by the group's name, at the last epoch
+    curve                    [{"epoch", "loss", "accuracy", "generalization", "robustness",
+                             "fairness"}, …], accuracy the mean over classes, a share
+    strengths                {"class_share", "share_clean", "share_flipped", "histogram_clean",
+                             "histogram_flipped"} as in `iada.experiments.demo.run.Strengths`
+    spectrum                 (C, A) eigenvalues, as of `iada.experiments.diagnostics.spectrum`
+    surrogate                `iada.experiments.diagnostics.SurrogateGap.as_record()`
+    seconds, machine
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from iada.experiments.metrics import Spread, mean_std
+from iada.experiments.report.style import PREFERRED, Look, looks
+from iada.utils.checks import complain
+
+Record = Mapping[str, Any]
+INCIDENTAL = ("seed", "checkpoint_every")  # settings that do not make another arm
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method as it was run, with one record a seed.
+
+    kind: the method that was trained, which arms may share: the trainer's setting "method", else
+    the record's. label: unlike that of any other arm.
+    """
+
+    method: str
+    kind: str
+    name: str
+    label: str
+    look: Look
+    records: Sequence[Record]
+
+    @property
+    def figures(self) -> dict[str, dict[str, Spread]]:
+        """mean_std of the records."""
+        return mean_std(self.records)
+
+    def has(self, key: str) -> list[Record]:
+        """The records with something under `key`."""
+        return [record for record in self.records if record.get(key)]
+
+
+def by_experiment(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of each experiment, in order of appearance."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record["experiment"], []).append(record)
+    return found
+
+
+def arms_of(records: Sequence[Record]) -> list[Arm]:
+    """The arms of one experiment, baselines first.
+
+    Runs of one method whose settings differ are arms of their own, labelled by what differs.
+    Raises ValueError if a seed comes twice in an arm.
+    """
+    named: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        key = (record["method"], record.get("method_name") or record["method"])
+        named.setdefault(key, []).append(record)
+    order = list(PREFERRED)
+    kinds = {key: str(setting(runs[0], "method") or key[0]) for key, runs in named.items()}
+    place = {key: order.index(k) if k in order else len(order) for key, k in kinds.items()}
+    found: list[Arm] = []
+    for key, runs in sorted(named.items(), key=lambda item: place[item[0]]):
+        for label, part in _by_settings(key[1], runs):
+            _check_seeds(label, part)
+            part = sorted(part, key=lambda r: r.get("seed") or 0)
+            found.append(Arm(key[0], kinds[key], key[1], label, Look(""), part))
+    return with_looks(found)
+
+
+def with_looks(arms: Sequence[Arm]) -> list[Arm]:
+    """The arms with looks that differ, the first of a kind with its own colour if that is free."""
+    styles = looks([arm.kind for arm in arms])
+    return [replace(arm, look=look) for arm, look in zip(arms, styles, strict=True)]
+
+
+def differing_settings(records: Sequence[Record]) -> list[str]:
+    """Names of the settings that are not the same in all records."""
+    settings = [record.get("settings") or {} for record in records]
+    names = dict.fromkeys(name for one in settings for name in one)
+    return [
+        name
+        for name in names
+        if name not in INCIDENTAL and len({json.dumps(one.get(name)) for one in settings}) > 1
+    ]
+
+
+def setting(record: Record, name: str) -> Any:
+    """One setting of a run, None where it is not recorded."""
+    return (record.get("settings") or {}).get(name)
+
+
+def _by_settings(name: str, runs: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    differing = differing_settings(runs)
+    parts: dict[str, list[Record]] = {}
+    for run in sorted(runs, key=lambda r: [_order(setting(r, key)) for key in differing]):
+        values = [f"{key} {setting(run, key)}" for key in differing]
+        label = f"{name} ({', '.join(values)})" if values else name
+        parts.setdefault(label, []).append(run)
+    return list(parts.items())
+
+
+def _order(value: Any) -> tuple[float, str]:
+    """Numbers by size, all else by name."""
+    return (float(value), "") if isinstance(value, int | float) else (0.0, str(value))
+
+
+def _check_seeds(label: str, runs: Sequence[Record]) -> None:
+    seeds = [run.get("seed") for run in runs]
+    twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+    if len(set(seeds)) < len(seeds):
+        got = f"seed {twice} more than once for {label}"
+        raise complain("records", "one record for each seed of a method", got, "leave out reruns")

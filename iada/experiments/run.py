@@ -1,0 +1,289 @@
+"""One run of a recipe: a method and a seed, resumable, described by one record."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iada.experiments.datasets import Labelled
+from iada.experiments.demo.run import machine
+from iada.experiments.diagnostics import TermsLog, spectrum, surrogate_gap
+from iada.experiments.epsilon_log import StrengthCounts
+from iada.experiments.experiment import Limits, Views, limited, make_views
+from iada.experiments.metrics import Measured, measure
+from iada.experiments.recipe import Contestant, Recipe
+from iada.experiments.scenarios import Split
+from iada.models import build_backbone
+from iada.training.trainer import CHECKPOINT, Trainer
+from iada.utils.checks import complain
+from iada.utils.files import check_writable, written_aside
+from iada.utils.lock import folder_lock
+
+RECORD, ASKED = "record.json", "run.json"
+MOST_EIGENVALUES = 6400  # kept in a record: all of 100 classes with 64 features
+GAP_ROWS = 500  # training samples that the surrogate is checked on
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a run is made; none of it changes what is trained."""
+
+    folder: Path
+    device: torch.device
+    workers: int = 0
+    progress: bool = False
+    tensorboard: bool = False
+    evaluate_every: int = 1
+
+
+def run(
+    recipe: Recipe, contestant: Contestant, seed: int, split: Split, limits: Limits, place: Place
+) -> dict[str, Any]:
+    """Train, or go on, in `place.folder`; the record, which is kept there as record.json.
+
+    A run that has its record already is not made again. ValueError if the folder holds one with
+    other settings or on other data, finished or begun: run.json is what it was begun with; or if
+    another process is at it.
+    """
+    check_writable(place.folder)
+    with folder_lock(place.folder):
+        return _run(recipe, contestant, seed, split, limits, place)
+
+
+def _run(
+    recipe: Recipe, contestant: Contestant, seed: int, split: Split, limits: Limits, place: Place
+) -> dict[str, Any]:
+    trainer, views, watch = prepare(recipe, contestant, seed, split, limits, place)
+    record, begun = place.folder / RECORD, place.folder / ASKED
+    asked = _asked(recipe, contestant, seed, trainer, split, limits)
+    if record.exists():
+        return _former(record, asked)
+    if begun.exists() and (place.folder / CHECKPOINT).exists():
+        _former(begun, asked)
+    _write(begun, asked)
+    split.save(place.folder)
+    former = trainer.resume()
+    start = time.monotonic()
+    trainer.fit()
+    seconds = time.monotonic() - start
+    last = _measure(trainer, views.test, split.test, split)
+    found = {
+        **asked,
+        "class_names": list(split.test.class_names),
+        **_epochs(trainer.history, recipe, last),
+        "confusion": last.confusion,
+        "group_accuracy": last.group_accuracy,
+        "curve": _curve(trainer.history, watch.terms),
+        "strengths": watch.strengths.as_record(),
+        **_covariance(trainer, views),
+        # Of this call alone, where a run was interrupted.
+        "seconds": None if former else seconds,
+        "machine": _machine(place.device),
+    }
+    _write(record, found)
+    return found
+
+
+def prepare(
+    recipe: Recipe, contestant: Contestant, seed: int, split: Split, limits: Limits, place: Place
+) -> "tuple[Trainer, Views, Watch]":
+    """The trainer of a run, with nothing done yet."""
+    recipe = limited(recipe, limits)
+    contestant = next(c for c in recipe.contestants if c.key == contestant.key)
+    config = dataclasses.replace(contestant.trainer, seed=seed)
+    views = make_views(recipe, contestant, split, place.device)
+    torch.manual_seed(seed)
+    model = recipe.model
+    backbone, head = build_backbone(
+        model.backbone,
+        split.train.num_classes,
+        pretrained=model.pretrained,
+        image_size=model.image_size,
+    )
+    watch = Watch(
+        TermsLog(),
+        StrengthCounts(split.train.labels, split.wrong, split.train.num_classes, config.epochs).to(
+            place.device
+        ),
+    )
+
+    def measures(trainer: Trainer) -> dict[str, float | None]:
+        epoch = trainer.epoch + 1
+        if epoch % place.evaluate_every and epoch < config.epochs:
+            return {}
+        found: dict[str, float | None] = {}
+        for name in ("validation", "test"):
+            data = getattr(split, name)
+            if data is not None:
+                metrics = _measure(trainer, getattr(views, name), data, split).metrics
+                found |= {f"{name}_{metric}": value for metric, value in metrics.items()}
+        return found
+
+    trainer = Trainer(
+        backbone.to(place.device),
+        head.to(place.device),
+        views.train,
+        views.meta,
+        config,
+        class_counts=split.train.class_counts(),
+        folder=place.folder,
+        observe=watch,
+        measure=measures,
+        progress=place.progress,
+        num_workers=place.workers,
+        tensorboard=place.tensorboard,
+    )
+    return trainer, views, watch
+
+
+@dataclass
+class Watch:
+    """What is looked at during training; an `observe` callback that checkpoints with the run."""
+
+    terms: TermsLog
+    strengths: StrengthCounts
+
+    def __call__(self, trainer: Trainer, batch: Sequence[Any], result: Any) -> None:
+        if trainer.method.covariance is not None:
+            self.terms(trainer, batch, result)
+        self.strengths(trainer, batch, result)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"terms": self.terms.state_dict(), "strengths": self.strengths.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.terms.load_state_dict(state["terms"])
+        self.strengths.load_state_dict(state["strengths"])
+
+
+def _asked(
+    recipe: Recipe,
+    contestant: Contestant,
+    seed: int,
+    trainer: Trainer,
+    split: Split,
+    limits: Limits,
+) -> dict[str, Any]:
+    """What decides the result, by which a record is known."""
+    return json.loads(  # as it will be read again: tuples are lists
+        json.dumps(
+            {
+                "experiment": recipe.name,
+                "title": recipe.title,
+                "method": contestant.key,
+                "method_name": contestant.title,
+                "seed": seed,
+                "settings": dataclasses.asdict(trainer.config),
+                "model": dataclasses.asdict(recipe.model),
+                "split": split.record,
+                "departures": limits.words(contestant.trainer.epochs),
+                "class_counts": split.train.class_counts().tolist(),
+            }
+        )
+    )
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    with written_aside(path) as file:
+        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    """The machine, and what of it trains."""
+    found = {**machine(device), "device": str(device)}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _former(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        got = f"a damaged file ({error})"
+        raise complain(str(path), "a run's record", got, "delete it: the run goes on") from error
+    for name, value in asked.items():
+        if name not in ("title", "method_name") and found.get(name) != value:
+            raise complain(
+                str(path.parent),
+                "no run, or one with the same settings",
+                f"one with another {name}",
+                "choose another --out, or move it",
+            )
+    return found
+
+
+def _measure(trainer: Trainer, view: Any, data: Labelled, split: Split) -> Measured:
+    outputs = trainer.outputs(view)
+    groups: dict[str, Any] = {}
+    if data.groups is not None and split.train.groups is not None:
+        counts = split.train.group_counts()
+        groups = {"groups": data.groups, "group_names": data.group_names, "group_counts": counts}
+    found = measure(outputs.logits.float(), outputs.labels, split.train.class_counts(), **groups)
+    if data.members is None:
+        return found
+    hit = outputs.logits.argmax(dim=1) == outputs.labels  # WILDS: groups that overlap
+    shares = {
+        name: float(hit[member].double().mean()) if member.any() else None
+        for name, member in zip(data.member_names, data.members.T, strict=True)
+    }
+    known = [share for share in shares.values() if share is not None]
+    metrics = {**found.metrics, "worst_group": min(known), "weighted_average": None}
+    return found._replace(metrics=metrics, group_accuracy=shares)
+
+
+def _epochs(history: Sequence[Mapping[str, Any]], recipe: Recipe, last: Measured) -> dict[str, Any]:
+    """The last epoch and the best: by the validation set where the protocol has one, else, as
+    several published tables have it, by the test set."""
+    metric = recipe.metrics[-1] if "worst_group" in recipe.metrics else recipe.metrics[0]
+    judge = f"validation_{metric}"
+    if not any(judge in row for row in history):
+        judge = f"test_{metric}"
+    best = max(history, key=lambda row: -1.0 if row.get(judge) is None else row[judge])
+    prefix = "test_"
+    figures = {name.removeprefix(prefix): v for name, v in best.items() if name.startswith(prefix)}
+    return {
+        "last": last.metrics,
+        "best": figures,
+        "best_epoch": best["epoch"],
+        "best_by": judge,
+    }
+
+
+def _curve(history: Sequence[Mapping[str, Any]], terms: TermsLog) -> list[dict[str, Any]]:
+    by_epoch = {row["epoch"]: row for row in terms.summary()}
+    return [
+        {
+            "epoch": row["epoch"],
+            "loss": row["loss"],
+            "accuracy": row.get("test_balanced"),
+            **by_epoch.get(row["epoch"], {}),
+        }
+        for row in history
+    ]
+
+
+def _covariance(trainer: Trainer, views: Views) -> dict[str, Any]:
+    """The spectrum of Σ and how tight the surrogate is, where the method has a Σ."""
+    covariance = trainer.method.covariance
+    if covariance is None or covariance.covariance.shape[:2].numel() > MOST_EIGENVALUES:
+        return {"spectrum": None, "surrogate": None}
+    count = len(views.train)  # type: ignore[arg-type]
+    chosen = torch.arange(GAP_ROWS) * count // GAP_ROWS if count > GAP_ROWS else torch.arange(count)
+    found = trainer.outputs(views.train, rows=chosen)
+    head = trainer.method.head
+    gap = surrogate_gap(
+        found.features.float(),
+        head.weight.detach().cpu(),
+        None if head.bias is None else head.bias.detach().cpu(),
+        found.labels,
+        covariance=covariance.covariance.cpu(),
+        alpha=float(trainer.method.alpha),
+        samples=200,
+    )
+    return {"spectrum": spectrum(covariance).tolist(), "surrogate": gap.as_record()}

@@ -1,0 +1,90 @@
+"""Training labels made wrong, as Meta-WeightNet and its successors do (Shu et al., 2019)."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iada.experiments.datasets.labelled import Labelled
+from iada.experiments.scenarios.sampling import all_rows, check_count, part_of, pick_evenly
+from iada.experiments.scenarios.split import Split
+from iada.utils.checks import complain
+
+KINDS = {
+    "uniform": "a share p of the labels redrawn over all K classes: p(1 − 1/K) of them are wrong",
+    "flip": "a share p of each class's labels turned into one other class",
+    "flip2": "a share p/2 of each class's labels turned into each of two other classes",
+}
+
+
+def transition(kind: str, share: float, num_classes: int, rng: np.random.Generator) -> np.ndarray:
+    """(K, K): the chance that a label of the row's class becomes the column's."""
+    if kind not in KINDS:
+        raise complain("kind", f"one of {', '.join(KINDS)}", repr(kind), "pass one of these")
+    if not 0 <= share <= 1:
+        raise complain("share", "a number in [0, 1]", repr(share), "pass a share, not percent")
+    if kind == "uniform":
+        table = np.full((num_classes, num_classes), share / num_classes)
+        return table + (1 - share) * np.eye(num_classes)
+    targets = 1 if kind == "flip" else 2
+    if num_classes <= targets:
+        expected = f"a data set of more than {targets} classes for {kind}"
+        raise complain("parts", expected, f"{num_classes}", "choose another kind of noise")
+    table = (1 - share) * np.eye(num_classes)
+    for c in range(num_classes):
+        others = np.delete(np.arange(num_classes), c)
+        table[c, rng.choice(others, targets, replace=False)] = share / targets
+    return table
+
+
+def noisy_labels(
+    parts: Mapping[str, Labelled],
+    *,
+    kind: str,
+    share: float,
+    meta_size: int = 1000,
+    seed: int = 0,
+) -> Split:
+    """Noise in the training labels; a clean meta set, balanced over classes, out of train.
+
+    Each training label is drawn anew, by itself, from the row of its class in `transition`: of a
+    share p about a share p becomes wrong, and `Split.wrong` marks which. meta_size: images of the
+    meta set over all classes, a multiple of their number; 0: none. Test and validation stay clean.
+    """
+    train, test = part_of(parts, "train"), part_of(parts, "test")
+    check_count("meta_size", meta_size, 0)
+    each, rest = divmod(meta_size, train.num_classes)
+    if rest:
+        expected = f"a multiple of the {train.num_classes} classes"
+        remedy = f"pass {each * train.num_classes or train.num_classes}"
+        raise complain("meta_size", expected, str(meta_size), remedy)
+    rng = np.random.default_rng(seed)
+    table = transition(kind, share, train.num_classes, rng)
+    if each:
+        meta, kept = pick_evenly(train.labels, train.class_names, each, rng, "class", spare=1)
+    else:
+        meta, kept = torch.empty(0, dtype=torch.int64), all_rows(train)
+    asked = {
+        "scenario": "noise",
+        "parameters": {"kind": kind, "share": share, "meta_size": meta_size},
+        "seed": seed,
+        "transition": table.tolist(),
+    }
+    pieces = {
+        "train": ("train", kept),
+        "meta": ("train", meta) if each else None,
+        "validation": (
+            ("validation", all_rows(parts["validation"])) if "validation" in parts else None
+        ),
+        "test": ("test", all_rows(test)),
+    }
+    return Split.of(parts, pieces, asked, _drawn(train.labels[kept], table, rng))
+
+
+def _drawn(labels: Tensor, table: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """For each label one drawn from its class's row of the table."""
+    edges = table.cumsum(axis=1)
+    edges[:, -1] = 1.0
+    chances = rng.random(len(labels))
+    return torch.from_numpy((chances[:, None] >= edges[labels.numpy()]).sum(axis=1))

@@ -1,0 +1,77 @@
+"""Drawing samples evenly over classes, groups or clusters."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iada.experiments.datasets.labelled import Labelled
+from iada.utils.checks import complain
+
+
+class Picked(NamedTuple):
+    """Row numbers that were taken and those that are left, both ascending."""
+
+    taken: Tensor
+    left: Tensor
+
+
+def part_of(parts: Mapping[str, Labelled], name: str) -> Labelled:
+    """The part of this name, which the scenario needs."""
+    if name not in parts:
+        remedy = "add it, or cut one off with iada.experiments.scenarios.hold_out"
+        raise complain("parts", f"a part {name!r}", ", ".join(parts) or "none", remedy)
+    return parts[name]
+
+
+def all_rows(part: Labelled) -> Tensor:
+    """Every row number of a part."""
+    return torch.arange(len(part))
+
+
+def rows_by_key(keys: Tensor, count: int, rng: np.random.Generator) -> list[Tensor]:
+    """The rows of each key in [0, count), in random order."""
+    order = torch.from_numpy(rng.permutation(len(keys)))
+    return [order[keys[order] == key] for key in range(count)]
+
+
+def pick_evenly(
+    keys: Tensor,
+    names: Sequence[str],
+    each: int,
+    rng: np.random.Generator,
+    kind: str,
+    spare: int = 0,
+) -> Picked:
+    """`each` rows of every key; at least `spare` rows of every key are left.
+
+    keys: (N) int64 in [0, len(names)). kind: what a key is, for the message ("class").
+    """
+    check_count(f"samples of each {kind}", each)
+    by_key = rows_by_key(keys, len(names), rng)
+    short = [key for key, rows in enumerate(by_key) if len(rows) < each + spare]
+    if short:
+        most = min(len(rows) for rows in by_key) - spare
+        raise complain(
+            f"{kind} {names[short[0]]!r}",
+            f"at least {each + spare} samples: {each} to take"
+            + (f", {spare} to stay" * bool(spare)),
+            f"{len(by_key[short[0]])} ({len(short)} of {len(names)} have too few)",
+            f"ask for {most} at most" if most > 0 else "take them from another part",
+        )
+    return picked(torch.cat([rows[:each] for rows in by_key]), len(keys))
+
+
+def picked(taken: Tensor, count: int) -> Picked:
+    """These rows and the others of range(count)."""
+    left = torch.ones(count, dtype=torch.bool)
+    left[taken] = False
+    return Picked(taken.sort().values, left.nonzero().flatten())
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """A whole number from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise complain(name, f"a whole number from {least} on", repr(value), "pass such a number")

@@ -1,0 +1,151 @@
+"""What a scenario returns: the parts of one experiment, kept as row numbers beside the run."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iada.experiments.datasets.files import DAMAGED, bytes_of
+from iada.experiments.datasets.labelled import Labelled
+from iada.utils.checks import complain
+from iada.utils.files import written_aside
+
+PIECES = ("train", "meta", "validation", "test")
+ROWS, RECORD = "split.npz", "split.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The data of one experiment, a function of a data set, parameters and a seed.
+
+    wrong: (N_train) bool, the training labels that noise made wrong; None where there is no noise.
+    rows: row numbers (N) of each piece within the part of the data set it comes from.
+    record: plain values: what was asked, which part each piece comes from, samples of each class.
+    """
+
+    train: Labelled
+    meta: Labelled | None
+    validation: Labelled | None
+    test: Labelled
+    wrong: Tensor | None
+    rows: dict[str, Tensor]
+    record: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        parts: Mapping[str, Labelled],
+        pieces: Mapping[str, tuple[str, Tensor] | None],
+        asked: Mapping[str, Any],
+        train_labels: Tensor | None = None,
+    ) -> Self:
+        """The split whose pieces are these rows of these parts; None for a piece without any.
+
+        train_labels: the training labels with noise; the others are the data set's own.
+        """
+        chosen = {name: piece for name, piece in pieces.items() if piece is not None}
+        _check_apart(chosen)
+        record = {
+            **asked,
+            "from": {name: part for name, (part, _) in chosen.items()},
+            "parts": {name: fingerprint(part) for name, part in parts.items()},
+        }
+        rows = {name: rows for name, (_, rows) in chosen.items()}
+        return cls._built(parts, rows, record, train_labels)
+
+    @classmethod
+    def _built(
+        cls,
+        parts: Mapping[str, Labelled],
+        rows: dict[str, Tensor],
+        record: dict[str, Any],
+        train_labels: Tensor | None,
+    ) -> Self:
+        own = {name: parts[record["from"][name]].subset(piece) for name, piece in rows.items()}
+        wrong = None
+        if train_labels is not None:
+            wrong = train_labels != own["train"].labels
+            own["train"] = own["train"].relabelled(train_labels)
+        counts = {name: piece.class_counts().tolist() for name, piece in own.items()}
+        return cls(
+            own["train"],
+            own.get("meta"),
+            own.get("validation"),
+            own["test"],
+            wrong,
+            rows,
+            {**record, "class_counts": counts},
+        )
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `split.npz` (rows, noisy labels) and `split.json` (the record) into `folder`."""
+        arrays: dict[str, Any] = {name: rows.numpy() for name, rows in self.rows.items()}
+        if self.wrong is not None:
+            arrays["train_labels"] = self.train.labels.numpy()
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)
+        with written_aside(Path(folder) / ROWS) as file:
+            file.write(content.getvalue())
+        with written_aside(Path(folder) / RECORD) as file:
+            file.write(json.dumps(self.record, indent=1, ensure_ascii=False).encode())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, parts: Mapping[str, Labelled]) -> Self:
+        """The split that `save` wrote, of the same data set; ValueError for another one."""
+        place = Path(folder) / RECORD
+        try:
+            record = json.loads(bytes_of(place))
+            wanted = record["parts"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise complain(str(place), "a split's record", f"{error!r}", DAMAGED) from error
+        have = {name: fingerprint(part) for name, part in parts.items()}
+        if have != wanted:
+            other = [name for name in {*have, *wanted} if have.get(name) != wanted.get(name)]
+            remedy = "pass the data that the split was made of, or make it anew"
+            expected = "the data set that the split was made of"
+            raise complain(str(place), expected, f"another {', '.join(sorted(other))}", remedy)
+        arrays = _arrays(Path(folder) / ROWS)
+        labels = arrays.pop("train_labels", None)
+        if set(arrays) != set(record["from"]):
+            got = ", ".join(sorted(arrays)) or "none"
+            raise complain(str(Path(folder) / ROWS), "the record's pieces", got, DAMAGED)
+        return cls._built(parts, arrays, record, labels)
+
+
+def fingerprint(part: Labelled) -> dict[str, Any]:
+    """How many samples, and a hash of their labels and of a part of what they are."""
+    state = hashlib.blake2b(part.labels.numpy().tobytes(), digest_size=16)
+    if isinstance(part.inputs, Tensor):
+        step = max(1, len(part) // 1000)
+        state.update(part.inputs[::step].contiguous().numpy().tobytes())
+    else:
+        for item in part.inputs:
+            state.update((item.name if isinstance(item, Path) else item).encode() + b"\0")
+    return {"count": len(part), "hash": state.hexdigest()}
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
+    content = bytes_of(path)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as found:
+            return {name: torch.from_numpy(found[name].astype(np.int64)) for name in found.files}
+    except Exception as error:  # zipfile, zlib and numpy each have errors of their own
+        raise complain(str(path), "a split's rows", f"{error!r}", DAMAGED) from error
+
+
+def _check_apart(pieces: Mapping[str, tuple[str, Tensor]]) -> None:
+    """No sample is in two pieces, nor twice in one; a fault here is one of the scenario."""
+    seen: dict[str, Tensor] = {}
+    for part, rows in pieces.values():
+        seen[part] = torch.cat([seen.get(part, rows.new_empty(0)), rows])
+    for part, rows in seen.items():
+        if len(rows.unique()) != len(rows):
+            raise complain(part, "each sample in one piece", "some in two", "mend the scenario")

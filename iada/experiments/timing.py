@@ -1,0 +1,75 @@
+"""How long a run will take on this machine, from a few timed steps."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from iada.experiments.experiment import Limits
+from iada.experiments.recipe import Contestant, Recipe
+from iada.experiments.run import Place, prepare
+from iada.experiments.scenarios import Split
+from iada.utils.loading import batches, to_device
+
+WARM_UP, TIMED = 2, 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one step of plain CE, of the method, and of one test; steps of each phase."""
+
+    plain_step: float
+    method_step: float
+    test: float
+    plain_steps: int
+    method_steps: int
+    tests: int
+
+    @property
+    def total(self) -> float:
+        """Seconds of the run."""
+        steps = self.plain_step * self.plain_steps + self.method_step * self.method_steps
+        return steps + self.test * self.tests
+
+
+def estimate(
+    recipe: Recipe, contestant: Contestant, split: Split, limits: Limits, place: Place
+) -> Estimate:
+    """From the time of a few steps of a throw-away model, loading of their data included."""
+    trainer, views, _ = prepare(recipe, contestant, 0, split, limits, place)
+    config = trainer.config
+    rows = torch.arange(WARM_UP + TIMED)[:, None] * config.batch_size
+    rows = (rows + torch.arange(config.batch_size)) % len(split.train)
+    order = rows.tolist()
+    steps = -(-len(split.train) // config.batch_size)
+    # Half-way through: CMO pastes nothing in its first and last epochs.
+    phase_two = trainer.method.begin_epoch((config.ce_epochs + config.epochs) // 2, order, 0)
+    seconds = []
+    for plain in (True, False):
+        served = iter(batches(views.train, order if plain else phase_two))
+        start = 0.0
+        for step in range(WARM_UP + TIMED):
+            if step == WARM_UP:
+                start = _now(place.device)
+            trainer.batch = step % steps
+            batch = trainer.speed.laid_out(to_device(tuple(next(served)), place.device))
+            trainer.step_on(batch, None if plain else trainer.meta_batch(), not plain)
+        seconds.append((_now(place.device) - start) / TIMED)
+    count = min(len(split.test), 4 * config.batch_size)
+    start = _now(place.device)
+    trainer.outputs(views.test, rows=torch.arange(count))
+    test = (_now(place.device) - start) / count * len(split.test)
+    return Estimate(
+        seconds[0],
+        seconds[1],
+        test,
+        steps * config.ce_epochs,
+        steps * (config.epochs - config.ce_epochs),
+        -(-config.epochs // place.evaluate_every) + 1,
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

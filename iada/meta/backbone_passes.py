@@ -1,0 +1,116 @@
+"""Passes of a backbone within one iteration: with which parameters, buffers and random state."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from iada.utils.autocast import full_precision
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """torch's random state on the CPU and on a device, so that a pass can draw the same masks."""
+
+    cpu: Tensor
+    device: torch.device
+    on_device: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> "RandomState":
+        """The state at this moment."""
+        on_device = None
+        if device.type != "cpu":
+            on_device = torch.get_device_module(device).get_rng_state(device)
+        return cls(torch.get_rng_state(), device, on_device)
+
+    def restore(self) -> None:
+        """Go on from this state."""
+        torch.set_rng_state(self.cpu)
+        if self.on_device is not None:
+            torch.get_device_module(self.device).set_rng_state(self.on_device, self.device)
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        """This state while inside; afterwards what was before."""
+        before = RandomState.now(self.device)
+        self.restore()
+        try:
+            yield
+        finally:
+            before.restore()
+
+
+class Passes:
+    """Runs the backbone, all three kinds of passes in the autocast mode that `step` was called in.
+
+    Attributes:
+        math_attention: attention by its formula instead of a fused kernel, which has no second
+            derivative and keeps its dropout mask to itself.
+    """
+
+    def __init__(self, backbone: nn.Module, device: torch.device) -> None:
+        self.backbone, self.device = backbone, device
+        self.math_attention = False
+        self._autocast: tuple[bool, torch.dtype] = (False, torch.float32)
+
+    @contextlib.contextmanager
+    def own_autocast(self) -> Iterator[None]:
+        """While inside, autocast is on in the passes alone, as it is on entry."""
+        kind = self.device.type
+        self._autocast = (False, torch.float32)
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            self._autocast = (True, torch.get_autocast_dtype(kind))
+        with full_precision(self.device):
+            yield
+
+    def first(self, inputs: Any) -> Tensor:
+        """The one pass that moves the backbone's buffers: BatchNorm's running statistics."""
+        with self._modes():
+            return self.backbone(inputs)
+
+    def other(self, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """With copies of the buffers, and with these parameters; random state moves on."""
+        buffers = {name: buffer.clone() for name, buffer in self.backbone.named_buffers()}
+        with self._modes():
+            return functional_call(self.backbone, {**buffers, **(parameters or {})}, (inputs,))
+
+    def again(
+        self, inputs: Any, random_state: RandomState, parameters: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """As `other`, with the random draws of the pass that started from `random_state`."""
+        with random_state.replayed():
+            return self.other(inputs, parameters)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def moved(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """While inside, parameters have other values, without a trace in any graph.
+
+        Unlike the parameters of a functional call these stay for the backward pass, in which
+        checkpointed layers run their forward again.
+        """
+        before = {parameter: parameter.data for parameter in values}
+        try:
+            for parameter, value in values.items():
+                parameter.data = value
+            yield
+        finally:
+            for parameter, data in before.items():
+                parameter.data = data
+
+    @contextlib.contextmanager
+    def _modes(self) -> Iterator[None]:
+        enabled, dtype = self._autocast
+        with contextlib.ExitStack() as stack:
+            if enabled:  # no cache: it would hand one pass's casts to the next
+                kind = self.device.type
+                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
+            if self.math_attention:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield

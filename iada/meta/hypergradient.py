@@ -1,0 +1,117 @@
+"""From the training gradient to the head's tangents: virtual step, meta loss, v and ḣ."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iada.meta.backbone_passes import Passes, RandomState
+from iada.meta.feature_jvp import GRAPH, FeatureTangent
+from iada.meta.learner import HeadGradients, Learner, Rows, check_meta_loss, linear
+from iada.meta.virtual_step import VirtualStep
+from iada.utils.distributed import gather_rows
+from iada_kernels.contract import HeadTangents
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """How the meta loss changes with what moves the parameters.
+
+    The hypergradients are those of the training loss's derivative along `tangents`.
+
+    meta_loss: CE at φ̄, (). tangents: −η₁ v as the head sees it, of the whole batch.
+    features: of the training batch, with the graph for Eq. 10.
+    """
+
+    meta_loss: Tensor
+    tangents: HeadTangents
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class MetaPasses:
+    """The backbone's part of a meta step; scope and low_memory as in `MetaIADA`."""
+
+    learner: Learner
+    passes: Passes
+    tangent: FeatureTangent
+    virtual: VirtualStep
+    scope: str
+    low_memory: bool
+
+    def run(
+        self,
+        features: Tensor,
+        head_gradients: HeadGradients,
+        rows: Rows,
+        random_state: RandomState,
+        meta_rows: Rows,
+    ) -> MetaGradient:
+        """Eq. 7 and the meta loss.
+
+        Args:
+            features: this process's of the training batch, with their graph.
+            head_gradients: of the training loss of the whole batch.
+            random_state: from which the features were computed.
+        """
+        learner, full = self.learner, self.scope == "full"
+        head = learner.classifier.head
+        own = [p for p in learner.trained() if full or p is head.weight or p is head.bias]
+        repeat = self.low_memory and full
+        gradients = learner.gradients(features, head_gradients, rows, own, not repeat)
+        moved = self.virtual.take(learner.optimizer, learner.unscaled(gradients))
+        del gradients
+        slopes = {parameter: slope for parameter, (_, slope) in moved.items()}
+        values = {parameter: value for parameter, (value, _) in moved.items()}
+        del moved
+        with self.passes.moved(values):
+            meta_loss, found = self._meta_loss(list(values), meta_rows)
+        if not learner.scaler.is_enabled():  # which expects overflows, and skips their steps
+            check_meta_loss(meta_loss)
+        del values
+        directions = {p: slopes[p] * grad for p, grad in learner.unscaled(found).items()}
+
+        below: dict[Tensor, Tensor] = {
+            p: directions[p] for p in learner.classifier.backbone.parameters() if p in directions
+        }
+        first = repeat and self.tangent.way == GRAPH
+        if first:
+            features = self.passes.again(rows.inputs, random_state)
+        tangent = None
+        if full and below:
+            tangent = self.tangent(features, rows.inputs, random_state, below)
+        if repeat and not first:
+            features = self.passes.again(rows.inputs, random_state)
+        if tangent is not None:
+            dtype = head_gradients.features.dtype
+            tangent = gather_rows(tangent, rows.counts, learner.group).to(dtype)
+        return MetaGradient(meta_loss, self._tangents(directions, tangent), features)
+
+    def _meta_loss(
+        self, moved: Sequence[Tensor], rows: Rows
+    ) -> tuple[Tensor, dict[Tensor, Tensor]]:
+        """CE on the meta batch, and its gradients by the parameters `moved`, scaled."""
+        learner = self.learner
+        with torch.set_grad_enabled(self.scope == "full"):
+            features = self.passes.other(rows.inputs)
+        value, grads = learner.head_gradients(
+            lambda h, w, b: F.cross_entropy(linear(h, w, b), rows.labels),
+            learner.gather(features, rows),
+        )
+        return value, learner.gradients(features, grads, rows, moved)
+
+    def _tangents(
+        self, directions: Mapping[Tensor, Tensor], features: Tensor | None
+    ) -> HeadTangents:
+        head = self.learner.classifier.head
+        weight = directions.get(head.weight)
+        bias = None if head.bias is None else directions.get(head.bias)
+        dtype = torch.promote_types(torch.float32, head.weight.dtype)
+        if features is not None:
+            dtype = torch.promote_types(dtype, features.dtype)
+        weight = torch.zeros_like(head.weight) if weight is None else weight
+        return HeadTangents(
+            features, weight.detach().to(dtype), None if bias is None else bias.to(dtype)
+        )

@@ -1,0 +1,284 @@
+"""The classifier φ under training: gradients from the head down, and the optimizer's step.
+
+The head is computed on the features of the whole batch; the gradient by the features then goes
+down the backbone. Where processes share a batch, each computes the whole head by itself and takes
+its own rows down; the backbone's gradients are added up over the processes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iada.meta.graph_jvp import graph_order
+from iada.utils.checks import (
+    check_label_values,
+    check_labels,
+    check_tensor,
+    complain,
+    values_are_checked,
+)
+from iada.utils.distributed import (
+    Group,
+    average,
+    gather_rows,
+    rank_of,
+    row_counts,
+    running_statistics,
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One batch: this process's inputs, everybody's labels (N) int64 and places in the data (N).
+
+    counts: rows of each process. own: this one's among the N.
+    """
+
+    inputs: Any
+    labels: Tensor
+    index: Tensor | None
+    counts: Sequence[int]
+    own: slice
+
+
+@dataclass(frozen=True)
+class HeadGradients:
+    """Of a loss by features (N, A), weight (C, A) and bias (C); None for what stays fixed."""
+
+    features: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Classifier(nn.Module):
+    """Backbone and head as one module that gives features (N, A) and logits (N, C)."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Features h (N, A) and logits z = Wh + b (N, C)."""
+        features = self.backbone(inputs)
+        return features, self.head(features)
+
+
+def check_classifier(backbone: nn.Module, head: nn.Module) -> None:
+    if not isinstance(head, nn.Linear):
+        raise complain(
+            "head",
+            "the classifier's last layer, an nn.Linear",
+            f"a {type(head).__name__}",
+            "split the model into a backbone that returns features and its last nn.Linear",
+        )
+    if not isinstance(head.weight, nn.Parameter):
+        raise complain(
+            "head",
+            "an nn.Linear whose weight is a parameter",
+            "a parametrized one",
+            "remove it: torch.nn.utils.parametrize.remove_parametrizations(head, 'weight')",
+        )
+    if isinstance(backbone, nn.parallel.DistributedDataParallel):
+        raise complain(
+            "backbone",
+            "the module itself",
+            "a DistributedDataParallel",
+            "pass backbone.module and process_group: gradients are averaged here",
+        )
+
+
+class Learner:
+    """Takes gradients of the classifier and steps its optimizer.
+
+    Args:
+        classifier, optimizer: what is trained, and by what.
+        scaler: a GradScaler, enabled or not.
+        group: of the processes that share each batch.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        group: Group,
+    ) -> None:
+        self.classifier, self.optimizer = classifier, optimizer
+        self.scaler, self.group = scaler, group
+        self._reentrant: bool | None = None
+
+    def rows(self, name: str, batch: Any, num_samples: int) -> Rows:
+        """A batch, checked: (inputs, labels) or (inputs, labels, index)."""
+        if not isinstance(batch, list | tuple) or len(batch) < 2:
+            expected = "(inputs, labels) or (inputs, labels, index)"
+            raise complain(name, expected, f"a {type(batch).__name__}", "pass a tuple")
+        inputs, labels, *rest = batch
+        index = rest[0] if rest else None
+        check_tensor("labels", labels, f"the class indices of {name}")
+        check_labels(labels, len(labels))
+        counts = row_counts(len(labels), self.group)
+        labels = gather_rows(labels.long(), counts, self.group)
+        if index is not None:
+            index = gather_rows(index, counts, self.group)
+        if values_are_checked(labels.device):
+            check_label_values(labels, self.classifier.head.out_features, None)
+            if index is not None and num_samples and len(index):
+                low, high = index.aminmax()
+                if low < 0 or high >= num_samples:
+                    raise complain(
+                        f"{name} index",
+                        f"places in [0, {num_samples}), the memory's num_samples",
+                        f"{int(low)} to {int(high)}",
+                        "build TrainingMemory for the whole training set",
+                    )
+        rank = rank_of(self.group)
+        start = sum(counts[:rank])
+        return Rows(inputs, labels, index, counts, slice(start, start + counts[rank]))
+
+    def gather(self, features: Tensor, rows: Rows) -> Tensor:
+        """The features of the whole batch, detached, in the precision of the head's mathematics."""
+        weight = self.classifier.head.weight
+        dtype = torch.promote_types(features.dtype, weight.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        return gather_rows(features, rows.counts, self.group).to(dtype)
+
+    def trained(self) -> list[Tensor]:
+        """The classifier's parameters that the optimizer moves."""
+        own = set(self.classifier.parameters())
+        groups = self.optimizer.param_groups
+        return [p for group in groups for p in group["params"] if p.requires_grad and p in own]
+
+    def head_gradients(
+        self,
+        loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        features: Tensor,
+    ) -> tuple[Tensor, HeadGradients]:
+        """A loss of (features, weight, bias), detached, and its gradients; features (N, A).
+
+        The loss depends on the features; weight or bias it may leave out.
+        """
+        head = self.classifier.head
+        features = features.detach().requires_grad_()
+        leaves = [features]
+        for parameter in (head.weight, head.bias):
+            if parameter is not None:
+                leaf = parameter.detach()
+                leaves.append(leaf.requires_grad_(parameter.requires_grad))
+        with torch.enable_grad():
+            value = loss(features, leaves[1], leaves[2] if head.bias is not None else None)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        given = torch.autograd.grad(value, wanted, allow_unused=True)
+        found = dict(zip(map(id, wanted), given, strict=True))
+        grads = [found.get(id(leaf)) for leaf in leaves]
+        bias = grads[2] if head.bias is not None else None
+        assert grads[0] is not None
+        return value.detach(), HeadGradients(grads[0], grads[1], bias)
+
+    def gradients(
+        self,
+        features: Tensor,
+        head_gradients: HeadGradients,
+        rows: Rows,
+        parameters: Sequence[Tensor],
+        retain: bool = False,
+    ) -> dict[Tensor, Tensor]:
+        """Gradients of the loss by `parameters`, times `scale`; of those that it depends on.
+
+        Args:
+            features: this process's, with their graph.
+            retain: keep the graph.
+        """
+        found: dict[Tensor, Tensor] = {}
+        asked = set(parameters)
+        below = [p for p in self.classifier.backbone.parameters() if p in asked]
+        if features.requires_grad and below:
+            own = head_gradients.features[rows.own]
+            # A mean over the processes, weighted by rows, is to give the sum.
+            own = own * (self.scale() * (len(rows.labels) / max(1, len(own))))
+            grads = self._down(features, below, own.to(features.dtype), retain)
+            found = {p: g.contiguous() for p, g in zip(below, grads, strict=True) if g is not None}
+            average(found.values(), rows.counts, self.group)
+        head = self.classifier.head
+        for parameter, grad in (
+            (head.weight, head_gradients.weight),
+            (head.bias, head_gradients.bias),
+        ):
+            if grad is not None and parameter in asked:
+                grad = (grad * self.scale()).to(parameter.dtype)
+                found[parameter] = grad if parameter not in found else found[parameter] + grad
+        return found
+
+    def _down(
+        self, features: Tensor, parameters: Sequence[Tensor], grad: Tensor, retain: bool
+    ) -> Sequence[Tensor | None]:
+        if self._reentrant is None:
+            self._reentrant = any(
+                node.name() == "CheckpointFunctionBackward" for node, _ in graph_order(features)
+            )
+        if not self._reentrant:
+            return torch.autograd.grad(
+                features, parameters, grad, retain_graph=retain, allow_unused=True
+            )
+        # torch.utils.checkpoint(use_reentrant=True) allows backward() alone.
+        every = list(self.classifier.parameters())
+        before = [p.grad for p in every]
+        for p in every:
+            p.grad = None
+        torch.autograd.backward(features, grad, retain_graph=retain)
+        found = [p.grad for p in parameters]
+        for p, former in zip(every, before, strict=True):
+            p.grad = former
+        return found
+
+    def scale(self) -> Any:
+        """The scaler's factor, a tensor (); 1.0 without one."""
+        if not self.scaler.is_enabled():
+            return 1.0
+        return self.scaler.scale(torch.ones((), device=self.classifier.head.weight.device))
+
+    def unscaled(self, gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """What `gradients` gave, without the scaler's factor."""
+        if not self.scaler.is_enabled():
+            return dict(gradients)
+        inverse = 1.0 / self.scale()
+        return {parameter: grad * inverse for parameter, grad in gradients.items()}
+
+    def descend(
+        self, features: Tensor, head_gradients: HeadGradients, rows: Rows, clip_norm: float
+    ) -> None:
+        """One step of the optimizer, its gradient clipped to `clip_norm` unless that is 0.
+
+        BatchNorm's running statistics, of this process's rows so far, are averaged as well.
+        """
+        gradients = self.gradients(features, head_gradients, rows, self.trained())
+        self.optimizer.zero_grad()
+        for parameter, grad in gradients.items():
+            parameter.grad = grad
+        if clip_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(list(gradients), clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        average(running_statistics(self.classifier.backbone), rows.counts, self.group)
+
+
+def linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Wh + b in the dtype of the features."""
+    bias = None if bias is None else bias.to(features.dtype)
+    return F.linear(features, weight.to(features.dtype), bias)
+
+
+def check_meta_loss(value: Tensor) -> None:
+    """Finite, where values are checked."""
+    if values_are_checked(value.device) and not torch.isfinite(value):
+        raise complain(
+            "meta_batch",
+            "a finite cross-entropy after the virtual step",
+            str(float(value)),
+            "look for bad numbers in its inputs, or lower lr",
+        )

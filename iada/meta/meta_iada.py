@@ -1,0 +1,399 @@
+"""Meta-IADA: one iteration of Algorithm 1.
+
+    Eq. 7    φ̄ = φ − η₁ ∇_φ (1/n) Σ ℓ^IADA(φ; Σ, ε(f, Ω))            virtual step
+    Eq. 8    Ω ← Ω − η₂ ∇_Ω (1/m) Σ ℓ^CE(φ̄)                          on the meta batch
+    Eq. 9    Σ ← Σ − η₂ ∇_Σ (1/m) Σ ℓ^CE(φ̄)
+    Eq. 10   φ ← φ − η₁ ∇_φ (1/n) Σ ℓ^IADA(φ; Σ, ε(f, Ω))            with the new Ω and Σ
+
+ε and Σ enter through the last layer only. So with v = ∇_φ̄ of the meta loss and ḣ = J v, the
+features' derivative along v, both hypergradients are closed forms in the head (`iada_kernels`, the
+pass `hypergradient`), and no graph of a gradient is built. An iteration passes through the
+backbone
+
+    mode                              forwards    backwards    and
+    hypergradient="jvp"                  2            3        ḣ: about one forward more, twice
+                                                               its products and no BatchNorm
+    the same with low_memory=True        3            3        ḣ, as above
+    "finite-difference"                  4            3
+    "double-backward"                    2            2        a backward through a backward: of
+                                                               two forwards and two backwards
+    scope="head"                         2            1
+    steps between, with interval=k       1            1
+
+The training batch's features are computed once: the virtual step, ḣ and Eq. 10 share one graph,
+so that dropout masks are the same in all three. With low_memory=True that graph is freed after the
+virtual step and built again, from the same random state, for ḣ and Eq. 10.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iada.meta.backbone_passes import Passes, RandomState
+from iada.meta.double_backward import double_backward
+from iada.meta.epsilon import ConstantStrengths, LearnedStrengths
+from iada.meta.feature_jvp import DIFFERENCES, GRAPH, FeatureTangent
+from iada.meta.hypergradient import MetaPasses
+from iada.meta.learner import Classifier, HeadGradients, Learner, Rows, check_classifier, linear
+from iada.meta.modes import ORACLE, check_modes, check_not_oracle
+from iada.meta.plain import plain_step
+from iada.meta.step_result import MetaStep
+from iada.meta.virtual_step import VirtualStep
+from iada.nn.characteristics import TrainingMemory, loss_and_margin
+from iada.nn.class_covariance import ClassCovariance
+from iada.nn.functional import fused_loss
+from iada.nn.perturbation_net import PerturbationNet
+from iada.nn.priors import log_class_prior
+from iada.nn.projection import nearest_positive_semidefinite
+from iada.utils.distributed import Group
+from iada_kernels.contract import LossInputs, LossOptions
+from iada_kernels.dispatch import select_backend
+
+
+class MetaIADA:
+    """Learns the classifier φ, the perturbation network Ω and the covariances Σ together.
+
+    >>> meta = iada.MetaIADA(backbone, head, optimizer, class_counts)
+    >>> for batch, meta_batch in zip(train_loader, meta_stream):
+    ...     meta.step(batch, meta_batch)
+
+    Under `torch.autocast` call `step` inside it: the backbone's forwards then run in its dtype, all
+    else in float32. BatchNorm's running statistics move once an iteration, by the training batch.
+    Random state moves as by one forward on the training batch and, if there is a meta step, one on
+    the meta batch: passes that repeat draws leave no trace.
+
+    A backbone under torch.compile has finite differences. Its graph is used twice: set
+    torch._functorch.config.donated_buffer to False before it compiles, or use low_memory=True.
+
+    Args:
+        backbone: module from inputs to features (N, A).
+        head: the last layer, nn.Linear(A, C).
+        optimizer: any torch optimizer over the parameters of both. Parameters that are not in it,
+            or ask for no gradient, stay as they are in every step.
+        class_counts: training samples of each class, (C).
+        perturbation: the network Ω; a new `PerturbationNet` by default.
+        perturbation_optimizer: its optimizer; Adam at 1e-3 by default, as in the paper.
+        epsilon: a number stands for the strengths of all samples, without Ω; 0 for no perturbation.
+        covariance: a `ClassCovariance`; a new full one by default.
+        class_weights: of each class, (C), by which Eq. 7 and 10 weigh their losses: Σ ω_y ℓ / Σ ω_y
+            over the batch, as F.cross_entropy with a weight. None for the mean.
+        memory: last epoch's values for the characteristics; by default one of class means only.
+            Call `end_epoch()` after each epoch.
+        alpha, beta: of Eq. 6; plain attributes, to be annealed.
+        covariance_lr: η₂ of Eq. 9.
+        persistent: keep what Eq. 9 does to Σ; False uses it for Eq. 10 only, as MetaSAug does.
+        project: after Eq. 9, move Σ to the nearest positive semidefinite matrix;
+            `projections` counts the classes for which that changed something.
+        clip_norm: largest norm of the gradient in Eq. 10, 0 for no clipping.
+        hypergradient: "jvp", exact; a backbone that has no forward-mode derivative somewhere goes
+            over to finite differences, and one line in the log "iada" names the layer.
+            "finite-difference": ḣ by two forwards, off by 0.1 to 4 %. "double-backward": the
+            oracle, for a single process without a GradScaler.
+        scope: "full", or "head": the virtual step moves the last layer only, as MetaSAug does on
+            large data; its hypergradient is exact for that step.
+        interval: a meta step (Eq. 7 to 9) every so many iterations, the first one included.
+        low_memory: hold one graph of the backbone at a time, as a plain step does, for one forward
+            more. Not for "double-backward".
+        virtual_momentum: the virtual step has the momentum of the optimizer, a torch.optim.SGD.
+        virtual_weight_decay: and its weight decay. By default it is plain SGD at the learning rate
+            that each parameter has in the optimizer.
+        scaler: torch.amp.GradScaler for float16; `step` scales, steps and updates it.
+        process_group: of torch.distributed, whose processes share each batch, every one with its
+            rows; the classifier as it is, not wrapped in DistributedDataParallel. They end each
+            step with the same parameters, Ω and Σ, and these are what one process with the
+            whole batch gets, to rounding. Start them equal: `iada.utils.distributed.broadcast`.
+            Features (N, A) are gathered and the head is computed everywhere; BatchNorm layers in
+            the backbone see their process's rows.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Linear,
+        optimizer: torch.optim.Optimizer,
+        class_counts: Tensor,
+        *,
+        perturbation: PerturbationNet | None = None,
+        perturbation_optimizer: torch.optim.Optimizer | None = None,
+        epsilon: float | None = None,
+        covariance: ClassCovariance | None = None,
+        class_weights: Tensor | None = None,
+        memory: TrainingMemory | None = None,
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        covariance_lr: float = 1e-3,
+        persistent: bool = True,
+        project: bool = False,
+        clip_norm: float = 0.0,
+        hypergradient: str = "jvp",
+        scope: str = "full",
+        interval: int = 1,
+        low_memory: bool = False,
+        virtual_momentum: bool = False,
+        virtual_weight_decay: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
+        process_group: Group = None,
+    ) -> None:
+        check_classifier(backbone, head)
+        scales = scaler is not None and scaler.is_enabled()
+        check_modes(hypergradient, scope, interval)
+        if low_memory or process_group is not None or scales:
+            check_not_oracle(hypergradient)
+        num_classes, width = head.weight.shape
+        device, dtype = head.weight.device, torch.promote_types(torch.float32, head.weight.dtype)
+        self.classifier = Classifier(backbone, head)
+        self.optimizer = optimizer
+        self.log_prior = log_class_prior(class_counts, num_classes).to(device, dtype)
+        self.class_weights = None if class_weights is None else class_weights.to(device, dtype)
+        self.covariance = covariance or ClassCovariance(num_classes, width).to(device, dtype)
+        self.memory = memory or TrainingMemory(num_classes).to(device, dtype)
+        self.alpha, self.beta = alpha, beta
+        self.covariance_lr = covariance_lr
+        self.persistent, self.project = persistent, project
+        self.clip_norm = clip_norm
+        self.projections = torch.zeros((), dtype=torch.int64, device=device)
+        self.hypergradient, self.scope, self.interval = hypergradient, scope, interval
+        scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+        self.perturbation: PerturbationNet | None = None
+        self._strengths: LearnedStrengths | ConstantStrengths
+        if epsilon is None:
+            self.perturbation = perturbation or PerturbationNet().to(device, dtype)
+            adam = perturbation_optimizer or torch.optim.Adam(
+                self.perturbation.parameters(), lr=1e-3
+            )
+            self._strengths = LearnedStrengths(self.perturbation, adam, self.log_prior, scaler)
+        else:
+            self._strengths = ConstantStrengths(epsilon)
+        self._learner = Learner(self.classifier, optimizer, scaler, process_group)
+        self._virtual = VirtualStep(virtual_momentum, virtual_weight_decay)
+        self._virtual.check(optimizer)
+        self._passes = Passes(backbone, device)
+        self._passes.math_attention = hypergradient == ORACLE
+        self._tangent = FeatureTangent(
+            self._passes, GRAPH if hypergradient == "jvp" else DIFFERENCES
+        )
+        self._meta_passes = MetaPasses(
+            self._learner, self._passes, self._tangent, self._virtual, scope, low_memory
+        )
+        self._steps = 0
+        self._meta_loss = torch.full((), torch.nan, dtype=dtype, device=device)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The classifier's last layer."""
+        return self.classifier.head
+
+    @property
+    def needs_meta_batch(self) -> bool:
+        """Whether the next `step` makes a meta step: with interval=k one in k does."""
+        return self._steps % self.interval == 0
+
+    def step(self, batch: Sequence[Any], meta_batch: Sequence[Any] | None = None) -> MetaStep:
+        """One iteration of Algorithm 1.
+
+        Args:
+            batch: (inputs, labels) or (inputs, labels, index), index (N) the samples' places in
+                the training set.
+            meta_batch: (inputs, labels), of any size; not looked at unless `needs_meta_batch`.
+        """
+        rows = self._learner.rows("batch", batch, len(self.memory.samples))
+        meta_rows = None
+        if self.needs_meta_batch:
+            meta_rows = self._learner.rows("meta_batch", meta_batch, 0)
+        with self._passes.own_autocast():
+            random_state = RandomState.now(self._passes.device)
+            features = self._passes.first(rows.inputs)
+            whole = self._learner.gather(features, rows)
+            self.covariance.update(whole, rows.labels)
+            traits = self._strengths.traits(whole, self.classifier.head, rows, self.memory)
+            sigma = self.covariance.covariance
+            if meta_rows is not None:
+                features, sigma = self._meta_step(
+                    features, whole, traits, rows, random_state, meta_rows
+                )
+            epsilon = self._strengths.values(traits, moves_buffers=meta_rows is None)
+            loss, grads = self._head_gradients(whole, rows, sigma, epsilon)
+            self._learner.descend(features, grads, rows, self.clip_norm)
+        self._steps += 1
+        return MetaStep(loss, self._meta_loss, epsilon)
+
+    def cross_entropy_step(self, batch: Sequence[Any]) -> Tensor:
+        """One iteration of the first phase (Algorithm 1, lines 2–5): plain CE. The loss, detached.
+
+        Records losses and margins for the characteristics; Σ is left to the second phase.
+        """
+        rows = self._learner.rows("batch", batch, len(self.memory.samples))
+
+        def mean_loss(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            losses, margin = loss_and_margin(linear(features, weight, bias), rows.labels)
+            self.memory.record(losses.detach(), margin.detach(), rows.labels, rows.index)
+            return losses.mean()
+
+        return plain_step(self._learner, self._passes, rows, mean_loss, self.clip_norm)
+
+    def begin_epoch(
+        self, epoch: int, order: Sequence[list[int]], first_step: int
+    ) -> Sequence[list[int]]:
+        """The rows as they are."""
+        return order
+
+    def end_epoch(self) -> None:
+        """To be called after each epoch: its losses and margins become the last epoch's."""
+        self.memory.end_epoch()
+
+    def learned(self) -> list[Tensor]:
+        """Σ and Ω: what must stay finite beside the classifier."""
+        return [self.covariance.covariance, *self._strengths.parameters()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Ω, its optimizer, Σ with its statistics, the memory, and where the engine stands.
+
+        Not the classifier, its optimizer, nor the scaler: they are the caller's.
+        """
+        return {
+            **self._strengths.state_dict(),
+            "covariance": self.covariance.state_dict(),
+            "memory": self.memory.state_dict(),
+            "projections": self.projections,
+            "steps": self._steps,
+            "meta_loss": self._meta_loss,
+            "way": self._tangent.way,
+            "math_attention": self._passes.math_attention,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._strengths.load_state_dict(state)
+        self.covariance.load_state_dict(state["covariance"])
+        self.memory.load_state_dict(state["memory"])
+        self.projections.copy_(state["projections"])
+        self._steps = state["steps"]
+        self._meta_loss = state["meta_loss"].to(self._meta_loss)
+        self._tangent.way = state["way"]
+        self._passes.math_attention = state["math_attention"]
+
+    def _meta_step(
+        self,
+        features: Tensor,
+        whole: Tensor,
+        traits: Tensor,
+        rows: Rows,
+        random_state: RandomState,
+        meta_rows: Rows,
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. 7 to 9: moves Ω and Σ. The features to go on with, and the Σ that Eq. 10 takes."""
+        epsilon = self._strengths.differentiable(traits)
+        if self.hypergradient == ORACLE:
+            return features, self._by_double_backward(features, epsilon, rows, meta_rows)
+        strengths = None if epsilon is None else epsilon.detach()
+        _, grads = self._head_gradients(whole, rows, self.covariance.covariance, strengths)
+        found = self._meta_passes.run(features, grads, rows, random_state, meta_rows)
+        self._meta_loss = found.meta_loss
+        head, tangents = self.classifier.head, found.tangents
+        inputs = LossInputs(
+            whole,
+            head.weight.detach(),
+            None if head.bias is None else head.bias.detach(),
+            rows.labels,
+            self.covariance.covariance,
+            strengths,
+            self.log_prior,
+        )
+        weights = self.class_weights
+        reduction = "mean" if weights is None else "sum"
+        options = LossOptions(float(self.alpha), float(self.beta), -100, reduction)
+        backend = select_backend(None, whole.device, whole.dtype)
+        grad_epsilon, sums = backend.hypergradient(inputs, options, tangents, True)
+        scaled = self._learner.scaler.is_enabled()
+        sigma = self.covariance.covariance
+        if scaled or not self.persistent:
+            sigma = sigma.clone()
+        # Weights of classes scale what each class's samples give: its Σ's gradient, and their ε's.
+        step = sigma if weights is None else torch.zeros_like(sigma)
+        backend.covariance_step(
+            step, head.weight.detach(), tangents.weight, sums, -self.covariance_lr
+        )
+        if weights is not None:
+            own = weights[rows.labels]
+            step *= (weights / own.sum()).view(-1, *[1] * (step.dim() - 1))
+            sigma += step
+            grad_epsilon = None if grad_epsilon is None else grad_epsilon * (own / own.sum())
+        if scaled:  # as the optimizers do where a gradient overflows
+            fine = torch.isfinite(tangents.weight).all()
+            if grad_epsilon is not None:
+                fine &= torch.isfinite(grad_epsilon).all()
+            sigma = torch.where(fine, sigma, self.covariance.covariance)
+        self._strengths.learn(epsilon, grad_epsilon, self._learner.scale())
+        return found.features, self._keep(sigma)
+
+    def _by_double_backward(
+        self, features: Tensor, epsilon: Tensor | None, rows: Rows, meta_rows: Rows
+    ) -> Tensor:
+        """Eq. 7 to 9 by the oracle; the Σ that Eq. 10 takes."""
+        head = self.classifier.head
+        trained = self._learner.trained()
+        if self.scope == "head":
+            trained = [p for p in trained if p is head.weight or p is head.bias]
+            features = features.detach()
+        sigma = self.covariance.covariance.clone().requires_grad_()
+        loss = self._loss(features, head.weight, head.bias, rows.labels, sigma, epsilon)
+        self._meta_loss, (grad_sigma, *grads) = double_backward(
+            loss,
+            [sigma, *self._strengths.parameters()],
+            trained,
+            self.optimizer,
+            self._virtual,
+            self._passes,
+            head,
+            meta_rows,
+        )
+        self._strengths.step(grads, self._learner.scale())
+        if sigma.dim() == 3:
+            grad_sigma = (grad_sigma + grad_sigma.mT) / 2
+        return self._keep(sigma.detach() - self.covariance_lr * grad_sigma)
+
+    @torch.no_grad()
+    def _keep(self, sigma: Tensor) -> Tensor:
+        """Σ after Eq. 9, on demand positive semidefinite, and kept if it is to persist."""
+        if self.project:
+            sigma, changed = nearest_positive_semidefinite(sigma)
+            self.projections += changed
+        if self.persistent and sigma is not self.covariance.covariance:
+            self.covariance.covariance.copy_(sigma)
+        return sigma
+
+    def _head_gradients(
+        self, whole: Tensor, rows: Rows, sigma: Tensor, epsilon: Tensor | None
+    ) -> tuple[Tensor, HeadGradients]:
+        """Eq. 6 and its gradients by features and head."""
+        return self._learner.head_gradients(
+            lambda h, w, b: self._loss(h, w, b, rows.labels, sigma, epsilon), whole
+        )
+
+    def _loss(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        sigma: Tensor,
+        epsilon: Tensor | None,
+    ) -> Tensor:
+        losses = fused_loss(
+            features,
+            weight,
+            bias,
+            labels,
+            covariance=sigma,
+            epsilon=epsilon,
+            log_prior=self.log_prior,
+            alpha=self.alpha,
+            beta=self.beta,
+            reduction="mean" if self.class_weights is None else "none",
+        )
+        if self.class_weights is None:
+            return losses
+        own = self.class_weights[labels]
+        return torch.linalg.vecdot(losses, own.to(losses.dtype)) / own.sum()

@@ -1,0 +1,15 @@
+"""Backbones from inputs to features (N, A), each with its head: built in, or by a library."""
+
+from iada.models.factory import BUILT_IN, build_backbone
+from iada.models.small import cifar_resnet, mlp, resnet32, wide_resnet
+from iada.models.split import split_classifier
+
+__all__ = [
+    "BUILT_IN",
+    "build_backbone",
+    "cifar_resnet",
+    "mlp",
+    "resnet32",
+    "split_classifier",
+    "wide_resnet",
+]

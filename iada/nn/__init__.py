@@ -1,0 +1,1 @@
+"""The loss that people swap in, and its state: functions and modules."""

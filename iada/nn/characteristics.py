@@ -1,0 +1,157 @@
+"""The fifteen training characteristics f that the perturbation network sees.
+
+The paper's own list is in an appendix that is not public. This selection is this project's, from
+characteristics that sibling papers of its first author publish (CAAT, CLP, Meta-CALA). With
+p = softmax(z), in the order of the columns:
+
+     1 loss ℓ = CE(z, y)                  9 loss − class-mean loss
+     2 margin p_y − max_{j≠y} p_j        10 margin − class-mean margin
+     3 ‖onehot(y) − p‖₂                  11 p_y
+     4 cos(h, w_y)                       12 class-mean margin of the last epoch
+     5 entropy of p                      13 loss − the sample's loss last epoch
+     6 class proportion π_y              14 margin − the sample's margin last epoch
+     7 class-mean loss of the last epoch 15 share of the same label among the k nearest
+     8 ‖w_y‖₂                               (by cosine of features, in the batch)
+
+7, 9, 10, 12 are 0 until a first epoch has ended; 13 and 14 are 0 for a sample not seen before,
+and where the data set gives no sample index.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iada.utils.autocast import full_precision
+from iada.utils.checks import check_labels, check_sizes, complain
+from iada_kernels.dispatch import select_backend
+
+
+def loss_and_margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """CE in nats and p_y − max_{j≠y} p_j, each (N); the margin of a single class is 1."""
+    probability = logits.softmax(dim=1)
+    own = probability.gather(1, labels[:, None])
+    others = probability.scatter(1, labels[:, None], 0.0)
+    return F.cross_entropy(logits, labels, reduction="none"), own[:, 0] - others.amax(dim=1)
+
+
+class TrainingMemory(nn.Module):
+    """Last epoch's loss and margin: the mean of each class, the value of each sample.
+
+    Args:
+        num_classes: C.
+        num_samples: size of the training set, where it gives sample indices; else 0.
+    """
+
+    class_means: Tensor
+    class_sums: Tensor
+    class_counts: Tensor
+    epochs: Tensor
+    samples: Tensor
+    seen: Tensor
+
+    def __init__(self, num_classes: int, num_samples: int = 0) -> None:
+        super().__init__()
+        # The last axis of each is (loss, margin).
+        self.register_buffer("class_means", torch.zeros(num_classes, 2))
+        self.register_buffer("class_sums", torch.zeros(num_classes, 2))
+        self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("samples", torch.zeros(num_samples, 2))
+        self.register_buffer("seen", torch.zeros(num_samples, dtype=torch.bool))
+
+    @torch.no_grad()
+    def record(
+        self, loss: Tensor, margin: Tensor, labels: Tensor, index: Tensor | None = None
+    ) -> None:
+        """Take in one batch of the current epoch; every argument is (N)."""
+        values = torch.stack([loss, margin], dim=1).to(self.class_sums.dtype)
+        self.class_sums.index_add_(0, labels, values)
+        self.class_counts.index_add_(0, labels, torch.ones_like(labels))
+        if index is not None and len(self.samples):
+            self.samples[index] = values
+            self.seen[index] = True
+
+    @torch.no_grad()
+    def end_epoch(self) -> None:
+        """What was recorded becomes the last epoch; a class not seen keeps its means."""
+        means = self.class_sums / self.class_counts.clamp(min=1)[:, None]
+        self.class_means.copy_(torch.where(self.class_counts[:, None] > 0, means, self.class_means))
+        self.class_sums.zero_()
+        self.class_counts.zero_()
+        self.epochs += 1
+
+
+@torch.no_grad()
+def characteristics(
+    features: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    log_prior: Tensor,
+    memory: TrainingMemory | None = None,
+    index: Tensor | None = None,
+    neighbours: int = 5,
+    backend: str | None = None,
+) -> Tensor:
+    """The fifteen characteristics of each sample, (N, 15), detached, at least float32.
+
+    Args:
+        features: h, (N, A).
+        logits: z = Wh + b, (N, C).
+        labels: y, (N), integers in [0, C).
+        weight: the head's W, (C, A).
+        log_prior: log π, (C), for column 6.
+        memory: last epoch's means; None leaves columns 7, 9, 10, 12, 13 and 14 at 0.
+        index: of each sample in the training set, (N) int64, for columns 13 and 14.
+        neighbours: k of column 15.
+        backend: as in `fused_loss`.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    count, width = features.shape
+    num_classes = weight.shape[0]
+    check_labels(labels, count)
+    check_sizes("logits", logits, f"logits ({count}, {num_classes})", (count, num_classes))
+    check_sizes("weight", weight, f"a head (C, {width})", (None, width))
+    check_sizes("log_prior", log_prior, f"log priors ({num_classes},)", (num_classes,))
+    if neighbours < 1:
+        raise complain("neighbours", "at least 1", str(neighbours), "pass a positive number")
+    dtype = torch.promote_types(torch.float32, logits.dtype)
+    h, z, w = features.to(dtype), logits.to(dtype), weight.to(dtype)
+    labels = labels.long()
+
+    passes = select_backend(backend, z.device, z.dtype)
+    with full_precision(z.device):
+        batch = passes.characteristics(h, z, labels, w, neighbours)
+    loss, margin, distance, cosine, entropy, norm, own, share = batch.unbind(dim=1)
+    zero = torch.zeros_like(loss)
+    class_loss = class_margin = loss_excess = margin_excess = loss_change = margin_change = zero
+    if memory is not None:
+        class_loss, class_margin = memory.class_means[labels].to(dtype).unbind(dim=1)
+        started = memory.epochs > 0
+        loss_excess = torch.where(started, loss - class_loss, zero)
+        margin_excess = torch.where(started, margin - class_margin, zero)
+        if index is not None and len(memory.samples):
+            before, seen = memory.samples[index].to(dtype), memory.seen[index]
+            loss_change = torch.where(seen, loss - before[:, 0], zero)
+            margin_change = torch.where(seen, margin - before[:, 1], zero)
+
+    columns = [
+        loss,
+        margin,
+        distance,
+        cosine,
+        entropy,
+        log_prior.to(dtype).exp()[labels],
+        class_loss,
+        norm,
+        loss_excess,
+        margin_excess,
+        own,
+        class_margin,
+        loss_change,
+        margin_change,
+        share,
+    ]
+    return torch.stack(columns, dim=1)

@@ -1,0 +1,118 @@
+"""`ClassCovariance`: the covariance of each class's features, streamed batch by batch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from iada.utils.autocast import full_precision
+from iada.utils.checks import (
+    check_batch_values,
+    check_device,
+    check_float,
+    check_labels,
+    complain,
+)
+from iada_kernels.dispatch import select_backend
+
+STRUCTURES = ("full", "diag")
+
+
+class ClassCovariance(nn.Module):
+    """Running covariance Σ, mean μ and count n of each class.
+
+    The state equals the population statistics (division by n) of all features ever passed to
+    `update`, however the stream was cut into batches:
+
+        Σ ← (1−w) Σ + w Σ′ + w(1−w)(μ−μ′)(μ−μ′)ᵀ,   μ ← μ + w(μ′−μ),   n ← n+m,   w = m/(n+m)
+
+    for a class with m rows in the batch, of mean μ′ and covariance Σ′. It lives in buffers, so
+    that state_dict, .to() and checkpoints carry it; .half() and .bfloat16() leave it in float32.
+
+    Args:
+        num_classes: C.
+        num_features: A.
+        structure: "full" keeps (C, A, A), "diag" the variances only, (C, A).
+
+    Attributes:
+        covariance: Σ, symmetric, (C, A, A) or (C, A), in squared units of the features.
+        mean: μ, (C, A).
+        count: n, (C) int64.
+    """
+
+    covariance: Tensor
+    mean: Tensor
+    count: Tensor
+
+    def __init__(self, num_classes: int, num_features: int, structure: str = "full") -> None:
+        super().__init__()
+        for name, size in (("num_classes", num_classes), ("num_features", num_features)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise complain(name, "a positive int", repr(size), "pass the size of the head")
+        if structure not in STRUCTURES:
+            options = " or ".join(map(repr, STRUCTURES))
+            raise complain("structure", options, repr(structure), "pass one of these")
+        self.structure = structure
+        shape = (num_classes, num_features)
+        full = structure == "full"
+        self.register_buffer(
+            "covariance", torch.zeros(*shape, num_features) if full else torch.zeros(shape)
+        )
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        ignore_index: int = -100,
+        backend: str | None = None,
+    ) -> None:
+        """Take in one batch, in place.
+
+        The buffers change in place, so that Σ is never held twice: call `backward` for a loss
+        that used them before the next `update`.
+
+        Args:
+            features: (N, A), any floating dtype; only their values are used.
+            labels: class indices (N), any integer dtype; rows with `ignore_index` are left out.
+            backend: as in `fused_loss`.
+
+        Raises:
+            ValueError: wrong width, dtype or device; and, on CPU or inside `iada.value_checks()`,
+                numbers that are not finite or labels out of range. The state is then untouched.
+        """
+        num_classes, width = self.mean.shape
+        check_float("features", features, f"a floating-point tensor (N, {width})", (None, width))
+        check_labels(labels, len(features))
+        device = self.mean.device
+        for name, tensor in (("features", features), ("labels", labels)):
+            check_device(name, tensor, device, "the ClassCovariance")
+        labels = labels.long()
+        check_batch_values(features, labels, num_classes, ignore_index, self.mean.dtype)
+        if 0 <= ignore_index < num_classes:  # a label outside is left out anyway
+            labels = torch.where(labels == ignore_index, -1, labels)
+        passes = select_backend(backend, device, features.dtype)
+        with full_precision(device):
+            passes.covariance_update(self.covariance, self.mean, self.count, features, labels)
+
+    def reset(self) -> None:
+        """Forget everything: zeros in place."""
+        for buffer in (self.covariance, self.mean, self.count):
+            buffer.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # Statistics stay at float32 or better when a model is cast to half precision.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_precision, recurse)
+
+    def extra_repr(self) -> str:
+        num_classes, width = self.mean.shape
+        return f"{num_classes}, {width}, structure={self.structure!r}"

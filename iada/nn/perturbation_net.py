@@ -1,0 +1,48 @@
+"""The perturbation network: training characteristics in, perturbation strengths out."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iada.utils.checks import check_float
+
+NUM_CHARACTERISTICS = 15
+
+
+class PerturbationNet(nn.Module):
+    """ε(f, Ω) of Eq. 7: BatchNorm → Linear(15, 100) → ReLU → Linear(100, 1) → tanh.
+
+    Maps characteristics (N, 15) to strengths ε (N,) in (−1, 1), in units of the features;
+    positive is adversarial, negative anti-adversarial.
+
+    Args:
+        num_characteristics: width of the input.
+        hidden: width of the hidden layer.
+    """
+
+    def __init__(self, num_characteristics: int = NUM_CHARACTERISTICS, hidden: int = 100) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(num_characteristics)
+        self.hidden = nn.Linear(num_characteristics, hidden)
+        self.strength = nn.Linear(hidden, 1)
+
+    def forward(self, characteristics: Tensor) -> Tensor:
+        """ε (N,) of characteristics (N, 15). A single row is normalised by running statistics.
+
+        Raises ValueError for another width or dtype.
+        """
+        width = self.norm.num_features
+        expected = f"a floating-point tensor (N, {width})"
+        check_float("characteristics", characteristics, expected, (None, width))
+        if self.training and len(characteristics) > 1:
+            normal = self.norm(characteristics)
+        else:  # One row has no batch statistics: the running ones serve.
+            norm = self.norm
+            normal = F.batch_norm(
+                characteristics,
+                norm.running_mean,
+                norm.running_var,
+                norm.weight,
+                norm.bias,
+                eps=norm.eps,
+            )
+        return self.strength(self.hidden(normal).relu()).squeeze(1).tanh()

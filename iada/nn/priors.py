@@ -1,0 +1,32 @@
+"""The class prior π of Eq. 6."""
+
+import torch
+from torch import Tensor
+
+from iada.utils.checks import check_sizes, check_tensor, complain
+
+
+def log_class_prior(class_counts: Tensor, num_classes: int | None = None) -> Tensor:
+    """log π, (C) float32, from the training samples of each class, (C).
+
+    A class without samples counts as one, so that no logit becomes −inf.
+    Raises ValueError for counts that are negative, not finite or of another length.
+    """
+    counts = checked_counts(class_counts, num_classes)
+    return (counts / counts.sum()).log().float()
+
+
+def checked_counts(class_counts: Tensor, num_classes: int | None = None) -> Tensor:
+    """Samples of each class, (C) float64, at least 1; ValueError as by `log_class_prior`."""
+    expected = "samples of each class, (C)" if num_classes is None else f"({num_classes},) counts"
+    check_tensor("class_counts", class_counts, expected)
+    check_sizes("class_counts", class_counts, expected, (num_classes,))
+    counts = class_counts.double()
+    if not (torch.isfinite(counts) & (counts >= 0)).all():
+        raise complain(
+            "class_counts",
+            "numbers of samples, 0 or more",
+            str(class_counts.tolist()),
+            "count the training labels: torch.bincount(labels, minlength=C)",
+        )
+    return counts.clamp(min=1)

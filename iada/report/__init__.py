@@ -1,5 +1,0 @@
-"""Figures and a page of finished runs. matplotlib is imported when something is drawn."""
-
-from iada.report.page import write_page
-
-__all__ = ["write_page"]

@@ -1,0 +1,208 @@
+"""Several processes on one batch: each has its rows, all keep the same state.
+
+Every rank computes on its own part of the batch. A mean over the whole batch is the mean of the
+ranks' means, weighted by their rows; what depends on all rows at once (class statistics, batch
+statistics of characteristics) is computed on gathered rows by every rank alike. So each step
+leaves bit-identical parameters and statistics on all ranks.
+
+`group` is a torch.distributed process group; None stands for a single process, for which each
+function is the identity. All ranks of the group must make the same calls in the same order.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from iada.utils.checks import complain
+
+Group: TypeAlias = "dist.ProcessGroup | None"  # a build of torch may be without
+
+
+def current_group() -> Group:
+    """The group of all processes if torch.distributed is initialised with several, else None."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD
+
+
+@contextlib.contextmanager
+def launched_group() -> Iterator[None]:
+    """Inside, torch.distributed is initialised if torchrun started this process; then no more.
+
+    Each process takes the CUDA device of its LOCAL_RANK. With CPU tensors on gloo beside NCCL, so
+    that hosts can agree without waiting for a device.
+    """
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_of(group: Group) -> int:
+    """This process's place in the group, from 0."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def size_of(group: Group) -> int:
+    """The number of processes."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def check_parts(backbone: nn.Module, rows: dict[str, int], group: Group) -> None:
+    """ValueError if a rank would be without a row of a batch, or the model is wrapped.
+
+    rows: of the smallest batch of each kind, by the name of the setting.
+    """
+    if group is None:
+        return
+    if isinstance(backbone, nn.parallel.DistributedDataParallel):
+        remedy = "pass backbone.module: gradients are averaged here"
+        raise complain("backbone", "a plain module", "DistributedDataParallel", remedy)
+    for name, least in rows.items():
+        if least < size_of(group):
+            expected = f"a row for each of {size_of(group)} processes in every batch"
+            raise complain(name, expected, f"{least} rows", "start fewer processes, or raise it")
+
+
+def own_part(count: int, group: Group) -> slice:
+    """This rank's contiguous part of `count` rows; parts differ by one row at most."""
+    small, larger = divmod(count, size_of(group))
+    rank = rank_of(group)
+    start = rank * small + min(rank, larger)
+    return slice(start, start + small + (rank < larger))
+
+
+def row_counts(count: int, group: Group) -> list[int]:
+    """`count` of every rank, in the order of ranks.
+
+    Waits for the other hosts; for the device only if the group has no backend for CPU tensors
+    (torch.distributed.init_process_group() without a name has one).
+    """
+    return [count] if group is None else _host_values(count, group)
+
+
+def any_rank(flag: bool, group: Group) -> bool:
+    """Whether `flag` holds on some rank; it waits as `row_counts` does."""
+    return flag if group is None else any(_host_values(int(flag), group))
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
+    """The rows of all ranks, (sum of counts, ...), in the order of ranks, detached.
+
+    Args:
+        rows: (counts[own rank], ...), any dtype; the axes after the first are alike everywhere.
+        counts: from `row_counts`.
+    """
+    if group is None:
+        return rows.detach()
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+@torch.no_grad()
+def average(tensors: Iterable[Tensor], counts: Sequence[int], group: Group) -> None:
+    """Each tensor becomes, in place, its mean over the ranks, weighted by their row counts.
+
+    With the gradients (or values) of means over each rank's own rows, the result belongs to the
+    mean over the whole batch. One exchange for each dtype, summed in float32 at the least.
+    """
+    if group is None:
+        return
+    share = counts[rank_of(group)] / sum(counts)
+    for same in _by_dtype(tensors).values():
+        dtype = torch.promote_types(torch.float32, same[0].dtype)
+        flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in same])
+        flat *= share
+        dist.all_reduce(flat, group=group)
+        _scatter(flat, same)
+
+
+@torch.no_grad()
+def add_up(tensors: Iterable[Tensor], group: Group) -> None:
+    """Each tensor becomes, in place, its sum over the ranks."""
+    if group is None:
+        return
+    for same in _by_dtype(tensors).values():
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
+        dist.all_reduce(flat, group=group)
+        _scatter(flat, same)
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor], group: Group) -> None:
+    """Each tensor becomes, in place, what rank 0 has."""
+    if group is None:
+        return
+    source = dist.get_global_rank(group, 0)
+    for same in _by_dtype(tensors).values():
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
+        dist.broadcast(flat, source, group=group)
+        _scatter(flat, same)
+
+
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """A small picklable value of every rank, in the order of ranks, on every rank."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * size_of(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def broadcast_object(value: Any, group: Group) -> Any:
+    """Rank 0's picklable value, on every rank."""
+    if group is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group=group)
+    return box[0]
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """Means and variances that BatchNorm layers keep of this rank's rows alone, to be averaged."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    layers = [m for m in module.modules() if isinstance(m, kinds)]
+    return [
+        buffer
+        for layer in layers
+        if not isinstance(layer, nn.SyncBatchNorm)  # sees all rows by itself
+        for buffer in (layer.running_mean, layer.running_var)
+        if buffer is not None
+    ]
+
+
+def _by_dtype(tensors: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return groups
+
+
+def _scatter(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for part, tensor in zip(parts, tensors, strict=True):
+        tensor.detach().copy_(part.view_as(tensor))
+
+
+def _host_values(value: int, group: dist.ProcessGroup) -> list[int]:
+    on_host = "cpu" in dist.get_backend_config(group)
+    device = torch.device("cpu" if on_host else torch.accelerator.current_accelerator() or "cpu")
+    own = torch.tensor([value], device=device)
+    values = [torch.empty_like(own) for _ in range(size_of(group))]
+    dist.all_gather(values, own, group=group)
+    return torch.cat(values).tolist()

@@ -1,0 +1,81 @@
+"""What a classifier gives on a data set, and its accuracy on each class."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from iada.utils.loading import batches, to_device
+
+
+@torch.no_grad()
+def class_accuracy(
+    backbone: nn.Module,
+    head: nn.Linear,
+    dataset: Dataset,
+    batch_size: int = 512,
+    num_workers: int = 0,
+) -> Tensor:
+    """The share of right answers in each class, (C) float64; NaN for a class without samples.
+
+    num_workers: of the loader.
+    """
+    device = head.weight.device
+    right = torch.zeros(head.out_features, dtype=torch.float64)
+    total = torch.zeros(head.out_features, dtype=torch.float64)
+    rows = torch.arange(len(dataset)).split(batch_size)  # type: ignore[arg-type]
+    with evaluating(backbone, head):
+        for batch in batches(dataset, [part.tolist() for part in rows], num_workers):
+            inputs, labels, *_ = to_device(tuple(batch), device)
+            hit = (head(backbone(inputs)).argmax(dim=1) == labels).cpu()
+            right.index_add_(0, labels.cpu(), hit.double())
+            total.index_add_(0, labels.cpu(), torch.ones(len(hit), dtype=torch.float64))
+    return right / total
+
+
+class Outputs(NamedTuple):
+    """Features (N, A), logits (N, C) and labels (N) of a data set's samples, on the CPU."""
+
+    features: Tensor
+    logits: Tensor
+    labels: Tensor
+
+
+@torch.no_grad()
+def outputs(
+    backbone: nn.Module,
+    head: nn.Linear,
+    dataset: Dataset,
+    batch_size: int = 512,
+    num_workers: int = 0,
+    rows: Tensor | None = None,
+) -> Outputs:
+    """What the classifier gives in evaluation mode, for metrics and diagnostics.
+
+    num_workers: of the loader. rows: the samples to look at, in this order; None for all.
+    """
+    chosen = torch.arange(len(dataset)) if rows is None else rows  # type: ignore[arg-type]
+    order = [part.tolist() for part in chosen.split(batch_size)]
+    found = []
+    with evaluating(backbone, head):
+        for batch in batches(dataset, order, num_workers):
+            inputs, labels, *_ = to_device(tuple(batch), head.weight.device)
+            features = backbone(inputs)
+            found.append((features.cpu(), head(features).cpu(), labels.cpu()))
+    return Outputs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode while inside; afterwards each module in the mode it had."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

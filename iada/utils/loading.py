@@ -1,0 +1,196 @@
+"""Batches that are a function of (seed, epoch, step), so that a run can resume anywhere."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from iada.utils.checks import check_label_values, check_labels, check_tensor, complain
+from iada.utils.seeds import preserved, seed_host, seed_of
+
+
+class TensorData(Dataset):
+    """Inputs (N, ...) and labels (N) in memory, served as (inputs, labels, index) batches."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        check_tensor("inputs", inputs, "a tensor (N, ...)")
+        check_labels(labels, len(inputs))
+        self.inputs, self.labels = inputs, labels.long()
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        return self.inputs[index], self.labels[index], index
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        rows = torch.as_tensor(indices)
+        return self.inputs[rows], self.labels[rows], rows
+
+
+@runtime_checkable
+class WholeBatches(Protocol):
+    """A data set that makes whole batches (inputs, labels, index) faster than sample by sample.
+
+    What it draws follows from the seed, the step and each sample's index alone, so that neither a
+    resumed run nor a batch split over ranks changes it. `in_memory` ones are asked in the training
+    process itself, others in the workers.
+    """
+
+    labels: Tensor
+    in_memory: bool
+
+    def whole_batch(
+        self, seed: int, step: int, indices: Sequence[int]
+    ) -> tuple[Any, Tensor, Tensor]:
+        """Inputs, labels (N) and index (N) of these samples at this step of this run."""
+
+
+def labels_of(dataset: Dataset) -> Tensor | None:
+    """The labels (N) int64 of a data set that keeps them as an attribute `labels`; else None."""
+    labels = getattr(dataset, "labels", None)
+    if isinstance(labels, Tensor) and len(labels) == len(dataset):  # type: ignore[arg-type]
+        return labels.long()
+    return None
+
+
+def count_classes(dataset: Dataset, num_classes: int) -> Tensor:
+    """Samples of each class, (C), if the data set has `labels_of`; else ValueError."""
+    labels = labels_of(dataset)
+    if labels is not None:
+        check_label_values(labels, num_classes, None)
+        return torch.bincount(labels, minlength=num_classes)
+    raise complain(
+        "class_counts",
+        f"samples of each class, ({num_classes},)",
+        "None",
+        "pass torch.bincount(training_labels, minlength=C)",
+    )
+
+
+class WithIndex(Dataset):
+    """A data set of (input, label, ...) items as (input, label, index); the rest is dropped.
+
+    A batch is asked for as (step, indices), so that each sample's draws follow from its place in
+    the run: see `iada.utils.seeds`.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int = 0) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Any, Any, int]:
+        item = self.dataset[index]
+        return item[0], item[1], index
+
+    def __getitems__(self, place: tuple[int, Sequence[int]]) -> list[tuple[Any, Any, int]]:
+        step, indices = place
+        items = []
+        with preserved():
+            for index in indices:
+                seed_host(seed_of(self.seed, step, index))
+                items.append(self[index])
+        return items
+
+
+class _AtStep(Dataset):
+    """A `WholeBatches` asked as (step, indices)."""
+
+    def __init__(self, dataset: WholeBatches, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitems__(self, place: tuple[int, Sequence[int]]) -> tuple[Any, Tensor, Tensor]:
+        return self.dataset.whole_batch(self.seed, *place)
+
+
+def batches(
+    dataset: Dataset,
+    order: Sequence[list[int]],
+    num_workers: int = 0,
+    seed: int = 0,
+    first_step: int = 0,
+) -> DataLoader:
+    """A loader of (inputs, labels, index) batches in the given order.
+
+    It leaves the global random generators as they were: those belong to the model's dropout. What
+    the data set draws from them itself follows from `seed`, the step (`first_step` for the first
+    of `order`) and the sample. A `TensorData` itself is served without workers; `WholeBatches`
+    make theirs at once.
+    """
+    own = torch.Generator().manual_seed(seed_of(seed, first_step))
+    if type(dataset) is TensorData:  # a subclass may have its own __getitem__
+        return DataLoader(dataset, batch_sampler=order, collate_fn=_whole, generator=own)
+    served: Dataset = WithIndex(dataset, seed)
+    if isinstance(dataset, WholeBatches):
+        served = _AtStep(dataset, seed)
+        num_workers = 0 if dataset.in_memory else num_workers
+    return DataLoader(
+        served,
+        batch_sampler=list(enumerate(order, first_step)),  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=_whole if isinstance(served, _AtStep) else None,
+        generator=own,
+        worker_init_fn=_leave_ctrl_c_to_the_loop,
+    )
+
+
+def to_device(part: Any, device: torch.device) -> Any:
+    """Tensors, also those in dicts (a tokenizer's output), lists and tuples, on `device`."""
+    if isinstance(part, Tensor):
+        if device.type == "cuda" and part.device.type == "cpu":
+            part = part.pin_memory()  # else the copy waits for the work before it
+        return part.to(device, non_blocking=True)
+    if isinstance(part, dict):
+        return {key: to_device(value, device) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return type(part)(to_device(value, device) for value in part)
+    return part
+
+
+def _leave_ctrl_c_to_the_loop(worker: int) -> None:
+    """Else Ctrl-C ends the workers before the step that is to be finished has its batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _whole(batch: Any) -> Any:
+    return batch
+
+
+def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """A permutation of range(count) in batches of nearly equal size, none above `batch_size`.
+
+    Equal parts rather than a small remainder, whose batch statistics would be poor.
+    """
+    permutation = torch.randperm(count, generator=_generator(seed, epoch))
+    parts = max(1, -(-count // batch_size))
+    return [part.tolist() for part in permutation.tensor_split(parts)]
+
+
+def stream_order(
+    count: int, batch_size: int, seed: int, first_step: int, steps: int
+) -> Iterator[list[int]]:
+    """Batches first_step … first_step + steps − 1 of an endless stream of permutations."""
+    if batch_size >= count:
+        for _ in range(steps):
+            yield list(range(count))
+        return
+    current, rows = -1, torch.empty(0, dtype=torch.int64)
+    for step in range(first_step, first_step + steps):
+        batch = []
+        for place in range(step * batch_size, (step + 1) * batch_size):
+            if place // count != current:
+                current = place // count
+                rows = torch.randperm(count, generator=_generator(seed, -1 - current))
+            batch.append(int(rows[place % count]))
+        yield batch
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)

@@ -1,0 +1,77 @@
+"""The examples of the README and the docs run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import iada
+from iada.cli import SECTIONS
+from iada.training.config import read_toml
+from iada.training.schedule import build_optimizer, build_schedule
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_python_examples():
+    torch.manual_seed(0)
+    swap, meta = blocks("python")
+    batches = [(torch.randn(8, 20), torch.arange(8)), (torch.randn(8, 20), torch.arange(8) + 2)]
+    backbone = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU())
+    names = {
+        "make_backbone": lambda: backbone,
+        "train_labels": torch.arange(100) % 10,
+        "loader": batches,
+        "meta_stream": batches,
+        "optimizer": torch.optim.SGD(backbone.parameters(), lr=0.1),
+    }
+    exec(swap, names)
+    assert int(names["covariance"].count.sum()) == 16
+    assert torch.isfinite(names["loss"])
+    exec(meta, names)
+    assert int(names["meta"].covariance.count.sum()) == 16
+    assert len(swap.strip().splitlines()) <= 15
+
+
+def test_toml_example(tmp_path):
+    (example,) = blocks("toml")
+    path = tmp_path / "run.toml"
+    path.write_text(example)
+    assert read_toml(path, SECTIONS)["trainer"].ce_epochs == 10
+
+
+def test_settings_of_the_training_page(tmp_path):
+    (example,) = blocks("toml", (ROOT / "docs" / "training.md").read_text())
+    path = tmp_path / "run.toml"
+    path.write_text(example)
+    config = read_toml(path, SECTIONS)["trainer"]
+    optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], config)
+    assert type(optimizer) is torch.optim.AdamW
+    build_schedule(optimizer, config, steps=10)
+
+
+def test_your_own_data_and_backbones(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for part, count in (("train", 8), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for place in range(count):
+                image.new("RGB", (8, 8), (30 * place, 0, 0)).save(
+                    tmp_path / part / name / f"{place}.png"
+                )
+    names = {
+        "photos": tmp_path,
+        "config": iada.TrainerConfig(epochs=2, ce_epochs=1, batch_size=4, meta_batch_size=4),
+        "model": torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2)),
+        "example_batch": torch.zeros(1, 3),
+    }
+    (block,) = blocks("python", (ROOT / "docs/experiments.md").read_text())
+    exec(block, names)
+    assert len(names["trainer"].history) == 2
+    assert names["head"].in_features == 5

@@ -1,0 +1,388 @@
+"""Recipes of the papers' tables, and `python -m iada paper` on a small data set of true format."""
+
+import argparse
+import json
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from iada.cli import main
+from iada.experiments import recipe as recipes
+from iada.experiments.command import _command, add_paper
+from iada.experiments.datasets.civilcomments import MEMBERS
+from iada.experiments.epsilon_log import StrengthCounts
+from iada.experiments.experiment import Limits, first_of_each, make_split, read_parts
+from iada.experiments.listing import comparison, read_records
+from iada.experiments.metrics import METRICS
+from iada.experiments.recipe import load, names, parse_change, shortened, table_name
+from iada.meta.step_result import MetaStep
+from iada.utils.lock import LOCK
+from tests.helpers import dataset_files as made
+from tests.helpers.processes import held_by_another_process
+
+Image = pytest.importorskip("PIL.Image")
+
+CLASSES = [f"class{place}" for place in range(10)]
+SMALLER = [
+    "data.reader=folder",
+    "model.backbone=resnet8",
+    "trainer.batch_size=16",
+    "trainer.meta_batch_size=10",
+    "scenario.ratio=2",
+    "scenario.meta_per_class=2",
+]
+ROW = ["paper", "--table", "2", "--row", "cifar10-100", "--device", "cpu", "--set", *SMALLER]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Train and test folders of ten classes, each of its own brightness."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 3)):
+        for place, name in enumerate(CLASSES):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 30, (8, 8, 3)) + 22 * place
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+def test_every_row_of_the_tables_has_a_recipe():
+    tables = {name.split("/")[0] for name in names()}
+    assert tables == {*(f"table{place}" for place in range(2, 8)), "figure6", "afr-table1"}
+    rows = {name.split("/")[1] for name in names() if name.startswith("table6/")}
+    assert rows == {"celeba", "cmnist", "waterbirds", "civilcomments"}
+    assert len([name for name in names() if name.startswith(("table2/", "table5/"))]) == 8
+    assert names().index("table7/cifar10-10") < names().index("figure6/cifar10-10")
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_is_whole(name):
+    recipe = load(name)
+    assert recipe.title
+    assert recipe.needs
+    assert set(recipe.metrics) <= set(METRICS)
+    assert len({contestant.title for contestant in recipe.contestants}) == len(recipe.contestants)
+    figures = [contestant.published for contestant in recipe.contestants]
+    for published in (*figures, *recipe.published.values()):
+        assert set(published) <= set(recipe.metrics)
+        assert all(20 < value < 100 for value in published.values())
+    if "figure" not in name:
+        assert any(figures)
+    for contestant in recipe.contestants:
+        assert contestant.trainer.ce_epochs < contestant.trainer.epochs
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "metric", "percent"),
+    [
+        ("table2/cifar10-100", "meta-iada", "top1", 84.01),
+        ("table2/cifar100-10", "metasaug", "top1", 61.73),
+        ("table3/inat2018", "meta-iada", "top1", 72.55),
+        ("table4/imagenet-glt", "meta-iada", "precision", 50.07),
+        ("table5/cifar10-40", "meta-weight-net", "top1", 87.65),
+        ("table6/waterbirds", "meta-iada", "worst_group", 92.5),
+        ("table7/cifar10-100", "meta-iada", "top1", 84.01),
+        ("table7/cifar100-10", "without-r", "top1", 62.38),
+        ("afr-table1/cifar100-100", "afr-400", "top1", 51.91),
+    ],
+)
+def test_published_figures(name, method, metric, percent):
+    own = {contestant.key: contestant for contestant in load(name).contestants}
+    assert own[method].published[metric] == percent
+
+
+def test_ablations_leave_out_one_term_each():
+    own = {c.key: c.trainer for c in load("table7/cifar10-10").contestants}
+    whole = own["meta-iada"]
+    assert own["without-g"] == replace(whole, alpha=0.0)
+    assert own["without-r"] == replace(whole, perturbation="constant")
+    assert whole.epsilon == 0
+    assert own["without-f"] == replace(whole, beta=0.0)
+
+
+def test_a_shorter_schedule_is_the_same_in_proportion():
+    config = load("table2/cifar10-100").contestants[-1].trainer
+    assert (config.epochs, config.ce_epochs, config.milestones) == (200, 160, (160, 180))
+    short = shortened(config, 20)
+    assert (short.epochs, short.ce_epochs, short.milestones) == (20, 16, (16, 18))
+    assert replace(short, epochs=200, ce_epochs=160, milestones=(160, 180), finetune_epochs=50) == (
+        config
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [("2", "table2"), ("table2", "table2"), ("afr-1", "afr-table1"), ("figure6", "figure6")],
+)
+def test_names_of_tables(given, folder):
+    assert table_name(given) == folder
+
+
+def test_changes():
+    assert parse_change("scenario.ratio=50") == ("scenario", "ratio", 50)
+    assert parse_change("scenario.kind=flip") == ("scenario", "kind", "flip")
+    assert parse_change("trainer.milestones=[1, 2]") == ("trainer", "milestones", [1, 2])
+    assert parse_change("methods.alpha-0.1.lr=1") == ("methods.alpha-0.1", "lr", 1)
+    changed = load("table2/cifar10-10", {"trainer": {"alpha": 0.25}})
+    assert {contestant.trainer.alpha for contestant in changed.contestants} == {0.25}
+
+
+def test_a_change_reaches_what_it_names_or_fails():
+    name = "table2/cifar10-10"
+    changed = load(name, {"methods.metasaug": {"ce_epochs": 100}})
+    marks = {contestant.key: contestant.trainer.ce_epochs for contestant in changed.contestants}
+    assert (marks["ce"], marks["metasaug"], marks["meta-iada"]) == (0, 100, 160)
+    with pytest.raises(ValueError, match=r"ce_epochs: .* metasaug, meta-iada .*methods\.metasaug"):
+        load(name, {"trainer": {"ce_epochs": 100}})
+    with pytest.raises(ValueError, match="section methods.sgd: expected .*methods.ce"):
+        load(name, {"methods.sgd": {"lr": 1.0}})
+    with pytest.raises(ValueError, match="methods.ce.title: expected a setting"):
+        load(name, {"methods.ce": {"title": "ERM"}})
+
+
+def test_limits_keep_the_classes_even(images):
+    parts = read_parts(load("table2/cifar10-10", {"data": {"reader": "folder"}}), images, Limits())
+    few = first_of_each(parts["train"], 5)
+    assert few.class_counts().tolist() == [5] * 10
+    assert first_of_each(parts["train"], 0) is parts["train"]
+
+
+def test_runs_write_records_a_page_and_a_comparison(images, tmp_path, capsys):
+    command = [*ROW, "--data", str(images), "--out", str(tmp_path), "--epochs", "2"]
+    command += ["--methods", "ce", "meta-iada", "--seeds", "2", "--evaluate-every", "2"]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert "84.01" in output
+    assert "MiSLAS" in output
+    page = tmp_path / "table2/cifar10-100/index.html"
+    assert str(page) in output
+    text = page.read_text(encoding="utf-8")
+    assert "84.01" in text
+    assert "Not as published:" in text
+    assert "2 of 200 epochs" in text
+    records = read_records([tmp_path])
+    assert len(records) == 4
+    for record in records:
+        assert record["departures"] == [*SMALLER, "2 of 200 epochs"]
+        assert record["settings"]["seed"] == record["seed"]
+        assert np.sum(record["confusion"]) == 30
+        assert record["last"]["top1"] == pytest.approx(np.trace(record["confusion"]) / 30)
+        assert set(record["best"]) == set(METRICS)
+        assert [row["epoch"] for row in record["curve"]] == [0, 1]
+        assert record["class_counts"] == record["split"]["class_counts"]["train"]
+    own = next(r for r in records if r["method"] == "meta-iada" and r["seed"] == 0)
+    visits = sum(own["strengths"]["histogram_clean"])
+    assert visits == sum(own["class_counts"])  # the last epoch of two
+    assert len(own["spectrum"]) == 10
+    assert own["surrogate"]["classes"]
+    assert {"generalization", "robustness", "fairness"} <= set(own["curve"][-1])
+    assert "± " in comparison(load("table2/cifar10-100"), records)
+
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
+    assert main(command) == 0  # nothing is run twice
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert main([*command, "--epochs", "1"]) == 2
+    assert "one with another settings" in capsys.readouterr().err
+
+    assert main(["paper", "--list", "--out", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out
+    for name in names():
+        assert name in listed
+    assert "2 of 200 epochs" in listed
+    assert "scenario.ratio=2" in listed
+
+
+def test_an_interrupted_run_goes_on(images, tmp_path, monkeypatch):
+    command = [*ROW, "--data", str(images), "--epochs", "2", "--methods", "meta-iada"]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    stopped = []
+
+    def stop(self, trainer, batch, result):
+        call(self, trainer, batch, result)
+        if not stopped:
+            stopped.append(trainer.batch)
+            raise KeyboardInterrupt
+
+    call = StrengthCounts.__call__
+    monkeypatch.setattr(StrengthCounts, "__call__", stop)
+    assert main([*command, "--out", str(tmp_path / "cut")]) == 130
+    assert not list((tmp_path / "cut").rglob("record.json"))
+    assert main([*command, "--out", str(tmp_path / "cut")]) == 0
+    whole, cut = (read_records([tmp_path / name])[0] for name in ("whole", "cut"))
+    for name in set(whole) - {"seconds"}:
+        assert cut[name] == whole[name], name
+
+
+def test_one_seed_alone(images, tmp_path, capsys):
+    command = [*ROW, "--data", str(images), "--epochs", "2", "--methods", "ce"]
+    command += ["--out", str(tmp_path)]
+    assert main([*command, "--seed", "3"]) == 0
+    (record,) = read_records([tmp_path])
+    assert record["seed"] == 3
+    assert (tmp_path / "table2/cifar10-100/ce/seed3/record.json").exists()
+    with pytest.raises(SystemExit):
+        main([*command, "--seed", "3", "--seeds", "2"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_makes_is_left_alone(images, tmp_path, capsys):
+    command = [*ROW, "--data", str(images), "--epochs", "2", "--methods", "ce"]
+    folder = tmp_path / "table2/cifar10-100/ce/seed0"
+    with held_by_another_process(folder) as other:
+        assert main([*command, "--out", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert f"{folder}, in use by process {other}" in error
+        assert [entry.name for entry in folder.iterdir()] == [LOCK]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+
+
+def test_a_run_that_was_begun_goes_on_with_its_own_data_only(images, tmp_path, monkeypatch, capsys):
+    command = [*ROW, "--data", str(images), "--epochs", "2", "--methods", "ce"]
+    command += ["--out", str(tmp_path)]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr("iada.experiments.run._measure", stop)  # at the end of the first epoch
+        assert main(command) == 130
+    capsys.readouterr()
+    for change, what in (("model.augment=none", "model"), ("scenario.convention=step", "split")):
+        assert main([*command, "--set", *SMALLER, change]) == 2
+        assert f"one with another {what}" in capsys.readouterr().err
+    assert main(command) == 0
+    (record,) = read_records([tmp_path])
+    assert record["model"]["augment"] == "crop-flip"
+    assert record["split"]["parameters"]["convention"] == "ldam"
+
+
+def test_texts_with_groups_run_whole(tmp_path, monkeypatch, capsys):
+    made.write_civilcomments(tmp_path / "data", copies=4)
+
+    def tokenizer(texts, **_):
+        width = max(map(len, texts))  # as a tokenizer's, it depends on the batch
+        ids = torch.tensor([[*map(ord, text), *[0] * (width - len(text))] for text in texts])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+    class Mean(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.letters = torch.nn.Embedding(128, 4)
+
+        def forward(self, inputs):
+            return self.letters(inputs["input_ids"]).mean(dim=1)
+
+    monkeypatch.setattr("iada.experiments.experiment.load_tokenizer", lambda path: tokenizer)
+    monkeypatch.setattr(
+        "iada.experiments.run.build_backbone", lambda *_, **__: (Mean(), torch.nn.Linear(4, 2))
+    )
+    command = ["paper", "--table", "6", "--row", "civilcomments", "--data", str(tmp_path / "data")]
+    command += ["--device", "cpu", "--out", str(tmp_path / "runs"), "--methods", "ce", "meta-iada"]
+    command += ["--epochs", "2", "--set", "scenario.meta_per_group=1"]
+    assert main([*command, "--dry-run"]) == 0
+    assert main(command) == 0
+    records = read_records([tmp_path / "runs"])
+    assert [record["method"] for record in records] == ["ce", "meta-iada"]
+    for record in records:
+        assert record["best_by"] == "validation_worst_group"
+        assert set(record["group_accuracy"]) == set(MEMBERS)
+    assert records[1]["surrogate"]["classes"] == [0, 1]
+    assert "Worst group, best  published" in capsys.readouterr().out
+
+
+def test_a_dry_run_trains_nothing(images, tmp_path, capsys):
+    command = [*ROW, "--data", str(images), "--out", str(tmp_path), "--dry-run", "--epochs", "4"]
+    assert main([*command, "--methods", "ce", "meta-iada"]) == 0
+    output = capsys.readouterr().out
+    assert "30 test samples" in output
+    assert "Meta-IADA: " in output
+    assert "about 0:0" in output
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--table: expected a table"),
+        (["--table", "9"], "--table: expected one of afr-table1"),
+        (["--table", "2", "--row", "mnist", "--data", "."], "--row: expected one of cifar10-10"),
+        (["--table", "2", "--row", "cifar10-10"], "--data: expected a path"),
+        (["--table", "2", "--row", "cifar10-10", "--data", "/none"], "--data: expected CIFAR-10"),
+        (["--table", "2", "--data", ".", "--methods", "sgd"], "--methods: expected some of ce"),
+        (["--table", "2", "--data", ".", "--seeds", "0"], "--seeds: expected at least 1"),
+        (["--table", "2", "--data", ".", "--seed", "-1"], "--seed: expected 0 or more"),
+        (["--table", "2", "--data", ".", "--epochs", "-1"], "--epochs: expected 0 or more"),
+        (["--table", "7", "--data", "."], "--row: expected rows of one data set"),
+        (["--table", "4", "--data", "."], "--row: expected rows of one data set"),
+        (["--table", "4", "--data", ".", "--device", "x"], "--device: expected a torch device"),
+        (["--table", "2", "--data", ".", "--set", "ratio=3"], "--set: expected section.key"),
+        (["--table", "2", "--data", ".", "--set", "published.x=3"], "section published: expected"),
+        (["--table", "2", "--data", ".", "--set", "trainer.epoch=3"], "epoch"),
+        (["--table", "3", "--data", ".", "--set", "data.size=3"], r"\[data\] size: expected one"),
+        (["--table", "2", "--data", ".", "--set", "scenario.name=x"], "name: expected one of long"),
+    ],
+)
+def test_errors(arguments, message, capsys, tmp_path):
+    assert main(["paper", *arguments, "--out", str(tmp_path)]) == 2
+    found = capsys.readouterr().err
+    assert found.startswith("error: ")
+    assert __import__("re").search(message, found), found
+
+
+def test_an_unknown_scenario_setting(images):
+    recipe = load("table2/cifar10-10", {"data": {"reader": "folder"}, "scenario": {"size": 3}})
+    with pytest.raises(ValueError, match=r"\[scenario\] size: expected one of ratio"):
+        make_split(recipe, read_parts(recipe, images, Limits()), 0)
+
+
+def test_a_damaged_record(tmp_path, capsys):
+    (tmp_path / "record.json").write_text('{"experiment": ')
+    assert main(["paper", "--list", "--out", str(tmp_path)]) == 2
+    assert "record.json: expected a run's record" in capsys.readouterr().err
+
+
+def test_strengths_are_counted_by_class_and_label():
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    wrong = torch.tensor([False, True, False, False, True])
+    counts = StrengthCounts(labels, wrong, 3, epochs=10)
+    assert counts.as_record() is None
+    epsilon = torch.tensor([0.5, -0.5, 0.5, -0.2, -1.0])
+    result = MetaStep(torch.zeros(()), torch.zeros(()), epsilon)
+    batch = (None, labels, torch.arange(5))
+    counts(type("Run", (), {"epoch": 7}), batch, result)  # before the last fifth
+    assert counts.as_record() is None
+    counts(type("Run", (), {"epoch": 8}), batch, result)
+    found = counts.as_record()
+    assert found["class_share"] == [1 / 2, 1 / 3, None]
+    assert (found["share_clean"], found["share_flipped"]) == (2 / 3, 0)
+    assert sum(found["histogram_clean"]) == 3
+    assert found["histogram_flipped"][0] == 1
+    json.dumps(found)
+
+
+def test_the_command_on_a_page_is_the_whole_one():
+    recipe = load("table2/cifar10-10")
+    parser = argparse.ArgumentParser()
+    add_paper(parser.add_subparsers())
+    given = ["paper", "--table", "2", "--row", "cifar10-10", "--data", "PATH", "--epochs", "1"]
+    given += ["--train-limit", "1", "--methods", "ce", "--set", "data.images=/a b", "data.reader=x"]
+    words = shlex.split(_command(recipe, parser.parse_args(given)))
+    assert words[:3] == ["python", "-m", "iada"]
+    assert vars(parser.parse_args(words[3:])) == vars(parser.parse_args(given))
+    given += ["--seed", "2"]
+    words = shlex.split(_command(recipe, parser.parse_args(given)))
+    assert vars(parser.parse_args(words[3:])) == vars(parser.parse_args(given))
+
+
+def test_groups_are_published_at_the_epoch_chosen_by_validation():
+    assert {load(name).selection for name in names() if name.startswith("table6/")} == {"best"}
+
+
+def test_the_recipes_are_shipped():
+    assert (recipes.recipe_folder() / "table2/cifar10-100.toml").is_file()

@@ -1,0 +1,155 @@
+"""The head's hypergradient: definition against autograd, every backend against the definition."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from iada_kernels import reference, select_backend
+from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
+from tests.helpers.problems import assert_same, max_norm, random_problem, sign_argument, target_of
+
+pytestmark = pytest.mark.usefixtures("poison")  # in fresh memory of Triton kernels
+
+SIZES = [(7, 4, 5), (1, 3, 2), (5, 1, 4), (3, 9, 6), (33, 6, 17), (0, 3, 4), (70, 19, 33)]
+
+
+def loss_inputs(problem):
+    p = problem
+    labels = p.labels.long()
+    return LossInputs(
+        p.features, p.weight, p.bias, labels, p.covariance, p.epsilon, p.log_prior
+    ), LossOptions(**p.options)
+
+
+def tangents_of(problem, features=True, bias=True):
+    generator = torch.Generator().manual_seed(5)
+
+    def like(tensor):
+        dtype = torch.promote_types(torch.float32, tensor.dtype)
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        return drawn.to(tensor.device, dtype)
+
+    return HeadTangents(
+        like(problem.features) if features else None,
+        like(problem.weight),
+        like(problem.weight[:, 0]) if bias else None,
+    )
+
+
+def by_reference(problem, tangents, sign=None):
+    """{"epsilon": ∂L̇/∂ε, "covariance": ∂L̇/∂Σ}, those that there are, in float64."""
+    p = problem.double()
+    tensors = (p.features, p.weight, p.bias, p.labels.long(), p.covariance, p.epsilon, p.log_prior)
+    directions = (tangents.features, tangents.weight, tangents.bias)
+    directions = tuple(None if t is None else t.double() for t in directions)
+    epsilon, covariance = reference.hypergradient(*tensors, *directions, **p.options, sign=sign)
+    return present(epsilon=epsilon, covariance=covariance)
+
+
+def by_backend(problem, tangents, backend, scale=1.0):
+    inputs, options = loss_inputs(problem)
+    passes = select_backend(backend, problem.features.device)
+    epsilon, sums = passes.hypergradient(inputs, options, tangents, inputs.covariance is not None)
+    if inputs.covariance is None:
+        assert sums is None
+        return present(epsilon=epsilon)
+    covariance = torch.zeros_like(inputs.covariance)
+    passes.covariance_step(covariance, inputs.weight, tangents.weight, sums, scale)
+    return present(epsilon=epsilon, covariance=covariance)
+
+
+def present(**tensors):
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", None])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_definition_is_the_derivative_of_the_loss(structure, reduction):
+    problem = random_problem(structure=structure, reduction=reduction, symmetric=False)
+    p, tangents = problem, tangents_of(problem)
+    sign = sign_argument(problem).sign()
+
+    def loss(features, weight, bias):
+        labels = p.labels.long()
+        tensors = (features, weight, bias, labels, p.covariance, p.epsilon, p.log_prior)
+        return reference.iada_loss(*tensors, **p.options, sign=sign)
+
+    moving = (p.features, p.weight, p.bias)
+    directions = (tangents.features, tangents.weight, tangents.bias)
+    _, expected = torch.func.jvp(loss, moving, directions)
+    tensors = (*moving, p.labels.long(), p.covariance, p.epsilon, p.log_prior)
+    found = reference.directional_derivative(*tensors, *directions, **p.options)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", None])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_backends_equal_the_definition(target, structure, size, reduction):
+    problem = random_problem(*size, structure=structure, reduction=reduction).to(target.device)
+    tangents = tangents_of(problem)
+    assert_same(by_backend(problem, tangents, target.backend), by_reference(problem, tangents))
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("absent", ["features", "bias", "epsilon", "log_prior", "own bias", "rows"])
+def test_parts_may_be_absent(target, structure, absent):
+    parts = {name: absent != name for name in ("epsilon", "log_prior")}
+    problem = random_problem(
+        9, structure=structure, bias=absent != "own bias", ignored=absent == "rows", **parts
+    ).to(target.device)
+    tangents = tangents_of(problem, features=absent != "features", bias=absent != "bias")
+    assert_same(by_backend(problem, tangents, target.backend), by_reference(problem, tangents))
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("confident", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_single_precision_is_as_good_as_torch(target, structure, confident, dtype):
+    problem = random_problem(65, 11, 24, structure=structure, dtype=torch.float32)
+    if confident:  # margins of about 30: 1 − p_y is far below rounding
+        rows = torch.arange(65)
+        features = problem.features + 3 * problem.weight[target_of(problem)[rows]]
+        problem = dataclasses.replace(problem, features=features)
+    if dtype == torch.bfloat16:
+        problem = dataclasses.replace(problem, features=problem.features.to(dtype))
+    problem = problem.to(target.device)
+    tangents = tangents_of(problem)
+    sign = sign_argument(problem).sign()
+    exact = by_reference(problem, tangents, sign)
+    single = problem.map(lambda t: t.float())
+    tensors = (single.features, single.weight, single.bias, single.labels.long())
+    rest = (single.covariance, single.epsilon, single.log_prior)
+    directions = (tangents.features, tangents.weight, tangents.bias)
+    own = reference.hypergradient(
+        *tensors, *rest, *directions, **problem.options, sign=sign.float()
+    )
+    own = present(epsilon=own[0], covariance=own[1])
+    for name, found in by_backend(problem, tangents, target.backend).items():
+        error = max_norm(found.double() - exact[name])
+        allowed = 4 * max_norm(own[name].double() - exact[name])
+        floor = 2**-22 * max_norm(exact[name])  # a result right to its last digits is right
+        assert error <= max(allowed, floor), f"{name}: {error:.2e} against {allowed:.2e} of torch"
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_step_adds_in_place_and_leaves_absent_classes_alone(target, structure, rows):
+    problem = random_problem(rows, 8, 6, structure=structure, dtype=torch.float32)
+    labels = torch.where(problem.labels > 5, 1, problem.labels)  # nobody in classes 6 and 7
+    problem = dataclasses.replace(problem, labels=labels).to(target.device)
+    tangents = tangents_of(problem)
+    inputs, options = loss_inputs(problem)
+    passes = select_backend(target.backend, target.device)
+    before = [t.clone() for t in problem.tensors()]
+    _, sums = passes.hypergradient(inputs, options, tangents, True)
+    for old, new in zip(before, problem.tensors(), strict=True):
+        assert torch.equal(old, new)
+    stepped = inputs.covariance.clone()
+    passes.covariance_step(stepped, inputs.weight, tangents.weight, sums, -0.25)
+    gradient = by_backend(problem, tangents, target.backend)["covariance"]
+    torch.testing.assert_close(stepped, inputs.covariance - 0.25 * gradient)
+    assert torch.equal(stepped[6:], inputs.covariance[6:])
+    if structure == "full":
+        assert torch.equal(gradient, gradient.mT)

@@ -1,0 +1,266 @@
+"""What an iteration of the Meta-IADA engine may touch, how often, and what a checkpoint holds."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import iada
+from iada_kernels import reference
+from tests.helpers.engine_cases import hypergradients, make_batches, make_engine, relative
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODES = {
+    "jvp": {},
+    "low memory": {"low_memory": True},
+    "head": {"scope": "head"},
+    "finite-difference": {"hypergradient": "finite-difference"},
+    "finite-difference, low memory": {"hypergradient": "finite-difference", "low_memory": True},
+    "double-backward": {"hypergradient": "double-backward"},
+}
+
+
+@pytest.fixture(params=MODES)
+def mode(request):
+    return MODES[request.param]
+
+
+class Masks(nn.Module):
+    """Dropout that remembers its masks by the number of rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def forward(self, inputs):
+        mask = torch.bernoulli(torch.full_like(inputs.detach(), 0.7))
+        self.seen.setdefault(len(inputs), []).append(mask)
+        return inputs * mask
+
+
+def test_batchnorm_statistics_move_once_by_the_training_batch(mode):
+    meta = make_engine("conv", **mode)
+    batch, meta_batch = make_batches("conv")
+    plain = copy.deepcopy(meta.classifier.backbone)
+    plain(batch[0])
+    meta.step(batch, meta_batch)
+    for name, buffer in meta.classifier.backbone.named_buffers():
+        assert torch.equal(buffer, plain.get_buffer(name)), name
+    assert int(meta.perturbation.norm.num_batches_tracked) == 1
+
+
+def test_dropout_masks_are_the_same_in_all_passes(mode):
+    masks = Masks()
+    meta = make_engine("mlp", prepare=lambda backbone, head: backbone.append(masks), **mode)
+    meta.step(*make_batches("mlp"))
+    first, *others = masks.seen[12]
+    passes = {"low_memory": 1, "finite-difference": 2}
+    expected = sum(passes.get(word, 0) for option in mode.items() for word in option)
+    assert len(others) == expected
+    for other in others:
+        assert torch.equal(first, other)
+    assert len(masks.seen[7]) == 1
+
+
+def test_random_state_moves_as_by_two_forwards(mode):
+    meta = make_engine("mlp", **mode)
+    batch, meta_batch = make_batches("mlp")
+    torch.manual_seed(3)
+    plain = copy.deepcopy(meta.classifier.backbone)
+    plain(batch[0])
+    plain(meta_batch[0])
+    expected = torch.get_rng_state()
+    torch.manual_seed(3)
+    meta.step(batch, meta_batch)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "transformer"])
+def test_low_memory_changes_no_bit(name):
+    found = []
+    for low_memory in (False, True):
+        meta = make_engine(name, low_memory=low_memory, covariance_lr=1e-2)
+        torch.manual_seed(7)
+        for _ in range(2):
+            meta.step(*make_batches(name))
+        found.append([*meta.classifier.state_dict().values(), meta.covariance.covariance])
+    for normal, low in zip(*found, strict=True):
+        assert torch.equal(normal, low)
+
+
+def test_frozen_parameters_stay_and_get_no_gradient(mode):
+    def freeze(backbone, head):
+        backbone[0].weight.requires_grad_(False)
+
+    meta = make_engine("conv", prepare=freeze, **mode)
+    frozen = meta.classifier.backbone[0].weight
+    before = {name: p.detach().clone() for name, p in meta.classifier.named_parameters()}
+    meta.step(*make_batches("conv"))
+    moved = {n for n, p in meta.classifier.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(before) - {"backbone.0.weight"}
+    assert frozen.grad is None
+
+
+def test_a_frozen_part_keeps_the_hypergradient_exact():
+    def freeze(backbone, head):
+        backbone[0].weight.requires_grad_(False)
+        head.weight.requires_grad_(False)
+
+    found = [
+        hypergradients(
+            make_engine("conv", prepare=freeze, hypergradient=way), *make_batches("conv")
+        )
+        for way in ("jvp", "double-backward")
+    ]
+    assert max(relative(*found).values()) < 1e-8
+
+
+def test_interval():
+    meta = make_engine("mlp", interval=3, covariance_lr=1e-2)
+    batch, meta_batch = make_batches("mlp")
+    needed, omegas = [], []
+    for _ in range(5):
+        needed.append(meta.needs_meta_batch)
+        result = meta.step(batch, meta_batch if meta.needs_meta_batch else None)
+        assert torch.isfinite(result.meta_loss)
+        omegas.append(torch.cat([p.detach().flatten() for p in meta.perturbation.parameters()]))
+    assert needed == [True, False, False, True, False]
+    assert torch.equal(omegas[0], omegas[2])
+    assert not torch.equal(omegas[2], omegas[3])
+    assert int(meta.perturbation.norm.num_batches_tracked) == 5
+
+
+def test_a_step_between_is_eq_10_alone():
+    meta = make_engine("mlp", interval=2, covariance_lr=1e-2)
+    batch, meta_batch = make_batches("mlp")
+    meta.step(batch, meta_batch)
+    trial = copy.deepcopy(meta)
+    torch.manual_seed(2)
+    result = meta.step(batch)
+    torch.manual_seed(2)
+    features, _ = trial.classifier(batch[0])
+    loss = reference.iada_loss(
+        features,
+        trial.classifier.head.weight,
+        trial.classifier.head.bias,
+        batch[1],
+        meta.covariance.covariance,
+        result.epsilon,
+        meta.log_prior,
+    )
+    torch.testing.assert_close(loss.detach(), result.loss)
+    trial.optimizer.zero_grad()
+    loss.backward()
+    for p, q in zip(trial.classifier.parameters(), meta.classifier.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"low_memory": True}, {"scope": "head"}])
+@pytest.mark.parametrize("name", ["conv", "transformer"])
+def test_autocast(name, options):
+    exact = make_engine(name, dtype=torch.float32, hypergradient="double-backward")
+    batches = make_batches(name, torch.float32)
+    expected = exact.step(*batches)
+    meta = make_engine(name, dtype=torch.float32, **options)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = meta.step(*batches)
+        assert torch.is_autocast_enabled("cpu")
+    assert result.loss.dtype == torch.float32
+    assert meta._tangent.way == "graph"
+    assert all(p.dtype == torch.float32 for p in meta.classifier.parameters())
+    torch.testing.assert_close(result.meta_loss, expected.meta_loss, rtol=0.1, atol=0)
+
+
+def test_autocast_hypergradient_is_that_of_double_backward_to_rounding():
+    found = {}
+    for way in ("jvp", "double-backward"):
+        meta = make_engine("conv", dtype=torch.float32, hypergradient=way)
+        with torch.autocast("cpu", torch.bfloat16):
+            found[way] = hypergradients(meta, *make_batches("conv", torch.float32))
+    errors = relative(found["jvp"], found["double-backward"])
+    assert max(errors.values()) < 0.05, errors  # bfloat16 has eight bits
+
+
+def scaled(**options):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+    return make_engine("conv", scaler=scaler, **options), scaler
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_grad_scaler_changes_nothing_but_the_range(low_memory):
+    batches = make_batches("conv")
+    meta, scaler = scaled(low_memory=low_memory, clip_norm=0.5)
+    plain = make_engine("conv", clip_norm=0.5)
+    found = [hypergradients(engine, *batches) for engine in (meta, plain)]
+    assert scaler.get_scale() == 2048.0  # grown: nothing overflowed
+    assert max(relative(*found).values()) < 1e-10
+    for a, b in zip(meta.classifier.parameters(), plain.classifier.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_overflow_skips_all_three_steps():
+    meta, scaler = scaled()
+    batch, meta_batch = make_batches("conv")
+    meta.step(batch, meta_batch)
+    before = copy.deepcopy(meta)
+    handle = meta.classifier.backbone[3].register_full_backward_hook(
+        lambda module, grads, _: tuple(torch.full_like(g, torch.inf) for g in grads)
+    )
+    meta.step(batch, meta_batch)
+    handle.remove()
+    assert scaler.get_scale() < before._learner.scaler.get_scale()
+    pairs = zip(meta.classifier.parameters(), before.classifier.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    pairs = zip(meta.perturbation.parameters(), before.perturbation.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.isfinite(meta.covariance.covariance).all()
+
+
+@pytest.mark.parametrize("disabled", [None, torch.amp.GradScaler("cpu", enabled=False)])
+def test_a_disabled_scaler_is_none(disabled):
+    meta, plain = make_engine("mlp", scaler=disabled), make_engine("mlp")
+    for engine in (meta, plain):
+        torch.manual_seed(0)
+        engine.step(*make_batches("mlp"))
+    for a, b in zip(meta.classifier.parameters(), plain.classifier.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"low_memory": True}, {"interval": 2}])
+def test_state_dict_resumes_bit_for_bit(options):
+    batches = make_batches("transformer")
+    options = {"covariance_lr": 1e-2} | options
+    one, other = make_engine("transformer", **options), make_engine("transformer", **options)
+    torch.manual_seed(11)
+    one.step(*batches)
+    state = copy.deepcopy(
+        [one.classifier.state_dict(), one.optimizer.state_dict(), one.state_dict()]
+    )
+    random_state = torch.get_rng_state()
+    parts = (other.classifier, other.optimizer, other)
+    for part, saved in zip(parts, state, strict=True):
+        part.load_state_dict(saved)
+    for meta in (one, other):
+        torch.set_rng_state(random_state)
+        for _ in range(3):
+            meta.step(*batches)
+    ends = [[meta.classifier.state_dict(), meta.state_dict()] for meta in (one, other)]
+    torch.testing.assert_close(*map(plain_leaves, ends), rtol=0, atol=0)
+
+
+def plain_leaves(state):
+    """The tensors and numbers of nested states, in order."""
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, int | float | torch.Tensor)]
+
+
+def test_a_distributed_module_is_refused():
+    class Wrapped(nn.parallel.DistributedDataParallel):
+        def __init__(self):
+            nn.Module.__init__(self)
+
+    with pytest.raises(ValueError, match="^backbone: expected the module itself"):
+        iada.MetaIADA(Wrapped(), nn.Linear(8, 3), None, torch.ones(3))

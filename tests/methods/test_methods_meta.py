@@ -1,0 +1,211 @@
+"""The hypergradients of Meta-Weight-Net and MetaSAug against double backward, in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+import iada
+from iada.methods.meta_weight_net import MetaWeightNet, WeightNet
+from iada.nn.class_weights import class_balanced_weights
+from tests.helpers.engine_cases import (
+    BACKBONES,
+    CLASSES,
+    hypergradients,
+    make_batches,
+    make_engine,
+    relative,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WEIGHTS = torch.tensor([0.3, 0.9, 1.8], dtype=torch.float64)
+
+
+def make_weight_net(name, **options):
+    torch.manual_seed(0)
+    build, _, width = BACKBONES[name]
+    backbone, head = build().double(), nn.Linear(width, CLASSES).double()
+    groups = [
+        {"params": list(backbone.parameters()), "lr": 0.5},
+        {"params": list(head.parameters()), "lr": 0.2},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-3)
+    weight_net = WeightNet().double()
+    return MetaWeightNet(backbone, head, optimizer, weight_net=weight_net, **options)
+
+
+def after_virtual_step(backbone, head, batch, loss, rates, head_only=False):
+    """Backbone and head moved down the gradient of loss(features, weight, bias), with its graph."""
+    names = {f"b.{n}": p for n, p in backbone.named_parameters()}
+    names |= {f"h.{n}": p for n, p in head.named_parameters()}
+    buffers = {n: b.clone() for n, b in backbone.named_buffers()}
+    features = functional_call(
+        backbone, {n[2:]: p for n, p in names.items() if n[0] == "b"} | buffers, (batch[0],)
+    )
+    value = loss(features)
+    moving = {n: p for n, p in names.items() if n[0] == "h" or not head_only}
+    grads = torch.autograd.grad(value, list(moving.values()), create_graph=True)
+    moved = {n: p - rates[n[0]] * g for (n, p), g in zip(moving.items(), grads, strict=True)}
+    return {**names, **moved}
+
+
+def meta_loss(backbone, moved, meta_batch):
+    buffers = {n: b.clone() for n, b in backbone.named_buffers()}
+    own = {n[2:]: p for n, p in moved.items() if n[0] == "b"}
+    features = functional_call(backbone, own | buffers, (meta_batch[0],))
+    return F.cross_entropy(F.linear(features, moved["h.weight"], moved["h.bias"]), meta_batch[1])
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "resnet", "transformer"])
+@pytest.mark.parametrize("options", [{}, {"scope": "head"}, {"low_memory": True}], ids=str)
+def test_meta_weight_net_equals_double_backward(name, options):
+    method = make_weight_net(name, **options)
+    batch, meta_batch = make_batches(name)
+    backbone, head = copy.deepcopy((method._learner.classifier.backbone, method.head))
+    net = copy.deepcopy(method.weight_net)
+
+    def weighted(features):
+        losses = F.cross_entropy(head(features), batch[1], reduction="none")
+        return (net(losses.detach()) * losses).sum() / len(losses)
+
+    torch.manual_seed(5)
+    rates = {"b": 0.5, "h": 0.2}
+    only = options.get("scope") == "head"
+    moved = after_virtual_step(backbone, head, batch, weighted, rates, only)
+    value = meta_loss(backbone, moved, meta_batch)
+    value.backward()
+
+    torch.manual_seed(5)
+    result = method.step(batch, meta_batch)
+    torch.testing.assert_close(result.meta_loss, value.detach())
+    for have, want in zip(method.weight_net.parameters(), net.parameters(), strict=True):
+        error = (have.grad - want.grad).abs().max() / want.grad.abs().max()
+        assert error < 1e-8
+
+
+def test_meta_weight_net_steps_by_the_new_weights():
+    method = make_weight_net("conv")
+    batch, meta_batch = make_batches("conv")
+    backbone, head = copy.deepcopy((method._learner.classifier.backbone, method.head))
+    result = method.step(batch, meta_batch)
+    losses = F.cross_entropy(head(backbone(batch[0])), batch[1], reduction="none")
+    loss = (method.weight_net(losses.detach()).detach() * losses).mean()
+    torch.testing.assert_close(result.loss, loss.detach())
+    loss.backward()
+    # Momentum's first step is the gradient itself.
+    want = head.weight - 0.2 * (head.weight.grad + 1e-3 * head.weight)
+    torch.testing.assert_close(method.head.weight, want)
+    first = next(backbone.parameters())
+    want = first - 0.5 * (first.grad + 1e-3 * first)
+    torch.testing.assert_close(next(method._learner.classifier.backbone.parameters()), want)
+    for have, other in zip(
+        method._learner.classifier.backbone.buffers(), backbone.buffers(), strict=True
+    ):
+        torch.testing.assert_close(have, other)
+
+
+def test_meta_weight_net_has_no_double_backward():
+    with pytest.raises(ValueError, match="hypergradient: expected 'jvp' or 'finite-difference'"):
+        make_weight_net("mlp", hypergradient="double-backward")
+
+
+def metasaug_loss(features, head, labels, sigma, alpha, weights):
+    """F.cross_entropy with weights of z + α ½ (w_j − w_y)ᵀ Σ_y (w_j − w_y), sample by sample."""
+    total = norm = 0.0
+    for h, y in zip(features, labels, strict=True):
+        rows = head.weight - head.weight[y]
+        square = rows @ sigma[y] @ rows.T if sigma.dim() == 3 else rows * sigma[y] @ rows.T
+        z = head(h) + alpha / 2 * square.diagonal()
+        total = total - weights[y] * z.log_softmax(dim=0)[y]
+        norm = norm + weights[y]
+    return total / norm
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "transformer"])
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("scope", ["full", "head"])
+def test_metasaug_equals_double_backward(name, structure, scope):
+    options = {"epsilon": 0.0, "beta": 0.0, "class_weights": WEIGHTS, "scope": scope}
+    method = make_engine(name, structure, **options)
+    batch, meta_batch = make_batches(name)
+    backbone, head = copy.deepcopy((method._learner.classifier.backbone, method.head))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        features = copy.deepcopy(backbone)(batch[0])
+    streamed = copy.deepcopy(method.covariance)
+    streamed.update(features, batch[1])
+    sigma = streamed.covariance.clone().requires_grad_()
+
+    def loss(features):
+        return metasaug_loss(features, head, batch[1], sigma, 0.5, WEIGHTS)
+
+    torch.manual_seed(5)
+    rates = {"b": 0.05, "h": 0.2}
+    moved = after_virtual_step(backbone, head, batch, loss, rates, scope == "head")
+    (want,) = torch.autograd.grad(meta_loss(backbone, moved, meta_batch), sigma)
+    if structure == "full":
+        want = (want + want.mT) / 2
+
+    torch.manual_seed(5)
+    result = method.step(batch, meta_batch)
+    assert result.epsilon is None
+    have = (streamed.covariance - method.covariance.covariance) / method.covariance_lr
+    assert (have - want).abs().max() / want.abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize(
+    "options", [{"class_weights": WEIGHTS}, {"class_weights": WEIGHTS, "epsilon": 0.3}], ids=str
+)
+def test_weights_and_constant_strengths_in_the_engine(structure, options):
+    found = []
+    for way in ("jvp", "double-backward"):
+        method = make_engine("conv", structure, hypergradient=way, **options)
+        if "epsilon" in options:
+            method.perturbation = nn.Linear(1, 1)  # has no gradients to be compared
+            for p in method.perturbation.parameters():
+                p.grad = torch.ones_like(p)
+        found.append(hypergradients(method, *make_batches("conv")))
+    errors = relative(*found)
+    assert max(errors.values()) < 1e-8, errors
+
+
+def test_metasaug_uses_its_meta_step_once():
+    """Eq. 10 takes the Σ moved by Eq. 9; what is kept is the streamed one."""
+    torch.manual_seed(0)
+    (batch, meta_batch), (build, _, width) = make_batches("conv"), BACKBONES["conv"]
+    backbone, head = build().double(), nn.Linear(width, CLASSES).double()
+    data = iada.TensorData(*batch)
+    settings = {"method": "metasaug", "epochs": 1, "ce_epochs": 0, "covariance_lr": 50.0}
+    config = iada.TrainerConfig(**settings, beta=7.0)
+    counts = torch.tensor([40, 20, 10])
+    trainer = iada.Trainer(backbone, head, data, data, config, class_counts=counts)
+    method, weights = trainer.method, class_balanced_weights(counts, 0.9999)
+    before, before_head = copy.deepcopy((backbone, head))
+    result = method.step(batch, meta_batch)
+    features = before(batch[0])
+    streamed = iada.ClassCovariance(CLASSES, width).double()
+    streamed.update(features, batch[1])
+    assert torch.equal(method.covariance.covariance, streamed.covariance)
+    plain = metasaug_loss(features, before_head, batch[1], streamed.covariance, 0.5, weights)
+    assert abs(result.loss - plain.detach()) > 1e-6
+    assert float(result.loss) == pytest.approx(float(plain.detach()), rel=0.2)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -0.4])
+def test_constant_strengths(epsilon):
+    method = make_engine("conv", epsilon=epsilon)
+    batch, meta_batch = make_batches("conv")
+    result = method.step(batch, meta_batch)
+    if epsilon:
+        assert torch.equal(result.epsilon, torch.full((12,), epsilon, dtype=torch.float64))
+    else:
+        assert result.epsilon is None
+    assert method.perturbation is None
+    assert "perturbation" not in method.state_dict()
+    other = make_engine("conv", epsilon=epsilon)
+    other.load_state_dict(method.state_dict())

@@ -1,0 +1,141 @@
+"""Every method on scikit-learn's digits, long-tailed: trains, beats chance, and resumes."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+import iada
+from iada.experiments.demo.scenarios import make_split
+from iada.models import mlp
+from iada.training.config import METHODS
+from tests.helpers.training import differences
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PASTING = ("cmo", "afr")  # need images
+OWN = {
+    "afr": {"finetune_epochs": 4},
+    "isda": {"alpha_ramp": True},
+    "metasaug": {"ce_epochs": 6, "covariance_lr": 0.1},
+    "meta-iada": {"ce_epochs": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def split():
+    pytest.importorskip("sklearn")
+    return make_split("long-tail", 0)
+
+
+def conv():
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+    layers += [nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten()), nn.Linear(128, 10)
+
+
+def served(part, method):
+    inputs = part.inputs.float()
+    return iada.TensorData(inputs.view(-1, 1, 8, 8) if method in PASTING else inputs, part.labels)
+
+
+def make_trainer(split, method, folder=None, observe=None, **settings):
+    torch.manual_seed(0)
+    backbone, head = conv() if method in PASTING else mlp(64, (128, 64), 10)
+    backbone.append(nn.Dropout(0.1))
+    common = {"epochs": 14, "ce_epochs": 0, "batch_size": 32, "schedule": "cosine", "alpha": 0.1}
+    config = iada.TrainerConfig(
+        method=method, clip_norm=1.0, **{**common, **OWN.get(method, {}), **settings}
+    )
+    train, meta = served(split.train, method), served(split.meta, method)
+    return iada.Trainer(backbone, head, train, meta, config, folder=folder, observe=observe)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_beats_chance(split, method):
+    trainer = make_trainer(split, method)
+    history = trainer.fit()
+    assert len(history) == 14
+    accuracy = trainer.class_accuracy(served(split.test, method))
+    assert float(accuracy.mean()) > 0.6  # chance is 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resumes_bit_for_bit(split, tmp_path, method):
+    whole = make_trainer(split, method)
+    whole.fit()
+
+    def stop(trainer, batch, result):
+        if (trainer.epoch, trainer.batch) == (11, 3):  # AFR's second stage has begun
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(split, method, tmp_path, stop).fit()
+    rest = make_trainer(split, method, tmp_path)
+    assert rest.resume()
+    assert (rest.epoch, rest.batch) == (11, 4)
+    rest.fit()
+    assert differences(rest.state_dict(), whole.state_dict()) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha": 0.0},
+        {"beta": 0.0},
+        {"perturbation": "constant"},
+        {"perturbation": "constant", "epsilon": 0.2},
+        {"scope": "head"},
+    ],
+    ids=str,
+)
+def test_ablations_of_meta_iada(split, settings):
+    trainer = make_trainer(split, "meta-iada", **settings)
+    trainer.fit()
+    accuracy = trainer.class_accuracy(served(split.test, "meta-iada"))
+    assert float(accuracy.mean()) > 0.6
+    whole = make_trainer(split, "meta-iada")
+    whole.fit()
+    assert not torch.equal(whole.head.weight, trainer.head.weight)
+
+
+def test_afr_s_second_stage_has_a_rate_of_its_own(split):
+    seen = []
+    trainer = make_trainer(split, "afr", schedule="multistep", milestones=[5, 8], gamma=0.1)
+
+    def note(trainer, batch, result):
+        if not trainer.batch:
+            seen.append(trainer.optimizer.param_groups[0]["lr"])
+
+    trainer.observe = note
+    trainer.fit()
+    half = 2**-0.5
+    cosine = [0.01, 0.01 * (1 + half) / 2, 0.005, 0.01 * (1 - half) / 2]
+    assert seen == pytest.approx([0.1] * 5 + [0.01] * 3 + [0.001] * 2 + cosine)
+
+
+@pytest.mark.parametrize("method", ["ldam-drw", "cmo", "afr"])
+def test_epochs_of_a_staged_method_are_not_free(split, tmp_path, method):
+    make_trainer(split, method, tmp_path, schedule="constant").save()
+    other = make_trainer(split, method, tmp_path, schedule="constant", epochs=20)
+    with pytest.raises(ValueError, match="checkpoint's epochs: expected 20"):
+        other.resume()
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"method": "afr", "ce_epochs": 160}, "finetune_epochs"),
+        ({"class_beta": 1.0}, "class_beta"),
+        ({"focal_gamma": -1.0}, "focal_gamma"),
+        ({"reweight_from": 1.5}, "reweight_from"),
+        ({"perturbation": "none"}, "perturbation"),
+        ({"epsilon": 0.5}, "epsilon"),
+        ({"finetune_lr": 0.0}, "finetune_lr"),
+    ],
+)
+def test_settings_are_checked(settings, name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected .* got .*; "):
+        iada.TrainerConfig(**settings)

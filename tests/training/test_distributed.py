@@ -1,0 +1,112 @@
+"""Two processes under torchrun give what one gives with the whole batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from iada.training.checkpoint import load_checkpoint
+from iada.utils.distributed import average, current_group, gather_rows, own_part, row_counts
+from tests.helpers.training import make_trainer
+
+ROOT = Path(__file__).parents[2]
+METHODS = (
+    "ce",
+    "meta-iada",
+    "logit-adjustment",
+    "ldam-drw",
+    "metasaug",
+    "meta-weight-net",
+    "isda",
+)
+
+
+def torchrun(*arguments):
+    """The output of two processes; each on one thread."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where two processes trained by every method, having made their own checks."""
+    folder = tmp_path_factory.mktemp("two")
+    output = torchrun(ROOT / "tests/helpers/distributed_run.py", folder, *METHODS)
+    assert "rank 0 done" in output
+    assert "rank 1 done" in output
+    return folder
+
+
+def tensors(state):
+    """Parameters, Ω, Σ and its statistics."""
+    parts = {**state, **state["method"]}
+    names = ("backbone", "head", "perturbation", "weight_net", "covariance")
+    names = [name for name in names if name in parts]
+    return {f"{n}.{k}": tensor.double() for n in names for k, tensor in parts[n].items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("kind", "tolerance"), [("float32", 2e-5), ("float64", 1e-12)])
+def test_two_processes_train_as_one(folder, tmp_path, method, kind, tolerance):
+    one = make_trainer(
+        tmp_path, dropout=0.0, dtype=getattr(torch, kind), method=method, clip_norm=0.5
+    )
+    one.fit()
+    want = tensors(load_checkpoint(tmp_path / "checkpoint.pt"))
+    got = tensors(load_checkpoint(folder / f"{method}-{kind}" / "checkpoint.pt"))
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        error = (got[name] - tensor).abs().max() / tensor.abs().max()
+        assert error <= tolerance, name
+    history = load_checkpoint(folder / f"{method}-{kind}" / "checkpoint.pt")["history"]
+    for have, record in zip(history, one.history, strict=True):
+        assert have["loss"] == pytest.approx(record["loss"], rel=2e-5)
+
+
+def test_one_process_takes_up_the_run_of_two(folder):
+    rest = make_trainer(folder / "isda-float32", dropout=0.0, method="isda", clip_norm=0.5)
+    assert rest.resume()
+    assert rest.epoch == 6
+
+
+def test_one_row_an_epoch_by_the_first_rank_alone(folder):
+    lines = (folder / "isda-float32" / "log.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["epoch", *"012345"]
+
+
+def test_the_command_line_under_torchrun(tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text(
+        '[data]\nkind = "digits"\n[model]\nhidden = [16]\n'
+        '[trainer]\nmethod = "isda"\nepochs = 3\nce_epochs = 1\nbatch_size = 33\nlr = 0.05\n'
+    )
+    out = tmp_path / "run"
+    text = torchrun("-m", "iada", "train", "--config", config, "--out", out)
+    assert text.count("balanced test accuracy") == 1
+    assert len(json.loads((out / "result.json").read_text())["history"]) == 3
+
+
+def test_without_a_group_all_is_the_identity():
+    assert current_group() is None
+    assert own_part(5, None) == slice(0, 5)
+    assert row_counts(5, None) == [5]
+    rows = torch.randn(5, 2, requires_grad=True)
+    gathered = gather_rows(rows, [5], None)
+    assert torch.equal(gathered, rows)
+    assert not gathered.requires_grad
+    value = torch.tensor([3.0])
+    average([value], [5], None)
+    assert value == 3

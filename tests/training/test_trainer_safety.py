@@ -1,0 +1,347 @@
+"""What must not cost a night: a full disk, a diverged run, a foreign folder; and schedules."""
+
+import copy
+import math
+import os
+import re
+import resource
+import signal
+
+import pytest
+import torch
+
+import iada
+import iada.training.divergence
+from iada.models import mlp
+from iada.training.checkpoint import load_checkpoint, save_checkpoint
+from iada.training.divergence import CHECK_EVERY, LossWatch
+from iada.training.schedule import build_optimizer, build_schedule
+from iada.utils.loading import batches
+from tests.helpers.training import CLASSES, SETTINGS, differences, make_trainer
+
+
+@pytest.fixture
+def size_limit():
+    """A function that limits the size of any file this process writes, as a full disk does."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_found_at_the_start(tmp_path, size_limit):
+    trainer = make_trainer(tmp_path)
+    steps = []
+    trainer.method.cross_entropy_step = lambda batch: steps.append(batch)
+    size_limit(4096)
+    with pytest.raises(OSError, match="checkpoint: expected to write .*; free some space"):
+        trainer.fit()
+    assert steps == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_keeps_the_checkpoint(tmp_path, size_limit):
+    whole = make_trainer(tmp_path / "whole")
+    whole.fit()
+
+    def fill_up(trainer, batch, result):
+        if trainer.epoch == 3:
+            size_limit(4096)
+
+    part = make_trainer(tmp_path / "part", observe=fill_up)
+    with pytest.raises(OSError, match="a former checkpoint there is intact"):
+        part.fit()
+    size_limit(resource.RLIM_INFINITY)
+    assert load_checkpoint(tmp_path / "part" / "checkpoint.pt")["epoch"] == 3
+    rest = make_trainer(tmp_path / "part")
+    assert rest.resume()
+    rest.fit()
+    states = [load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "part")]
+    assert differences(*states) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_no_space_left_on_device(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    aside = tmp_path / f".checkpoint.pt.{os.getpid()}.part"
+    aside.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device.*free some space"):
+        save_checkpoint(path, {"step": torch.zeros(100)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    trainer = make_trainer(tmp_path, epochs=3)
+
+    def replace_the_log(trainer, batch, result):
+        (tmp_path / "log.csv").unlink(missing_ok=True)
+        (tmp_path / "log.csv").symlink_to("/dev/full")
+
+    trainer.observe = replace_the_log
+    with pytest.raises(OSError, match="log.csv: expected to append a row, got .*; free some space"):
+        trainer.fit()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 2
+
+
+def test_workers_leave_ctrl_c_to_the_loop():
+    class Handler(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return float(signal.getsignal(signal.SIGINT) == signal.SIG_IGN), 0
+
+    inputs, *_ = next(iter(batches(Handler(), [[0, 1]], num_workers=1)))
+    assert inputs.tolist() == [1.0, 1.0]
+
+
+def test_an_error_in_the_data_names_the_step(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train_set.data.labels[5] = 7
+    with pytest.raises(ValueError, match=r"labels: expected class indices .* \(step \d, epoch 0\)"):
+        trainer.fit()
+
+
+def test_a_folder_that_cannot_be_written_is_found_at_the_start(tmp_path):
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where the folder should be")
+    with pytest.raises(OSError, match="folder: expected one that can be written at .*; choose"):
+        make_trainer(blocked).fit()
+
+
+def test_another_run_is_not_overwritten(tmp_path):
+    make_trainer(tmp_path, epochs=3).fit()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match="folder: expected no checkpoint of another run"):
+        make_trainer(tmp_path, epochs=3).fit()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_leftovers_of_a_kill_are_removed(tmp_path):
+    (tmp_path / ".checkpoint.pt.123.part").write_bytes(b"half")
+    make_trainer(tmp_path, epochs=2).fit()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint.pt", "log.csv"]
+
+
+def test_a_checkpoint_holds_tensors_and_plain_values_only(tmp_path):
+    make_trainer(tmp_path, optimizer="AdamW", optimizer_options={"betas": [0.9, 0.98]}).fit()
+    torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+
+
+def test_a_last_step_that_ruins_the_parameters_is_not_saved(tmp_path):
+    """Its loss, of before the step, is finite."""
+    trainer = make_trainer(tmp_path, method="ce", ce_epochs=0, batch_size=44, warmup_epochs=0)
+
+    def ruin(optimizer, arguments, options):
+        with torch.no_grad():
+            trainer.head.weight[0, 0] = torch.inf
+
+    trainer.optimizer.register_step_post_hook(ruin)
+    with pytest.raises(FloatingPointError, match=r"parameters that are not finite at step 0 "):
+        trainer.fit()
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["epoch"] == 0
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state["head"].values())
+
+
+def test_a_loss_that_is_not_finite_stops_the_epoch(tmp_path):
+    trainer = make_trainer(tmp_path)
+    step, calls = trainer.method.cross_entropy_step, []
+
+    def poisoned(batch):
+        calls.append(0)
+        return step(batch) * (torch.nan if len(calls) == 9 else 1)
+
+    trainer.method.cross_entropy_step = poisoned
+    with pytest.raises(FloatingPointError, match=r"got nan at step 8 \(epoch 1\); try a smaller"):
+        trainer.fit()
+    assert len(calls) == 9
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
+
+
+class Accelerator:
+    """Stands in for a device: what was copied has arrived after so many questions."""
+
+    def __init__(self, monkeypatch, delay):
+        self.delay, self.reads = delay, 0
+
+        class Losses(torch.Tensor):
+            device = torch.device("cuda")
+
+        class Event:
+            def __init__(own, device):
+                own.questions = 0
+
+            def record(own):
+                pass
+
+            def query(own):
+                own.questions += 1
+                return own.questions > delay
+
+        self.losses = torch.zeros(200).as_subclass(Losses)
+        empty_like = torch.empty_like
+        monkeypatch.setattr(torch, "Event", Event)
+        monkeypatch.setattr(
+            torch, "empty_like", lambda part, **options: empty_like(part.as_subclass(torch.Tensor))
+        )
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+@pytest.mark.parametrize("bad", [0, 31, 32, 77])
+def test_an_accelerator_is_not_waited_for(monkeypatch, delay, bad):
+    device = Accelerator(monkeypatch, delay)
+    watch = LossWatch(device.losses, epoch=2, first_step=1000)
+    device.losses[bad] = torch.inf
+
+    done = 0
+
+    def run():
+        nonlocal done
+        while done < 200:
+            done += 1
+            watch.look(done)
+
+    with pytest.raises(FloatingPointError, match=rf"got inf at step {1000 + bad} \(epoch 2\)"):
+        run()
+    assert bad < done <= bad + 2 * (CHECK_EVERY + delay + 1)
+
+
+def test_what_an_accelerator_did_last_is_seen_at_the_end(monkeypatch):
+    device = Accelerator(monkeypatch, 1000)
+    device.losses[5] = torch.nan
+    watch = LossWatch(device.losses, 0, 0)
+    for done in range(1, 41):
+        watch.look(done)
+    with pytest.raises(FloatingPointError, match="at step 5 "):
+        watch.finish(40)
+
+
+def rates(steps=1, **settings):
+    """The learning rate of each step of a run of `steps` steps an epoch."""
+    config = iada.TrainerConfig(**{**SETTINGS, **settings})
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
+    schedule = build_schedule(optimizer, config, steps)
+    seen = []
+    for _ in range(config.epochs):
+        for _ in range(steps):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            if config.schedule_each == "step":
+                schedule.step()
+        if config.schedule_each == "epoch":
+            schedule.step()
+    return seen
+
+
+def test_warm_up_then_cosine():
+    seen = rates(epochs=10, warmup_epochs=4, lr=1.0)
+    assert seen[:5] == pytest.approx([0.01, 0.2575, 0.505, 0.7525, 1.0])
+    cosine = [0.5 * (1 + math.cos(math.pi * t / 6)) for t in range(6)]
+    assert seen[4:] == pytest.approx(cosine, abs=1e-6)
+
+
+def test_milestones_count_from_the_start_of_the_run():
+    settings = {"schedule": "multistep", "milestones": (3, 5), "gamma": 0.1, "lr": 1.0}
+    assert rates(epochs=6, warmup_epochs=0, **settings) == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01])
+    warm = rates(epochs=6, warmup_epochs=2, **settings)
+    assert warm == pytest.approx([0.01, 0.505, 1, 0.1, 0.1, 0.01])
+
+
+def test_schedules_may_move_every_step():
+    seen = rates(steps=4, epochs=3, warmup_epochs=0.5, schedule_each="step", lr=1.0)
+    assert seen[:3] == pytest.approx([0.01, 0.505, 1.0])
+    assert len(set(seen)) == 12
+    constant = rates(steps=4, epochs=3, warmup_epochs=0, schedule="constant", lr=1.0)
+    assert set(constant) == {1.0}
+
+
+@pytest.mark.parametrize("each", ["epoch", "step"])
+@pytest.mark.parametrize("schedule", ["cosine", "multistep"])
+def test_schedules_resume(tmp_path, each, schedule):
+    settings = {
+        "schedule": schedule,
+        "milestones": (2, 4),
+        "warmup_epochs": 2.0,
+        "schedule_each": each,
+        "optimizer": "AdamW",
+        "lr": 0.01,
+    }
+
+    def stop(trainer, batch, result):
+        if (trainer.epoch, trainer.batch) == (4, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    make_trainer(tmp_path / "whole", **settings).fit()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path / "part", observe=stop, **settings).fit()
+    rest = make_trainer(tmp_path / "part", **settings)
+    rest.resume()
+    rest.fit()
+    states = [load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "part")]
+    assert differences(*states) == []
+
+
+def test_optimizers_by_name():
+    parameters = list(mlp(8, (4,), 3)[0].parameters())
+    parameters[0].requires_grad_(False)
+    options = {"betas": [0.9, 0.98], "eps": 1e-6}
+    config = iada.TrainerConfig(optimizer="AdamW", optimizer_options=options, weight_decay=0.1)
+    optimizer = build_optimizer(parameters, config)
+    assert type(optimizer) is torch.optim.AdamW
+    (group,) = optimizer.param_groups
+    assert len(group["params"]) == len(parameters) - 1
+    assert list(group["betas"]) == [0.9, 0.98]
+    assert (group["eps"], group["weight_decay"], group["lr"]) == (1e-6, 0.1, 0.1)
+    sgd = build_optimizer(parameters, iada.TrainerConfig(optimizer_options={"nesterov": True}))
+    assert sgd.param_groups[0]["nesterov"]
+    assert sgd.param_groups[0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "Sgd"}, "optimizer: expected one of 'ASGD', .*got 'Sgd'"),
+        ({"optimizer": "LBFGS"}, "optimizer: expected one of"),
+        ({"optimizer_options": {"lr": 0.1}}, "optimizer_options: .*got 'lr'; set lr itself"),
+        ({"optimizer_options": {"beta": 1}}, "optimizer_options: expected some of .*got 'beta'"),
+        (
+            {"optimizer": "Adam", "optimizer_options": {"betas": [0.9, 2.0]}},
+            "optimizer_options: expected what torch.optim.Adam takes, .*Invalid beta",
+        ),
+        ({"optimizer_options": [1]}, "optimizer_options: expected a value of type dict"),
+        ({"warmup_epochs": 6}, "warmup_epochs: expected less than epochs=6"),
+        ({"warmup_epochs": -1.0}, "warmup_epochs: expected at least 0"),
+        ({"schedule_each": "batch"}, "schedule_each: expected one of 'epoch', 'step'"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**settings)
+
+
+@pytest.mark.parametrize("other", ["model", "data"])
+def test_another_model_or_data_set_changes_nothing(tmp_path, other):
+    make_trainer(tmp_path).fit()
+    trainer = make_trainer(tmp_path)
+    if other == "model":
+        trainer.backbone[-1] = torch.nn.Linear(8, 5)  # what comes before it would load
+    else:
+        trainer.method.memory = iada.TrainingMemory(CLASSES, 43)
+    before = copy.deepcopy(trainer.state_dict())
+    with pytest.raises(ValueError, match="checkpoint: expected the model and data of this run"):
+        trainer.resume()
+    assert differences(trainer.state_dict(), before) == []
+
+
+def test_damaged_checkpoints_stop_a_resume(tmp_path):
+    make_trainer(tmp_path, epochs=2).fit()
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-500])
+    trainer = make_trainer(tmp_path, epochs=2)
+    before = [p.clone() for p in trainer.backbone.parameters()]
+    with pytest.raises(ValueError, match=re.escape("it is truncated or foreign, take another")):
+        trainer.resume()
+    assert all(map(torch.equal, before, trainer.backbone.parameters()))
