@@ -8,7 +8,7 @@ which labels are wrong.
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import iada
 
@@ -31,12 +31,10 @@ def main(epochs: int = 30, ce_epochs: int = 10) -> float:
     meta_set = TensorDataset(*make_points(META, centres))
     test_inputs, test_labels = make_points(1000, centres)
 
-    # The third part of a batch is the sample's place: the strengths then see its history.
-    train_loader = DataLoader(
-        TensorDataset(inputs, labels, torch.arange(SIZE)), batch_size=50, shuffle=True
-    )
-    endless = RandomSampler(meta_set, num_samples=10**9, replacement=True)
-    meta_stream = iter(DataLoader(meta_set, batch_size=META, sampler=endless))
+    # With the sample's place as third part of a batch, the strengths see its history.
+    train_set = iada.Indexed(TensorDataset(inputs, labels))
+    train_loader = DataLoader(train_set, batch_size=50, shuffle=True)
+    meta_stream = iada.endless(DataLoader(meta_set, batch_size=META, shuffle=True))
 
     backbone = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU())
     head = nn.Linear(32, CLASSES)

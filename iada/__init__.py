@@ -15,10 +15,12 @@ from iada.training.config import TrainerConfig
 from iada.training.trainer import Trainer
 from iada.utils.checks import value_checks
 from iada.utils.loading import TensorData
+from iada.utils.loop_data import Indexed, endless
 
 __all__ = [
     "ClassCovariance",
     "IADALoss",
+    "Indexed",
     "MetaIADA",
     "MetaStep",
     "PerturbationNet",
@@ -28,6 +30,7 @@ __all__ = [
     "TrainingMemory",
     "characteristics",
     "eager_loss",
+    "endless",
     "fused_loss",
     "log_class_prior",
     "value_checks",

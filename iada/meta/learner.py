@@ -5,6 +5,7 @@ down the backbone. Where processes share a batch, each computes the whole head b
 its own rows down; the backbone's gradients are added up over the processes.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,12 +112,12 @@ class Learner:
         self.classifier, self.optimizer = classifier, optimizer
         self.scaler, self.group = scaler, group
         self._reentrant: bool | None = None
+        self._looked_at_head = False
 
     def rows(self, name: str, batch: Any, num_samples: int) -> Rows:
         """A batch, checked: (inputs, labels) or (inputs, labels, index)."""
         if not isinstance(batch, list | tuple) or len(batch) < 2:
-            expected = "(inputs, labels) or (inputs, labels, index)"
-            raise complain(name, expected, f"a {type(batch).__name__}", "pass a tuple")
+            raise _no_batch(name, batch)
         inputs, labels, *rest = batch
         index = rest[0] if rest else None
         check_tensor("labels", labels, f"the class indices of {name}")
@@ -235,6 +236,16 @@ class Learner:
             p.grad = former
         return found
 
+    def _warn_of_a_forgotten_head(self, trained: Sequence[Tensor]) -> None:
+        wanted = {p for p in self.classifier.head.parameters() if p.requires_grad}
+        if wanted and not wanted & set(trained):
+            warnings.warn(
+                "optimizer: expected the head's parameters among its own, got none of them; the "
+                "head is not trained: pass [*backbone.parameters(), *head.parameters()], or freeze "
+                "it with head.requires_grad_(False)",
+                stacklevel=4,
+            )
+
     def scale(self) -> Any:
         """The scaler's factor, a tensor (); 1.0 without one."""
         if not self.scaler.is_enabled():
@@ -255,7 +266,11 @@ class Learner:
 
         BatchNorm's running statistics, of this process's rows so far, are averaged as well.
         """
-        gradients = self.gradients(features, head_gradients, rows, self.trained())
+        trained = self.trained()
+        if not self._looked_at_head:
+            self._looked_at_head = True
+            self._warn_of_a_forgotten_head(trained)
+        gradients = self.gradients(features, head_gradients, rows, trained)
         self.optimizer.zero_grad()
         for parameter, grad in gradients.items():
             parameter.grad = grad
@@ -265,6 +280,19 @@ class Learner:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         average(running_statistics(self.classifier.backbone), rows.counts, self.group)
+
+
+def _no_batch(name: str, batch: Any) -> ValueError:
+    got = "None" if batch is None else f"a {type(batch).__name__}"
+    remedy = "pass a tuple"
+    if isinstance(batch, Mapping):
+        remedy = "take the labels out of it: (inputs, inputs.pop('labels')), inputs may stay a dict"
+    elif batch is None:
+        remedy = (
+            "pass one from iada.endless(meta_loader); only a step before which needs_meta_batch "
+            "is False (interval > 1) goes without"
+        )
+    return complain(name, "(inputs, labels) or (inputs, labels, index)", got, remedy)
 
 
 def linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

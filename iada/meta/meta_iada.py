@@ -190,6 +190,10 @@ class MetaIADA:
         """Whether the next `step` makes a meta step: with interval=k one in k does."""
         return self._steps % self.interval == 0
 
+    def meta_steps(self, count: int) -> Sequence[bool]:
+        """Which of the next `count` steps make a meta step."""
+        return [step % self.interval == 0 for step in range(self._steps, self._steps + count)]
+
     def step(self, batch: Sequence[Any], meta_batch: Sequence[Any] | None = None) -> MetaStep:
         """One iteration of Algorithm 1.
 

@@ -30,6 +30,9 @@ class Method(Protocol):
     def needs_meta_batch(self) -> bool:
         """Whether the next `step` looks at its meta batch."""
 
+    def meta_steps(self, count: int) -> Sequence[bool]:
+        """Which of the next `count` steps will look at theirs, so that it can be loaded ahead."""
+
     def begin_epoch(
         self, epoch: int, order: Sequence[list[int]], first_step: int
     ) -> Sequence[list[int]]:

@@ -57,6 +57,10 @@ class FirstOrder:
         """What evaluation classifies features by."""
         return self._learner.classifier.head
 
+    def meta_steps(self, count: int) -> Sequence[bool]:
+        """No step takes a meta batch."""
+        return [False] * count
+
     def begin_epoch(
         self, epoch: int, order: Sequence[list[int]], first_step: int
     ) -> Sequence[list[int]]:

@@ -117,6 +117,10 @@ class MetaWeightNet:
         """Whether the next `step` makes a meta step: with interval=k one in k does."""
         return self._steps % self.interval == 0
 
+    def meta_steps(self, count: int) -> Sequence[bool]:
+        """Which of the next `count` steps make a meta step."""
+        return [step % self.interval == 0 for step in range(self._steps, self._steps + count)]
+
     def begin_epoch(
         self, epoch: int, order: Sequence[list[int]], first_step: int
     ) -> Sequence[list[int]]:

@@ -20,6 +20,7 @@ from iada.training.divergence import LossWatch, all_finite, diverged
 from iada.training.interrupt import stop_flag
 from iada.training.logs import open_logs
 from iada.training.measures import EpochMeasures, PhaseTimes
+from iada.training.meta_stream import MetaStream
 from iada.training.schedule import alpha_at, build_optimizer, build_schedule
 from iada.utils import seeds as random_state
 from iada.utils.checks import complain
@@ -35,7 +36,7 @@ from iada.utils.distributed import (
 )
 from iada.utils.evaluate import Outputs, class_accuracy, outputs
 from iada.utils.files import check_writable, remove_leftovers
-from iada.utils.loading import batches, count_classes, epoch_order, stream_order, to_device
+from iada.utils.loading import batches, check_dataset, count_classes, epoch_order, to_device
 from iada.utils.lock import folder_lock
 
 CHECKPOINT = "checkpoint.pt"
@@ -63,7 +64,8 @@ class Trainer:
         measure: called after each epoch with the trainer, in evaluation mode; the plain numbers
             that it returns by name go into `history` too.
         progress: show a bar, if tqdm is installed.
-        num_workers: of the loaders of training and evaluation; data in memory is read without.
+        num_workers: of the loaders of training, meta set and evaluation, each; data in memory is
+            read without.
         tensorboard: write the log for TensorBoard too, into `folder`.
 
     A stopped run goes on bit for bit on a CPU: the order of the data follows from the seed, as does
@@ -101,8 +103,8 @@ class Trainer:
             raise complain("head", "an nn.Linear", got, "split the model before its last layer")
         named = {"train_set": train_set, "meta_set": meta_set, "validation_set": validation_set}
         for name, dataset in named.items():
-            if dataset is not None and len(dataset) == 0:  # type: ignore[arg-type]
-                raise complain(name, "at least one sample", "none", "check how it was selected")
+            if dataset is not None:
+                check_dataset(name, dataset)
         if tensorboard and folder is None:
             raise complain("folder", "one for TensorBoard's files", "None", "pass a folder")
         self.config = config
@@ -132,6 +134,7 @@ class Trainer:
             raise complain(
                 "meta_set", "a small clean data set", "None", "pass one, or choose another method"
             )
+        self._meta_stream: MetaStream | None = None
         self.epoch = 0
         self.batch = 0
         self.history: list[dict[str, Any]] = []
@@ -155,6 +158,7 @@ class Trainer:
             random_state.seed_all(random_state.seed_of(config.seed, rank), self._device)
         with stop_flag() as stopped, contextlib.ExitStack() as entered:
             self._prepare_folder(entered)
+            entered.callback(setattr, self, "_meta_stream", None)  # ends its workers
             places = (self.folder, self.tensorboard, self.progress) if rank == 0 else ()
             with open_logs(self.epoch, config.epochs, *places) as write:
                 while self.epoch < config.epochs:
@@ -192,7 +196,7 @@ class Trainer:
         watch = LossWatch(self._measures.losses, epoch, self._step - self.batch)
         if meta_phase:
             rest = self.method.begin_epoch(epoch, rest, self._step)
-        train = self._loader(self.train_set, rest, self.num_workers)
+        train = self._loader(self.train_set, rest)
         for _ in rest:
             with self._times.phase("data"):
                 batch = next(train)
@@ -346,16 +350,23 @@ class Trainer:
         """The next step's place in an endless stream of the meta set, if the method asks for it."""
         if self.meta_set is None or not self.method.needs_meta_batch:
             return None
-        size, config = len(self.meta_set), self.config  # type: ignore[arg-type]
-        order = stream_order(size, config.meta_batch_size, config.seed, self._step, 1)
-        return next(self._loader(self.meta_set, list(order)))
+        if self._meta_stream is None or self._meta_stream.step != self._step:
+            self._meta_stream = MetaStream(
+                self.meta_set,
+                self.config.meta_batch_size,
+                self.config.seed,
+                self._step,
+                self.method.meta_steps(self.config.epochs * self._steps - self._step),
+                self.group,
+                self.num_workers,
+            )
+        batch = next(self._meta_stream)
+        return self.speed.laid_out(to_device(tuple(batch), self._device))
 
-    def _loader(
-        self, dataset: Dataset, order: Sequence[list[int]], num_workers: int = 0
-    ) -> Iterator[tuple[Any, ...]]:
+    def _loader(self, dataset: Dataset, order: Sequence[list[int]]) -> Iterator[tuple[Any, ...]]:
         """This rank's part of each batch, the first one for the next step; on the device."""
         own = [rows[own_part(len(rows), self.group)] for rows in order]
-        loader = batches(dataset, own, num_workers, self.config.seed, self._step)
+        loader = batches(dataset, own, self.num_workers, self.config.seed, self._step)
         return (self.speed.laid_out(to_device(tuple(batch), self._device)) for batch in loader)
 
     def _new_measures(self) -> EpochMeasures:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from iada.utils.loading import batches, to_device
+from iada.utils.loading import batches, check_dataset, to_device
 
 
 @torch.no_grad()
@@ -23,6 +23,7 @@ def class_accuracy(
 
     num_workers: of the loader.
     """
+    check_dataset("dataset", dataset)
     device = head.weight.device
     right = torch.zeros(head.out_features, dtype=torch.float64)
     total = torch.zeros(head.out_features, dtype=torch.float64)
@@ -57,6 +58,7 @@ def outputs(
 
     num_workers: of the loader. rows: the samples to look at, in this order; None for all.
     """
+    check_dataset("dataset", dataset)
     chosen = torch.arange(len(dataset)) if rows is None else rows  # type: ignore[arg-type]
     order = [part.tolist() for part in chosen.split(batch_size)]
     found = []

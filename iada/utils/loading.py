@@ -1,12 +1,13 @@
 """Batches that are a function of (seed, epoch, step), so that a run can resume anywhere."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from iada.utils.checks import check_label_values, check_labels, check_tensor, complain
 from iada.utils.seeds import preserved, seed_host, seed_of
@@ -49,11 +50,52 @@ class WholeBatches(Protocol):
         """Inputs, labels (N) and index (N) of these samples at this step of this run."""
 
 
-def labels_of(dataset: Dataset) -> Tensor | None:
-    """The labels (N) int64 of a data set that keeps them as an attribute `labels`; else None."""
-    labels = getattr(dataset, "labels", None)
-    if isinstance(labels, Tensor) and len(labels) == len(dataset):  # type: ignore[arg-type]
-        return labels.long()
+def check_dataset(name: str, dataset: Any) -> None:
+    """A map-style data set with at least one sample."""
+    expected = "a map-style data set of (input, label) items"
+    if isinstance(dataset, DataLoader):
+        remedy = f"pass its data set, {name}.dataset: order and batches are made here"
+        raise complain(name, expected, "a DataLoader", remedy)
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        remedy = "give it __getitem__ and __len__, or read it into an iada.TensorData"
+        raise complain(name, expected, f"a {type(dataset).__name__}", remedy)
+    if len(dataset) == 0:
+        raise complain(name, "at least one sample", "none", "check how it was selected")
+
+
+def labels_of(dataset: Any) -> Tensor | None:
+    """The labels (N) int64 of a data set that has them at hand; else None, without reading items.
+
+    Known are integers in an attribute `labels` or `targets` (torchvision), unless a
+    target_transform changes them, the second tensor of a TensorDataset, and a Subset or a
+    ConcatDataset of these.
+    """
+    if isinstance(dataset, Subset):
+        labels = labels_of(dataset.dataset)
+        return None if labels is None else labels[torch.as_tensor(dataset.indices)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [labels_of(part) for part in dataset.datasets]
+        known = [part for part in parts if part is not None]
+        return torch.cat(known) if len(known) == len(parts) else None
+    if getattr(dataset, "target_transform", None) is not None:
+        return None
+    if isinstance(dataset, TensorDataset):
+        return _class_indices(dataset.tensors[1:2], len(dataset))
+    attributes = [getattr(dataset, name, None) for name in ("labels", "targets")]
+    return _class_indices(attributes, len(dataset))
+
+
+def _class_indices(candidates: Sequence[Any], count: int) -> Tensor | None:
+    """The first that is a class index for each of `count` samples, (N) int64."""
+    for candidate in candidates:
+        if isinstance(candidate, Tensor | np.ndarray | list | tuple) and len(candidate) == count:
+            try:
+                labels = torch.as_tensor(candidate)
+            except (TypeError, ValueError, RuntimeError):  # names, or rows of several lengths
+                continue
+            kind = labels.dtype
+            if labels.dim() == 1 and not (kind.is_floating_point or kind.is_complex):
+                return labels.long()
     return None
 
 
@@ -65,17 +107,27 @@ def count_classes(dataset: Dataset, num_classes: int) -> Tensor:
         return torch.bincount(labels, minlength=num_classes)
     raise complain(
         "class_counts",
-        f"samples of each class, ({num_classes},)",
+        f"samples of each class, ({num_classes},), as the data set shows no labels or targets",
         "None",
         "pass torch.bincount(training_labels, minlength=C)",
     )
+
+
+def check_item(item: Any) -> None:
+    """One sample as a tuple (input, label, ...)."""
+    if isinstance(item, Mapping):
+        remedy = "wrap it to give (input, label); the input may be a dict of tensors"
+        raise complain("dataset", "items (input, label)", "a dict", remedy)
+    if not isinstance(item, list | tuple) or len(item) < 2:
+        parts = f"a {type(item).__name__}"
+        raise complain("dataset", "items (input, label)", parts, "return the label with each input")
 
 
 class WithIndex(Dataset):
     """A data set of (input, label, ...) items as (input, label, index); the rest is dropped.
 
     A batch is asked for as (step, indices), so that each sample's draws follow from its place in
-    the run: see `iada.utils.seeds`.
+    the run: see `iada.utils.seeds`. For loops of one's own: `iada.Indexed`.
     """
 
     def __init__(self, dataset: Dataset, seed: int = 0) -> None:
@@ -87,6 +139,7 @@ class WithIndex(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, Any, int]:
         item = self.dataset[index]
+        check_item(item)
         return item[0], item[1], index
 
     def __getitems__(self, place: tuple[int, Sequence[int]]) -> list[tuple[Any, Any, int]]:
@@ -110,6 +163,16 @@ class _AtStep(Dataset):
         return self.dataset.whole_batch(self.seed, *place)
 
 
+class _AtAnyStep(Dataset):
+    """A `TensorData`, which draws nothing, asked as (step, indices)."""
+
+    def __init__(self, dataset: TensorData) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, place: tuple[int, Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        return self.dataset.__getitems__(place[1])
+
+
 def batches(
     dataset: Dataset,
     order: Sequence[list[int]],
@@ -124,19 +187,32 @@ def batches(
     of `order`) and the sample. A `TensorData` itself is served without workers; `WholeBatches`
     make theirs at once.
     """
-    own = torch.Generator().manual_seed(seed_of(seed, first_step))
+    places = list(enumerate(order, first_step))
+    return batches_at(dataset, places, num_workers, seed, first_step)
+
+
+def batches_at(
+    dataset: Dataset,
+    places: Iterable[tuple[int, list[int]]],
+    num_workers: int = 0,
+    seed: int = 0,
+    first_step: int = 0,
+) -> DataLoader:
+    """The same for (step, indices) at any steps, which are asked for as the loader gets there."""
     if type(dataset) is TensorData:  # a subclass may have its own __getitem__
-        return DataLoader(dataset, batch_sampler=order, collate_fn=_whole, generator=own)
-    served: Dataset = WithIndex(dataset, seed)
-    if isinstance(dataset, WholeBatches):
+        served: Dataset = _AtAnyStep(dataset)
+        num_workers = 0
+    elif isinstance(dataset, WholeBatches):
         served = _AtStep(dataset, seed)
         num_workers = 0 if dataset.in_memory else num_workers
+    else:
+        served = WithIndex(dataset, seed)
     return DataLoader(
         served,
-        batch_sampler=list(enumerate(order, first_step)),  # type: ignore[arg-type]
+        batch_sampler=places,  # type: ignore[arg-type]
         num_workers=num_workers,
-        collate_fn=_whole if isinstance(served, _AtStep) else None,
-        generator=own,
+        collate_fn=None if isinstance(served, WithIndex) else _whole,
+        generator=torch.Generator().manual_seed(seed_of(seed, first_step)),
         worker_init_fn=_leave_ctrl_c_to_the_loop,
     )
 
@@ -181,14 +257,14 @@ def stream_order(
         for _ in range(steps):
             yield list(range(count))
         return
-    current, rows = -1, torch.empty(0, dtype=torch.int64)
+    current, rows = -1, [0]
     for step in range(first_step, first_step + steps):
         batch = []
         for place in range(step * batch_size, (step + 1) * batch_size):
             if place // count != current:
                 current = place // count
-                rows = torch.randperm(count, generator=_generator(seed, -1 - current))
-            batch.append(int(rows[place % count]))
+                rows = torch.randperm(count, generator=_generator(seed, -1 - current)).tolist()
+            batch.append(rows[place % count])
         yield batch
 
 

@@ -28,12 +28,13 @@ def test_python_examples():
         "make_backbone": lambda: backbone,
         "train_labels": torch.arange(100) % 10,
         "loader": batches,
-        "meta_stream": batches,
+        "meta_loader": batches[:1],  # shorter than the loader
         "optimizer": torch.optim.SGD(backbone.parameters(), lr=0.1),
     }
     exec(swap, names)
     assert int(names["covariance"].count.sum()) == 16
     assert torch.isfinite(names["loss"])
+    names["optimizer"].add_param_group({"params": [*names["head"].parameters()]})
     exec(meta, names)
     assert int(names["meta"].covariance.count.sum()) == 16
     assert len(swap.strip().splitlines()) <= 15
