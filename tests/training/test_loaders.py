@@ -15,11 +15,11 @@ from torch.utils.data import (
     TensorDataset,
     get_worker_info,
 )
-from training import differences, make_data, make_trainer
 
 import iada
 from iada.models import mlp
 from iada.utils.loading import labels_of
+from tests.helpers.training import differences, make_data, make_trainer
 
 LABELS = [0, 2, 1, 1, 0]
 
