@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import iada
 from bench.memory import peak_bytes
 from bench.shapes import EAGER_LIMIT, SHAPES, make_problem
 from bench.timing import interleave, ratio
+from iada_kernels.dispatch import served_by
+from iada_kernels.environment import environment, headline
 
 TIMED = (
     "cifar10-r32",
@@ -44,6 +45,13 @@ def main() -> int:
     if options.memory_of:
         print(extra_memory(options.memory_of))
         return 0
+    contestants = {
+        "eager": "iada.eager_loss",
+        "torch": served_by("torch", torch.device("cpu")),
+        "fused": served_by(None, torch.device("cpu")),
+    }
+    machine = environment()
+    print(headline(machine, contestants) + "\n", flush=True)
     rows = [timed_row(name, options.rounds) for name in options.shapes]
     print(speed_table(rows))
     dense = memory_row("dense")
@@ -53,14 +61,8 @@ def main() -> int:
         f"{dense['of_logits']:.2f} times N×C floats"
     )
     if options.json:
-        machine = {
-            "cpu": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
-        options.json.write_text(
-            json.dumps({"machine": machine, "speed": rows, "memory": dense}, indent=1) + "\n"
-        )
+        written = {"machine": machine, "contestants": contestants, "speed": rows, "memory": dense}
+        options.json.write_text(json.dumps(written, indent=1) + "\n")
     return 0
 
 

@@ -9,7 +9,6 @@ with the step of Σ along it, and the characteristics of a batch.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,7 +25,15 @@ from bench.shapes import EAGER_LIMIT, IGNORED, SHAPES, Problem, make_problem
 from bench.timing import interleave, ratio
 from iada_kernels import closed_form, native
 from iada_kernels.contract import Backend, HeadTangents, LossInputs, LossOptions
+from iada_kernels.dispatch import served_by
+from iada_kernels.environment import environment, headline
+from iada_kernels.native import library
 
+CONTESTANTS = {
+    "eager": "iada.eager_loss with ISDA's estimator",
+    "torch": "torch operators",
+    "cross-entropy": "torch's cross_entropy(linear)",
+}
 LARGEST_BATCH = 10_000  # characteristics compare each sample with each other one
 
 
@@ -37,6 +44,16 @@ def main() -> int:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
+    if not native.is_available():
+        print(
+            f"bench.cpu: expected the native library, got none: {library.WHY_MISSING}. "
+            f"{library.REMEDY}",
+            file=sys.stderr,
+        )
+        return 2
+    contestants = CONTESTANTS | {"native": served_by("native", torch.device("cpu"))}
+    machine = environment() | {"threads": ", ".join(map(str, options.threads))}
+    print(headline(machine, contestants) + "\n")
     tables: dict[str, list[dict[str, Any]]] = {}
     for table, (header, timed, text) in TABLES.items():
         print(header)
@@ -48,12 +65,8 @@ def main() -> int:
                 print(text(rows[-1]), flush=True)
         print()
     if options.json:
-        machine = {
-            "cpu": platform.machine(),
-            "instruction_set": native.instruction_set(),
-            "torch": torch.__version__,
-        }
-        options.json.write_text(json.dumps({"machine": machine, **tables}, indent=1) + "\n")
+        written = {"machine": machine, "contestants": contestants, **tables}
+        options.json.write_text(json.dumps(written, indent=1) + "\n")
     return 0
 
 

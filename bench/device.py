@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from iada_kernels.environment import environment
+
 FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 COPY_BYTES, MATMUL_SIDE = 2**30, 8192
 
@@ -123,9 +125,7 @@ def measure_ceilings(watch: Stopwatch, small: bool) -> Ceilings:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """What the figures belong to."""
-    import triton
-
-    machine: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
+    machine: dict[str, Any] = environment(device)
     if device.type != "cuda":
         return {"name": "cpu", **machine}
     found = torch.cuda.get_device_properties(device)

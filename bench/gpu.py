@@ -58,6 +58,7 @@ from bench.kernel_times import kernel_rows
 from bench.shapes import SHAPES, Problem, Shape, make_problem
 from bench.timing import ratio
 from iada_kernels.dispatch import INTERPRETED
+from iada_kernels.environment import headline, triton_version
 
 # The shapes that the targets name come first.
 ORDER = (
@@ -143,7 +144,8 @@ def main() -> int:
             add_compiled(run, name, shape, contestant)
     path = options.out / _file_name(run.device)
     path.write_text(json.dumps(report(run, ceilings), indent=1) + "\n")
-    print(f"\n{path}\n\n{table(run.shapes, ceilings)}")
+    contestants = f"{headline(describe(run.device), MEANING)}; triton {triton_version()}"
+    print(f"\n{path}\n\n{contestants}\n\n{table(run.shapes, ceilings)}")
     for title, lines in (("left out", run.left_out), ("FAILED", run.failures)):
         for line in lines:
             print(f"{title}: {line}")

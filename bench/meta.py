@@ -18,7 +18,6 @@ its own: `memory_jvp` as a share of double backward, `memory_low` as a ratio to 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from bench.memory import peak_bytes
 from bench.timing import interleave, ratio
 from iada.models import cifar_resnet
 from iada.training.acceleration import Whole
+from iada_kernels.environment import environment, headline
 
 CLASSES = 10
 MODES: dict[str, dict[str, Any]] = {
@@ -111,6 +111,12 @@ def main() -> int:
     if options.memory_of:
         print(extra_memory(*options.memory_of))
         return 0
+    machine = environment()
+    contestants = {
+        "SGD": "a plain step without iada",
+        "the rest": f"iada.MetaIADA on {machine['backend']}",
+    }
+    print(headline(machine, contestants) + "\n")
     columns = [*_modes(options.compiled), *MEMORY]
     print("| case | SGD, ms | " + " | ".join(columns) + " |")
     print("|---|" + "---:|" * (len(columns) + 1))
@@ -124,11 +130,7 @@ def main() -> int:
             cells = [f"{row['sgd_ms']:.0f}"] + [f"{row[column]:.2f}" for column in columns]
             print(f"| {name}{suffix} | " + " | ".join(cells) + " |", flush=True)
     if options.json:
-        rows["machine"] = {
-            "cpu": platform.machine(),
-            "threads": options.threads,
-            "torch": torch.__version__,
-        }
+        rows |= {"machine": machine, "contestants": contestants}
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 

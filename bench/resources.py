@@ -15,11 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import triton
-
 from bench.launches import recorded
 from bench.offline import SHARED_LIMIT, compiled, compiling_for, usage
 from bench.shapes import SHAPES
+from iada_kernels.environment import environment, headline
 from iada_kernels.triton.launch import INTERPRETED, Launch
 
 ARCHITECTURES = tuple(SHARED_LIMIT)
@@ -42,13 +41,15 @@ def main() -> int:
         )
         return 2
     rows = measured(options.arch, options.shapes, options.jobs)
+    machine = environment()
+    print(headline(machine, {"compiler": f"triton {machine['triton']}; nothing is run"}) + "\n")
     print(HEADER)
     print("\n".join(map(table_row, rows)))
     print("\nimagenet-lowrank is left out: Σ is full or diag in this build.")
     if options.json:
         lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
         options.json.write_text(
-            f'{{\n "triton": "{triton.__version__}",\n "rows": [\n  {lines}\n ]\n}}\n'
+            f'{{\n "machine": {json.dumps(machine)},\n "rows": [\n  {lines}\n ]\n}}\n'
         )
     failed = [row for row in rows if row["complaint"]]
     print(f"{len(rows)} kernels at their shapes, {len(failed)} that do not fit")

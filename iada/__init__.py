@@ -16,6 +16,7 @@ from iada.training.trainer import Trainer
 from iada.utils.checks import value_checks
 from iada.utils.loading import TensorData
 from iada.utils.loop_data import Indexed, endless
+from iada_kernels.version import __version__
 
 __all__ = [
     "ClassCovariance",
@@ -28,6 +29,7 @@ __all__ = [
     "Trainer",
     "TrainerConfig",
     "TrainingMemory",
+    "__version__",
     "characteristics",
     "eager_loss",
     "endless",

@@ -21,6 +21,7 @@ from iada.utils.checks import complain
 from iada.utils.distributed import current_group, launched_group, rank_of
 from iada.utils.files import check_writable
 from iada.utils.loading import TensorData
+from iada_kernels.version import __version__
 
 PARTS = ("train", "meta", "validation", "test")
 
@@ -70,6 +71,7 @@ SECTIONS = {"data": DataConfig, "model": ModelConfig, "trainer": TrainerConfig}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. 130 after Ctrl-C, 2 for an error in the input."""
     parser = argparse.ArgumentParser(prog="python -m iada", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"iada {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_train(commands)

@@ -4,6 +4,6 @@
 takes and returns, `dispatch` the choice among them. This package never imports `iada`.
 """
 
-from iada_kernels.dispatch import BACKENDS, select_backend
+from iada_kernels.dispatch import BACKENDS, SlowBackendWarning, select_backend
 
-__all__ = ["BACKENDS", "select_backend"]
+__all__ = ["BACKENDS", "SlowBackendWarning", "select_backend"]

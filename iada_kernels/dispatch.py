@@ -1,16 +1,18 @@
 """Which backend serves a call.
 
-`None` takes the best one for the device; a name insists, and fails loudly if it cannot serve.
+`None` takes the best one for the device, and says so once where torch operators stand in for it; a
+name insists, and fails loudly if it cannot serve.
 """
 
 import importlib.util
 import os
+import warnings
 
 import torch
 
 from iada_kernels import closed_form, native
 from iada_kernels.contract import Backend
-from iada_kernels.native.library import WHY_MISSING
+from iada_kernels.native import library
 
 BACKENDS = ("torch", "native", "triton")
 
@@ -18,6 +20,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+class SlowBackendWarning(RuntimeWarning):
+    """Torch operators stand in for faster kernels that this installation lacks; once a process."""
 
 
 def select_backend(
@@ -28,28 +34,35 @@ def select_backend(
     Raises ValueError for an unknown name and RuntimeError for a backend that cannot serve.
     """
     if name is None:
-        if device.type == "cuda" and not _why_not_triton(device, dtype):
-            return triton_backend()
-        return closed_form if _why_not_native(device, dtype) else native
-    if name == "torch":
-        return closed_form
+        best = _best(device)
+        if _why_not(best, device, dtype):
+            if dtype in DTYPES:  # else there is nothing to install
+                _warn_once(best, device.type)
+            return closed_form
+        return _module(best)
     if name not in BACKENDS:
         raise ValueError(
             f"backend: expected None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}; "
             "pass one of these"
         )
-    if name == "native":
-        reason = _why_not_native(device, dtype)
-        if not reason:
-            return native
-    else:
-        reason = _why_not_triton(device, dtype)
-        if not reason:
-            return triton_backend()
+    reason = _why_not(name, device, dtype)
+    if not reason:
+        return _module(name)
     raise RuntimeError(
         f"backend: {name!r} cannot serve tensors on {device}: {reason}; "
         "use backend=None or backend='torch'"
     )
+
+
+def served_by(name: str | None, device: torch.device) -> str:
+    """What serves, for tables and records: "native avx512", or "torch operators" and why."""
+    reason = ""
+    if name is None:
+        name = _best(device)
+        reason = _why_not(name, device, torch.float32)
+    if name == "torch" or reason:
+        return f"torch operators ({name}: {reason})" if reason else "torch operators"
+    return f"native {native.instruction_set()}" if name == "native" else name
 
 
 def triton_backend() -> Backend:
@@ -57,6 +70,23 @@ def triton_backend() -> Backend:
     from iada_kernels import triton
 
     return triton
+
+
+def _module(name: str) -> Backend:
+    if name == "triton":
+        return triton_backend()
+    return native if name == "native" else closed_form
+
+
+def _best(device: torch.device) -> str:
+    return {"cpu": "native", "cuda": "triton"}.get(device.type, "torch")
+
+
+def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why this backend cannot serve, or nothing."""
+    if name == "native":
+        return _why_not_native(device, dtype)
+    return _why_not_triton(device, dtype) if name == "triton" else ""
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
@@ -75,9 +105,38 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
 
 def _why_not_native(device: torch.device, dtype: torch.dtype) -> str:
     if not native.is_available():
-        return WHY_MISSING
+        return library.WHY_MISSING
     if device.type != "cpu":
         return "it computes on CPUs only"
     if dtype not in DTYPES:
         return f"it reads no features of {dtype}"
     return ""
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(name: str, kind: str) -> None:
+    """Say that torch operators stand in for backend `name` on devices of this kind.
+
+    Not where they were chosen, nor where there is nothing to install.
+    """
+    if name in _warned:
+        return
+    reason, remedy = "triton is not installed", "pip install 'iada[triton]'"
+    if name == "native":
+        if library.IS_TURNED_OFF or not library.IS_BUILT_HERE:
+            return
+        reason, remedy = library.WHY_MISSING, library.REMEDY
+    warnings.warn(
+        f"torch operators stand in for iada's {name} kernels on {kind} tensors and take several "
+        f"times as long: {reason}. {remedy}",
+        SlowBackendWarning,
+        stacklevel=4,
+    )
+    _warned.add(name)
+
+
+# As torch.compiler.assume_constant_result marks what runs once, while a graph is traced, which a
+# warning cannot be part of; the function itself would import the whole compiler here.
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from iada.experiments.datasets import Labelled
-from iada.experiments.demo.run import machine
 from iada.experiments.diagnostics import TermsLog, spectrum, surrogate_gap
 from iada.experiments.epsilon_log import StrengthCounts
 from iada.experiments.experiment import Limits, Views, limited, make_views
@@ -23,6 +22,7 @@ from iada.training.trainer import CHECKPOINT, Trainer
 from iada.utils.checks import complain
 from iada.utils.files import check_writable, written_aside
 from iada.utils.lock import folder_lock
+from iada_kernels.environment import environment
 
 RECORD, ASKED = "record.json", "run.json"
 MOST_EIGENVALUES = 6400  # kept in a record: all of 100 classes with 64 features
@@ -195,10 +195,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 def _machine(device: torch.device) -> dict[str, str]:
     """The machine, and what of it trains."""
-    found = {**machine(device), "device": str(device)}
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-    return found
+    return {"device": str(device), **environment(device)}
 
 
 def _former(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,17 @@
 """Finds and loads the compiled library, and remembers why not where that fails."""
 
+import contextlib
 import ctypes
+import importlib.metadata
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import torch
 
 from iada_kernels.native import fakes
+from iada_kernels.version import __version__
 
 REQUIRED_BY = "IADA_REQUIRE_NATIVE"  # set: a missing library is an error
 TAKEN_FROM = "IADA_NATIVE_LIBRARY"  # set: another build of it; "none": act as if there were none
@@ -23,29 +28,56 @@ OPERATORS = (
 )
 
 
-def _load() -> tuple[str | None, str]:
-    """(path of the library, why it is missing): one of the two."""
+BUILD = (
+    "In a clone of iada, in the environment that has torch: pip install scikit-build-core cmake "
+    "ninja && pip install --no-build-isolation --no-deps --force-reinstall ."
+)
+IS_BUILT_HERE = sys.platform != "win32"  # the sources are written for gcc and clang
+IS_TURNED_OFF = os.environ.get(TAKEN_FROM) == "none"
+
+
+def _load() -> tuple[str | None, str, str]:
+    """(path of the library, why it is missing, what helps): the first, or the two others."""
     path = os.environ.get(TAKEN_FROM)
-    if path == "none":
-        return None, f"{TAKEN_FROM} turns it off"
+    if IS_TURNED_OFF:
+        return None, f"{TAKEN_FROM} turns it off", f"Unset {TAKEN_FROM}"
     if path is None:
         spec = importlib.util.find_spec("iada_kernels._native")
         if spec is None or spec.origin is None:
-            return None, "it was not built (no C++ compiler or no torch at install time?)"
+            return None, *_why_not_here()
         path = spec.origin
     try:
         torch.ops.load_library(path)
     except OSError as error:  # built for another machine, or for a newer torch
-        return None, f"{path} does not load: {error}"
+        return None, f"{path} does not load: {error}", BUILD
     absent = [name for name in OPERATORS if not hasattr(torch.ops.iada_native, name)]
     if absent:
-        return None, f"{path} is of another version: it has no {absent[0]}; install iada again"
-    return path, ""
+        return None, f"{path} is of another version: it has no {absent[0]}", BUILD
+    return path, "", ""
 
 
-PATH, WHY_MISSING = _load()
+def _why_not_here() -> tuple[str, str]:
+    """Not built, or built and installed but hidden by a folder of sources that comes before it.
+
+    What is installed is not taken from there: it may be of other sources than these.
+    """
+    here = Path(__file__).parents[1]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        installed = importlib.metadata.distribution("iada")
+        for file in installed.files or ():
+            path = Path(str(file.locate()))
+            if file.name == "_native.so" and path.is_file() and installed.version == __version__:
+                return (
+                    f"{here} has none and hides the installed one",
+                    f"Run from another folder, install with pip install -e, or, if it was built "
+                    f"from these sources, set {TAKEN_FROM}={path}",
+                )
+    return "it was not built (no C++ compiler or no torch at install time?)", BUILD
+
+
+PATH, WHY_MISSING, REMEDY = _load()
 if PATH is None and os.environ.get(REQUIRED_BY, "0") not in ("", "0"):
-    raise ImportError(f"{REQUIRED_BY}: the native CPU library is required; {WHY_MISSING}")
+    raise ImportError(f"{REQUIRED_BY}: the native CPU library is required; {WHY_MISSING}. {REMEDY}")
 if PATH is not None:
     # Called under autograd.Function only: without this, torch's fallback looks for requires_grad at
     # every call.

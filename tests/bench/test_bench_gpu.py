@@ -36,6 +36,8 @@ def test_the_whole_path_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (path,) = tmp_path.glob("gpu-cpu-torch*-triton*.json")
     found = json.loads(path.read_text())
+    assert {"iada", "torch", "triton", "python", "processor"} <= set(found["machine"])
+    assert "triton = loss, gradients and update by the Triton kernels" in done.stdout
     assert found["left_out"] == found["failures"] == []
     assert set(found["shapes"]) == {"tiny-full", "tiny-diag", "tiny-dense"}
     for name, shape in found["shapes"].items():

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from iada.experiments.demo.report import verdict, write_report
-from iada.experiments.demo.run import as_json, machine, run_all, run_one
+from iada.experiments.demo.run import as_json, run_all, run_one
 from iada.experiments.demo.scenarios import META, NOISE, TEST, TRAIN, VALIDATION, make_split
 from iada.experiments.demo.settings import METHODS, trainer_config
 from iada.experiments.demo.tables import markdown_table
+from iada_kernels.environment import environment
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "demo.json"
@@ -80,7 +81,9 @@ def test_committed_results_are_reproduced_from_the_seed(committed, scenario, met
     ]
     got = run_one(scenario, method, 0).class_accuracy
     # To the digit where arithmetic rounds alike; elsewhere training drifts apart by rounding.
-    alike = json.loads(RESULTS.read_text())["machine"] == machine()
+    then, now = json.loads(RESULTS.read_text())["machine"], environment()
+    alike = all(then[name] == now[name] for name in ("processor", "capability", "torch"))
+    alike &= now["backend"].split()[0] == then["backend"].removeprefix("iada_kernels.")
     tolerance = 0.05 if alike else 4.0
     assert 100 * np.mean(got) == pytest.approx(100 * np.mean(want[0]), abs=tolerance)
 

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from iada.experiments.demo.figures import draw_all
-from iada.experiments.demo.run import machine
 from iada.experiments.demo.scenarios import IMBALANCE, META, NOISE, SCENARIOS, TEST, TRAIN
 from iada.experiments.demo.settings import METHODS
 from iada.experiments.demo.tables import markdown_table, summarise
 from iada.experiments.report.page import figure, render, versions
 from iada.experiments.report.tables import table as html_table
+from iada_kernels.environment import environment
 
 
 def write_report(records: Sequence[dict[str, Any]], folder: Path, command: str) -> Path:
     """Write the report of these records into `folder`; the path of its page."""
     folder.mkdir(parents=True, exist_ok=True)
-    results = {"machine": machine(), "runs": records}
+    results = {"machine": environment(), "runs": records}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     table = markdown_table(records)
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")

@@ -1,15 +1,11 @@
 """Trains every method on every scenario and seed, some at a time, each on one thread."""
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import multiprocessing
 import os
-import platform
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +16,6 @@ from iada.experiments.demo.settings import HIDDEN, trainer_config
 from iada.meta.step_result import MetaStep
 from iada.models import mlp
 from iada.training.trainer import Trainer
-from iada_kernels.dispatch import select_backend
 
 HISTOGRAM_BINS = 20  # of ε over (−1, 1)
 
@@ -132,21 +127,6 @@ def run_all(jobs: Sequence[tuple[str, str, int]], workers: int | None = None) ->
                 yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def machine(device: torch.device | str = "cpu") -> dict[str, str]:
-    """What rounding on a device depends on: equal machines give equal digits, others may not."""
-    processor = platform.machine()
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        processor = found[1] if found else processor
-    backend = select_backend(None, torch.device(device))
-    return {
-        "processor": processor,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "backend": backend.__name__,  # type: ignore[attr-defined]
-    }
 
 
 def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

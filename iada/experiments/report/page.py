@@ -6,7 +6,7 @@ import json
 import string
 import struct
 from collections.abc import Mapping, Sequence
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from iada.experiments.report.tables import (
 )
 from iada.experiments.report.variants import Arm, Record, arms_of, by_experiment
 from iada.utils.checks import complain
+from iada_kernels.version import __version__
 
 PAGE, RECORDS = "index.html", "records.json"
 
@@ -101,7 +102,7 @@ def figure(picture: Picture, folder: Path | None = None) -> str:
 
 def versions() -> str:
     """Of this package and torch."""
-    return f"iada {metadata.version('iada')}, torch {torch.__version__}"
+    return f"iada {__version__}, torch {torch.__version__}"
 
 
 def _section(experiment: str, title: str, arms: Sequence[Arm], published: Published) -> str:

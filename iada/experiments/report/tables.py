@@ -9,6 +9,7 @@ from iada.experiments.report.variants import Arm, Record, differing_settings
 # (experiment, method or method's name) → metric → percent
 Published = Mapping[tuple[str, str], Mapping[str, float]]
 NOT_KNOWN = '<td class="none">–</td>'
+SHOWN = ("processor", "capability", "device", "torch", "backend")  # of a machine
 LOWER_IS_BETTER = ("ece",)
 
 
@@ -192,5 +193,5 @@ def _row_head(label: str) -> str:
 def _machine(record: Record) -> str | None:
     machine = record.get("machine")
     if isinstance(machine, Mapping):
-        return ", ".join(str(value) for value in machine.values()) or None
+        return ", ".join(str(machine[name]) for name in SHOWN if name in machine) or None
     return None if machine is None else str(machine)
