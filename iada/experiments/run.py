@@ -31,12 +31,15 @@ GAP_ROWS = 500  # training samples that the surrogate is checked on
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how a run is made; none of it changes what is trained."""
+    """Where and how a run is made; none of it changes what is trained.
+
+    progress: whether to show it, or as what.
+    """
 
     folder: Path
     device: torch.device
     workers: int = 0
-    progress: bool = False
+    progress: bool | str = False
     tensorboard: bool = False
     evaluate_every: int = 1
 
@@ -122,6 +125,7 @@ def prepare(
             if data is not None:
                 metrics = _measure(trainer, getattr(views, name), data, split).metrics
                 found |= {f"{name}_{metric}": value for metric, value in metrics.items()}
+                found.setdefault("accuracy", metrics["balanced"])  # shown while it runs
         return found
 
     trainer = Trainer(

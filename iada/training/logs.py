@@ -4,7 +4,10 @@ import contextlib
 import csv
 import importlib.util
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ COLUMNS = (
     "adversarial_share",
     "covariance_trace",
 )
+OWN = frozenset(COLUMNS) - {"accuracy"}  # names that `measure` may not take
 LISTS = ("adversarial_share", "covariance_trace")  # one number a class
 MOST_CURVES = 100  # classes with a TensorBoard curve each; more of them share a histogram
 
@@ -35,17 +39,22 @@ def open_logs(
     epochs: int,
     folder: Path | None = None,
     tensorboard: bool = False,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that writes one epoch's row to the logs that are wanted, from `epoch` on."""
+    """A function that writes one epoch's row to the logs that are wanted, from `epoch` on.
+
+    progress: whether to show it, or what to show it as.
+    """
     with contextlib.ExitStack() as stack:
-        logs: list[CsvLog | TensorBoardLog | ProgressBar] = []
+        logs: list[CsvLog | TensorBoardLog | ProgressBar | ProgressLines] = []
         if folder is not None:
             logs.append(CsvLog(folder, epoch))
             if tensorboard:
                 logs.append(TensorBoardLog(folder, epoch))
         if progress:
-            logs.append(ProgressBar(epochs, epoch))
+            has_tqdm = importlib.util.find_spec("tqdm") is not None
+            title = progress if isinstance(progress, str) else ""
+            logs.append((ProgressBar if has_tqdm else ProgressLines)(epochs, epoch, title))
         for log in logs:
             stack.callback(log.close)
 
@@ -56,25 +65,51 @@ def open_logs(
         yield write
 
 
-class CsvLog:
-    """`log.csv`: COLUMNS, one row an epoch, lists as numbers with spaces between.
+def measured(values: Any) -> dict[str, float | None]:
+    """What a `measure` callback returned, as plain numbers: those alone can be logged and saved.
 
-    The row of an epoch is on disk before its checkpoint is. Opened at the epoch that a run goes on
-    from, it drops that epoch and later ones, and a row that a kill cut short: none comes twice.
+    Raises ValueError for anything else, and for a name that the log has itself.
+    """
+    if not isinstance(values, Mapping):
+        got = f"a {type(values).__name__}"
+        raise complain("measure", "a dict of numbers by name", got, "return {} for none")
+    numbers: dict[str, float | None] = {}
+    for name, value in values.items():
+        if not isinstance(name, str) or name in OWN:
+            raise complain("measure", "names that the log has not", repr(name), "rename it")
+        try:
+            plain = value is None or type(value) in (int, float)
+            numbers[name] = value if plain else float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            got = f"a {type(value).__name__}"
+            raise complain(f"measure {name!r}", "a number", got, "reduce it to one") from error
+    return numbers
+
+
+class CsvLog:
+    """`log.csv`: COLUMNS and what is measured besides, one row an epoch; lists have spaces between.
+
+    A column comes with the first row that has a value for it; rows before are empty there. The row
+    of an epoch is on disk before its checkpoint is. Opened at the epoch that a run goes on from, it
+    drops that epoch and later ones, and a row that a kill cut short: none comes twice.
     """
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
         self.path = folder / CSV_FILE
         remove_leftovers(self.path)
-        rows = [row for row in self._read() if int(row[0]) < first_epoch]
-        with written_aside(self.path) as file:
-            file.write(_lines([COLUMNS, *rows]).encode())
+        self.columns, rows = self._read()
+        self._rewrite([row for row in rows if int(row[0]) < first_epoch])
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one epoch. Raises OSError if it cannot be written."""
+        new = [name for name in row if name not in self.columns]
         try:
+            if new:
+                _, rows = self._read()
+                self.columns += new
+                self._rewrite([[*cells, *[""] * len(new)] for cells in rows])
             with open(self.path, "ab") as file:
-                file.write(_lines([[_cell(row.get(name)) for name in COLUMNS]]).encode())
+                file.write(_lines([[_cell(row.get(name)) for name in self.columns]]).encode())
                 to_disk(file)
         except OSError as error:
             raise OSError(
@@ -85,19 +120,23 @@ class CsvLog:
     def close(self) -> None:
         """Nothing: the file is closed after each row."""
 
-    def _read(self) -> list[list[str]]:
-        """The whole rows of a former run."""
+    def _rewrite(self, rows: Iterable[list[str]]) -> None:
+        with written_aside(self.path) as file:
+            file.write(_lines([self.columns, *rows]).encode())
+
+    def _read(self) -> tuple[list[str], list[list[str]]]:
+        """The columns, and the whole rows, of a former run."""
         if not self.path.exists():
-            return []
-        text = self.path.read_text()
-        header, *rows = list(csv.reader(text.splitlines())) or [[]]
-        if text and tuple(header) != COLUMNS:
+            return list(COLUMNS), []
+        text = self.path.read_text(encoding="utf-8")
+        header, *rows = list(csv.reader(text.splitlines())) or [list(COLUMNS)]
+        if tuple(header[: len(COLUMNS)]) != COLUMNS:
             raise complain(
                 str(self.path), "a log of this version", "other columns", "move it elsewhere"
             )
         if not text.endswith("\n"):
             rows = rows[:-1]
-        return [row for row in rows if len(row) == len(COLUMNS) and row[0].isdigit()]
+        return header, [row for row in rows if len(row) == len(header) and row[0].isdigit()]
 
 
 class TensorBoardLog:
@@ -115,9 +154,8 @@ class TensorBoardLog:
     def write(self, row: dict[str, Any]) -> None:
         """One epoch: curves, and histograms of ε and, for many classes, over the classes."""
         writer, epoch = self.writer, row["epoch"]
-        for name in COLUMNS[1:]:
-            value = row.get(name)
-            if value is None:
+        for name, value in row.items():
+            if name == "epoch" or value is None:
                 continue
             if name == "epsilon_histogram":
                 self._strengths(value, epoch)
@@ -159,26 +197,50 @@ class TensorBoardLog:
 
 
 class ProgressBar:
-    """A tqdm bar over epochs with the numbers of the last one, if tqdm is installed."""
+    """A tqdm bar over epochs with the numbers of the last one."""
 
-    def __init__(self, epochs: int, first_epoch: int) -> None:
-        self.bar = None
-        if importlib.util.find_spec("tqdm") is not None:
-            from tqdm.auto import tqdm
+    def __init__(self, epochs: int, first_epoch: int, title: str = "") -> None:
+        from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=epochs, initial=first_epoch, unit="epoch")
+        self.bar = tqdm(total=epochs, initial=first_epoch, unit="epoch", desc=title or None)
+        self.shown: dict[str, str] = {}
 
     def write(self, row: dict[str, Any]) -> None:
         """One more epoch."""
-        if self.bar is not None:
-            shown = {name: row.get(name) for name in ("loss", "meta_loss", "accuracy")}
-            self.bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items() if v is not None})
-            self.bar.update()
+        self.shown |= _shown(row)  # what not every epoch measures stays
+        self.bar.set_postfix(self.shown)
+        self.bar.update()
 
     def close(self) -> None:
         """Leave the bar as it stands."""
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
+
+
+class ProgressLines:
+    """Where there is no tqdm: a line an epoch, on stderr."""
+
+    def __init__(self, epochs: int, first_epoch: int, title: str = "") -> None:
+        self.epochs, self.first_epoch = epochs, first_epoch
+        self.title = f"{title}: " if title else ""
+        self.start = time.monotonic()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One more epoch, and how long the rest will take at this pace."""
+        done = row["epoch"] + 1
+        pace = (time.monotonic() - self.start) / (done - self.first_epoch)
+        left = timedelta(seconds=round(pace * (self.epochs - done)))
+        numbers = "".join(f", {name} {value}" for name, value in _shown(row).items())
+        line = f"{self.title}epoch {done}/{self.epochs}{numbers}, {left} left"
+        print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, str]:
+    """What of a row is worth a look while it runs."""
+    numbers = {name: row.get(name) for name in ("loss", "meta_loss", "accuracy")}
+    return {name: f"{value:.4f}" for name, value in numbers.items() if value is not None}
 
 
 def _cell(value: Any) -> str:

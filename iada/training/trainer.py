@@ -18,7 +18,7 @@ from iada.training.checkpoint import load_checkpoint, load_parts, save_checkpoin
 from iada.training.config import TrainerConfig, check_same_run
 from iada.training.divergence import LossWatch, all_finite, diverged
 from iada.training.interrupt import stop_flag
-from iada.training.logs import open_logs
+from iada.training.logs import measured, open_logs
 from iada.training.measures import EpochMeasures, PhaseTimes
 from iada.training.meta_stream import MetaStream
 from iada.training.schedule import alpha_at, build_optimizer, build_schedule
@@ -34,7 +34,7 @@ from iada.utils.distributed import (
     own_part,
     rank_of,
 )
-from iada.utils.evaluate import Outputs, class_accuracy, outputs
+from iada.utils.evaluate import Outputs, class_accuracy, evaluating, outputs
 from iada.utils.files import check_writable, remove_leftovers
 from iada.utils.loading import batches, check_dataset, count_classes, epoch_order, to_device
 from iada.utils.lock import folder_lock
@@ -57,13 +57,16 @@ class Trainer:
         config: a `TrainerConfig`.
         class_counts: training samples of each class (C); read from the labels of a `TensorData`.
         folder: where checkpoint.pt and log.csv are kept; None for neither.
-        observe: called after each step of the second phase with (trainer, batch, result): result
-            is a `MetaStep` with the strengths of this batch, or the loss of a method without a
-            meta set. Its state is checkpointed if it has state_dict and load_state_dict.
-        validation_set: measured after each epoch into `history`.
-        measure: called after each epoch with the trainer, in evaluation mode; the plain numbers
-            that it returns by name go into `history` too.
-        progress: show a bar, if tqdm is installed.
+        observe: called after each step with (trainer, batch, result): result is a `MetaStep` with
+            the strengths of this batch, or, of a method without a meta set and while `plain_phase`,
+            the loss (), detached. Its state is checkpointed if it has state_dict and
+            load_state_dict.
+        validation_set: measured after each epoch into `history` and the logs.
+        measure: called after each epoch with the trainer, in evaluation mode; the numbers, or
+            None, that it returns by name go into `history` and the logs too. One named "accuracy"
+            is shown as that of a validation set is.
+        progress: show a bar with tqdm where it is installed, else a line an epoch on stderr. A
+            string is shown as its title.
         num_workers: of the loaders of training, meta set and evaluation, each; data in memory is
             read without.
         tensorboard: write the log for TensorBoard too, into `folder`.
@@ -94,7 +97,7 @@ class Trainer:
         observe: "Callable[[Trainer, Sequence[Any], Any], None] | None" = None,
         validation_set: Dataset | None = None,
         measure: "Callable[[Trainer], Mapping[str, float | None]] | None" = None,
-        progress: bool = False,
+        progress: bool | str = False,
         num_workers: int = 0,
         tensorboard: bool = False,
     ) -> None:
@@ -189,7 +192,7 @@ class Trainer:
         config, epoch = self.config, self.epoch
         order = epoch_order(len(self.train_set), config.batch_size, config.seed, epoch)  # type: ignore[arg-type]
         rest: Sequence[list[int]] = order[self.batch :]
-        meta_phase = epoch >= config.ce_epochs
+        meta_phase = not self.plain_phase
         self.method.alpha = alpha_at(config, epoch)
         if not self.backbone.training:  # else parts that were put into eval mode stay there
             self.backbone.train()
@@ -230,7 +233,7 @@ class Trainer:
             own = result.epsilon[own_part(len(result.epsilon), self.group)]
             result = dataclasses.replace(result, epsilon=own)
         self._measures.record(self.batch, result, batch[1])
-        if meta_phase and self.observe is not None:
+        if self.observe is not None:
             self.observe(self, batch, result)
         self.batch += 1
         if self.config.schedule_each == "step":
@@ -240,16 +243,18 @@ class Trainer:
         covariance = self.method.covariance
         row = {"epoch": self.epoch, **self._measures.summary(covariance, self.group)}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
-        row["alpha"] = self.method.alpha if self.epoch >= self.config.ce_epochs else None
+        row["alpha"] = None if self.plain_phase else self.method.alpha
         if self.validation_set is not None:
             with self._times.phase("validation"):
                 row["accuracy"] = float(self.class_accuracy(self.validation_set).nanmean())
-        kept = ("epoch", "loss", "accuracy")
-        entry = {name: row[name] for name in kept if name in row}
+        found: dict[str, float | None] = {}
         if self.measure is not None:
-            with self._times.phase("validation"):
-                entry |= self.measure(self)
-        self.history.append(entry)
+            models = (self.backbone, self.head)
+            with self._times.phase("validation"), evaluating(*models):
+                found = measured(self.measure(self))
+        row |= found
+        kept = ("epoch", "loss", "accuracy", *found)
+        self.history.append({name: row[name] for name in kept if name in row})
         write({**row, **self._times.take()})
         self.method.end_epoch()
         if self.config.schedule_each == "epoch":
@@ -372,6 +377,11 @@ class Trainer:
     def _new_measures(self) -> EpochMeasures:
         dtype = torch.promote_types(torch.float32, self.head.weight.dtype)
         return EpochMeasures(self._steps, self.head.out_features).to(self._device, dtype)
+
+    @property
+    def plain_phase(self) -> bool:
+        """Whether this epoch trains with plain CE, before the method's own: T1 of Algorithm 1."""
+        return self.epoch < self.config.ce_epochs
 
     @property
     def _steps(self) -> int:

@@ -301,6 +301,8 @@ def test_terms_log_is_the_mean_over_what_it_saw():
     class Spy(TermsLog):
         def __call__(self, trainer, batch, result):
             super().__call__(trainer, batch, result)
+            if trainer.plain_phase:
+                return
             trainer.backbone.eval()
             with torch.no_grad():
                 features = trainer.backbone(batch[0])

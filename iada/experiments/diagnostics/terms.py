@@ -88,7 +88,7 @@ def regularization_terms(
 
 
 class TermsLog:
-    """Means of G, R and F in each epoch: an `observe` callback of `iada.Trainer`.
+    """Means of G, R and F in each epoch after plain CE: an `observe` callback of `iada.Trainer`.
 
     >>> log = TermsLog()
     >>> iada.Trainer(..., observe=log).fit()
@@ -112,7 +112,7 @@ class TermsLog:
     @torch.no_grad()
     def __call__(self, trainer: "Trainer", batch: Sequence[Any], result: Any) -> None:
         """Take in one step."""
-        if trainer.batch % self.every:
+        if trainer.plain_phase or trainer.batch % self.every:
             return
         inputs, labels = batch[0], batch[1]
         head, method = trainer.head, trainer.method
