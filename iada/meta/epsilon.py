@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from iada.meta.learner import Rows, linear
-from iada.nn.characteristics import TrainingMemory, characteristics
+from iada.nn.characteristics import PROPORTION, TrainingMemory, characteristics
 from iada.nn.perturbation_net import PerturbationNet
 
 
@@ -19,6 +19,7 @@ class LearnedStrengths:
         perturbation, optimizer: Ω, and by what it learns.
         log_prior: log π, (C), a part of f.
         scaler: a GradScaler, enabled or not.
+        log_proportion: log π_y in place of π_y among the characteristics.
     """
 
     def __init__(
@@ -27,9 +28,11 @@ class LearnedStrengths:
         optimizer: torch.optim.Optimizer,
         log_prior: Tensor,
         scaler: torch.amp.GradScaler,
+        log_proportion: bool = False,
     ) -> None:
         self.perturbation, self.optimizer = perturbation, optimizer
         self.log_prior, self.scaler = log_prior, scaler
+        self.log_proportion = log_proportion
 
     @torch.no_grad()
     def traits(
@@ -41,6 +44,8 @@ class LearnedStrengths:
             features, logits, rows.labels, head.weight, self.log_prior, memory, rows.index
         )
         memory.record(traits[:, 0], traits[:, 1], rows.labels, rows.index)
+        if self.log_proportion:
+            traits[:, PROPORTION] = self.log_prior[rows.labels].to(traits.dtype)
         return traits
 
     def differentiable(self, traits: Tensor) -> Tensor:
@@ -62,12 +67,16 @@ class LearnedStrengths:
 
     def learn(self, epsilon: Tensor | None, grad: Tensor | None, scale: Any) -> None:
         """Eq. 8, from ε with its graph and the meta loss's gradient by it, (N)."""
+        if not self.parameters():
+            return
         assert epsilon is not None
         assert grad is not None
         self.step(torch.autograd.grad(epsilon, self.parameters(), grad.to(epsilon.dtype)), scale)
 
     def step(self, grads: Sequence[Tensor], scale: Any) -> None:
         """Eq. 8, from the gradients by `parameters`; scale: the scaler's factor."""
+        if not grads:
+            return
         for parameter, grad in zip(self.parameters(), grads, strict=True):
             parameter.grad = grad * scale
         self.scaler.step(self.optimizer)

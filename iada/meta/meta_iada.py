@@ -32,8 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from iada.meta.backbone_passes import Passes, RandomState
+from iada.meta.closed_form_step import closed_form_step, inverse_rate, relative_change
 from iada.meta.double_backward import double_backward
 from iada.meta.epsilon import ConstantStrengths, LearnedStrengths
+from iada.meta.epsilon_scale import EpsilonScale, scaled_epsilon
 from iada.meta.feature_jvp import DIFFERENCES, GRAPH, FeatureTangent
 from iada.meta.hypergradient import MetaPasses
 from iada.meta.learner import Classifier, HeadGradients, Learner, Rows, check_classifier, linear
@@ -41,15 +43,14 @@ from iada.meta.modes import ORACLE, check_modes, check_not_oracle
 from iada.meta.plain import plain_step
 from iada.meta.step_result import MetaStep
 from iada.meta.virtual_step import VirtualStep
+from iada.meta.weighted_loss import weighted_loss
 from iada.nn.characteristics import TrainingMemory, loss_and_margin
 from iada.nn.class_covariance import ClassCovariance
-from iada.nn.functional import fused_loss
 from iada.nn.perturbation_net import PerturbationNet
 from iada.nn.priors import log_class_prior
 from iada.nn.projection import nearest_positive_semidefinite
 from iada.utils.distributed import Group
-from iada_kernels.contract import LossInputs, LossOptions
-from iada_kernels.dispatch import select_backend
+from iada_kernels.contract import LossInputs
 
 
 class MetaIADA:
@@ -82,7 +83,15 @@ class MetaIADA:
         memory: last epoch's values for the characteristics; by default one of class means only.
             Call `end_epoch()` after each epoch.
         alpha, beta: of Eq. 6; plain attributes, to be annealed.
-        covariance_lr: η₂ of Eq. 9.
+        covariance_lr: η₂ of Eq. 9; 0 leaves Σ as it is streamed, at no cost.
+        epsilon_scale, epsilon_unit: ε is tanh's value, or `epsilon`, in these units. "feature": as
+            published, a coordinate moves by ε; "class-deviation": by ε √(tr Σ_y / A), a typical
+            deviation of a coordinate within the class, which no derivative passes through.
+        log_proportion: Ω sees log π_y in place of π_y, which keeps small classes apart.
+        rate_free_perturbation, rate_free_covariance: the gradient of Eq. 8, of Eq. 9 divided by the
+            head's learning rate η₁, a factor of both. With it Σ moves by 1e-5 of itself at most
+            at the published rates, and Ω stands still once the rate has fallen. (A rate that is
+            a tensor on a GPU is read back.)
         persistent: keep what Eq. 9 does to Σ; False uses it for Eq. 10 only, as MetaSAug does.
         project: after Eq. 9, move Σ to the nearest positive semidefinite matrix;
             `projections` counts the classes for which that changed something.
@@ -124,6 +133,11 @@ class MetaIADA:
         alpha: float = 0.5,
         beta: float = 1.0,
         covariance_lr: float = 1e-3,
+        epsilon_scale: float = 1.0,
+        epsilon_unit: str = "feature",
+        log_proportion: bool = False,
+        rate_free_perturbation: bool = False,
+        rate_free_covariance: bool = False,
         persistent: bool = True,
         project: bool = False,
         clip_norm: float = 0.0,
@@ -151,6 +165,9 @@ class MetaIADA:
         self.memory = memory or TrainingMemory(num_classes).to(device, dtype)
         self.alpha, self.beta = alpha, beta
         self.covariance_lr = covariance_lr
+        self.rate_free_perturbation = rate_free_perturbation
+        self.rate_free_covariance = rate_free_covariance
+        self._epsilon_scale = EpsilonScale(epsilon_scale, epsilon_unit)
         self.persistent, self.project = persistent, project
         self.clip_norm = clip_norm
         self.projections = torch.zeros((), dtype=torch.int64, device=device)
@@ -163,7 +180,9 @@ class MetaIADA:
             adam = perturbation_optimizer or torch.optim.Adam(
                 self.perturbation.parameters(), lr=1e-3
             )
-            self._strengths = LearnedStrengths(self.perturbation, adam, self.log_prior, scaler)
+            self._strengths = LearnedStrengths(
+                self.perturbation, adam, self.log_prior, scaler, log_proportion
+            )
         else:
             self._strengths = ConstantStrengths(epsilon)
         self._learner = Learner(self.classifier, optimizer, scaler, process_group)
@@ -179,6 +198,8 @@ class MetaIADA:
         )
         self._steps = 0
         self._meta_loss = torch.full((), torch.nan, dtype=dtype, device=device)
+        self.covariance_change = torch.full((), torch.nan, dtype=dtype, device=device)
+        self._change_measured = False
 
     @property
     def head(self) -> nn.Linear:
@@ -187,7 +208,12 @@ class MetaIADA:
 
     @property
     def needs_meta_batch(self) -> bool:
-        """Whether the next `step` makes a meta step: with interval=k one in k does."""
+        """Whether the next `step` makes a meta step: with interval=k one in k does.
+
+        None does where there is nothing to learn: a constant or frozen Ω, and covariance_lr 0.
+        """
+        if not self.covariance_lr and not self._strengths.parameters():
+            return False
         return self._steps % self.interval == 0
 
     def meta_steps(self, count: int) -> Sequence[bool]:
@@ -213,11 +239,17 @@ class MetaIADA:
             self.covariance.update(whole, rows.labels)
             traits = self._strengths.traits(whole, self.classifier.head, rows, self.memory)
             sigma = self.covariance.covariance
+            scale = self._epsilon_scale.at(sigma, rows.labels)
             if meta_rows is not None:
+                former = None if self._change_measured else sigma.clone()
                 features, sigma = self._meta_step(
-                    features, whole, traits, rows, random_state, meta_rows
+                    features, whole, traits, scale, rows, random_state, meta_rows
                 )
+                if former is not None:
+                    self.covariance_change.copy_(relative_change(sigma, former))
+                    self._change_measured = True
             epsilon = self._strengths.values(traits, moves_buffers=meta_rows is None)
+            epsilon = scaled_epsilon(epsilon, scale)
             loss, grads = self._head_gradients(whole, rows, sigma, epsilon)
             self._learner.descend(features, grads, rows, self.clip_norm)
         self._steps += 1
@@ -246,6 +278,8 @@ class MetaIADA:
     def end_epoch(self) -> None:
         """To be called after each epoch: its losses and margins become the last epoch's."""
         self.memory.end_epoch()
+        self.covariance_change.fill_(torch.nan)
+        self._change_measured = False
 
     def learned(self) -> list[Tensor]:
         """Σ and Ω: what must stay finite beside the classifier."""
@@ -263,6 +297,8 @@ class MetaIADA:
             "projections": self.projections,
             "steps": self._steps,
             "meta_loss": self._meta_loss,
+            "covariance_change": self.covariance_change,
+            "change_measured": self._change_measured,
             "way": self._tangent.way,
             "math_attention": self._passes.math_attention,
         }
@@ -275,6 +311,8 @@ class MetaIADA:
         self.projections.copy_(state["projections"])
         self._steps = state["steps"]
         self._meta_loss = state["meta_loss"].to(self._meta_loss)
+        self.covariance_change.copy_(state.get("covariance_change", self.covariance_change))
+        self._change_measured = state.get("change_measured", False)
         self._tangent.way = state["way"]
         self._passes.math_attention = state["math_attention"]
 
@@ -283,52 +321,41 @@ class MetaIADA:
         features: Tensor,
         whole: Tensor,
         traits: Tensor,
+        scale: Tensor | float,
         rows: Rows,
         random_state: RandomState,
         meta_rows: Rows,
     ) -> tuple[Tensor, Tensor]:
         """Eq. 7 to 9: moves Ω and Σ. The features to go on with, and the Σ that Eq. 10 takes."""
-        epsilon = self._strengths.differentiable(traits)
+        epsilon = scaled_epsilon(self._strengths.differentiable(traits), scale)
         if self.hypergradient == ORACLE:
             return features, self._by_double_backward(features, epsilon, rows, meta_rows)
         strengths = None if epsilon is None else epsilon.detach()
         _, grads = self._head_gradients(whole, rows, self.covariance.covariance, strengths)
         found = self._meta_passes.run(features, grads, rows, random_state, meta_rows)
         self._meta_loss = found.meta_loss
-        head, tangents = self.classifier.head, found.tangents
         inputs = LossInputs(
             whole,
-            head.weight.detach(),
-            None if head.bias is None else head.bias.detach(),
+            self.head.weight.detach(),
+            None if self.head.bias is None else self.head.bias.detach(),
             rows.labels,
             self.covariance.covariance,
             strengths,
             self.log_prior,
         )
-        weights = self.class_weights
-        reduction = "mean" if weights is None else "sum"
-        options = LossOptions(float(self.alpha), float(self.beta), -100, reduction)
-        backend = select_backend(None, whole.device, whole.dtype)
-        grad_epsilon, sums = backend.hypergradient(inputs, options, tangents, True)
         scaled = self._learner.scaler.is_enabled()
-        sigma = self.covariance.covariance
-        if scaled or not self.persistent:
-            sigma = sigma.clone()
-        # Weights of classes scale what each class's samples give: its Σ's gradient, and their ε's.
-        step = sigma if weights is None else torch.zeros_like(sigma)
-        backend.covariance_step(
-            step, head.weight.detach(), tangents.weight, sums, -self.covariance_lr
+        grad_epsilon, sigma = closed_form_step(
+            inputs,
+            alpha=float(self.alpha),
+            beta=float(self.beta),
+            tangents=found.tangents,
+            class_weights=self.class_weights,
+            covariance_lr=self._covariance_step_size(),
+            in_place=self.persistent and not scaled,
+            skip_overflow=scaled,
         )
-        if weights is not None:
-            own = weights[rows.labels]
-            step *= (weights / own.sum()).view(-1, *[1] * (step.dim() - 1))
-            sigma += step
-            grad_epsilon = None if grad_epsilon is None else grad_epsilon * (own / own.sum())
-        if scaled:  # as the optimizers do where a gradient overflows
-            fine = torch.isfinite(tangents.weight).all()
-            if grad_epsilon is not None:
-                fine &= torch.isfinite(grad_epsilon).all()
-            sigma = torch.where(fine, sigma, self.covariance.covariance)
+        if grad_epsilon is not None and self.rate_free_perturbation:
+            grad_epsilon = grad_epsilon * inverse_rate(self.optimizer, self.head.weight)
         self._strengths.learn(epsilon, grad_epsilon, self._learner.scale())
         return found.features, self._keep(sigma)
 
@@ -353,10 +380,19 @@ class MetaIADA:
             head,
             meta_rows,
         )
+        if self.rate_free_perturbation:
+            factor = inverse_rate(self.optimizer, head.weight)
+            grads = [grad * factor for grad in grads]
         self._strengths.step(grads, self._learner.scale())
         if sigma.dim() == 3:
             grad_sigma = (grad_sigma + grad_sigma.mT) / 2
-        return self._keep(sigma.detach() - self.covariance_lr * grad_sigma)
+        return self._keep(sigma.detach() - self._covariance_step_size() * grad_sigma)
+
+    def _covariance_step_size(self) -> float:
+        """η₂ of Eq. 9, or η₂/η₁."""
+        if not self.rate_free_covariance:
+            return self.covariance_lr
+        return self.covariance_lr * inverse_rate(self.optimizer, self.head.weight)
 
     @torch.no_grad()
     def _keep(self, sigma: Tensor) -> Tensor:
@@ -376,28 +412,13 @@ class MetaIADA:
             lambda h, w, b: self._loss(h, w, b, rows.labels, sigma, epsilon), whole
         )
 
-    def _loss(
-        self,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        sigma: Tensor,
-        epsilon: Tensor | None,
-    ) -> Tensor:
-        losses = fused_loss(
+    def _loss(self, features: Tensor, *head_and_rows: Any) -> Tensor:
+        """Eq. 6 of features, weight, bias, labels, Σ and ε, () with its graph."""
+        return weighted_loss(
             features,
-            weight,
-            bias,
-            labels,
-            covariance=sigma,
-            epsilon=epsilon,
+            *head_and_rows,
             log_prior=self.log_prior,
             alpha=self.alpha,
             beta=self.beta,
-            reduction="mean" if self.class_weights is None else "none",
+            class_weights=self.class_weights,
         )
-        if self.class_weights is None:
-            return losses
-        own = self.class_weights[labels]
-        return torch.linalg.vecdot(losses, own.to(losses.dtype)) / own.sum()

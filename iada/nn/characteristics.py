@@ -25,6 +25,8 @@ from iada.utils.autocast import full_precision
 from iada.utils.checks import check_labels, check_sizes, complain
 from iada_kernels.dispatch import select_backend
 
+PROPORTION = 5  # the column of π_y
+
 
 def loss_and_margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """CE in nats and p_y − max_{j≠y} p_j, each (N); the margin of a single class is 1."""

@@ -17,13 +17,23 @@ class PerturbationNet(nn.Module):
     Args:
         num_characteristics: width of the input.
         hidden: width of the hidden layer.
+        zero_init: start from ε = 0 for every sample, instead of the random ±0.2 of torch's usual
+            initial values: training by Eq. 6 then begins as Logit Adjustment with its α term.
     """
 
-    def __init__(self, num_characteristics: int = NUM_CHARACTERISTICS, hidden: int = 100) -> None:
+    def __init__(
+        self,
+        num_characteristics: int = NUM_CHARACTERISTICS,
+        hidden: int = 100,
+        zero_init: bool = False,
+    ) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(num_characteristics)
         self.hidden = nn.Linear(num_characteristics, hidden)
         self.strength = nn.Linear(hidden, 1)
+        if zero_init:
+            nn.init.zeros_(self.strength.weight)
+            nn.init.zeros_(self.strength.bias)
 
     def forward(self, characteristics: Tensor) -> Tensor:
         """ε (N,) of characteristics (N, 15). A single row is normalised by running statistics.

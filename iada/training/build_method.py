@@ -95,9 +95,24 @@ def _with_covariance(
         if config.perturbation == "constant":
             own["epsilon"] = config.epsilon
         else:
-            network = _placed(PerturbationNet(), head, group)
-            adam = torch.optim.Adam(network.parameters(), lr=config.perturbation_lr)
-            own |= {"perturbation": network, "perturbation_optimizer": adam}
+            network = PerturbationNet(
+                hidden=config.perturbation_hidden,
+                zero_init=config.perturbation_init == "zero",
+            )
+            network = _placed(network, head, group)
+            adam = torch.optim.Adam(
+                network.parameters(),
+                lr=config.perturbation_lr,
+                weight_decay=config.perturbation_weight_decay,
+            )
+            network.requires_grad_(config.perturbation == "learned")
+            own |= {
+                "perturbation": network,
+                "perturbation_optimizer": adam,
+                "log_proportion": config.log_proportion,
+                "rate_free_perturbation": config.rate_free_perturbation,
+            }
+        own |= {"epsilon_scale": config.epsilon_scale, "epsilon_unit": config.epsilon_unit}
     memory = TrainingMemory(head.out_features, len(train_set))  # type: ignore[arg-type]
     return MetaIADA(
         backbone,
@@ -108,6 +123,7 @@ def _with_covariance(
         memory=_placed(memory, head),
         alpha=config.alpha,
         covariance_lr=config.covariance_lr,
+        rate_free_covariance=config.rate_free_covariance,
         project=config.project,
         clip_norm=config.clip_norm,
         process_group=group,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from iada.meta.epsilon_scale import EPSILON_UNITS
 from iada.meta.modes import HYPERGRADIENTS, SCOPES
 from iada.nn.class_covariance import STRUCTURES
 from iada.utils.checks import complain
@@ -27,7 +28,8 @@ METHODS = (
     "afr",
 )
 STAGED = ("ldam-drw", "cmo", "afr")  # what they do depends on how far the run is
-PERTURBATIONS = ("learned", "constant")
+PERTURBATIONS = ("learned", "untrained", "constant")
+PERTURBATION_INITS = ("default", "zero")
 SCHEDULES = ("constant", "cosine", "multistep")
 UNITS = ("epoch", "step")
 AUTOCASTS = ("none", "bfloat16")
@@ -49,6 +51,8 @@ LEAST = {
     "weight_decay": 0,
     "alpha": 0,
     "covariance_lr": 0,
+    "perturbation_weight_decay": 0,
+    "perturbation_hidden": 1,
     "clip_norm": 0,
     "warmup_epochs": 0,
     "class_beta": 0,
@@ -76,9 +80,16 @@ class TrainerConfig:
     alpha, beta: of Eq. 6.  alpha_ramp: alpha rises linearly from 0 over the method's epochs, as
     in ISDA.
     perturbation_lr: Adam's on Ω (η₂ of Eq. 8), or on Meta-Weight-Net's network.
-    covariance_lr: η₂ of Eq. 9; MetaSAug's published value is 0.1.
+    perturbation_weight_decay: Adam's too; 5e-4 to 1e-4 in sibling codes.
+    perturbation_hidden: units of Ω's hidden layer.  perturbation_init: "default", or "zero" for
+    ε = 0 at the start.
+    covariance_lr: η₂ of Eq. 9; MetaSAug's published value is 0.1. With 0, and no Ω to be learned,
+    there is no meta step: an iteration costs what a plain one does.
+    epsilon_scale, epsilon_unit, log_proportion, rate_free_perturbation, rate_free_covariance: see
+    `MetaIADA`.
     structure: of the covariance, "full" or "diag".
-    perturbation: of Meta-IADA, "learned", or "constant": ε is `epsilon` for all samples. Ablations
+    perturbation: of Meta-IADA, "learned"; "untrained": Ω keeps its initial values; or "constant":
+    ε is `epsilon` for all samples. Ablations
     are alpha = 0 (without generalization), constant 0 (without robustness), beta = 0 (without
     fairness) and scope = "head".
     class_beta: β of the class-balanced weights (cb-ce, cb-focal, ldam-drw, metasaug).
@@ -115,10 +126,18 @@ class TrainerConfig:
     beta: float = 1.0
     alpha_ramp: bool = False
     perturbation_lr: float = 1e-3
+    perturbation_weight_decay: float = 0.0
+    perturbation_hidden: int = 100
+    perturbation_init: str = "default"
     covariance_lr: float = 1e-3
+    rate_free_perturbation: bool = False
+    rate_free_covariance: bool = False
     structure: str = "full"
     perturbation: str = "learned"
     epsilon: float = 0.0
+    epsilon_scale: float = 1.0
+    epsilon_unit: str = "feature"
+    log_proportion: bool = False
     class_beta: float = 0.9999
     focal_gamma: float = 1.0
     reweight_from: float = 0.8
@@ -145,6 +164,8 @@ class TrainerConfig:
             "schedule_each": UNITS,
             "structure": STRUCTURES,
             "perturbation": PERTURBATIONS,
+            "perturbation_init": PERTURBATION_INITS,
+            "epsilon_unit": EPSILON_UNITS,
             "hypergradient": HYPERGRADIENTS,
             "scope": SCOPES,
             "optimizer": OPTIMIZERS,
@@ -157,7 +178,7 @@ class TrainerConfig:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise complain(name, f"at least {least}", repr(getattr(self, name)), "raise it")
-        for name in ("lr", "perturbation_lr", "gamma", "finetune_lr"):
+        for name in ("lr", "perturbation_lr", "gamma", "finetune_lr", "epsilon_scale"):
             if getattr(self, name) <= 0:
                 raise complain(name, "above 0", repr(getattr(self, name)), "raise it")
         for name, usual in {"momentum": 0.9, "class_beta": 0.9999}.items():
@@ -165,9 +186,10 @@ class TrainerConfig:
                 raise complain(name, "below 1", repr(getattr(self, name)), f"{usual} is usual")
         if self.reweight_from > 1:
             raise complain("reweight_from", "a share", repr(self.reweight_from), "0.8 is usual")
-        if self.epsilon and self.perturbation == "learned":
+        if self.epsilon and self.perturbation != "constant":
             remedy = "set perturbation too"
-            raise complain("epsilon", "0 with a learned perturbation", repr(self.epsilon), remedy)
+            expected = f"0 with a perturbation that is {self.perturbation}"
+            raise complain("epsilon", expected, repr(self.epsilon), remedy)
         twice = {"lr", "momentum", "weight_decay"} & set(self.optimizer_options)
         if twice:
             name = min(twice)

@@ -27,6 +27,7 @@ COLUMNS = (
     "epsilon_histogram",
     "adversarial_share",
     "covariance_trace",
+    "covariance_change",
 )
 OWN = frozenset(COLUMNS) - {"accuracy"}  # names that `measure` may not take
 LISTS = ("adversarial_share", "covariance_trace")  # one number a class

@@ -75,10 +75,10 @@ class EpochMeasures(nn.Module):
             trace = (sigma.diagonal(dim1=1, dim2=2) if sigma.dim() == 3 else sigma).sum(dim=1)
         strengths = bool(counts["visits"].any())
         return {
-            "loss": _number(self.losses.nanmean()),
-            "meta_loss": _number(self.meta_losses.nanmean()),
+            "loss": number_or_none(self.losses.nanmean()),
+            "meta_loss": number_or_none(self.meta_losses.nanmean()),
             "epsilon_histogram": counts["epsilon_histogram"].tolist() if strengths else None,
-            "adversarial_share": [_number(s) for s in share.cpu()] if strengths else None,
+            "adversarial_share": [number_or_none(s) for s in share.cpu()] if strengths else None,
             "covariance_trace": None if trace is None else trace.tolist(),
         }
 
@@ -124,7 +124,7 @@ class PhaseTimes:
         return taken
 
 
-def _number(value: Tensor) -> float | None:
+def number_or_none(value: Tensor) -> float | None:
     """A Python float, None for NaN."""
     number = float(value)
     return None if number != number else number

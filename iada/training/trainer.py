@@ -19,7 +19,7 @@ from iada.training.config import TrainerConfig, check_same_run
 from iada.training.divergence import LossWatch, all_finite, diverged
 from iada.training.interrupt import stop_flag
 from iada.training.logs import measured, open_logs
-from iada.training.measures import EpochMeasures, PhaseTimes
+from iada.training.measures import EpochMeasures, PhaseTimes, number_or_none
 from iada.training.meta_stream import MetaStream
 from iada.training.schedule import alpha_at, build_optimizer, build_schedule
 from iada.utils import seeds as random_state
@@ -243,6 +243,8 @@ class Trainer:
         covariance = self.method.covariance
         row = {"epoch": self.epoch, **self._measures.summary(covariance, self.group)}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
+        change = getattr(self.method, "covariance_change", None)
+        row["covariance_change"] = None if change is None else number_or_none(change)
         row["alpha"] = None if self.plain_phase else self.method.alpha
         if self.validation_set is not None:
             with self._times.phase("validation"):

@@ -91,6 +91,9 @@ def test_traces_and_times(run):
     sigma = trainer.method.covariance.covariance
     trace = sigma.diagonal(dim1=1, dim2=2).sum(dim=1).tolist()
     assert numbers(rows[-1]["covariance_trace"]) == pytest.approx(trace, rel=1e-6)
+    changes = [row["covariance_change"] for row in rows]
+    assert changes[:2] == ["", ""]  # of plain CE
+    assert all(0 < float(change) < 1e-2 for change in changes[2:])
     for row in rows:
         assert all(float(row[f"seconds_{phase}"]) >= 0 for phase in PHASES)
         assert float(row["seconds_step"]) > 0
@@ -133,7 +136,7 @@ def test_csv_goes_on_without_doubles(tmp_path):
     log.write({"epoch": 2, "loss": 0.125})
     rows = log.path.read_text().splitlines()
     assert [row.split(",")[:2] for row in rows[1:]] == [["0", "0.5"], ["1", "0.5"], ["2", "0.125"]]
-    assert rows[1].endswith(",0.25 nan,")
+    assert rows[1].endswith(",0.25 nan,,")
 
 
 def test_a_foreign_csv_is_not_overwritten(tmp_path):

@@ -1,0 +1,71 @@
+"""Eq. 9, and what Eq. 8 starts from, by the closed forms of the head."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
+from iada_kernels.dispatch import select_backend
+
+
+def closed_form_step(
+    inputs: LossInputs,
+    *,
+    alpha: float,
+    beta: float,
+    tangents: HeadTangents,
+    class_weights: Tensor | None,
+    covariance_lr: float,
+    in_place: bool,
+    skip_overflow: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """The meta loss's gradient by ε, (N), None without ε; and Σ after Eq. 9.
+
+    Args:
+        inputs: the training batch, detached.
+        tangents: −η₁ v and its feature tangents, of `MetaPasses`.
+        class_weights: as in `MetaIADA`.
+        covariance_lr: η₂; 0 leaves Σ as it is.
+        in_place: whether Σ itself moves, in one pass, or a copy does.
+        skip_overflow: a gradient that is not finite leaves Σ as it is, as optimizers do.
+    """
+    former, weights = inputs.covariance, class_weights
+    assert former is not None
+    options = LossOptions(alpha, beta, -100, "mean" if weights is None else "sum")
+    backend = select_backend(None, inputs.features.device, inputs.features.dtype)
+    moves = covariance_lr != 0
+    grad_epsilon, sums = backend.hypergradient(inputs, options, tangents, moves)
+    # Weights of classes scale what each class's samples give: its Σ's gradient, and their ε's.
+    own = None if weights is None else weights[inputs.labels]
+    if grad_epsilon is not None and own is not None:
+        grad_epsilon = grad_epsilon * (own / own.sum())
+    if sums is None:
+        return grad_epsilon, former
+    sigma = former if in_place else former.clone()
+    step = sigma if weights is None else torch.zeros_like(sigma)
+    backend.covariance_step(step, inputs.weight, tangents.weight, sums, -covariance_lr)
+    if weights is not None and own is not None:
+        step *= (weights / own.sum()).view(-1, *[1] * (step.dim() - 1))
+        sigma += step
+    if skip_overflow:
+        fine = torch.isfinite(tangents.weight).all()
+        if grad_epsilon is not None:
+            fine &= torch.isfinite(grad_epsilon).all()
+        sigma = torch.where(fine, sigma, former)
+    return grad_epsilon, sigma
+
+
+def inverse_rate(optimizer: torch.optim.Optimizer, weight: Tensor) -> float:
+    """1/η₁ of the parameter `weight`, or of the first group if it is in none; 0 for a rate of 0."""
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    own = [group for group in groups if any(weight is p for p in group["params"])]
+    rate = float((own or groups)[0]["lr"])
+    return 1 / rate if rate > 0 else 0.0
+
+
+def relative_change(sigma: Tensor, former: Tensor) -> Tensor:
+    """‖Σ − Σ'‖ / ‖Σ'‖ over all classes, (); 0 for two zeros."""
+    tiny = torch.finfo(former.dtype).tiny
+    norm = torch.linalg.vector_norm
+    return norm(sigma - former) / norm(former).clamp(min=tiny)
