@@ -2,6 +2,7 @@
 # make test    runs the tests
 # make check   lint and types        make bench   fused against eager
 # make sanitize   the native operators' tests under AddressSanitizer and UBSan
+# make stress     200 short trainings under torchrun; counts those that do not end well
 # make fallback   what every backend must pass, as if there were no native library
 #
 # TORCH chooses the build of torch, as pip spells it, and PIP_ARGS is passed to pip:
@@ -15,7 +16,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench sanitize fallback clean FORCE
+.PHONY: demo test check bench sanitize stress fallback clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m iada demo --out demo-report
@@ -30,6 +31,9 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
+
+stress: $(VENV)/.dev
+	$(BIN)/python tests/stress_torchrun.py
 
 # Triton's kernels are the same with and without it.
 fallback: $(VENV)/.dev

@@ -24,6 +24,7 @@ from iada.utils.checks import (
 )
 from iada.utils.distributed import (
     Group,
+    GroupReference,
     average,
     gather_rows,
     rank_of,
@@ -110,9 +111,14 @@ class Learner:
         group: Group,
     ) -> None:
         self.classifier, self.optimizer = classifier, optimizer
-        self.scaler, self.group = scaler, group
+        self.scaler, self._group = scaler, GroupReference(group)
         self._reentrant: bool | None = None
         self._looked_at_head = False
+
+    @property
+    def group(self) -> Group:
+        """Of the processes that share each batch."""
+        return self._group()
 
     def rows(self, name: str, batch: Any, num_samples: int) -> Rows:
         """A batch, checked: (inputs, labels) or (inputs, labels, index)."""

@@ -25,6 +25,8 @@ from iada.training.schedule import alpha_at, build_optimizer, build_schedule
 from iada.utils import seeds as random_state
 from iada.utils.checks import complain
 from iada.utils.distributed import (
+    Group,
+    GroupReference,
     any_rank,
     broadcast,
     broadcast_object,
@@ -118,7 +120,7 @@ class Trainer:
         self.observe, self.measure = observe, measure
         self.progress, self.num_workers = progress, num_workers
         self.tensorboard = tensorboard
-        self.group = current_group()
+        self._group = GroupReference(current_group())
         rows = {"batch_size": len(train_set) // self._steps}  # type: ignore[arg-type]
         if meta_set is not None:
             rows["meta_batch_size"] = min(config.meta_batch_size, len(meta_set))  # type: ignore[arg-type]
@@ -144,6 +146,11 @@ class Trainer:
         self._measures = self._new_measures()
         self._times = PhaseTimes()
         self._owns_checkpoint = False
+
+    @property
+    def group(self) -> Group:
+        """Of the processes that train together; None for one alone."""
+        return self._group()
 
     def fit(self) -> list[dict[str, Any]]:
         """Train from wherever the state stands to the last epoch; returns `history`.

@@ -11,6 +11,7 @@ function is the identity. All ranks of the group must make the same calls in the
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -20,7 +21,39 @@ from torch import Tensor, nn
 
 from iada.utils.checks import complain
 
+if dist.is_available():
+    # The functions in there have the group of all processes as a default argument. Imported after
+    # init_process_group (building an optimizer does so), they keep that group alive for good, and
+    # gloo's threads with it: a process that ends beside them is aborted now and then.
+    import torch.distributed.nn.functional
+
 Group: TypeAlias = "dist.ProcessGroup | None"  # a build of torch may be without
+
+
+class GroupReference:
+    """A process group held so that destroy_process_group() is its end.
+
+    A group that something still refers to keeps its threads, and what they let go of while the
+    interpreter ends aborts the process. Call it for the group.
+    """
+
+    def __init__(self, group: Group) -> None:
+        if not (group is None or isinstance(group, dist.ProcessGroup)):
+            expected = "a torch.distributed.ProcessGroup with this process, or None"
+            remedy = "pass torch.distributed.group.WORLD, or a new_group() on its members alone"
+            raise complain("process_group", expected, f"a {type(group).__name__}", remedy)
+        self._reference = None if group is None else weakref.ref(group)
+
+    def __call__(self) -> Group:
+        if self._reference is None:
+            return None
+        group = self._reference()
+        if group is None:
+            raise RuntimeError(
+                "process_group: expected one that is alive, got one that was destroyed; after "
+                "destroy_process_group() build what used it anew"
+            )
+        return group
 
 
 def current_group() -> Group:

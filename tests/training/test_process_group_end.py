@@ -1,0 +1,52 @@
+"""destroy_process_group() is the end of a group, whatever it was used for.
+
+A group that lives on keeps gloo's threads, and they abort the process at its end now and then
+(tests/stress_torchrun.py counts how often). Whether it lives on can be told without chance.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
+)
+
+# In a process of its own, as it depends on what is imported when.
+PROGRAM = """
+import weakref
+import torch.distributed as dist
+import iada.training.trainer
+from tests.helpers.training import make_trainer
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+group = weakref.ref(dist.group.WORLD)
+iada.training.trainer.current_group = lambda: dist.group.WORLD  # though it is of one process
+trainers = [make_trainer(method=method, epochs=3) for method in ("meta-iada", "isda", "ce")]
+for trainer in trainers:
+    assert trainer.group is group()
+    trainer.fit()
+dist.destroy_process_group()
+assert group() is None, "the group lives on"
+try:
+    trainers[0].state_dict()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_trainer_does_not_keep_the_group_alive():
+    paths = f"{Path(__file__).parents[2]}{os.pathsep}{os.pathsep.join(sys.path)}"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "process_group: expected one that is alive, got one that was destroyed" in done.stdout
