@@ -14,6 +14,7 @@ from torch import Tensor
 import iada
 from bench.shapes import Problem, Shape
 from iada_kernels import reference
+from iada_kernels.contract import LossInputs, LossOptions
 
 ALPHA, BETA = 0.5, 1.0
 ERROR_RATIO = 4  # different orders of summation
@@ -105,31 +106,28 @@ def exact(shape: Shape, problem: Problem, state: State) -> tuple[dict[str, Tenso
     features, weight, bias, epsilon = leaves
     grads = [torch.zeros_like(leaf) for leaf in leaves]
     value, largest = weight.new_zeros(()), 1.0
-    share = 1.0 / counts.sum().clamp(min=1)
+    count_of_rows = counts.sum().clamp(min=1)
+    options = LossOptions(ALPHA, BETA, shape.ignore_index, "sum")
     width, pairs = shape.features, 5 * shape.classes * shape.features
     row_bytes = 8 * (pairs + (2 * width * width if shape.structure == "full" else 0))
     for rows in torch.arange(shape.samples).split(max(1, int(BLOCK_BYTES // row_bytes))):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
-        loss = share * reference.iada_loss(
-            features[part],
-            weight,
-            bias,
-            problem.labels[part],
-            covariance,
-            epsilon[part],
-            problem.log_prior.double(),
-            ALPHA,
-            BETA,
-            shape.ignore_index,
-            "sum",
+        inputs = LossInputs(
+            features=features[part],
+            weight=weight,
+            bias=bias,
+            labels=problem.labels[part],
+            covariance=covariance,
+            epsilon=epsilon[part],
+            log_prior=problem.log_prior.double(),
         )
+        loss = reference.iada_loss(inputs, options) / count_of_rows
         for total, grad in zip(grads, torch.autograd.grad(loss, leaves), strict=True):
             total += grad
         value = value + loss.detach()
         with torch.no_grad():
-            tensors = (features[part], weight, bias, _target(shape, problem)[part], covariance)
-            more = (epsilon[part], problem.log_prior.double(), ALPHA, BETA)
-            largest = max(largest, _largest(reference.adjusted_logits(*tensors, *more)))
+            inputs = replace(inputs, labels=_target(shape, problem)[part])
+            largest = max(largest, _largest(reference.adjusted_logits(inputs, options)))
     found = dict(zip(("loss", *GRADIENTS), (value, *grads), strict=True))
     state_after = {"covariance": covariance, "mean": mean, "count": count}
     return found | state_after, largest

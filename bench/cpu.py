@@ -12,7 +12,6 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ import iada
 from bench.isda import ISDAEstimator
 from bench.shapes import EAGER_LIMIT, IGNORED, SHAPES, Problem, make_problem
 from bench.timing import interleave, ratio
-from iada_kernels import closed_form, native
-from iada_kernels.contract import Backend, HeadTangents, LossInputs, LossOptions
+from iada_kernels import native, torch_ops
+from iada_kernels.contract import Backend, HeadTangents, LossOptions
 from iada_kernels.dispatch import served_by
 from iada_kernels.environment import environment, headline
 from iada_kernels.native import library
@@ -101,7 +100,7 @@ def timed_meta_row(name: str, rounds: int) -> dict[str, Any]:
     if shape.samples <= LARGEST_BATCH:
         parts["characteristics"] = _characteristics
     for part, call in parts.items():
-        sides = {"native": call(problem, native), "torch": call(problem, closed_form)}
+        sides = {"native": call(problem, native), "torch": call(problem, torch_ops)}
         taken = interleave(sides, rounds)
         for side, seconds in taken.items():
             row[f"{part}_{side}_ms"] = 1e3 * statistics.median(seconds)
@@ -142,31 +141,24 @@ def _cross_entropy(problem: Problem) -> object:
     return torch.autograd.grad(value, (problem.features, problem.weight, problem.bias))
 
 
-def _detached(problem: Problem) -> Problem:
-    return Problem(*(getattr(problem, field.name).detach() for field in fields(problem)))
-
-
 def _hypergradient(problem: Problem, passes: Backend) -> Callable[[], object]:
-    p = _detached(problem)
-    inputs = LossInputs(
-        p.features, p.weight, p.bias, p.labels, p.covariance, p.epsilon, p.log_prior
-    )
+    inputs = problem.loss_inputs()
+    weight, sigma = inputs.weight, problem.covariance.clone()
     options = LossOptions(0.5, 1.0, IGNORED, "mean")
     generator = torch.Generator().manual_seed(1)
-    along = (torch.randn(t.shape, generator=generator) for t in (p.features, p.weight, p.bias))
-    tangents = HeadTangents(*along)
-    covariance = p.covariance.clone()
+    moving = problem.differentiable[:3]
+    tangents = HeadTangents(*(torch.randn(t.shape, generator=generator) for t in moving))
 
     def call() -> object:
         gradient, sums = passes.hypergradient(inputs, options, tangents, True)
-        passes.covariance_step(covariance, p.weight, tangents.weight, sums, -1e-6)
+        passes.covariance_step(sigma, weight, tangents.weight, sums, -1e-6)
         return gradient
 
     return call
 
 
 def _characteristics(problem: Problem, passes: Backend) -> Callable[[], object]:
-    p = _detached(problem)
+    p = problem.loss_inputs()
     logits = F.linear(p.features, p.weight, p.bias)
     return lambda: passes.characteristics(p.features, logits, p.labels, p.weight, 5)
 

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from bench.accuracy import ALPHA, BETA, State
 from bench.device import Ceilings, Stopwatch
 from bench.shapes import Problem, Shape
 from bench.work import work_of
-from iada_kernels.contract import ClassStatistics, LossInputs, LossNeeds, LossOptions
+from iada_kernels.contract import ClassStatistics, LossNeeds, LossOptions
 from iada_kernels.dispatch import triton_backend
 from iada_kernels.triton.launch import Launch, recording
 
@@ -56,15 +57,11 @@ def kernel_rows(
 def _step(shape: Shape, problem: Problem, state: State) -> Callable[[], object]:
     """The backend called directly: autograd's own thread would hide the backward's launches."""
     passes = triton_backend()
-    detached = [t.detach() for t in problem.differentiable]
-    features, weight, bias, epsilon = detached
     covariance, mean, count = (t.clone() for t in (state.covariance, state.mean, state.count))
     stream = ClassStatistics(mean, count)
-    inputs = LossInputs(
-        features, weight, bias, problem.labels, covariance, epsilon, problem.log_prior
-    )
+    inputs = replace(problem.loss_inputs(), covariance=covariance)
     options = LossOptions(ALPHA, BETA, shape.ignore_index, "mean")
-    one = torch.ones((), device=weight.device)
+    one = torch.ones((), device=covariance.device)
 
     def call() -> object:
         _, saved = passes.loss_forward(inputs, options, NEEDS, stream)

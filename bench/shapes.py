@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iada_kernels.contract import LossInputs
+
 IGNORED = 255
 EAGER_LIMIT = 3e9  # bytes of temporaries beyond which the eager form is not tried
 
@@ -76,6 +78,10 @@ class Problem:
             copy = tensor.detach().to(device, copy=True)
             moved[field.name] = copy.requires_grad_(tensor.requires_grad)
         return Problem(**moved)
+
+    def loss_inputs(self) -> LossInputs:
+        """The tensors, detached, as the backends take them."""
+        return LossInputs(**{f.name: getattr(self, f.name).detach() for f in fields(self)})
 
     def gradients(self, loss: Callable[..., Tensor], **options: Any) -> tuple[Tensor, ...]:
         """Forward and backward: what a step of `loss` computes for the differentiable tensors."""

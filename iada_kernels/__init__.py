@@ -1,6 +1,6 @@
 """Tensors in, tensors out: the computations under `iada`, one module a backend.
 
-`reference` holds the definitions, `closed_form` the torch backend, `contract` what every backend
+`reference` holds the definitions, `torch_ops` the torch backend, `contract` what every backend
 takes and returns, `dispatch` the choice among them. This package never imports `iada`.
 """
 

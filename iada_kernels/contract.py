@@ -3,6 +3,9 @@
 A backend is a module with the functions of `Backend`. Callers have checked shapes, dtypes and
 devices before; a backend checks nothing and changes no tensor it is given, but those that it is
 named to update.
+
+The tensors of a record are handed to operators and autograd in one order, that of its fields:
+`tensors()` gives them so, and the constructor takes them back: `LossInputs(*inputs.tensors())`.
 """
 
 from dataclasses import dataclass
@@ -14,38 +17,47 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossInputs:
-    """The tensors of Eq. 6. None stands for a term that is absent.
+    """The tensors of Eq. 6. None stands for a term that is absent."""
 
-    features (N, A) · weight (C, A) · bias (C) · labels (N) int64 · covariance (C, A, A),
-    symmetric, or its diagonal (C, A) · epsilon (N) · log_prior (C).
-    """
+    features: Tensor  # (N, A)
+    weight: Tensor  # (C, A)
+    bias: Tensor | None  # (C)
+    labels: Tensor  # (N) int64
+    covariance: Tensor | None  # (C, A, A), symmetric, or its diagonal (C, A)
+    epsilon: Tensor | None  # (N)
+    log_prior: Tensor | None  # (C)
 
-    features: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    labels: Tensor
-    covariance: Tensor | None
-    epsilon: Tensor | None
-    log_prior: Tensor | None
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The seven tensors in the order of the fields."""
+        head = (self.features, self.weight, self.bias, self.labels)
+        return (*head, self.covariance, self.epsilon, self.log_prior)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """float64 if any tensor is, else float32: the dtype of the loss and of what leads to it."""
-        tensors = (self.features, self.weight, self.bias, self.covariance, self.epsilon)
-        for tensor in (*tensors, self.log_prior):
+        for tensor in self.tensors():
             if tensor is not None and tensor.dtype == torch.float64:
                 return torch.float64
         return torch.float32
 
+    @property
+    def has_full_covariance(self) -> bool:
+        """Whether Σ is given, and as matrices (C, A, A)."""
+        return self.covariance is not None and self.covariance.dim() == 3
+
 
 @dataclass(frozen=True)
 class LossOptions:
-    """alpha and beta of Eq. 6, the label to leave out, and "none", "mean" or "sum"."""
+    """The numbers of Eq. 6, and how the losses of the rows become one."""
 
-    alpha: float
-    beta: float
-    ignore_index: int
-    reduction: str
+    alpha: float = 0.5  # weight of the quadratic term
+    beta: float = 1.0  # weight of the log prior
+    ignore_index: int = -100  # the label of rows that are left out
+    reduction: str = "mean"  # over the rows that are not left out; or "sum" or "none"
+
+    def values(self) -> tuple[float, float, int, str]:
+        """The four in the order of the fields."""
+        return self.alpha, self.beta, self.ignore_index, self.reduction
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,11 @@ class LossNeeds:
     epsilon: bool
     log_prior: bool
 
+    def flags(self) -> list[bool]:
+        """The six in the order of the fields, which is that of `LossGradients`."""
+        head = [self.features, self.weight, self.bias]
+        return [*head, self.covariance, self.epsilon, self.log_prior]
+
 
 @dataclass
 class LossGradients:
@@ -71,25 +88,31 @@ class LossGradients:
     epsilon: Tensor | None = None
     log_prior: Tensor | None = None
 
+    def tensors(self) -> list[Tensor | None]:
+        """The six in the order of the fields."""
+        head = [self.features, self.weight, self.bias]
+        return [*head, self.covariance, self.epsilon, self.log_prior]
+
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """What the streaming covariance keeps beside Σ: mean (C, A) and count (C) int64."""
+    """What the streaming covariance keeps beside Σ."""
 
-    mean: Tensor
-    count: Tensor
+    mean: Tensor  # μ (C, A)
+    count: Tensor  # n (C) int64
 
 
 @dataclass(frozen=True)
 class HeadTangents:
-    """A direction in which features and head move: ḣ (N, A), V (C, A), v_b (C); None for 0.
+    """A direction in which features and head move, in the compute dtype; None for 0."""
 
-    In the compute dtype of the inputs they belong to.
-    """
+    features: Tensor | None  # ḣ (N, A)
+    weight: Tensor  # V (C, A)
+    bias: Tensor | None  # v_b (C)
 
-    features: Tensor | None
-    weight: Tensor
-    bias: Tensor | None
+    def tensors(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The three in the order of the fields."""
+        return self.features, self.weight, self.bias
 
 
 class Backend(Protocol):
@@ -105,8 +128,8 @@ class Backend(Protocol):
         """The loss in the compute dtype, (N) or (), and whatever the backward pass needs.
 
         `needs` says which gradients may be asked for, so that a backend can compute them now.
-        With `stream`, the batch is first taken into `inputs.covariance`, `stream.mean` and
-        `stream.count`, in place, as `covariance_update` does; ignored rows are left out.
+        With `stream`, `inputs.covariance`, `stream.mean` and `stream.count` are first updated in
+        place with the rows that are not ignored, as `covariance_update` does.
         """
 
     def loss_backward(
@@ -148,4 +171,4 @@ class Backend(Protocol):
     def characteristics(
         self, features: Tensor, logits: Tensor, labels: Tensor, weight: Tensor, neighbours: int
     ) -> Tensor:
-        """The eight characteristics that a batch shows by itself, (N, 8); see `reference`."""
+        """The eight characteristics that follow from the batch alone, (N, 8); see `reference`."""

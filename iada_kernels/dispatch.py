@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from iada_kernels import closed_form, native
+from iada_kernels import native, torch_ops
 from iada_kernels.contract import Backend
 from iada_kernels.native import library
 
@@ -38,7 +38,7 @@ def select_backend(
         if _why_not(best, device, dtype):
             if dtype in DTYPES:  # else there is nothing to install
                 _warn_once(best, device.type)
-            return closed_form
+            return torch_ops
         return _module(best)
     if name not in BACKENDS:
         raise ValueError(
@@ -75,7 +75,7 @@ def triton_backend() -> Backend:
 def _module(name: str) -> Backend:
     if name == "triton":
         return triton_backend()
-    return native if name == "native" else closed_form
+    return native if name == "native" else torch_ops
 
 
 def _best(device: torch.device) -> str:

@@ -94,7 +94,7 @@ def block_elements(monkeypatch):
     def set_size(size: int) -> None:
         # Other modules import the constant by name.
         for name, module in list(sys.modules.items()):
-            if name.startswith("iada_kernels.closed_form") and hasattr(module, "BLOCK_ELEMENTS"):
+            if name.startswith("iada_kernels.torch_ops") and hasattr(module, "BLOCK_ELEMENTS"):
                 monkeypatch.setattr(module, "BLOCK_ELEMENTS", size)
 
     return set_size

@@ -17,7 +17,7 @@ import bench.cpu
 import bench.meta
 import iada
 from iada.__main__ import main
-from iada_kernels import SlowBackendWarning, closed_form, dispatch, native, select_backend
+from iada_kernels import SlowBackendWarning, dispatch, native, select_backend, torch_ops
 from iada_kernels.environment import environment
 from iada_kernels.native import library
 
@@ -95,11 +95,11 @@ def test_gpus_without_triton(monkeypatch):
     monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     monkeypatch.setattr(dispatch, "_warned", set())
     with pytest.warns(SlowBackendWarning, match=r"pip install 'iada\[triton\]'"):
-        assert select_backend(None, torch.device("cuda")) is closed_form
+        assert select_backend(None, torch.device("cuda")) is torch_ops
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert select_backend(None, torch.device("cuda")) is closed_form
-        assert select_backend(None, torch.device("mps")) is closed_form  # nothing to install there
+        assert select_backend(None, torch.device("cuda")) is torch_ops
+        assert select_backend(None, torch.device("mps")) is torch_ops  # nothing to install there
 
 
 def test_sources_that_hide_an_installed_library(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from iada.utils.autocast import full_precision
-from iada_kernels import closed_form
+from iada_kernels import torch_ops
 from iada_kernels.contract import (
     Backend,
     ClassStatistics,
@@ -15,9 +15,12 @@ from iada_kernels.contract import (
     LossOptions,
 )
 
+OTHERS = 3  # arguments of `apply` before the tensors
+LABELS = 3  # their place among the tensors of `LossInputs`; the others have gradients
+
 
 class IADALossFunction(torch.autograd.Function):
-    """Forward and backward by the backend; double backward by the torch closed forms.
+    """Forward and backward by the backend; double backward by torch operators.
 
     A first-order backward uses what the forward pass saved. With create_graph=True the loss is
     built again from the inputs as an ordinary graph, which autograd differentiates to any order.
@@ -26,21 +29,17 @@ class IADALossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        covariance: Tensor | None,
-        epsilon: Tensor | None,
-        log_prior: Tensor | None,
-        labels: Tensor,
         options: LossOptions,
         backend: Backend,
         stream: ClassStatistics | None,
+        *tensors: Any,
     ) -> Tensor:
-        inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)
-        needs = LossNeeds(*ctx.needs_input_grad[:6])
-        loss, ctx.saved = backend.loss_forward(inputs, options, needs, stream)
-        ctx.save_for_backward(features, weight, bias, covariance, epsilon, log_prior, labels)
+        """`tensors` are those of `LossInputs`, in its order."""
+        flags = list(ctx.needs_input_grad[OTHERS:])
+        del flags[LABELS]
+        needs = LossNeeds(*flags)
+        loss, ctx.saved = backend.loss_forward(LossInputs(*tensors), options, needs, stream)
+        ctx.save_for_backward(*tensors)
         ctx.options, ctx.needs, ctx.backend = options, needs, backend
         return loss
 
@@ -48,19 +47,11 @@ class IADALossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         with full_precision(grad_loss.device):  # backward may be called under autocast
             if torch.is_grad_enabled():
-                return (*_backward_with_graph(ctx, grad_loss), None, None, None, None)
-            features, weight, bias, covariance, epsilon, log_prior, labels = ctx.saved_tensors
-            inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)
-            grads = ctx.backend.loss_backward(inputs, ctx.options, ctx.saved, grad_loss, ctx.needs)
-        return (
-            _cast(grads.features, features),
-            _cast(grads.weight, weight),
-            _cast(grads.bias, bias),
-            _cast(grads.covariance, covariance),
-            _cast(grads.epsilon, epsilon),
-            _cast(grads.log_prior, log_prior),
-            *(None, None, None, None),
-        )
+                return (*(None,) * OTHERS, *_backward_with_graph(ctx, grad_loss))
+            tensors, args = ctx.saved_tensors, (ctx.options, ctx.saved, grad_loss, ctx.needs)
+            grads = ctx.backend.loss_backward(LossInputs(*tensors), *args).tensors()
+        grads.insert(LABELS, None)
+        return (*(None,) * OTHERS, *map(_cast, grads, tensors))
 
 
 def _cast(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
@@ -70,20 +61,12 @@ def _cast(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
 
 
 def _backward_with_graph(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
-    *tensors, labels = ctx.saved_tensors
     # Views give each argument an identity of its own, should one tensor stand for two.
-    views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-    loss = closed_form.loss_differentiable(_loss_inputs(views, labels), ctx.options)
-    asked = [
-        view if needed else None for view, needed in zip(views, ctx.needs_input_grad, strict=False)
-    ]
-    wanted = [view for view in asked if view is not None]
-    found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True, allow_unused=True))
-    return [None if view is None else next(found) for view in asked]
-
-
-def _loss_inputs(tensors: list[Tensor | None], labels: Tensor) -> LossInputs:
-    features, weight, bias, covariance, epsilon, log_prior = tensors
-    assert features is not None
-    assert weight is not None
-    return LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)
+    views: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+    loss = torch_ops.loss_differentiable(LossInputs(*views), ctx.options)
+    flags = ctx.needs_input_grad[OTHERS:]
+    leaves = [view if needed else None for view, needed in zip(views, flags, strict=True)]
+    present = [leaf for leaf in leaves if leaf is not None]
+    grads = torch.autograd.grad(loss, present, grad_loss, create_graph=True, allow_unused=True)
+    remaining = iter(grads)
+    return [None if leaf is None else next(remaining) for leaf in leaves]

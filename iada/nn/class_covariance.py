@@ -14,6 +14,7 @@ from iada.utils.checks import (
     complain,
 )
 from iada_kernels.dispatch import select_backend
+from iada_kernels.streaming import without_ignored
 
 STRUCTURES = ("full", "diag")
 
@@ -92,8 +93,7 @@ class ClassCovariance(nn.Module):
             check_device(name, tensor, device, "the ClassCovariance")
         labels = labels.long()
         check_batch_values(features, labels, num_classes, ignore_index, self.mean.dtype)
-        if 0 <= ignore_index < num_classes:  # a label outside is left out anyway
-            labels = torch.where(labels == ignore_index, -1, labels)
+        labels = without_ignored(labels, ignore_index, num_classes)
         passes = select_backend(backend, device, features.dtype)
         with full_precision(device):
             passes.covariance_update(self.covariance, self.mean, self.count, features, labels)

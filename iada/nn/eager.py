@@ -7,7 +7,6 @@ from torch import Tensor
 from iada.nn.class_covariance import ClassCovariance
 from iada.utils.autocast import full_precision
 from iada.utils.checks import check_loss_arguments
-from iada_kernels.reference import perturbation_sign
 
 
 def eager_loss(
@@ -58,7 +57,7 @@ def eager_loss(
         logits = F.linear(features, weight, bias)
         adjusted = logits
         if epsilon is not None:
-            sign = perturbation_sign(logits, weight, target)
+            sign = _perturbation_sign(logits, weight, target)
             adjusted = F.linear(features + epsilon[:, None].to(dtype) * sign, weight, bias)
         if covariance is not None:
             adjusted = adjusted + alpha * _isda_quadratic(weight, covariance.to(dtype), target)
@@ -69,6 +68,15 @@ def eager_loss(
         if reduction == "none":
             return losses
         return losses.sum() / (valid.sum().clamp(min=1) if reduction == "mean" else 1)
+
+
+def _perturbation_sign(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """s (N, A), in the form that does not cancel on confident samples, see docs/kernels.md."""
+    if len(weight) == 1:
+        return weight.new_zeros(len(logits), weight.shape[1])
+    with torch.no_grad():
+        others = logits.scatter(1, labels[:, None], -torch.inf).softmax(dim=1)
+        return torch.sign(others @ weight - weight[labels])
 
 
 def _isda_quadratic(weight: Tensor, covariance: Tensor, labels: Tensor) -> Tensor:

@@ -76,9 +76,9 @@ def fused_loss(
     )
     passes = select_backend(backend, features.device, features.dtype)
     options = LossOptions(float(alpha), float(beta), ignore_index, reduction)
-    tensors = (features, weight, bias, covariance, epsilon, log_prior, labels.long())
+    tensors = (features, weight, bias, labels.long(), covariance, epsilon, log_prior)
     with full_precision(features.device):
-        return IADALossFunction.apply(*tensors, options, passes, None)
+        return IADALossFunction.apply(options, passes, None, *tensors)
 
 
 class IADALoss(nn.Module):
@@ -138,9 +138,9 @@ class IADALoss(nn.Module):
         if self.training:
             stream = ClassStatistics(state.mean, state.count)
         passes = select_backend(self.backend, features.device, features.dtype)
-        tensors = (features, weight, bias, sigma, epsilon, self.log_prior, labels.long())
+        tensors = (features, weight, bias, labels.long(), sigma, epsilon, self.log_prior)
         with full_precision(features.device):
-            return IADALossFunction.apply(*tensors, options, passes, stream)
+            return IADALossFunction.apply(options, passes, stream, *tensors)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, reduction={self.reduction!r}"

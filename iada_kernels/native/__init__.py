@@ -1,12 +1,12 @@
-"""The passes in C++ for CPU tensors: the same contract as `closed_form`, one operator a pass.
+"""The passes in C++ for CPU tensors: the same contract as `torch_ops`, one operator a pass.
 
 Only classes that occur in the batch cost anything. Results do not depend on the number of threads.
-A head of more than 2^18 weights without a full Σ goes to the closed forms, for the loss and the
+A head of more than 2^18 weights without a full Σ goes to `torch_ops`, for the loss and the
 hypergradient, under backend="native" too: the work is in dense products then, which are torch's.
 
-Scratch, whatever the shape: a few blocks for each thread, 4 Mi numbers of products, 16 gradients of
-W, W padded and transposed; for the characteristics the features once more; for a gradient by a full
-Σ two matrices of W's size for each thread.
+Scratch, whatever the shape: a few blocks for each thread, 4 Mi elements of products, 16 gradients
+of W, W padded and transposed; for the characteristics a copy of the features; for a gradient by a
+full Σ two matrices of W's size for each thread.
 """
 
 from iada_kernels.native.characteristics import characteristics

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from iada_kernels.native import library
+from iada_kernels.streaming import writable, write_back
 
 if library.is_available():
     _update = torch.ops.iada_native.covariance_update.default
@@ -18,18 +19,6 @@ def covariance_update(
     outside [0, C) is left out; a class absent from the batch keeps its bits.
     """
     state = (covariance, mean, count)
-    if covariance.dtype == mean.dtype and all(t.is_contiguous() for t in state):
-        _update(covariance, mean, count, features.contiguous(), labels.contiguous())
-        mark_changed(state)
-        return
-    copies = (covariance.to(mean.dtype).contiguous(), mean.contiguous(), count.contiguous())
-    _update(*copies, features.contiguous(), labels.contiguous())
-    for tensor, copy in zip(state, copies, strict=True):
-        if tensor is not copy:
-            tensor.copy_(copy)
-
-
-def mark_changed(state: tuple[Tensor, ...]) -> None:
-    """Let autograd notice that Σ changed under a loss that still needs it."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(state)
+    written = writable(state, mean.dtype)
+    _update(*written, features.contiguous(), labels.contiguous())
+    write_back(state, written)

@@ -1,6 +1,6 @@
 """The hypergradient of the head and the step of Σ along it, by the native operators.
 
-Large heads with a diagonal Σ are dense products: the closed forms serve them, as in `native.loss`.
+Large heads without a full Σ are dense products: `torch_ops` serves them, as in `native.loss`.
 """
 
 from typing import NamedTuple
@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iada_kernels import closed_form
-from iada_kernels.closed_form.hypergradient import ClassSums
+from iada_kernels import torch_ops
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
+from iada_kernels.layout import contiguous_as
 from iada_kernels.native import library
-from iada_kernels.native.covariance import mark_changed
-from iada_kernels.native.loss import LARGE_HEAD, REDUCTIONS, plain
+from iada_kernels.native.loss import REDUCTIONS, is_dense, operator_inputs
+from iada_kernels.streaming import writable, write_back
+from iada_kernels.torch_ops.hypergradient import ClassSums
 
 if library.is_available():
     _hypergradient = torch.ops.iada_native.hypergradient.default
@@ -21,7 +22,7 @@ if library.is_available():
 
 
 class RowSums(NamedTuple):
-    """D and c (N, C) of `closed_form.hypergradient`, divided as the loss is, 0 where ignored."""
+    """D and c (N, C) of `torch_ops.hypergradient`, divided as the loss is, 0 where ignored."""
 
     labels: Tensor
     residual: Tensor
@@ -34,23 +35,12 @@ def hypergradient(
     inputs: LossInputs, options: LossOptions, tangents: HeadTangents, needs_covariance: bool
 ) -> tuple[Tensor | None, RowSums | ClassSums | None]:
     """∂L̇/∂ε (N) and what `covariance_step` needs to make ∂L̇/∂Σ."""
-    covariance = inputs.covariance
-    full = covariance is not None and covariance.dim() == 3
-    if inputs.weight.numel() > LARGE_HEAD and not full:
-        return closed_form.hypergradient(inputs, options, tangents, needs_covariance)
+    if is_dense(inputs):
+        return torch_ops.hypergradient(inputs, options, tangents, needs_covariance)
     dtype = inputs.compute_dtype
-    labels = inputs.labels.contiguous()
     grad_epsilon, residual, curvature = _hypergradient(
-        inputs.features.contiguous(),
-        plain(inputs.weight, dtype),
-        plain(inputs.bias, dtype),
-        labels,
-        plain(covariance, dtype),
-        plain(inputs.epsilon, dtype),
-        plain(inputs.log_prior, dtype),
-        plain(tangents.features, dtype),
-        plain(tangents.weight, dtype),
-        plain(tangents.bias, dtype),
+        *operator_inputs(inputs),
+        *(contiguous_as(tensor, dtype) for tensor in tangents.tensors()),
         options.alpha,
         options.beta,
         options.ignore_index,
@@ -58,7 +48,8 @@ def hypergradient(
         needs_covariance,
     )
     sums = None
-    if needs_covariance and covariance is not None:
+    if needs_covariance and inputs.covariance is not None:
+        labels = inputs.labels.contiguous()
         sums = RowSums(labels, residual, curvature, options.alpha, options.ignore_index)
     return None if inputs.epsilon is None else grad_epsilon, sums
 
@@ -72,23 +63,18 @@ def covariance_step(
 ) -> None:
     """Σ += scale · ∂L̇/∂Σ in place, for covariance (C, A, A) or (C, A)."""
     if isinstance(sums, ClassSums):
-        return closed_form.covariance_step(covariance, weight, weight_tangent, sums, scale)
+        return torch_ops.covariance_step(covariance, weight, weight_tangent, sums, scale)
     dtype = sums.residual.dtype
-    state = covariance
-    if covariance.dtype != dtype or not covariance.is_contiguous():
-        state = covariance.to(dtype).contiguous()
+    written = writable([covariance], dtype)
     _covariance_step(
-        state,
-        plain(weight, dtype),
-        plain(weight_tangent, dtype),
+        *written,
+        contiguous_as(weight, dtype),
+        contiguous_as(weight_tangent, dtype),
         sums.labels,
         sums.residual,
         sums.curvature,
         sums.ignore_index,
         scale * sums.alpha,
     )
-    if state is covariance:
-        mark_changed((covariance,))
-    else:
-        covariance.copy_(state)
+    write_back([covariance], written)
     return None

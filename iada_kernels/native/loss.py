@@ -1,15 +1,15 @@
 """The IADA loss and its gradients by the native operators.
 
 The forward operator computes D = softmax(z̃) − onehot(y) and, for a reduced loss, every gradient
-that needs a second look at the features or at Σ; the backward operator scales these and adds
+for which features or Σ would be read again; the backward operator scales these and adds
 ∂L/∂h = D W and ∂L/∂Σ. With reduction="none" the rows' weights are known in the backward pass only,
 which then runs the forward operator again with them.
 
 With a stream the update of Σ is part of the same operator call: Σ is read while it is still in a
 cache, and a label out of range is refused before anything is changed.
 
-Where the head is large and Σ is not full, the work is in dense products of W: those are torch's,
-and the closed forms, which are made of them, serve the call, so that it takes what they take.
+Where the head is large and Σ is not full, the work is in dense products of W, and `torch_ops`,
+which is made of torch's matrix products, serves the call.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iada_kernels import closed_form
-from iada_kernels.closed_form.loss import SavedLoss as ClosedFormSaved
+from iada_kernels import torch_ops
 from iada_kernels.contract import (
     ClassStatistics,
     LossGradients,
@@ -26,9 +25,12 @@ from iada_kernels.contract import (
     LossNeeds,
     LossOptions,
 )
+from iada_kernels.layout import contiguous_as
 from iada_kernels.native import library
-from iada_kernels.native.covariance import covariance_update, mark_changed
+from iada_kernels.native.covariance import covariance_update
 from iada_kernels.native.fakes import BIAS, EPSILON, PRIOR, WEIGHT
+from iada_kernels.streaming import is_writable, update_statistics, write_back
+from iada_kernels.torch_ops.loss import SavedLoss as TorchSavedLoss
 
 if library.is_available():
     _forward = torch.ops.iada_native.loss_forward.default
@@ -37,14 +39,14 @@ if library.is_available():
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in operators.cpp
 SUM = REDUCTIONS["sum"]
-LARGE_HEAD = 2**18  # numbers of W: 1 MiB of float32, more than a core's cache holds beside a block
+LARGE_HEAD = 2**18  # elements of W: 1 MiB of float32, more than a core caches beside a block
 
 
 class SavedLoss(NamedTuple):
-    """residual is D (N, C); partial holds ∂L/∂W, ∂L/∂b and ∂L/∂ε, those asked for, in a row."""
+    """What the forward operator keeps for the backward operator."""
 
-    residual: Tensor
-    partial: Tensor
+    residual: Tensor  # D (N, C)
+    partial: Tensor  # ∂L/∂W, ∂L/∂b and ∂L/∂ε, those asked for, flat and concatenated
 
 
 def loss_forward(
@@ -52,102 +54,78 @@ def loss_forward(
     options: LossOptions,
     needs: LossNeeds,
     stream: ClassStatistics | None = None,
-) -> tuple[Tensor, SavedLoss | ClosedFormSaved]:
-    """The reduced loss and what `loss_backward` needs; the batch first goes into a `stream`."""
-    covariance = inputs.covariance
-    large = inputs.weight.numel() > LARGE_HEAD and (covariance is None or covariance.dim() == 2)
-    if large:
-        if stream is not None:
-            _take_in(inputs, options, stream)
-        return closed_form.loss_forward(inputs, options, needs)
+) -> tuple[Tensor, SavedLoss | TorchSavedLoss]:
+    """The reduced loss and what `loss_backward` needs; a `stream` is updated first."""
+    covariance, dtype = inputs.covariance, inputs.compute_dtype
+    dense, fused_update = is_dense(inputs), False
+    if stream is not None and covariance is not None:
+        state = (covariance, stream.mean, stream.count)
+        fused_update = not dense and is_writable(state, dtype)
+        if not fused_update:
+            update_statistics(covariance_update, inputs, options, stream)
+    if dense:
+        return torch_ops.loss_forward(inputs, options, needs)
     reduction = REDUCTIONS[options.reduction]
-    wanted = _wanted(needs)
+    needed = _bits(needs)
     if reduction == 0:  # gradients that sum over rows wait for the rows' weights
-        wanted &= ~(WEIGHT | BIAS | PRIOR | EPSILON)
-        wanted |= int(wanted == 0 and any((needs.weight, needs.bias, needs.log_prior)))
-    if stream is None:
-        return _saved(_call(inputs, options, None, reduction, wanted))
-    assert covariance is not None
-    dtype = inputs.compute_dtype
-    state = (covariance, stream.mean, stream.count)
-    if not (covariance.dtype == stream.mean.dtype == dtype and _all_contiguous(state)):
-        _take_in(inputs, options, stream)
-        return _saved(_call(inputs, options, None, reduction, wanted))
-    found = _forward_update(
-        inputs.features.contiguous(),
-        plain(inputs.weight, dtype),
-        plain(inputs.bias, dtype),
-        inputs.labels.contiguous(),
-        *state,
-        plain(inputs.epsilon, dtype),
-        plain(inputs.log_prior, dtype),
-        options.alpha,
-        options.beta,
-        options.ignore_index,
-        reduction,
-        wanted,
-    )
-    mark_changed(state)
-    return _saved(found)
+        needed &= ~(WEIGHT | BIAS | PRIOR | EPSILON)
+        needed |= int(needed == 0 and any((needs.weight, needs.bias, needs.log_prior)))
+    if not fused_update:
+        loss, *saved = _call(inputs, options, None, reduction, needed)
+        return loss, SavedLoss(*saved)
+    *head, _, epsilon, log_prior = operator_inputs(inputs)
+    numbers = (options.alpha, options.beta, options.ignore_index, reduction, needed)
+    loss, *saved = _forward_update(*head, *state, epsilon, log_prior, *numbers)
+    write_back(state, state)
+    return loss, SavedLoss(*saved)
 
 
 def loss_backward(
     inputs: LossInputs,
     options: LossOptions,
-    saved: SavedLoss | ClosedFormSaved,
+    saved: SavedLoss | TorchSavedLoss,
     grad_loss: Tensor,
     needs: LossNeeds,
 ) -> LossGradients:
     """The gradients asked for: of the features in their dtype, others in the compute dtype."""
-    if isinstance(saved, ClosedFormSaved):
-        return closed_form.loss_backward(inputs, options, saved, grad_loss, needs)
-    wanted = _wanted(needs)
+    if isinstance(saved, TorchSavedLoss):
+        return torch_ops.loss_backward(inputs, options, saved, grad_loss, needs)
+    needed = _bits(needs)
     residual, partial = saved
     if options.reduction == "none":
-        _, residual, partial = _call(inputs, options, grad_loss, SUM, wanted)
+        _, residual, partial = _call(inputs, options, grad_loss, SUM, needed)
         grad_loss = grad_loss.new_ones(())
-    weight = plain(inputs.weight, residual.dtype)
-    features, dim = inputs.features.contiguous(), 0
-    if inputs.covariance is not None:
-        dim = inputs.covariance.dim()
-    found = _backward(
+    gradients = _backward(
         grad_loss,
-        features,
-        weight,
+        inputs.features.contiguous(),
+        contiguous_as(inputs.weight, residual.dtype),
         inputs.labels,
         residual,
         partial,
-        dim,
+        0 if inputs.covariance is None else inputs.covariance.dim(),
         options.alpha,
         options.beta,
         options.ignore_index,
-        wanted,
+        needed,
     )
-    return LossGradients(
-        features=found[0] if needs.features else None,
-        weight=found[1] if needs.weight else None,
-        bias=found[2] if needs.bias else None,
-        covariance=found[3] if needs.covariance else None,
-        epsilon=found[4] if needs.epsilon else None,
-        log_prior=found[5] if needs.log_prior else None,
-    )
+    flags = needs.flags()
+    return LossGradients(*(g if flag else None for g, flag in zip(gradients, flags, strict=True)))
 
 
-def _take_in(inputs: LossInputs, options: LossOptions, stream: ClassStatistics) -> None:
-    assert inputs.covariance is not None
-    labels = inputs.labels
-    if 0 <= options.ignore_index < len(stream.mean):  # a label outside is left out anyway
-        labels = torch.where(labels == options.ignore_index, -1, labels)
-    covariance_update(inputs.covariance, stream.mean, stream.count, inputs.features, labels)
+def is_dense(inputs: LossInputs) -> bool:
+    """Whether the work is in dense products of a large W, which are torch's."""
+    return inputs.weight.numel() > LARGE_HEAD and not inputs.has_full_covariance
 
 
-def _saved(found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, SavedLoss]:
-    loss, residual, partial = found
-    return loss, SavedLoss(residual, partial)
+def operator_inputs(inputs: LossInputs) -> list[Tensor | None]:
+    """`inputs.tensors()` as the operators read them: contiguous, the compute dtype throughout.
 
-
-def _all_contiguous(tensors: tuple[Tensor, ...]) -> bool:
-    return all(tensor.is_contiguous() for tensor in tensors)
+    Features keep their dtype; blocks of them are converted where they are read.
+    """
+    dtype = inputs.compute_dtype
+    others = (inputs.weight, inputs.bias, inputs.covariance, inputs.epsilon, inputs.log_prior)
+    weight, bias, *terms = (contiguous_as(tensor, dtype) for tensor in others)
+    return [inputs.features.contiguous(), weight, bias, inputs.labels.contiguous(), *terms]
 
 
 def _call(
@@ -155,39 +133,18 @@ def _call(
     options: LossOptions,
     row_scale: Tensor | None,
     reduction: int,
-    wanted: int,
+    needed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = inputs.compute_dtype
     return _forward(
-        inputs.features.contiguous(),
-        plain(inputs.weight, dtype),
-        plain(inputs.bias, dtype),
-        inputs.labels.contiguous(),
-        plain(inputs.covariance, dtype),
-        plain(inputs.epsilon, dtype),
-        plain(inputs.log_prior, dtype),
-        plain(row_scale, dtype),
+        *operator_inputs(inputs),
+        contiguous_as(row_scale, inputs.compute_dtype),
         options.alpha,
         options.beta,
         options.ignore_index,
         reduction,
-        wanted,
+        needed,
     )
 
 
-def plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Contiguous and in the compute dtype; itself where it is that already."""
-    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
-        return tensor
-    return tensor.to(dtype).contiguous()
-
-
-def _wanted(needs: LossNeeds) -> int:
-    return (
-        needs.features
-        | needs.weight << 1
-        | needs.bias << 2
-        | needs.covariance << 3
-        | needs.epsilon << 4
-        | needs.log_prior << 5
-    )
+def _bits(needs: LossNeeds) -> int:
+    return sum(flag << position for position, flag in enumerate(needs.flags()))

@@ -5,7 +5,7 @@ IJCAI 2024) as directly as torch allows, follows the dtype of its inputs (use fl
 others), and is differentiable by autograd to any order.
 """
 
-from iada_kernels.reference.characteristics import batch_characteristics, same_label_share
+from iada_kernels.reference.characteristics import batch_characteristics, same_label_fraction
 from iada_kernels.reference.covariance import covariance_update, population_statistics
 from iada_kernels.reference.hypergradient import directional_derivative, hypergradient
 from iada_kernels.reference.loss import (
@@ -25,5 +25,5 @@ __all__ = [
     "perturbation_sign",
     "population_statistics",
     "quadratic_forms",
-    "same_label_share",
+    "same_label_fraction",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 def population_statistics(
     features: Tensor, labels: Tensor, num_classes: int, diagonal: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Covariance (C, A, A) or (C, A), mean (C, A) and count (C) of each class, in one look."""
+    """Covariance (C, A, A) or (C, A), mean (C, A) and count (C) of each class, in one pass."""
     width = features.shape[1]
     shape = (num_classes, width) if diagonal else (num_classes, width, width)
     covariance = features.new_zeros(shape)

@@ -1,12 +1,11 @@
-"""The IADA loss, Eq. 6, with N·C·A temporaries and nothing clever.
+"""The IADA loss, Eq. 6, with N·C·A temporaries and no rearrangement; shapes as in `LossInputs`."""
 
-Shapes: features (N, A), weight (C, A), bias (C), labels (N), covariance (C, A, A) or its
-diagonal (C, A), epsilon (N), log_prior (C).
-"""
+from dataclasses import replace
 
 import torch
-from einops import einsum
 from torch import Tensor
+
+from iada_kernels.contract import LossInputs, LossOptions
 
 
 def perturbation_sign(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -28,65 +27,40 @@ def quadratic_forms(weight: Tensor, covariance: Tensor, labels: Tensor) -> Tenso
     delta = weight[None, :, :] - weight[labels][:, None, :]
     sigma = covariance[labels]
     if covariance.dim() == 2:
-        return 0.5 * einsum(delta, sigma, delta, "n c a, n a, n c a -> n c")
-    return 0.5 * einsum(delta, sigma, delta, "n c a, n a b, n c b -> n c")
+        return 0.5 * torch.einsum("nca,na,nca->nc", delta, sigma, delta)
+    return 0.5 * torch.einsum("nca,nab,ncb->nc", delta, sigma, delta)
 
 
-def adjusted_logits(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    covariance: Tensor | None,
-    epsilon: Tensor | None,
-    log_prior: Tensor | None,
-    alpha: float,
-    beta: float,
-    sign: Tensor | None = None,
-) -> Tensor:
-    """z̃ of Eq. 6, (N, C): w_j·(h + δ) + b_j + α ρ_j + β log π_j with δ = ε s.
+def adjusted_logits(inputs: LossInputs, options: LossOptions, sign: Tensor | None = None) -> Tensor:
+    """z̃ of Eq. 6, (N, C): w_j·(h + δ) + b_j + α ρ_j + β log π_j with δ = ε s; no row is ignored.
 
     `sign` replaces s, so that two precisions can be compared with the same direction.
     """
-    logits = features @ weight.T
-    if bias is not None:
-        logits = logits + bias
+    weight, labels, epsilon = inputs.weight, inputs.labels, inputs.epsilon
+    logits = inputs.features @ weight.T
+    if inputs.bias is not None:
+        logits = logits + inputs.bias
     adjusted = logits
     if epsilon is not None:
         if sign is None:
             sign = perturbation_sign(logits, weight, labels)
         adjusted = adjusted + (epsilon[:, None] * sign) @ weight.T
-    if covariance is not None:
-        adjusted = adjusted + alpha * quadratic_forms(weight, covariance, labels)
-    if log_prior is not None:
-        adjusted = adjusted + beta * log_prior
+    if inputs.covariance is not None:
+        adjusted = adjusted + options.alpha * quadratic_forms(weight, inputs.covariance, labels)
+    if inputs.log_prior is not None:
+        adjusted = adjusted + options.beta * inputs.log_prior
     return adjusted
 
 
-def iada_loss(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    covariance: Tensor | None,
-    epsilon: Tensor | None = None,
-    log_prior: Tensor | None = None,
-    alpha: float = 0.5,
-    beta: float = 1.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    sign: Tensor | None = None,
-) -> Tensor:
+def iada_loss(inputs: LossInputs, options: LossOptions, sign: Tensor | None = None) -> Tensor:
     """CE(z̃, y) of Eq. 6. The mean is over the rows that are not ignored; over none it is 0."""
-    valid = labels != ignore_index
-    target = torch.where(valid, labels, 0)
-    adjusted = adjusted_logits(
-        features, weight, bias, target, covariance, epsilon, log_prior, alpha, beta, sign
-    )
+    valid = inputs.labels != options.ignore_index
+    target = torch.where(valid, inputs.labels, 0)
+    adjusted = adjusted_logits(replace(inputs, labels=target), options, sign)
     losses = -adjusted.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
     losses = torch.where(valid, losses, 0.0)
-    if reduction == "none":
+    if options.reduction == "none":
         return losses
-    if reduction == "sum":
+    if options.reduction == "sum":
         return losses.sum()
     return losses.sum() / valid.sum().clamp(min=1)

@@ -1,9 +1,10 @@
 """The surrogate's gap by sampling, the terms of Table 1, and the spectra."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from einops import einsum
 from torch import nn
 
 import iada
@@ -16,8 +17,8 @@ from iada.experiments.diagnostics import (
     surrogate_gap,
 )
 from iada.utils.evaluate import outputs
-from iada_kernels.reference import iada_loss, perturbation_sign
-from tests.helpers.problems import random_problem, target_of
+from iada_kernels.reference import perturbation_sign
+from tests.helpers.problems import random_problem, reference_loss, target_of
 from tests.helpers.training import make_trainer
 
 
@@ -37,9 +38,7 @@ def test_bound_holds_and_is_eq_5(structure, rows, classes, width):
     problem = random_problem(rows, classes, width, structure=structure, ignored=0.0, alpha=0.3)
     found = gap_of(problem, samples=4000)
     p = problem
-    losses = iada_loss(
-        p.features, p.weight, p.bias, p.labels, p.covariance, p.epsilon, None, 0.3, reduction="none"
-    )
+    losses = reference_loss(dataclasses.replace(p, log_prior=None).with_options(reduction="none"))
     torch.testing.assert_close(found.bound, class_means(losses, p.labels))
     assert (found.standard_error > 0).all()
     assert (found.gap > -5 * found.standard_error).all()
@@ -58,7 +57,7 @@ def test_sampling_agrees_with_sampled_features(structure):
     sigma = p.covariance if structure == "full" else torch.diag_embed(p.covariance)
     root = torch.linalg.cholesky(sigma)[p.labels]
     noise = torch.randn(20000, 6, 8, generator=generator, dtype=torch.float64)
-    drawn = centre + 0.5**0.5 * einsum(root, noise, "n a b, s n b -> s n a")
+    drawn = centre + 0.5**0.5 * torch.einsum("nab,snb->sna", root, noise)
     logits = drawn @ p.weight.T + p.bias
     losses = -logits.log_softmax(dim=2)[:, torch.arange(6), p.labels]
     want = class_means(losses.mean(dim=0), p.labels)
@@ -188,15 +187,15 @@ def literal_terms(problem):
     zero = torch.zeros(len(y)).double()
     terms = [zero, zero, zero]
     if p.covariance is not None:
-        form = "n c a, n a, n c a -> n c" if p.covariance.dim() == 2 else None
-        form = form or "n c a, n a b, n c b -> n c"
-        terms[0] = (q * 0.5 * einsum(difference, p.covariance[y], difference, form)).sum(dim=1)
+        form = "nca,na,nca->nc" if p.covariance.dim() == 2 else "nca,nab,ncb->nc"
+        rho = torch.einsum(form, difference, p.covariance[y], difference)
+        terms[0] = (q * 0.5 * rho).sum(dim=1)
     if p.epsilon is not None:
         sign = perturbation_sign(
             torch.nn.functional.linear(p.features, p.weight, p.bias), p.weight, y
         )
         delta = p.epsilon[:, None] * sign
-        terms[1] = (q * einsum(difference, delta, "n c a, n a -> n c")).sum(dim=1)
+        terms[1] = (q * torch.einsum("nca,na->nc", difference, delta)).sum(dim=1)
     if p.log_prior is not None:
         terms[2] = (q * (p.log_prior[None] - p.log_prior[y][:, None])).sum(dim=1)
     return [term * valid for term in terms]
@@ -240,18 +239,8 @@ def test_terms_are_the_first_order_of_the_loss():
     p, step = problem, 1e-6
 
     def loss(t):
-        return iada_loss(
-            p.features,
-            p.weight,
-            p.bias,
-            p.labels,
-            p.covariance,
-            t * p.epsilon,
-            p.log_prior,
-            t * 0.4,
-            t * 0.7,
-            reduction="none",
-        )
+        scaled = dataclasses.replace(p, epsilon=t * p.epsilon)
+        return reference_loss(scaled.with_options(alpha=t * 0.4, beta=t * 0.7, reduction="none"))
 
     slope = (loss(step) - loss(-step)) / (2 * step)
     terms = terms_of(problem)

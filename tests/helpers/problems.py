@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import iada
 from iada_kernels import reference
+from iada_kernels.contract import LossInputs, LossOptions
 
 TENSORS = ("features", "weight", "bias", "covariance", "epsilon", "log_prior")
 LAYOUTS = ("contiguous", "transposed", "step", "offset", "expanded")
@@ -51,6 +52,12 @@ class Problem:
         moved = self.map(lambda t: t.to(device))
         return replace(moved, labels=self.labels.to(device))
 
+    def records(self) -> tuple[LossInputs, LossOptions]:
+        """As a backend and the reference take it."""
+        values = {f.name: getattr(self, f.name) for f in fields(LossInputs)}
+        values["labels"] = self.labels.long()
+        return LossInputs(**values), LossOptions(**self.options)
+
     def tensors(self) -> list[Tensor]:
         found = [getattr(self, f.name) for f in fields(self)]
         return [t for t in found if isinstance(t, Tensor)]
@@ -60,17 +67,15 @@ LossFunction = Callable[[Problem], Tensor]
 
 
 def reference_loss(problem: Problem) -> Tensor:
-    p = problem
-    return reference.iada_loss(
-        p.features,
-        p.weight,
-        p.bias,
-        p.labels.long(),
-        p.covariance,
-        p.epsilon,
-        p.log_prior,
-        **p.options,
-    )
+    return reference.iada_loss(*problem.records())
+
+
+def reference_loss_of_head(head: nn.Linear, features: Tensor, labels: Tensor, **terms) -> Tensor:
+    """The mean loss by the definition, for a linear head; `terms` of `LossInputs` and options."""
+    options = {name: terms.pop(name) for name in ("alpha", "beta") if name in terms}
+    absent = dict.fromkeys(("covariance", "epsilon", "log_prior"))
+    inputs = LossInputs(features, head.weight, head.bias, labels, **absent | terms)
+    return reference.iada_loss(inputs, LossOptions(**options))
 
 
 def _call(function: Callable[..., Tensor], problem: Problem, **more) -> Tensor:
@@ -213,8 +218,8 @@ def sign_argument(problem: Problem) -> Tensor:
 def adjusted_logits(problem: Problem) -> Tensor:
     """z̃ (N, C), in float64."""
     p = problem.double()
-    terms = (p.covariance, p.epsilon, p.log_prior, p.options["alpha"], p.options["beta"])
-    return reference.adjusted_logits(p.features, p.weight, p.bias, target_of(p), *terms)
+    inputs, options = replace(p, labels=target_of(p)).records()
+    return reference.adjusted_logits(inputs, options)
 
 
 def target_of(problem: Problem) -> Tensor:

@@ -6,20 +6,12 @@ import pytest
 import torch
 
 from iada_kernels import reference, select_backend
-from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
+from iada_kernels.contract import HeadTangents
 from tests.helpers.problems import assert_same, max_norm, random_problem, sign_argument, target_of
 
 pytestmark = pytest.mark.usefixtures("poison")  # in fresh memory of Triton kernels
 
 SIZES = [(7, 4, 5), (1, 3, 2), (5, 1, 4), (3, 9, 6), (33, 6, 17), (0, 3, 4), (70, 19, 33)]
-
-
-def loss_inputs(problem):
-    p = problem
-    labels = p.labels.long()
-    return LossInputs(
-        p.features, p.weight, p.bias, labels, p.covariance, p.epsilon, p.log_prior
-    ), LossOptions(**p.options)
 
 
 def tangents_of(problem, features=True, bias=True):
@@ -39,16 +31,13 @@ def tangents_of(problem, features=True, bias=True):
 
 def by_reference(problem, tangents, sign=None):
     """{"epsilon": ∂L̇/∂ε, "covariance": ∂L̇/∂Σ}, those that there are, in float64."""
-    p = problem.double()
-    tensors = (p.features, p.weight, p.bias, p.labels.long(), p.covariance, p.epsilon, p.log_prior)
-    directions = (tangents.features, tangents.weight, tangents.bias)
-    directions = tuple(None if t is None else t.double() for t in directions)
-    epsilon, covariance = reference.hypergradient(*tensors, *directions, **p.options, sign=sign)
+    tangents = HeadTangents(*(None if t is None else t.double() for t in tangents.tensors()))
+    epsilon, covariance = reference.hypergradient(*problem.double().records(), tangents, sign)
     return present(epsilon=epsilon, covariance=covariance)
 
 
 def by_backend(problem, tangents, backend, scale=1.0):
-    inputs, options = loss_inputs(problem)
+    inputs, options = problem.records()
     passes = select_backend(backend, problem.features.device)
     epsilon, sums = passes.hypergradient(inputs, options, tangents, inputs.covariance is not None)
     if inputs.covariance is None:
@@ -67,19 +56,16 @@ def present(**tensors):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_definition_is_the_derivative_of_the_loss(structure, reduction):
     problem = random_problem(structure=structure, reduction=reduction, symmetric=False)
-    p, tangents = problem, tangents_of(problem)
+    tangents, (inputs, options) = tangents_of(problem), problem.records()
     sign = sign_argument(problem).sign()
 
     def loss(features, weight, bias):
-        labels = p.labels.long()
-        tensors = (features, weight, bias, labels, p.covariance, p.epsilon, p.log_prior)
-        return reference.iada_loss(*tensors, **p.options, sign=sign)
+        moved = dataclasses.replace(inputs, features=features, weight=weight, bias=bias)
+        return reference.iada_loss(moved, options, sign)
 
-    moving = (p.features, p.weight, p.bias)
-    directions = (tangents.features, tangents.weight, tangents.bias)
-    _, expected = torch.func.jvp(loss, moving, directions)
-    tensors = (*moving, p.labels.long(), p.covariance, p.epsilon, p.log_prior)
-    found = reference.directional_derivative(*tensors, *directions, **p.options)
+    moving = (problem.features, problem.weight, problem.bias)
+    _, expected = torch.func.jvp(loss, moving, tangents.tensors())
+    found = reference.directional_derivative(inputs, options, tangents)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
@@ -119,16 +105,11 @@ def test_single_precision_is_as_good_as_torch(target, structure, confident, dtyp
     sign = sign_argument(problem).sign()
     exact = by_reference(problem, tangents, sign)
     single = problem.map(lambda t: t.float())
-    tensors = (single.features, single.weight, single.bias, single.labels.long())
-    rest = (single.covariance, single.epsilon, single.log_prior)
-    directions = (tangents.features, tangents.weight, tangents.bias)
-    own = reference.hypergradient(
-        *tensors, *rest, *directions, **problem.options, sign=sign.float()
-    )
-    own = present(epsilon=own[0], covariance=own[1])
+    epsilon, covariance = reference.hypergradient(*single.records(), tangents, sign.float())
+    by_torch = present(epsilon=epsilon, covariance=covariance)
     for name, found in by_backend(problem, tangents, target.backend).items():
         error = max_norm(found.double() - exact[name])
-        allowed = 4 * max_norm(own[name].double() - exact[name])
+        allowed = 4 * max_norm(by_torch[name].double() - exact[name])
         floor = 2**-22 * max_norm(exact[name])  # a result right to its last digits is right
         assert error <= max(allowed, floor), f"{name}: {error:.2e} against {allowed:.2e} of torch"
 
@@ -140,7 +121,7 @@ def test_the_step_adds_in_place_and_leaves_absent_classes_alone(target, structur
     labels = torch.where(problem.labels > 5, 1, problem.labels)  # nobody in classes 6 and 7
     problem = dataclasses.replace(problem, labels=labels).to(target.device)
     tangents = tangents_of(problem)
-    inputs, options = loss_inputs(problem)
+    inputs, options = problem.records()
     passes = select_backend(target.backend, target.device)
     before = [t.clone() for t in problem.tensors()]
     _, sums = passes.hypergradient(inputs, options, tangents, True)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import iada
-from iada_kernels import closed_form, native, reference, select_backend
+from iada_kernels import native, reference, select_backend, torch_ops
 from iada_kernels.contract import (
     ClassStatistics,
     HeadTangents,
@@ -113,9 +113,9 @@ def test_loss_and_gradients(shape, structure, reduction, dtype):
         (shape[0],) if reduction == "none" else (), generator=generator, dtype=torch.float64
     )
     given = cast(exact, dtype)
-    truth = evaluate(closed_form, cast(given, torch.float64), options, upstream)
+    truth = evaluate(torch_ops, cast(given, torch.float64), options, upstream)
     ours = evaluate(native, given, options, upstream)
-    torchs = evaluate(closed_form, given, options, upstream)
+    torchs = evaluate(torch_ops, given, options, upstream)
     for name, want in truth.items():
         if want is None:
             assert ours[name] is None
@@ -196,7 +196,7 @@ def test_covariance_update(shape, full, offset, dtype):
     truth = stream(reference.covariance_update, torch.float64)
     ours, torchs = (
         stream(native.covariance_update, state),
-        stream(closed_form.covariance_update, state),
+        stream(torch_ops.covariance_update, state),
     )
     assert torch.equal(ours[2], truth[2])
     for found, other, want in list(zip(ours, torchs, truth, strict=True))[:2]:
@@ -227,8 +227,8 @@ def test_extreme_values():
     given = cast(inputs(60, 7, 20, "full", scale=200.0), torch.float32)
     exact = cast(given, torch.float64)
     options, one = LossOptions(0.5, 1.0, -100, "sum"), torch.ones((), dtype=torch.float64)
-    ours, torchs = (evaluate(b, given, options, one) for b in (native, closed_form))
-    truth = evaluate(closed_form, exact, options, one)
+    ours, torchs = (evaluate(b, given, options, one) for b in (native, torch_ops))
+    truth = evaluate(torch_ops, exact, options, one)
     for name, want in truth.items():
         assert ours[name].isfinite().all(), name
         rounding = 64 * torch.finfo(torch.float32).eps * float(want.abs().max())
@@ -287,8 +287,8 @@ def test_hypergradient(shape, structure, dtype, scale):
     logits = exact.features @ exact.weight.T
     largest = distance(torch.zeros(()), logits)
     for reduction in ("mean", "sum"):
-        truth = hypergradients(closed_form, cast(given, torch.float64), reduction)
-        ours, torchs = (hypergradients(b, given, reduction) for b in (native, closed_form))
+        truth = hypergradients(torch_ops, cast(given, torch.float64), reduction)
+        ours, torchs = (hypergradients(b, given, reduction) for b in (native, torch_ops))
         for name, want in truth.items():
             found, size = ours[name], float(want.abs().max()) if want.numel() else 0.0
             assert found.isfinite().all()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from iada_kernels import reference
-from iada_kernels.closed_form import loss as closed_form_loss
+from iada_kernels.torch_ops import loss as torch_ops_loss
 
 CLASSES, WIDTH, ROWS = 100, 64, 256
 
@@ -16,11 +16,11 @@ def reference_sign(logits, weight, labels):
     return reference.perturbation_sign(logits, weight, labels)
 
 
-def closed_form_sign(logits, weight, labels):
-    return closed_form_loss.perturbation_sign(logits, weight, labels[:, None])
+def torch_ops_sign(logits, weight, labels):
+    return torch_ops_loss.perturbation_sign(logits, weight, labels[:, None])
 
 
-FORMS = pytest.mark.parametrize("sign_of", [reference_sign, closed_form_sign])
+FORMS = pytest.mark.parametrize("sign_of", [reference_sign, torch_ops_sign])
 
 
 def naive_sign(logits, weight, labels):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import iada
-from iada_kernels import closed_form, reference
+from iada_kernels import reference, torch_ops
 from iada_kernels.contract import ClassStatistics, LossInputs, LossNeeds, LossOptions
 from iada_kernels.dispatch import select_backend
 from tests.helpers.problems import (
@@ -203,7 +203,7 @@ def test_streaming_update_comes_first(shape):
         absent = torch.bincount(problem.labels[kept], minlength=shape[1]) == 0
         assert torch.equal(held[0][absent], before[absent])
         updated = inputs_of(replace(problem, covariance=truth[0]))
-        assert_same(found, gradients(closed_form, updated, options, upstream=1.5))
+        assert_same(found, gradients(torch_ops, updated, options, upstream=1.5))
 
 
 def test_single_precision_update_with_large_means():
@@ -223,7 +223,7 @@ def test_single_precision_update_with_large_means():
         inputs = LossInputs(features, weight, None, labels, ours[0], None, None)
         stream = ClassStatistics(*ours[1:])
         triton_backend.loss_forward(inputs, options, LossNeeds(*[False] * 6), stream)
-        closed_form.covariance_update(*torchs, features, labels)
+        torch_ops.covariance_update(*torchs, features, labels)
         truth = list(reference.covariance_update(*truth, features.double(), labels))
     for found, other, want in list(zip(ours, torchs, truth, strict=True))[:2]:
         rounding = 4 * torch.finfo(torch.float32).eps * 1e3

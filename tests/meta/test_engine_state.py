@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import iada
-from iada_kernels import reference
 from tests.helpers.engine_cases import hypergradients, make_batches, make_engine, relative
+from tests.helpers.problems import reference_loss_of_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -142,14 +142,13 @@ def test_a_step_between_is_eq_10_alone():
     result = meta.step(batch)
     torch.manual_seed(2)
     features, _ = trial.classifier(batch[0])
-    loss = reference.iada_loss(
+    loss = reference_loss_of_head(
+        trial.classifier.head,
         features,
-        trial.classifier.head.weight,
-        trial.classifier.head.bias,
         batch[1],
-        meta.covariance.covariance,
-        result.epsilon,
-        meta.log_prior,
+        covariance=meta.covariance.covariance,
+        epsilon=result.epsilon,
+        log_prior=meta.log_prior,
     )
     torch.testing.assert_close(loss.detach(), result.loss)
     trial.optimizer.zero_grad()

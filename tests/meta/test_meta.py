@@ -11,8 +11,8 @@ from torch import nn
 
 import iada
 from iada.nn.projection import nearest_positive_semidefinite
-from iada_kernels import reference
-from iada_kernels.reference import same_label_share
+from iada_kernels.reference import same_label_fraction
+from tests.helpers.problems import reference_loss_of_head
 
 COUNTS = torch.tensor([40, 20, 10])
 
@@ -44,16 +44,15 @@ def meta_loss_by_hand(meta, batch, meta_batch, epsilon, sigma):
     """CE on the meta batch after the virtual step, written with copies and the reference loss."""
     trial = copy.deepcopy(meta.classifier)
     features, _ = trial(batch[0])
-    loss = reference.iada_loss(
+    loss = reference_loss_of_head(
+        trial.head,
         features,
-        trial.head.weight,
-        trial.head.bias,
         batch[1],
-        sigma,
-        epsilon,
-        meta.log_prior,
-        meta.alpha,
-        meta.beta,
+        covariance=sigma,
+        epsilon=epsilon,
+        log_prior=meta.log_prior,
+        alpha=meta.alpha,
+        beta=meta.beta,
     )
     rates = [0.1] * len(list(trial.backbone.parameters())) + [0.3, 0.3]
     grads = torch.autograd.grad(loss, list(trial.parameters()))
@@ -132,15 +131,13 @@ def test_step_follows_algorithm_1():
     trial = make_meta()
     trial.classifier.load_state_dict(before)
     features, _ = trial.classifier(batch[0])
-    head = trial.classifier.head
-    loss = reference.iada_loss(
+    loss = reference_loss_of_head(
+        trial.classifier.head,
         features,
-        head.weight,
-        head.bias,
         batch[1],
-        meta.covariance.covariance,
-        result.epsilon,
-        trial.log_prior,
+        covariance=meta.covariance.covariance,
+        epsilon=result.epsilon,
+        log_prior=trial.log_prior,
     )
     torch.testing.assert_close(loss.detach(), result.loss)
     trial.optimizer.zero_grad()
@@ -336,5 +333,5 @@ def test_a_class_not_seen_in_an_epoch_keeps_its_means():
     assert memory.class_means.tolist() == [[5.0, 0.5], [3.0, 1.0]]
 
 
-def test_same_label_share_of_one_row_is_zero():
-    assert same_label_share(torch.randn(1, 3), torch.tensor([0]), 5).tolist() == [0.0]
+def test_same_label_fraction_of_one_row_is_zero():
+    assert same_label_fraction(torch.randn(1, 3), torch.tensor([0]), 5).tolist() == [0.0]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import iada
-from iada_kernels import closed_form, reference
-from iada_kernels.closed_form import covariance as closed_form_covariance
+from iada_kernels import reference, torch_ops
+from iada_kernels.torch_ops import covariance as torch_ops_covariance
 from tests.helpers.problems import LAYOUTS, lay_out, max_norm
 from tests.nn.test_loss_gradients import NoHostReads
 
@@ -373,9 +373,9 @@ def masked_path(monkeypatch):
 
     def update(covariance, centred, labels, size, w, shift):
         divisor = size[:-1].clamp(min=1)[:, None].to(centred.dtype)
-        closed_form_covariance._update_full_masked(covariance, centred, labels, divisor, w, shift)
+        torch_ops_covariance._update_full_masked(covariance, centred, labels, divisor, w, shift)
 
-    monkeypatch.setattr(closed_form_covariance, "_update_full_grouped", update)
+    monkeypatch.setattr(torch_ops_covariance, "_update_full_grouped", update)
 
 
 @pytest.mark.parametrize("elements", [1, 700, 2**20])
@@ -426,7 +426,7 @@ def test_update_reads_nothing_on_the_host(structure, masked_path):
     features, labels = random_stream(40, 4, 5)
     state = new_state(4, 5, structure, dtype=torch.float64)
     with NoHostReads():
-        closed_form.covariance_update(state.covariance, state.mean, state.count, features, labels)
+        torch_ops.covariance_update(state.covariance, state.mean, state.count, features, labels)
     assert_state(state, population(features, labels, 4, structure), 1e-13)
 
 

@@ -252,7 +252,7 @@ def test_special_cases_are_the_losses_they_should_be(backend, device):
 @pytest.mark.parametrize("elements", [1, 20, 200])
 @pytest.mark.parametrize("few_rows", [0, 32])
 def test_blocks_do_not_matter(structure, shape, elements, few_rows, block_elements, monkeypatch):
-    from iada_kernels.closed_form import blocking, quadratic
+    from iada_kernels.torch_ops import blocking, quadratic
 
     problem = random_problem(*shape, structure=structure, symmetric=False, reduction="none")
     expected = value_and_gradients(reference_loss, problem)
@@ -265,7 +265,7 @@ def test_blocks_do_not_matter(structure, shape, elements, few_rows, block_elemen
 
 
 def test_several_blocks_occur(block_elements):
-    from iada_kernels.closed_form import blocking
+    from iada_kernels.torch_ops import blocking
 
     block_elements(20)
     assert [(s.start, s.stop) for s in blocking.blocks(5, 7)] == [(0, 2), (2, 4), (4, 5)]

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iada_kernels.closed_form import quadratic
+from iada_kernels.torch_ops import quadratic
 from tests.helpers.problems import (
     REDUCTIONS,
     TENSORS,
@@ -335,9 +335,9 @@ def test_the_watch_sees_host_reads():
             read()
 
 
-def run_closed_forms(problem):
+def run_torch_ops(problem):
     """Forward, backward and the differentiable form, below the checks of `fused_loss`."""
-    from iada_kernels import closed_form
+    from iada_kernels import torch_ops
     from iada_kernels.contract import LossInputs, LossNeeds, LossOptions
 
     p = problem
@@ -346,10 +346,10 @@ def run_closed_forms(problem):
     )
     options = LossOptions(**p.options)
     needs = LossNeeds(**{name: name in p.floating() for name in TENSORS})
-    loss, saved = closed_form.loss_forward(inputs, options, needs)
+    loss, saved = torch_ops.loss_forward(inputs, options, needs)
     upstream = torch.ones_like(loss)
-    closed_form.loss_differentiable(inputs, options)
-    return loss, closed_form.loss_backward(inputs, options, saved, upstream, needs)
+    torch_ops.loss_differentiable(inputs, options)
+    return loss, torch_ops.loss_backward(inputs, options, saved, upstream, needs)
 
 
 CLOSED_FORM_CASES = pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_closed_forms_read_nothing_on_the_host(
     block_elements(elements)
     problem = random_problem(rows, 6, 5, structure=structure, reduction=reduction)
     with NoHostReads():
-        run_closed_forms(problem)
+        run_torch_ops(problem)
 
 
 @CLOSED_FORM_CASES
@@ -377,7 +377,7 @@ def test_closed_forms_run_without_data(rows, structure, reduction, elements, blo
     """On meta tensors, where whatever depends on data fails."""
     block_elements(elements)
     problem = random_problem(rows, 6, 5, structure=structure, reduction=reduction)
-    loss, grads = run_closed_forms(problem.to("meta"))
+    loss, grads = run_torch_ops(problem.to("meta"))
     assert loss.shape == ((rows,) if reduction == "none" else ())
     for name, tensor in problem.floating().items():
         assert getattr(grads, name).shape == tensor.shape

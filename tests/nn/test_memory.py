@@ -160,7 +160,7 @@ def resident(field):
 
 def main(backend, device, block_elements):
     if block_elements:
-        from iada_kernels.closed_form import blocking, quadratic
+        from iada_kernels.torch_ops import blocking, quadratic
 
         blocking.BLOCK_ELEMENTS = quadratic.BLOCK_ELEMENTS = int(block_elements)
     print(dense_peak(backend, device))

@@ -16,7 +16,7 @@ from torch import Tensor
 from iada.nn.class_covariance import ClassCovariance
 from iada.utils.autocast import full_precision
 from iada.utils.checks import check_finite, check_label_values, check_loss_arguments, complain
-from iada_kernels.closed_form.loss import perturbation_sign
+from iada_kernels.torch_ops.loss import perturbation_sign
 
 CHUNK = 2**22  # numbers drawn at a time: 32 MiB of float64
 

@@ -21,10 +21,10 @@ from iada.nn.class_covariance import ClassCovariance
 from iada.utils.autocast import full_precision
 from iada.utils.checks import check_loss_arguments, complain
 from iada.utils.evaluate import evaluating
-from iada_kernels.closed_form.blocking import blocks
-from iada_kernels.closed_form.loss import table_rows
-from iada_kernels.closed_form.quadratic import class_table
 from iada_kernels.contract import LossInputs
+from iada_kernels.torch_ops.blocking import blocks
+from iada_kernels.torch_ops.loss import table_rows
+from iada_kernels.torch_ops.quadratic import class_table
 
 if TYPE_CHECKING:
     from iada.training.trainer import Trainer

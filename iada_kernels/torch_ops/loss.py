@@ -15,13 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iada_kernels.closed_form.blocking import blocks, is_one_block, join
-from iada_kernels.closed_form.covariance import covariance_update
-from iada_kernels.closed_form.quadratic import (
-    class_table,
-    class_table_and_product,
-    class_table_backward,
-)
 from iada_kernels.contract import (
     ClassStatistics,
     LossGradients,
@@ -29,24 +22,26 @@ from iada_kernels.contract import (
     LossNeeds,
     LossOptions,
 )
+from iada_kernels.streaming import update_statistics
+from iada_kernels.torch_ops.blocking import blocks, is_one_block, join
+from iada_kernels.torch_ops.covariance import covariance_update
+from iada_kernels.torch_ops.quadratic import (
+    class_table,
+    class_table_and_product,
+    class_table_backward,
+)
 
 
 @dataclass(frozen=True)
 class SavedLoss:
-    """What the backward pass needs beside the inputs.
+    """What the backward pass needs beside the inputs."""
 
-    target (N) is labels with the ignored ones set to 0; residual is D (N, C), 0 where ignored;
-    grad_epsilon is Σ_j D_ij T_ij (N); sign is s (N, A) where the batch is one block, else None
-    and computed again; twice_product is 2 (W − 1w_c) Σ_c where that is small; divisor is what
-    the mean divides by, the rows not ignored, else None.
-    """
-
-    target: Tensor
-    residual: Tensor
-    grad_epsilon: Tensor | None
-    sign: Tensor | None
-    twice_product: Tensor | None
-    divisor: Tensor | None
+    target: Tensor  # (N), the labels, 0 where ignored
+    residual: Tensor  # D (N, C), 0 where ignored
+    grad_epsilon: Tensor | None  # Σ_j D_ij T_ij (N)
+    sign: Tensor | None  # s (N, A) where the batch is one block, else computed again
+    twice_product: Tensor | None  # 2 (W − 1w_c) Σ_c where that is small
+    divisor: Tensor | None  # for the mean: the number of rows not ignored
 
 
 def loss_forward(
@@ -55,9 +50,9 @@ def loss_forward(
     needs: LossNeeds,
     stream: ClassStatistics | None = None,
 ) -> tuple[Tensor, SavedLoss]:
-    """The reduced loss and what `loss_backward` needs; the batch first goes into a `stream`."""
+    """The reduced loss and what `loss_backward` needs; a `stream` is updated first."""
     if stream is not None:
-        take_in(inputs, options, stream)
+        update_statistics(covariance_update, inputs, options, stream)
     weight, bias = _head(inputs)
     dtype = weight.dtype
     ignored = inputs.labels == options.ignore_index
@@ -76,10 +71,10 @@ def loss_forward(
         y = target[rows, None]
         z = _linear(inputs.features[rows].to(dtype), weight, bias)
         if inputs.epsilon is not None:
-            direction = perturbation_sign(z, weight, y)
-            moved = direction @ weight.T  # T
-            z.addcmul_(inputs.epsilon[rows, None].to(dtype), moved)
-            sign = direction if one_block else None
+            block_sign = perturbation_sign(z, weight, y)
+            sign_logits = block_sign @ weight.T  # T
+            z.addcmul_(inputs.epsilon[rows, None].to(dtype), sign_logits)
+            sign = block_sign if one_block else None
         if table is not None:
             z.add_(table[target[rows]] if classes is None else table[rows], alpha=options.alpha)
         if inputs.log_prior is not None:
@@ -91,7 +86,7 @@ def loss_forward(
         d.scatter_(1, y, -d.sum(dim=1, keepdim=True)).masked_fill_(ignored[rows, None], 0.0)
         residuals.append(d)
         if inputs.epsilon is not None:
-            grad_epsilons.append(torch.linalg.vecdot(d, moved))
+            grad_epsilons.append(torch.linalg.vecdot(d, sign_logits))
 
     divisor = _divisor(ignored, options)
     # Not in place: compiled by torch 2.11, a result that was changed in place has no gradient.
@@ -146,7 +141,7 @@ def loss_backward(
 def loss_differentiable(inputs: LossInputs, options: LossOptions) -> Tensor:
     """The same loss as a graph that autograd can differentiate to any order.
 
-    For double backward only: the graph keeps the class table's intermediates, U·C·A numbers.
+    For double backward only: the graph keeps the class table's intermediates, U·C·A elements.
     """
     weight, bias = _head(inputs)
     ignored = inputs.labels == options.ignore_index
@@ -154,8 +149,8 @@ def loss_differentiable(inputs: LossInputs, options: LossOptions) -> Tensor:
     z = logits = _linear(inputs.features.to(weight.dtype), weight, bias)
     if inputs.epsilon is not None:
         with torch.no_grad():
-            direction = perturbation_sign(logits, weight, target[:, None])
-        z = z + inputs.epsilon[:, None].to(weight.dtype) * (direction @ weight.T)
+            sign = perturbation_sign(logits, weight, target[:, None])
+        z = z + inputs.epsilon[:, None].to(weight.dtype) * (sign @ weight.T)
     if inputs.covariance is not None:
         classes = table_rows(target, weight)
         table = class_table(weight, inputs.covariance, classes)
@@ -165,15 +160,6 @@ def loss_differentiable(inputs: LossInputs, options: LossOptions) -> Tensor:
     losses = -z.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
     losses = losses.masked_fill(ignored, 0.0)
     return _reduce(losses, _divisor(ignored, options), options)
-
-
-def take_in(inputs: LossInputs, options: LossOptions, stream: ClassStatistics) -> None:
-    """The streaming update with the rows that are not ignored."""
-    assert inputs.covariance is not None
-    labels = inputs.labels
-    if 0 <= options.ignore_index < len(stream.mean):  # a label outside is left out anyway
-        labels = torch.where(labels == options.ignore_index, -1, labels)
-    covariance_update(inputs.covariance, stream.mean, stream.count, inputs.features, labels)
 
 
 def perturbation_sign(logits: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -233,11 +219,10 @@ def _grad_weight(inputs: LossInputs, saved: SavedLoss, residual: Tensor) -> Tens
     for rows in blocks(*inputs.features.shape):
         h = inputs.features[rows].to(weight.dtype)
         if inputs.epsilon is not None:
-            direction = saved.sign
-            if direction is None:
-                direction = perturbation_sign(
-                    _linear(h, weight, bias), weight, saved.target[rows, None]
-                )
-            h = torch.addcmul(h, inputs.epsilon[rows, None].to(weight.dtype), direction)
+            sign = saved.sign
+            if sign is None:
+                z = _linear(h, weight, bias)
+                sign = perturbation_sign(z, weight, saved.target[rows, None])
+            h = torch.addcmul(h, inputs.epsilon[rows, None].to(weight.dtype), sign)
         grad.addmm_(residual[rows].T, h)
     return grad

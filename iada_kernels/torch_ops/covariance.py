@@ -10,7 +10,7 @@ Rows are centred on their batch mean before any product, so that large means do 
 import torch
 from torch import Tensor
 
-from iada_kernels.closed_form.blocking import blocks
+from iada_kernels.torch_ops.blocking import blocks
 
 
 def covariance_update(
@@ -30,7 +30,7 @@ def covariance_update(
     divisor = size.clamp(min=1)[:, None].to(mean.dtype)
     sums = mean.new_zeros(num_classes + 1, width)
     batch_mean = sums.index_add(0, labels, features) / divisor
-    # A second look at the residuals recovers what one float32 sum of large features loses.
+    # A second pass over the residuals recovers what one float32 sum of large features loses.
     batch_mean += sums.index_add(0, labels, features - batch_mean[labels]) / divisor
     centred = features - batch_mean[labels]
 
@@ -53,11 +53,11 @@ def _update_full_grouped(
 ) -> None:
     """One rank-(m+1) product for each class that is present: N·A² multiplications in all."""
     groups = centred[labels.argsort(stable=True)].split(size.tolist())
-    for c, (share, group) in enumerate(zip(w[:, 0].tolist(), groups[:-1], strict=True)):
+    for c, (batch_weight, group) in enumerate(zip(w[:, 0].tolist(), groups[:-1], strict=True)):
         if len(group):
             sigma = covariance[c]
-            sigma.addmm_(group.T, group, beta=1 - share, alpha=share / len(group))
-            sigma.addr_(shift[c], shift[c], alpha=share * (1 - share))
+            sigma.addmm_(group.T, group, beta=1 - batch_weight, alpha=batch_weight / len(group))
+            sigma.addr_(shift[c], shift[c], alpha=batch_weight * (1 - batch_weight))
 
 
 def _update_full_masked(

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from iada_kernels.closed_form.blocking import BLOCK_ELEMENTS, blocks, is_one_block, join
+from iada_kernels.torch_ops.blocking import BLOCK_ELEMENTS, blocks, is_one_block, join
 
 FEW_ROWS = 32  # up to here a second product costs less than a transposed copy of a large Σ
 
@@ -57,8 +57,8 @@ def class_table_and_tangent(
     for delta, sigma, rows in _full_blocks(weight, covariance, classes):
         product = _twice_product(delta, sigma)
         tables.append(torch.linalg.vecdot(product, delta) * 0.25)
-        moved = differences(weight_tangent, rows if classes is None else classes[rows])
-        tangents.append(torch.linalg.vecdot(product, moved) * 0.5)
+        delta_tangent = differences(weight_tangent, rows if classes is None else classes[rows])
+        tangents.append(torch.linalg.vecdot(product, delta_tangent) * 0.5)
     return join(tables), join(tangents)
 
 
@@ -144,10 +144,10 @@ def _add_product(
 
 def _diagonal_table(weight: Tensor, covariance: Tensor, classes: Tensor | None) -> Tensor:
     weight = weight - weight.mean(dim=0)
-    own, sigma = _own_rows(weight, covariance, classes)
-    cross = sigma * own
+    w_label, sigma = _label_rows(weight, covariance, classes)
+    cross = sigma * w_label
     squares = sigma @ (weight * weight).T - 2 * (cross @ weight.T)
-    table = 0.5 * (squares + torch.linalg.vecdot(cross, own)[:, None])
+    table = 0.5 * (squares + torch.linalg.vecdot(cross, w_label)[:, None])
     if classes is None:
         return table - torch.diag(table.diagonal())  # ρ_y = 0, exactly
     return table.scatter(1, classes[:, None], 0.0)
@@ -159,11 +159,11 @@ def _diagonal_table_and_tangent(
     weight_tangent = weight_tangent - weight_tangent.mean(dim=0)
     table = _diagonal_table(weight, covariance, classes)
     weight = weight - weight.mean(dim=0)
-    own, sigma = _own_rows(weight, covariance, classes)
-    own_tangent = weight_tangent if classes is None else weight_tangent[classes]
-    tangent = sigma @ (weight * weight_tangent).T - (sigma * own) @ weight_tangent.T
-    tangent -= (sigma * own_tangent) @ weight.T
-    tangent += torch.linalg.vecdot(sigma * own, own_tangent)[:, None]
+    w_label, sigma = _label_rows(weight, covariance, classes)
+    v_label = weight_tangent if classes is None else weight_tangent[classes]
+    tangent = sigma @ (weight * weight_tangent).T - (sigma * w_label) @ weight_tangent.T
+    tangent -= (sigma * v_label) @ weight.T
+    tangent += torch.linalg.vecdot(sigma * w_label, v_label)[:, None]
     if classes is None:
         return table, tangent - torch.diag(tangent.diagonal())
     return table, tangent.scatter(1, classes[:, None], 0.0)
@@ -179,25 +179,27 @@ def _diagonal_backward(
 ) -> Tensor | None:
     # Row sums of G times w_c² are written out: they are 0 for the loss, but not for every G.
     weight = weight - weight.mean(dim=0)
-    own, sigma = _own_rows(weight, covariance, classes)
+    w_label, sigma = _label_rows(weight, covariance, classes)
     total = grad_table.sum(dim=1, keepdim=True)
     mixed = grad_table @ weight
     if grad_weight is not None:
-        grad_weight += weight * (grad_table.T @ sigma) - grad_table.T @ (sigma * own)
-        own_rows = sigma * (total * own - mixed)
+        grad_weight += weight * (grad_table.T @ sigma) - grad_table.T @ (sigma * w_label)
+        label_rows = sigma * (total * w_label - mixed)
         if classes is None:
-            grad_weight += own_rows
+            grad_weight += label_rows
         else:
-            grad_weight.index_add_(0, classes, own_rows)
+            grad_weight.index_add_(0, classes, label_rows)
     if not needs_covariance:
         return None
-    grad_rows = 0.5 * (grad_table @ (weight * weight) + own * (total * own - 2 * mixed))
+    grad_rows = 0.5 * (grad_table @ (weight * weight) + w_label * (total * w_label - 2 * mixed))
     if classes is None:
         return grad_rows
     return torch.zeros_like(weight).index_add_(0, classes, grad_rows)
 
 
-def _own_rows(weight: Tensor, covariance: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor]:
+def _label_rows(
+    weight: Tensor, covariance: Tensor, classes: Tensor | None
+) -> tuple[Tensor, Tensor]:
     covariance = covariance.to(weight.dtype)
     if classes is None:
         return weight, covariance

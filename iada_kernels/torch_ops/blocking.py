@@ -24,5 +24,5 @@ def is_one_block(count: int, width: int) -> bool:
 
 
 def join(parts: list[Tensor]) -> Tensor:
-    """What the blocks gave, one after the other; a single part is not copied."""
+    """The results of all blocks, concatenated; a single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

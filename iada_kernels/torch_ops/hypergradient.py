@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iada_kernels.closed_form.blocking import blocks, join
-from iada_kernels.closed_form.loss import perturbation_sign, table_rows
-from iada_kernels.closed_form.quadratic import class_table_and_tangent, differences
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
+from iada_kernels.torch_ops.blocking import blocks, join
+from iada_kernels.torch_ops.loss import perturbation_sign, table_rows
+from iada_kernels.torch_ops.quadratic import class_table_and_tangent, differences
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ def hypergradient(
         table, table_tangent = class_table_and_tangent(
             weight, tangents.weight, inputs.covariance, classes
         )
-    share = (~ignored).to(dtype)
+    row_scale = (~ignored).to(dtype)
     if options.reduction == "mean":
-        share /= share.sum().clamp(min=1)
+        row_scale /= row_scale.sum().clamp(min=1)
 
     residuals, curvatures, grads = [], [], []
     for rows in blocks(*inputs.features.shape):
@@ -59,36 +59,35 @@ def hypergradient(
         z_tangent = h @ tangents.weight.T
         if inputs.epsilon is not None:
             sign = perturbation_sign(z, weight, y)
-            moved, moved_tangent = sign @ weight.T, sign @ tangents.weight.T
-            strength = inputs.epsilon[rows, None].to(dtype)
-            z.addcmul_(strength, moved)
-            z_tangent.addcmul_(strength, moved_tangent)
+            sign_logits, sign_tangent = sign @ weight.T, sign @ tangents.weight.T  # T and Ṫ
+            epsilon = inputs.epsilon[rows, None].to(dtype)
+            z.addcmul_(epsilon, sign_logits)
+            z_tangent.addcmul_(epsilon, sign_tangent)
         if table is not None and table_tangent is not None:
-            place = rows if classes is not None else target[rows]
-            z.add_(table[place], alpha=options.alpha)
-            z_tangent.add_(table_tangent[place], alpha=options.alpha)
+            index = rows if classes is not None else target[rows]
+            z.add_(table[index], alpha=options.alpha)
+            z_tangent.add_(table_tangent[index], alpha=options.alpha)
         if inputs.log_prior is not None:
             z.add_(inputs.log_prior.to(dtype), alpha=options.beta)
         if tangents.features is not None:
             z_tangent.addmm_(tangents.features[rows], weight.T)
         if tangents.bias is not None:
             z_tangent += tangents.bias
-        # Relative to the own class both D and c keep the digits that 1 − q_y loses.
+        # Relative to the label's class both D and c keep the digits that 1 − q_y loses.
         z_tangent -= z_tangent.gather(1, y)
         q = z.softmax(dim=1)
-        own = q.gather(1, y)
+        label_q = q.gather(1, y)
         residual = q.scatter(1, y, 0.0)
         curvature = residual * z_tangent
         mean = curvature.sum(dim=1, keepdim=True)
         curvature -= residual * mean
-        curvature.scatter_(1, y, -own * mean)
+        curvature.scatter_(1, y, -label_q * mean)
         residual.scatter_(1, y, -residual.sum(dim=1, keepdim=True))
-        residual *= share[rows, None]
-        curvature *= share[rows, None]
+        residual *= row_scale[rows, None]
+        curvature *= row_scale[rows, None]
         if inputs.epsilon is not None:
-            grads.append(
-                torch.linalg.vecdot(residual, moved_tangent) + torch.linalg.vecdot(curvature, moved)
-            )
+            grad = torch.linalg.vecdot(residual, sign_tangent)
+            grads.append(grad + torch.linalg.vecdot(curvature, sign_logits))
         residuals.append(residual)
         curvatures.append(curvature)
 
@@ -116,10 +115,10 @@ def covariance_step(
     count = num_classes if sums.classes is None else len(sums.classes)
     for rows in blocks(count, width * max(width, num_classes)):
         index = rows if sums.classes is None else sums.classes[rows]
-        delta, moved = differences(weight, index), differences(weight_tangent, index)
-        moved *= sums.residual[rows, :, None]
-        moved.addcmul_(delta, sums.curvature[rows, :, None], value=0.5)
-        grad = delta.mT @ moved
+        delta, delta_tangent = differences(weight, index), differences(weight_tangent, index)
+        scaled = delta_tangent.mul_(sums.residual[rows, :, None])
+        scaled.addcmul_(delta, sums.curvature[rows, :, None], value=0.5)
+        grad = delta.mT @ scaled
         _add(covariance, sums.classes, rows, (grad + grad.mT) * 0.5, scale)
 
 
@@ -137,9 +136,9 @@ def _diagonal(weight: Tensor, weight_tangent: Tensor, sums: ClassSums) -> Tensor
     weight = weight - weight.mean(dim=0)
     weight_tangent = weight_tangent - weight_tangent.mean(dim=0)
     index = slice(None) if sums.classes is None else sums.classes
-    own, own_tangent = weight[index], weight_tangent[index]
+    label_weight, label_tangent = weight[index], weight_tangent[index]
     residual, curvature = sums.residual, sums.curvature
     # Rows of D and c sum to 0, but for rounding: terms in w_u ∘ w_u vanish.
     grad = residual @ (weight * weight_tangent) + 0.5 * (curvature @ (weight * weight))
-    grad -= own * (residual @ weight_tangent + curvature @ weight)
-    return grad.sub_(own_tangent * (residual @ weight))
+    grad -= label_weight * (residual @ weight_tangent + curvature @ weight)
+    return grad.sub_(label_tangent * (residual @ weight))
