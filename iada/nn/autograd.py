@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iada.nn.class_covariance import ClassCovariance
 from iada.utils.autocast import full_precision
 from iada_kernels import torch_ops
 from iada_kernels.contract import (
@@ -15,12 +16,15 @@ from iada_kernels.contract import (
     LossOptions,
 )
 
-OTHERS = 3  # arguments of `apply` before the tensors
+OTHERS = 4  # arguments of `apply` before the tensors
 LABELS = 3  # their place among the tensors of `LossInputs`; the others have gradients
+COVARIANCE = 4
 
 
 class IADALossFunction(torch.autograd.Function):
     """Forward and backward by the backend; double backward by torch operators.
+
+    A Σ that a `ClassCovariance` owns is lent: it may stream on before the backward.
 
     A first-order backward uses what the forward pass saved. With create_graph=True the loss is
     built again from the inputs as an ordinary graph, which autograd differentiates to any order.
@@ -32,6 +36,7 @@ class IADALossFunction(torch.autograd.Function):
         options: LossOptions,
         backend: Backend,
         stream: ClassStatistics | None,
+        owner: ClassCovariance | None,
         *tensors: Any,
     ) -> Tensor:
         """`tensors` are those of `LossInputs`, in its order."""
@@ -39,7 +44,10 @@ class IADALossFunction(torch.autograd.Function):
         del flags[LABELS]
         needs = LossNeeds(*flags)
         loss, ctx.saved = backend.loss_forward(LossInputs(*tensors), options, needs, stream)
-        ctx.save_for_backward(*tensors)
+        ctx.lent, saved = None, list(tensors)
+        if owner is not None and not needs.covariance:
+            ctx.lent, saved[COVARIANCE] = owner.lend(), None
+        ctx.save_for_backward(*saved)
         ctx.options, ctx.needs, ctx.backend = options, needs, backend
         return loss
 
@@ -48,10 +56,20 @@ class IADALossFunction(torch.autograd.Function):
         with full_precision(grad_loss.device):  # backward may be called under autocast
             if torch.is_grad_enabled():
                 return (*(None,) * OTHERS, *_backward_with_graph(ctx, grad_loss))
-            tensors, args = ctx.saved_tensors, (ctx.options, ctx.saved, grad_loss, ctx.needs)
+            tensors, args = _saved(ctx), (ctx.options, ctx.saved, grad_loss, ctx.needs)
             grads = ctx.backend.loss_backward(LossInputs(*tensors), *args).tensors()
+            if ctx.lent is not None:
+                ctx.lent.awaited = False
         grads.insert(LABELS, None)
         return (*(None,) * OTHERS, *map(_cast, grads, tensors))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    """The tensors of `LossInputs`, with Σ as it was."""
+    tensors = list(ctx.saved_tensors)
+    if ctx.lent is not None:
+        tensors[COVARIANCE] = ctx.lent.read()
+    return tensors
 
 
 def _cast(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
@@ -61,8 +79,11 @@ def _cast(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
 
 
 def _backward_with_graph(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
+    tensors = _saved(ctx)
+    if ctx.lent is not None:  # it may stream on before the graph is used
+        tensors[COVARIANCE] = tensors[COVARIANCE].clone()
     # Views give each argument an identity of its own, should one tensor stand for two.
-    views: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+    views: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
     loss = torch_ops.loss_differentiable(LossInputs(*views), ctx.options)
     flags = ctx.needs_input_grad[OTHERS:]
     leaves = [view if needed else None for view, needed in zip(views, flags, strict=True)]

@@ -1,10 +1,13 @@
 """`ClassCovariance`: the covariance of each class's features, streamed batch by batch."""
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from iada.nn.lent_covariance import LentCovariance
 from iada.utils.autocast import full_precision
 from iada.utils.checks import (
     check_batch_values,
@@ -17,6 +20,7 @@ from iada_kernels.dispatch import select_backend
 from iada_kernels.streaming import without_ignored
 
 STRUCTURES = ("full", "diag")
+MANY_LENT = 16
 
 
 class ClassCovariance(nn.Module):
@@ -54,6 +58,7 @@ class ClassCovariance(nn.Module):
             options = " or ".join(map(repr, STRUCTURES))
             raise complain("structure", options, repr(structure), "pass one of these")
         self.structure = structure
+        self._lent: list[weakref.ref[LentCovariance]] = []
         shape = (num_classes, num_features)
         full = structure == "full"
         self.register_buffer(
@@ -73,8 +78,8 @@ class ClassCovariance(nn.Module):
     ) -> None:
         """Take in one batch, in place.
 
-        The buffers change in place, so that Σ is never held twice: call `backward` for a loss
-        that used them before the next `update`.
+        The buffers change in place. For losses that used them and await their backward, Σ is
+        copied first: once an update, and not at all where each loss has its backward before.
 
         Args:
             features: (N, A), any floating dtype; only their values are used.
@@ -95,13 +100,38 @@ class ClassCovariance(nn.Module):
         check_batch_values(features, labels, num_classes, ignore_index, self.mean.dtype)
         labels = without_ignored(labels, ignore_index, num_classes)
         passes = select_backend(backend, device, features.dtype)
+        self.settle()
         with full_precision(device):
             passes.covariance_update(self.covariance, self.mean, self.count, features, labels)
 
     def reset(self) -> None:
         """Forget everything: zeros in place."""
+        self.settle()
         for buffer in (self.covariance, self.mean, self.count):
             buffer.zero_()
+
+    def lend(self) -> LentCovariance:
+        """Σ as it stands, for a loss that will want it in its backward."""
+        lent = LentCovariance(self.covariance)
+        self._lent.append(weakref.ref(lent))
+        if len(self._lent) > MANY_LENT:  # where Σ is only read
+            self._lent[:] = [ref for ref in self._lent if _awaited(ref)]
+        return lent
+
+    def settle(self) -> None:
+        """To be called before Σ changes in place: what is lent, and still awaited, gets a copy."""
+        if torch.compiler.is_compiling() or not self._lent:
+            return
+        awaited = [lent for ref in self._lent if (lent := _awaited(ref)) is not None]
+        current = [lent for lent in awaited if lent.is_now(self.covariance)]
+        if current:
+            copy = self.covariance.clone()
+            for lent in current:
+                lent.replace(copy)
+        self._lent.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lent": []}  # graphs are not copied or saved
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # Statistics stay at float32 or better when a model is cast to half precision.
@@ -116,3 +146,8 @@ class ClassCovariance(nn.Module):
     def extra_repr(self) -> str:
         num_classes, width = self.mean.shape
         return f"{num_classes}, {width}, structure={self.structure!r}"
+
+
+def _awaited(ref: "weakref.ref[LentCovariance]") -> LentCovariance | None:
+    lent = ref()
+    return lent if lent is not None and lent.awaited else None

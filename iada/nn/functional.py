@@ -1,5 +1,6 @@
 """The IADA loss as people call it: `fused_loss`, a function, and `IADALoss`, a module."""
 
+import torch
 from torch import Tensor, nn
 
 from iada.nn.autograd import IADALossFunction
@@ -59,8 +60,9 @@ def fused_loss(
             finite epsilon are checked on CPU, elsewhere inside `iada.value_checks()`.
         RuntimeError: the named backend is not in this build.
     """
+    owner = None
     if isinstance(covariance, ClassCovariance):
-        covariance = covariance.covariance
+        owner, covariance = covariance, covariance.covariance
     check_loss_arguments(
         features,
         weight,
@@ -78,14 +80,21 @@ def fused_loss(
     options = LossOptions(float(alpha), float(beta), ignore_index, reduction)
     tensors = (features, weight, bias, labels.long(), covariance, epsilon, log_prior)
     with full_precision(features.device):
-        return IADALossFunction.apply(options, passes, None, *tensors)
+        return IADALossFunction.apply(options, passes, None, _lender(owner), *tensors)
+
+
+def _lender(owner: ClassCovariance | None) -> ClassCovariance | None:
+    """None where there is no backward, and under torch.compile, which makes no change in place."""
+    wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return owner if wanted else None
 
 
 class IADALoss(nn.Module):
     """The loss with the state it needs: class covariance and log prior.
 
     In training mode each call first streams the batch's detached features into the covariance; loss
-    and update are one call of the backend.
+    and update are one call of the backend. Several calls before one `backward`, as for a sum of
+    losses, cost a copy of Σ for each but the last; with a `backward` after each nothing is copied.
 
     Args:
         num_classes: C.
@@ -136,11 +145,12 @@ class IADALoss(nn.Module):
         options = LossOptions(float(alpha), float(beta), ignore, reduction)
         stream = None
         if self.training:
+            state.settle()
             stream = ClassStatistics(state.mean, state.count)
         passes = select_backend(self.backend, features.device, features.dtype)
         tensors = (features, weight, bias, labels.long(), sigma, epsilon, self.log_prior)
         with full_precision(features.device):
-            return IADALossFunction.apply(options, passes, stream, *tensors)
+            return IADALossFunction.apply(options, passes, stream, _lender(state), *tensors)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, reduction={self.reduction!r}"

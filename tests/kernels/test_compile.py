@@ -93,7 +93,8 @@ def test_an_update_before_backward_is_an_error(backend, device):
     covariance = iada.ClassCovariance(3, 5).to(device)
     covariance.update(features, labels, backend=backend)
     features.requires_grad_()
-    loss = iada.fused_loss(features, weight, None, labels, covariance=covariance, backend=backend)
+    sigma = covariance.covariance  # the tensor itself: nobody knows that a loss awaits it
+    loss = iada.fused_loss(features, weight, None, labels, covariance=sigma, backend=backend)
     covariance.update(features, labels, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
