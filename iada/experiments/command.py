@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from iada.experiments import recipe as recipes
-from iada.experiments.experiment import Limits, best_device, make_split, read_parts
+from iada.experiments.experiment import Limits, best_device, limited, make_split, read_parts
 from iada.experiments.listing import comparison, listing, published_figures, read_records
+from iada.experiments.progress import Series
 from iada.experiments.recipe import Recipe
-from iada.experiments.run import Place, run
+from iada.experiments.run import RECORD, Place, run
 from iada.utils.checks import complain
 from iada.utils.files import check_writable
 
@@ -90,8 +91,11 @@ def paper(options: argparse.Namespace) -> int:
             _dry_run(recipe, options, limits, place)
         return 0
     check_writable(options.out)  # before hours of training, not after
+    seeds = _seeds(options)
+    runs = [(limited(r, limits), c, seed) for r in chosen for seed in seeds for c in r.contestants]
+    series = Series(runs)
     for recipe in chosen:
-        _run(recipe, options, limits, place)
+        _run(recipe, options, limits, place, series)
     return 0
 
 
@@ -139,7 +143,9 @@ def _with_methods(recipe: Recipe, methods: list[str] | None) -> Recipe:
     return replace(recipe, contestants=tuple(by_key[key] for key in dict.fromkeys(methods)))
 
 
-def _run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Place) -> None:
+def _run(
+    recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Place, series: Series
+) -> None:
     from iada.experiments.report import write_page
 
     print(f"{recipe.name}: {recipe.title} ({recipe.source})", flush=True)
@@ -150,10 +156,13 @@ def _run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Pla
     for seed in _seeds(options):
         split = make_split(recipe, parts, seed)
         for contestant in recipe.contestants:
-            print(f"\n{contestant.title}, seed {seed}", flush=True)
+            name = f"{contestant.title}, seed {seed}"
+            print(f"\n{series.begin()}: {name}", flush=True)
             folder = options.out / recipe.name / contestant.key / f"seed{seed}"
-            own = replace(place, folder=folder)
+            own = replace(place, folder=folder, root=options.out, progress=name)
+            made = not (folder / RECORD).exists()
             records.append(run(recipe, contestant, seed, split, limits, own))
+            print(f"  {series.end(records[-1], recipe, made)}", flush=True)
     print(f"\n{comparison(recipe, records)}")
     folder = options.out / recipe.name
     command = _command(recipe, options)

@@ -44,12 +44,16 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One row of a table: a method with its settings, and the published figures in percent."""
+    """One row of a table: a method with its settings, and the published figures in percent.
+
+    with_meta: the meta set's images are training images too, and there is no meta set.
+    """
 
     key: str
     title: str
     trainer: TrainerConfig
     published: Figures
+    with_meta: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def load(name: str, changes: dict[str, dict[str, Any]] | None = None) -> Recipe:
 def _check_own(section: str, values: dict[str, Any]) -> None:
     """A change of one method is one of its settings."""
     for key in values:
-        if key in ("title", "published", "method"):
+        if key in ("title", "published", "method", "with_meta"):
             wanted = "a setting of the trainer"
             raise complain(f"{section}.{key}", wanted, repr(key), "choose another")
 
@@ -193,10 +197,11 @@ def _build(name: str, sections: dict[str, Any]) -> Recipe:
 def _contestant(key: str, values: dict[str, Any], shared: dict[str, Any]) -> Contestant:
     own = dict(values)
     title, published = own.pop("title"), own.pop("published", {})
+    with_meta = own.pop("with_meta", False)
     own.setdefault("method", key)
     if own["method"] not in METHODS:
         raise complain(f"[methods.{key}] method", f"one of {', '.join(METHODS)}", key, "add method")
-    return Contestant(key, title, TrainerConfig(**{**shared, **own}), published)
+    return Contestant(key, title, TrainerConfig(**{**shared, **own}), published, with_meta)
 
 
 def _sections(name: str) -> dict[str, Any]:
@@ -217,9 +222,9 @@ def _root() -> Traversable:
 
 def _place(name: str) -> tuple[int, int]:
     folder = name.split("/")[0]
-    kinds = ("table", "figure", "afr-table")
+    kinds = ("table", "figure", "afr-table", "controls")
     kind = next(place for place, start in enumerate(kinds) if folder.startswith(start))
-    return kind, int("".join(filter(str.isdigit, folder)))
+    return kind, int("".join(filter(str.isdigit, folder)) or 0)
 
 
 def shortened(config: TrainerConfig, epochs: int) -> TrainerConfig:

@@ -14,10 +14,13 @@ from iada.experiments.datasets import Labelled
 from iada.experiments.diagnostics import TermsLog, spectrum, surrogate_gap
 from iada.experiments.epsilon_log import StrengthCounts
 from iada.experiments.experiment import Limits, Views, limited, make_views
+from iada.experiments.first_phase import FOLDER, first_phase_digest, take_up_first_phase
 from iada.experiments.metrics import Measured, measure
 from iada.experiments.recipe import Contestant, Recipe
 from iada.experiments.scenarios import Split
 from iada.models import build_backbone
+from iada.training.config import TrainerConfig
+from iada.training.first_phase import can_share, first_phase_config
 from iada.training.trainer import CHECKPOINT, Trainer
 from iada.utils.checks import complain
 from iada.utils.files import check_writable, written_aside
@@ -42,6 +45,7 @@ class Place:
     progress: bool | str = False
     tensorboard: bool = False
     evaluate_every: int = 1
+    root: Path | None = None
 
 
 def run(
@@ -54,6 +58,7 @@ def run(
     another process is at it.
     """
     check_writable(place.folder)
+    split = split.with_meta_in_train() if contestant.with_meta else split
     with folder_lock(place.folder):
         return _run(recipe, contestant, seed, split, limits, place)
 
@@ -66,12 +71,18 @@ def _run(
     asked = _asked(recipe, contestant, seed, trainer, split, limits)
     if record.exists():
         return _former(record, asked)
+    equal = None if place.root is None else _equal_run(place.root, asked)
+    if equal is not None:
+        _write(record, equal)
+        return equal
     if begun.exists() and (place.folder / CHECKPOINT).exists():
         _former(begun, asked)
     _write(begun, asked)
     split.save(place.folder)
     former = trainer.resume()
     start = time.monotonic()
+    if place.root is not None and not trainer.epoch and not trainer.batch:
+        _share_first_phase(recipe, contestant, trainer, split, place)
     trainer.fit()
     seconds = time.monotonic() - start
     last = _measure(trainer, views.test, split.test, split)
@@ -99,6 +110,14 @@ def prepare(
     recipe = limited(recipe, limits)
     contestant = next(c for c in recipe.contestants if c.key == contestant.key)
     config = dataclasses.replace(contestant.trainer, seed=seed)
+    return build_trainer(recipe, contestant, config, split, place)
+
+
+def build_trainer(
+    recipe: Recipe, contestant: Contestant, config: TrainerConfig, split: Split, place: Place
+) -> "tuple[Trainer, Views, Watch]":
+    """The trainer of these settings on the recipe's model and data."""
+    seed = config.seed
     views = make_views(recipe, contestant, split, place.device)
     torch.manual_seed(seed)
     model = recipe.model
@@ -143,6 +162,33 @@ def prepare(
         tensorboard=place.tensorboard,
     )
     return trainer, views, watch
+
+
+def _share_first_phase(
+    recipe: Recipe, contestant: Contestant, trainer: Trainer, split: Split, place: Place
+) -> None:
+    """Start from the epochs of CE that other runs of the folder have in common with this one."""
+    if place.root is None or not can_share(trainer.config):
+        return
+    folder = place.root / FOLDER / first_phase_digest(recipe, trainer, split)
+    own = dataclasses.replace(place, folder=folder, root=None)
+    config = first_phase_config(trainer.config)
+    phase, _, _ = build_trainer(recipe, contestant, config, split, own)
+    take_up_first_phase(trainer, phase, split)
+
+
+def _equal_run(root: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a finished run with the same settings on the same data, under this name."""
+    names = ("experiment", "title", "method", "method_name")
+    for path in sorted(root.rglob(RECORD)):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # whoever asks for that run is told
+        if all(record.get(name) == value for name, value in asked.items() if name not in names):
+            same_as = record.get("same_as", path.parent.relative_to(root).as_posix())
+            return {**record, **asked, "same_as": same_as}
+    return None
 
 
 @dataclass

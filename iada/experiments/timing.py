@@ -36,6 +36,7 @@ def estimate(
     recipe: Recipe, contestant: Contestant, split: Split, limits: Limits, place: Place
 ) -> Estimate:
     """From the time of a few steps of a throw-away model, loading of their data included."""
+    split = split.with_meta_in_train() if contestant.with_meta else split
     trainer, views, _ = prepare(recipe, contestant, 0, split, limits, place)
     config = trainer.config
     rows = torch.arange(WARM_UP + TIMED)[:, None] * config.batch_size

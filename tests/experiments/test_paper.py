@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -15,10 +16,13 @@ from iada.experiments.command import _command, add_paper
 from iada.experiments.datasets.civilcomments import MEMBERS
 from iada.experiments.epsilon_log import StrengthCounts
 from iada.experiments.experiment import Limits, first_of_each, make_split, read_parts
+from iada.experiments.first_phase import FOLDER as FIRST_PHASES
 from iada.experiments.listing import comparison, read_records
 from iada.experiments.metrics import METRICS
 from iada.experiments.recipe import load, names, parse_change, shortened, table_name
 from iada.meta.step_result import MetaStep
+from iada.training.first_phase import can_share, first_phase_config
+from iada.training.trainer import Trainer
 from iada.utils.lock import LOCK
 from tests.helpers import dataset_files as made
 from tests.helpers.processes import held_by_another_process
@@ -54,7 +58,12 @@ def images(tmp_path_factory):
 
 def test_every_row_of_the_tables_has_a_recipe():
     tables = {name.split("/")[0] for name in names()}
-    assert tables == {*(f"table{place}" for place in range(2, 8)), "figure6", "afr-table1"}
+    assert tables == {
+        *(f"table{place}" for place in range(2, 8)),
+        "figure6",
+        "afr-table1",
+        "controls",
+    }
     rows = {name.split("/")[1] for name in names() if name.startswith("table6/")}
     assert rows == {"celeba", "cmnist", "waterbirds", "civilcomments"}
     assert len([name for name in names() if name.startswith(("table2/", "table5/"))]) == 8
@@ -217,6 +226,57 @@ def test_an_interrupted_run_goes_on(images, tmp_path, monkeypatch):
     whole, cut = (read_records([tmp_path / name])[0] for name in ("whole", "cut"))
     for name in set(whole) - {"seconds"}:
         assert cut[name] == whole[name], name
+
+
+def test_what_runs_have_in_common_is_made_once(images, tmp_path, capsys, monkeypatch):
+    trained = []
+    fit = Trainer.fit
+    monkeypatch.setattr(
+        Trainer, "fit", lambda self: trained.append((self.folder, self.epoch)) or fit(self)
+    )
+    command = ["paper", "--device", "cpu", "--epochs", "3", "--data", str(images)]
+    command += ["--out", str(tmp_path), "--evaluate-every", "3", "--set", *SMALLER]
+    row = ["--table", "7", "--row", "cifar10-100", "--methods", "meta-iada", "without-r"]
+    assert main([*command, *row]) == 0
+    output = capsys.readouterr().out
+    phases = [folder for folder, _ in trained if folder.parent.name == FIRST_PHASES]
+    assert len(phases) == 1
+    assert [epoch for folder, epoch in trained if folder not in phases] == [2, 2]
+    assert "run 2 of 2: without R, seed 0" in output
+    assert re.search(r"at the last epoch, about \d:\d\d:\d\d left", output)
+    count = len(trained)
+    row = ["--table", "2", "--row", "cifar10-100", "--methods", "ce", "metasaug", "meta-iada"]
+    assert main([*command, *row]) == 0
+    assert [epoch for _, epoch in trained[count:]] == [0, 2]  # CE, and MetaSAug after phase 1
+    records = {(r["experiment"], r["method"]): r for r in read_records([tmp_path])}
+    again = records["table2/cifar10-100", "meta-iada"]
+    assert again["same_as"] == "table7/cifar10-100/meta-iada/seed0"
+    first = records["table7/cifar10-100", "meta-iada"]
+    assert again["confusion"] == first["confusion"]
+    assert [row["epoch"] for row in again["curve"]] == [0, 1, 2]
+
+
+def test_meta_images_as_training_images(images, tmp_path):
+    command = ["paper", "--table", "controls", "--device", "cpu", "--epochs", "2"]
+    command += ["--data", str(images), "--out", str(tmp_path), "--set", *SMALLER]
+    assert main([*command, "--methods", "ce", "ce-with-meta"]) == 0
+    records = {record["method"]: record for record in read_records([tmp_path])}
+    more, fewer = (np.array(records[key]["class_counts"]) for key in ("ce-with-meta", "ce"))
+    assert (more - fewer).tolist() == [2] * 10
+    assert records["ce-with-meta"]["split"]["meta_in_train"] == 20
+    assert "meta" in records["ce"]["split"]["from"]
+    assert "meta" not in records["ce-with-meta"]["split"]["from"]
+
+
+def test_controls_share_one_first_phase():
+    arms = {c.key: c for c in load("controls/cifar10-100").contestants}
+    deferred = [arm for arm in arms.values() if arm.trainer.ce_epochs]
+    assert all(can_share(arm.trainer) and not arm.with_meta for arm in deferred)
+    assert len({repr(first_phase_config(arm.trainer)) for arm in deferred}) == 1
+    assert len(deferred) == len(arms) - 3
+    table = {c.key: c for c in load("table2/cifar10-100").contestants}
+    for key in ("meta-iada", "metasaug", "logit-adjustment"):
+        assert arms[key].trainer == table[key].trainer
 
 
 def test_one_seed_alone(images, tmp_path, capsys):

@@ -113,3 +113,17 @@ def check_every_class(part: Labelled, name: str, source: Path) -> None:
             f"none of {names}{more}",
             "add them, or take the class away",
         )
+
+
+def joined(first: Labelled, second: Labelled) -> Labelled:
+    """The samples of two subsets of one data set, one after the other."""
+    a, b = first.inputs, second.inputs
+    inputs: Any = torch.cat([a, b]) if isinstance(a, Tensor) and isinstance(b, Tensor) else [*a, *b]
+
+    def both(name: str) -> Tensor | None:
+        parts = getattr(first, name), getattr(second, name)
+        return None if parts[0] is None else torch.cat(parts)
+
+    labels = torch.cat([first.labels, second.labels])
+    groups, members = both("groups"), both("members")
+    return replace(first, inputs=inputs, labels=labels, groups=groups, members=members)

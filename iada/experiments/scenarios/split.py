@@ -5,7 +5,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from iada.experiments.datasets.files import DAMAGED, bytes_of
-from iada.experiments.datasets.labelled import Labelled
+from iada.experiments.datasets.labelled import Labelled, joined
 from iada.utils.checks import complain
 from iada.utils.files import written_aside
 
@@ -84,6 +84,32 @@ class Split:
             rows,
             {**record, "class_counts": counts},
         )
+
+    def with_meta_in_train(self) -> "Split":
+        """The same with the meta set's samples as training samples, and without a meta set.
+
+        What a method that needs no meta set may fairly have. ValueError where there is none, or
+        where it comes from another part of the data set than the training samples.
+        """
+        source = self.record["from"]
+        if self.meta is None or source["meta"] != source["train"]:
+            got = "none" if self.meta is None else f"one from {source['meta']!r}"
+            expected = "a meta set from the part of the training samples"
+            raise complain("with_meta", expected, got, "leave with_meta out")
+        rows = {name: piece for name, piece in self.rows.items() if name != "meta"}
+        rows["train"] = torch.cat([self.rows["train"], self.rows["meta"]])
+        train = joined(self.train, self.meta)
+        counts = {n: c for n, c in self.record["class_counts"].items() if n != "meta"}
+        record = {
+            **self.record,
+            "from": {name: part for name, part in source.items() if name != "meta"},
+            "meta_in_train": len(self.meta),
+            "class_counts": {**counts, "train": train.class_counts().tolist()},
+        }
+        wrong = None
+        if self.wrong is not None:
+            wrong = torch.cat([self.wrong, self.wrong.new_zeros(len(self.meta))])
+        return replace(self, train=train, meta=None, wrong=wrong, rows=rows, record=record)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `split.npz` (rows, noisy labels) and `split.json` (the record) into `folder`."""

@@ -1,0 +1,72 @@
+"""The first phase of a run, trained once for all runs of a folder that begin alike."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from iada.experiments.recipe import Recipe
+from iada.experiments.scenarios import Split
+from iada.experiments.scenarios.split import fingerprint
+from iada.training.first_phase import (
+    digest,
+    first_phase_state,
+    load_first_phase,
+    save_first_phase,
+    start_from,
+)
+from iada.training.trainer import CHECKPOINT, Trainer
+from iada.utils.files import check_writable
+from iada.utils.lock import folder_lock
+
+FOLDER, FILE = "first-phase", "first-phase.pt"
+
+
+def first_phase_digest(recipe: Recipe, trainer: Trainer, split: Split) -> str:
+    """Of all that decides what the epochs of CE leave: training images and labels, model, settings.
+
+    Not of the test set, so that protocols which share a training set share this too.
+    """
+    data = {
+        "reader": recipe.data["reader"],
+        "train": fingerprint(split.train),
+        "model": dataclasses.asdict(recipe.model),
+    }
+    return digest(trainer.config, data)
+
+
+def take_up_first_phase(trainer: Trainer, phase: Trainer, split: Split) -> None:
+    """Start `trainer` from what `phase` leaves, training that to its end where it is not done.
+
+    phase: a trainer with `first_phase_config`, and a folder of its own. A file there that stops
+    before the last epoch, as one that another machine has left, is gone on from.
+    """
+    folder = phase.folder
+    assert folder is not None
+    check_writable(folder)
+    path = folder / FILE
+    state = load_first_phase(path) if path.exists() else None
+    if state is None or state["epoch"] < phase.config.epochs:
+        state = _finished(phase, path, state, split)
+    if state["tested"] != fingerprint(split.test):
+        state["history"] = [
+            {name: row[name] for name in ("epoch", "loss")} for row in state["history"]
+        ]
+    start_from(trainer, state)
+
+
+def exported(phase: Trainer, split: Split) -> dict[str, Any]:
+    """What `phase` leaves after the epochs that it has had, to be saved as `FILE`."""
+    return {**first_phase_state(phase), "tested": fingerprint(split.test)}
+
+
+def _finished(
+    phase: Trainer, path: Path, state: dict[str, Any] | None, split: Split
+) -> dict[str, Any]:
+    if not phase.resume() and state is not None:
+        start_from(phase, state)
+    phase.fit()
+    with folder_lock(path.parent):
+        found = exported(phase, split)
+        save_first_phase(path, found)
+        (path.parent / CHECKPOINT).unlink(missing_ok=True)  # the file has all of it
+    return found

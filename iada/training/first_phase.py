@@ -1,0 +1,181 @@
+"""What the epochs of plain CE leave, in one file from which several runs start: T1 of Algorithm 1.
+
+Runs that agree in data, seed and the settings of these epochs would otherwise each train the same
+classifier. The file is plain: weights, buffers and the optimizer's moments by name, the last
+epoch's losses and margins, and the history. It does not change with the format of checkpoints.
+"""
+
+import json
+import warnings
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iada.training.config import TrainerConfig
+from iada.training.trainer import Trainer
+from iada.utils import seeds
+from iada.utils.checks import complain
+from iada.utils.files import written_aside
+
+FORMAT = "iada-first-phase-1"
+# Their epochs of CE are those of the bare classifier: LDAM has a head of its own, and CMO and AFR
+# count the epochs of the run.
+SHARING = (
+    "ce",
+    "cb-ce",
+    "cb-focal",
+    "logit-adjustment",
+    "isda",
+    "metasaug",
+    "meta-weight-net",
+    "meta-iada",
+)
+# All settings that these epochs depend on, beside ce_epochs; files are known by a digest of them. A
+# new one enters it only where it is not what it was before there was a choice.
+SETTINGS = (
+    "batch_size",
+    "optimizer",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "optimizer_options",
+    "schedule",
+    "milestones",
+    "gamma",
+    "warmup_epochs",
+    "schedule_each",
+    "clip_norm",
+    "seed",
+    "autocast",
+    "channels_last",
+    "compile",
+)
+
+
+def can_share(config: TrainerConfig) -> bool:
+    """Whether the run begins with epochs of CE that do not depend on what comes after them."""
+    return (
+        config.method in SHARING
+        and config.schedule != "cosine"
+        and config.warmup_epochs < config.ce_epochs
+    )
+
+
+def first_phase_config(config: TrainerConfig) -> TrainerConfig:
+    """The settings of a run of these epochs alone, the same for all runs that share them."""
+    chosen = {name: getattr(config, name) for name in SETTINGS}
+    marks = tuple(mark for mark in config.milestones if mark < config.ce_epochs)
+    chosen["milestones"] = marks
+    if not marks:  # how far the rate falls later is the second phase's
+        chosen |= {"gamma": 0.1, "schedule": "constant"}
+    # Of the methods, this one keeps losses and margins without drawing random numbers of its own.
+    return TrainerConfig(
+        method="metasaug",
+        epochs=config.ce_epochs,
+        ce_epochs=config.ce_epochs,
+        covariance_lr=0.0,
+        structure="diag",
+        **chosen,
+    )
+
+
+def digest(config: TrainerConfig, data: dict[str, Any]) -> str:
+    """32 hexadecimal digits of the settings of these epochs and of `data`, plain values."""
+    own = first_phase_config(config)
+    chosen = {name: getattr(own, name) for name in SETTINGS}
+    content = {"format": FORMAT, "epochs": own.epochs, "settings": chosen, "data": data}
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def first_phase_state(trainer: Trainer) -> dict[str, Any]:
+    """What `start_from` takes, of a trainer between two epochs that were of CE."""
+    moments = trainer.optimizer.state_dict()["state"]
+    memory = getattr(trainer.method, "memory", None)
+    return {
+        "format": FORMAT,
+        "epoch": trainer.epoch,
+        "backbone": trainer.backbone.state_dict(),
+        "head": trainer.head.state_dict(),
+        "optimizer": {
+            name: moments[place] for place, name in enumerate(_names(trainer)) if place in moments
+        },
+        "memory": None if memory is None else memory.state_dict(),
+        "history": trainer.history,
+        "random_state": seeds.capture(trainer.head.weight.device),
+    }
+
+
+def start_from(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Go on from the epoch that `state` was left at, by the trainer's own schedule.
+
+    Learning rates are the trainer's. What the method itself begins with, as Ω, is as it was built.
+    ValueError if the model is another; the trainer is not to be used then.
+    """
+    if state["epoch"] > trainer.config.ce_epochs:
+        expected = f"at most ce_epochs={trainer.config.ce_epochs} epochs"
+        raise complain("first phase", expected, str(state["epoch"]), "take another file")
+    names, moments = _names(trainer), state["optimizer"]
+    try:
+        trainer.backbone.load_state_dict(state["backbone"])
+        trainer.head.load_state_dict(state["head"])
+        unknown = set(moments) - set(names)
+        if unknown:
+            raise KeyError(min(unknown))
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        remedy = "take the file of the same backbone and head"
+        raise complain("first phase", "the model of this run", reason, remedy) from error
+    optimizer = trainer.optimizer.state_dict()
+    optimizer["state"] = {
+        place: moments[name] for place, name in enumerate(names) if name in moments
+    }
+    trainer.optimizer.load_state_dict(optimizer)
+    per_epoch = 1
+    if trainer.config.schedule_each == "step":
+        count, size = len(trainer.train_set), trainer.config.batch_size  # type: ignore[arg-type]
+        per_epoch = max(1, -(-count // size))
+    with warnings.catch_warnings():  # torch expects a step of the optimizer between two of these
+        warnings.simplefilter("ignore")
+        for _ in range(state["epoch"] * per_epoch):
+            trainer.scheduler.step()
+    memory = getattr(trainer.method, "memory", None)
+    if memory is not None and state["memory"] is not None:
+        memory.load_state_dict(state["memory"])
+    trainer.epoch, trainer.batch = state["epoch"], 0
+    trainer.history = [dict(row) for row in state["history"]]
+    seeds.restore(state["random_state"], trainer.head.weight.device)
+
+
+def save_first_phase(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to `path`, all or nothing."""
+    with written_aside(path) as file:
+        torch.save(state, file)
+
+
+def load_first_phase(path: Path) -> dict[str, Any]:
+    """The inverse, on the CPU, read without running code; ValueError for a damaged file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes can fail in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        got = f"a file that cannot be read ({reason})"
+        raise complain(str(path), "a first phase", got, "delete it, it is made anew") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise complain(str(path), f"format {FORMAT!r}", repr(found), "delete it, it is made anew")
+    return state
+
+
+def _names(trainer: Trainer) -> list[str]:
+    """Of the optimizer's parameters, in its order."""
+    modules: dict[str, nn.Module] = {"backbone": trainer.backbone, "head": trainer.head}
+    known: dict[Tensor, str] = {
+        parameter: f"{prefix}.{name}"
+        for prefix, module in modules.items()
+        for name, parameter in module.named_parameters()
+    }
+    groups = trainer.optimizer.param_groups
+    return [known[parameter] for group in groups for parameter in group["params"]]
