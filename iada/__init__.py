@@ -8,7 +8,8 @@ from iada.meta.step_result import MetaStep
 from iada.nn.characteristics import TrainingMemory, characteristics
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.eager import eager_loss
-from iada.nn.functional import IADALoss, fused_loss
+from iada.nn.functional import fused_loss
+from iada.nn.iada_loss import IADALoss
 from iada.nn.perturbation_net import PerturbationNet
 from iada.nn.priors import log_class_prior
 from iada.training.config import TrainerConfig

@@ -54,6 +54,7 @@ class LossOptions:
     beta: float = 1.0  # weight of the log prior
     ignore_index: int = -100  # the label of rows that are left out
     reduction: str = "mean"  # over the rows that are not left out; or "sum" or "none"
+    label_smoothing: float = 0.0  # share of the target that all classes have; by torch_ops alone
 
     def values(self) -> tuple[float, float, int, str]:
         """The four in the order of the fields."""

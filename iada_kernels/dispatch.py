@@ -11,7 +11,7 @@ import warnings
 import torch
 
 from iada_kernels import native, torch_ops
-from iada_kernels.contract import Backend
+from iada_kernels.contract import Backend, LossOptions
 from iada_kernels.native import library
 
 BACKENDS = ("torch", "native", "triton")
@@ -27,12 +27,17 @@ class SlowBackendWarning(RuntimeWarning):
 
 
 def select_backend(
-    name: str | None, device: torch.device, dtype: torch.dtype = torch.float32
+    name: str | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    options: LossOptions | None = None,
 ) -> Backend:
-    """The module that computes on `device` for features of `dtype`.
+    """The module that computes on `device` for features of `dtype`, with these options.
 
     Raises ValueError for an unknown name and RuntimeError for a backend that cannot serve.
     """
+    if name is None and options is not None and options.label_smoothing:
+        return torch_ops
     if name is None:
         best = _best(device)
         if _why_not(best, device, dtype):
@@ -46,6 +51,8 @@ def select_backend(
             "pass one of these"
         )
     reason = _why_not(name, device, dtype)
+    if not reason and name != "torch" and options is not None and options.label_smoothing:
+        reason = "label_smoothing is served by torch operators"
     if not reason:
         return _module(name)
     raise RuntimeError(

@@ -43,9 +43,9 @@ from iada.meta.modes import ORACLE, check_modes, check_not_oracle
 from iada.meta.plain import plain_step
 from iada.meta.step_result import MetaStep
 from iada.meta.virtual_step import VirtualStep
-from iada.meta.weighted_loss import weighted_loss
 from iada.nn.characteristics import TrainingMemory, loss_and_margin
 from iada.nn.class_covariance import ClassCovariance
+from iada.nn.functional import fused_loss
 from iada.nn.perturbation_net import PerturbationNet
 from iada.nn.priors import log_class_prior
 from iada.nn.projection import nearest_positive_semidefinite
@@ -412,13 +412,25 @@ class MetaIADA:
             lambda h, w, b: self._loss(h, w, b, rows.labels, sigma, epsilon), whole
         )
 
-    def _loss(self, features: Tensor, *head_and_rows: Any) -> Tensor:
-        """Eq. 6 of features, weight, bias, labels, Σ and ε, () with its graph."""
-        return weighted_loss(
+    def _loss(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        sigma: Tensor,
+        epsilon: Tensor | None,
+    ) -> Tensor:
+        """Eq. 6 over the batch, () with its graph."""
+        return fused_loss(
             features,
-            *head_and_rows,
+            weight,
+            bias,
+            labels,
+            covariance=sigma,
+            epsilon=epsilon,
             log_prior=self.log_prior,
             alpha=self.alpha,
             beta=self.beta,
-            class_weights=self.class_weights,
+            class_weight=self.class_weights,
         )

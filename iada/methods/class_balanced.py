@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from iada.meta.learner import linear
 from iada.methods.head_loss import FirstOrder
-from iada.nn.class_weights import class_balanced_weights
+from iada.nn.priors import class_balanced_weights
 
 
 class ClassBalanced(FirstOrder):

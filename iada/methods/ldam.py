@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iada.methods.head_loss import FirstOrder
-from iada.nn.class_weights import class_balanced_weights
-from iada.nn.priors import checked_counts
+from iada.nn.priors import checked_counts, class_balanced_weights
 
 SCALE, MAX_MARGIN = 30.0, 0.5
 

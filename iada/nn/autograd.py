@@ -21,6 +21,12 @@ LABELS = 3  # their place among the tensors of `LossInputs`; the others have gra
 COVARIANCE = 4
 
 
+def lender(owner: ClassCovariance | None) -> ClassCovariance | None:
+    """None where there is no backward, and under torch.compile, which makes no change in place."""
+    wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return owner if wanted else None
+
+
 class IADALossFunction(torch.autograd.Function):
     """Forward and backward by the backend; double backward by torch operators.
 

@@ -42,6 +42,7 @@ class TrainingMemory(nn.Module):
     Args:
         num_classes: C.
         num_samples: size of the training set, where it gives sample indices; else 0.
+        device, dtype: of the buffers.
     """
 
     class_means: Tensor
@@ -51,21 +52,32 @@ class TrainingMemory(nn.Module):
     samples: Tensor
     seen: Tensor
 
-    def __init__(self, num_classes: int, num_samples: int = 0) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        num_samples: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+
+        def zeros(*shape: int, dtype: torch.dtype | None = dtype) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
         # The last axis of each is (loss, margin).
-        self.register_buffer("class_means", torch.zeros(num_classes, 2))
-        self.register_buffer("class_sums", torch.zeros(num_classes, 2))
-        self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.int64))
-        self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("samples", torch.zeros(num_samples, 2))
-        self.register_buffer("seen", torch.zeros(num_samples, dtype=torch.bool))
+        self.register_buffer("class_means", zeros(num_classes, 2))
+        self.register_buffer("class_sums", zeros(num_classes, 2))
+        self.register_buffer("class_counts", zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("epochs", zeros(dtype=torch.int64))
+        self.register_buffer("samples", zeros(num_samples, 2))
+        self.register_buffer("seen", zeros(num_samples, dtype=torch.bool))
 
     @torch.no_grad()
     def record(
         self, loss: Tensor, margin: Tensor, labels: Tensor, index: Tensor | None = None
     ) -> None:
-        """Take in one batch of the current epoch; every argument is (N)."""
+        """Record one batch of the current epoch; every argument is (N)."""
         values = torch.stack([loss, margin], dim=1).to(self.class_sums.dtype)
         self.class_sums.index_add_(0, labels, values)
         self.class_counts.index_add_(0, labels, torch.ones_like(labels))

@@ -38,6 +38,7 @@ class ClassCovariance(nn.Module):
         num_classes: C.
         num_features: A.
         structure: "full" keeps (C, A, A), "diag" the variances only, (C, A).
+        device, dtype: of the buffers; float32 or float64.
 
     Attributes:
         covariance: Σ, symmetric, (C, A, A) or (C, A), in squared units of the features.
@@ -49,7 +50,15 @@ class ClassCovariance(nn.Module):
     mean: Tensor
     count: Tensor
 
-    def __init__(self, num_classes: int, num_features: int, structure: str = "full") -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        num_features: int,
+        structure: str = "full",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         for name, size in (("num_classes", num_classes), ("num_features", num_features)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -60,12 +69,11 @@ class ClassCovariance(nn.Module):
         self.structure = structure
         self._lent: list[weakref.ref[LentCovariance]] = []
         shape = (num_classes, num_features)
-        full = structure == "full"
-        self.register_buffer(
-            "covariance", torch.zeros(*shape, num_features) if full else torch.zeros(shape)
-        )
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
+        sigma = (*shape, num_features) if structure == "full" else shape
+        self.register_buffer("covariance", torch.zeros(sigma, device=device, dtype=dtype))
+        self.register_buffer("mean", torch.zeros(shape, device=device, dtype=dtype))
+        count = torch.zeros(num_classes, device=device, dtype=torch.int64)
+        self.register_buffer("count", count)
 
     @torch.no_grad()
     def update(

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iada.nn.arguments import Extras, loss_of_rows
 from iada.nn.class_covariance import ClassCovariance
-from iada.utils.autocast import full_precision
-from iada.utils.checks import check_loss_arguments
+from iada_kernels.contract import LossInputs, LossOptions
 
 
 def eager_loss(
@@ -15,13 +15,17 @@ def eager_loss(
     bias: Tensor | None,
     labels: Tensor,
     *,
-    covariance: Tensor | ClassCovariance | None,
+    covariance: Tensor | ClassCovariance | None = None,
     epsilon: Tensor | None = None,
     log_prior: Tensor | None = None,
     alpha: float = 0.5,
     beta: float = 1.0,
+    class_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    return_logits: bool = False,
 ) -> Tensor:
     """The IADA loss (Eq. 6) in the style of the published ISDA and MetaSAug code.
 
@@ -29,45 +33,32 @@ def eager_loss(
     diagonal of an N×C×C product; autograd does the rest. Arguments, result and errors are those
     of `iada.fused_loss`, which computes the same thing without these temporaries.
     """
-    if isinstance(covariance, ClassCovariance):
-        covariance = covariance.covariance
-    check_loss_arguments(
-        features,
-        weight,
-        bias,
-        labels,
-        covariance,
-        epsilon,
-        log_prior,
-        alpha,
-        beta,
-        ignore_index,
-        reduction,
-    )
-    with full_precision(features.device):
-        dtype = torch.float32
-        for tensor in (features, weight, bias, covariance, epsilon, log_prior):
-            if tensor is not None:
-                dtype = torch.promote_types(dtype, tensor.dtype)
-        features, weight = features.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        labels = labels.long()
-        valid = labels != ignore_index
-        target = torch.where(valid, labels, 0)
-        logits = F.linear(features, weight, bias)
-        adjusted = logits
-        if epsilon is not None:
-            sign = _perturbation_sign(logits, weight, target)
-            adjusted = F.linear(features + epsilon[:, None].to(dtype) * sign, weight, bias)
-        if covariance is not None:
-            adjusted = adjusted + alpha * _isda_quadratic(weight, covariance.to(dtype), target)
-        if log_prior is not None:
-            adjusted = adjusted + beta * log_prior.to(dtype)
-        losses = F.cross_entropy(adjusted, target, reduction="none")
-        losses = torch.where(valid, losses, 0.0)
-        if reduction == "none":
-            return losses
-        return losses.sum() / (valid.sum().clamp(min=1) if reduction == "mean" else 1)
+    inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)  # type: ignore[arg-type]
+    options = LossOptions(alpha, beta, ignore_index, reduction, label_smoothing)
+    return loss_of_rows(_compute, inputs, options, Extras(class_weight, row_weight, return_logits))
+
+
+def _compute(inputs: LossInputs, options: LossOptions) -> Tensor:
+    dtype = inputs.compute_dtype
+    features, weight = inputs.features.to(dtype), inputs.weight.to(dtype)
+    bias = None if inputs.bias is None else inputs.bias.to(dtype)
+    valid = inputs.labels != options.ignore_index
+    target = torch.where(valid, inputs.labels, 0)
+    adjusted = logits = F.linear(features, weight, bias)
+    if inputs.epsilon is not None:
+        shift = inputs.epsilon[:, None].to(dtype) * _perturbation_sign(logits, weight, target)
+        adjusted = F.linear(features + shift, weight, bias)
+    if inputs.covariance is not None:
+        quadratic = _isda_quadratic(weight, inputs.covariance.to(dtype), target)
+        adjusted = adjusted + options.alpha * quadratic
+    if inputs.log_prior is not None:
+        adjusted = adjusted + options.beta * inputs.log_prior.to(dtype)
+    smoothing = options.label_smoothing
+    losses = F.cross_entropy(adjusted, target, reduction="none", label_smoothing=smoothing)
+    losses = torch.where(valid, losses, 0.0)
+    if options.reduction == "none":
+        return losses
+    return losses.sum() / (valid.sum().clamp(min=1) if options.reduction == "mean" else 1)
 
 
 def _perturbation_sign(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

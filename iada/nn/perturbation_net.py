@@ -1,5 +1,6 @@
 """The perturbation network: training characteristics in, perturbation strengths out."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ class PerturbationNet(nn.Module):
         hidden: width of the hidden layer.
         zero_init: start from ε = 0 for every sample, instead of the random ±0.2 of torch's usual
             initial values: training by Eq. 6 then begins as Logit Adjustment with its α term.
+        device, dtype: of the parameters.
     """
 
     def __init__(
@@ -26,11 +28,14 @@ class PerturbationNet(nn.Module):
         num_characteristics: int = NUM_CHARACTERISTICS,
         hidden: int = 100,
         zero_init: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(num_characteristics)
-        self.hidden = nn.Linear(num_characteristics, hidden)
-        self.strength = nn.Linear(hidden, 1)
+        self.norm = nn.BatchNorm1d(num_characteristics, device=device, dtype=dtype)
+        self.hidden = nn.Linear(num_characteristics, hidden, device=device, dtype=dtype)
+        self.strength = nn.Linear(hidden, 1, device=device, dtype=dtype)
         if zero_init:
             nn.init.zeros_(self.strength.weight)
             nn.init.zeros_(self.strength.bias)

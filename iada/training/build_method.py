@@ -16,8 +16,8 @@ from iada.methods.ldam import LDAM
 from iada.methods.meta_weight_net import MetaWeightNet, WeightNet
 from iada.nn.characteristics import TrainingMemory
 from iada.nn.class_covariance import ClassCovariance
-from iada.nn.class_weights import class_balanced_weights
 from iada.nn.perturbation_net import PerturbationNet
+from iada.nn.priors import class_balanced_weights
 from iada.training.config import TrainerConfig
 from iada.utils.checks import complain
 from iada.utils.distributed import Group, broadcast

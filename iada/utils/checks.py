@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from iada_kernels import native
+from iada_kernels.contract import LossInputs, LossOptions
 
 _value_checks = contextvars.ContextVar("value_checks", default=False)
 
@@ -151,39 +152,29 @@ def check_batch_values(
     check_finite_features(features, dtype)
 
 
-def check_loss_arguments(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    covariance: Tensor | None,
-    epsilon: Tensor | None,
-    log_prior: Tensor | None,
-    alpha: float,
-    beta: float,
-    ignore_index: int,
-    reduction: str,
-    streams: bool = False,
-) -> None:
-    """Everything that `fused_loss` and `eager_loss` ask of their arguments.
+def check_loss_arguments(inputs: LossInputs, options: LossOptions, streams: bool = False) -> None:
+    """Everything that `fused_loss` and `eager_loss` ask of their arguments, features (N, A).
 
     With `streams`, which needs a covariance, what `check_batch_values` asks of features as well.
     """
-    tensors = (features, weight, bias, labels, covariance, epsilon, log_prior)
     if (
-        type(alpha) in (float, int)
-        and type(beta) in (float, int)
-        and math.isfinite(alpha + beta)
-        and type(ignore_index) is int
-        and reduction in REDUCTIONS
+        type(options.alpha) in (float, int)
+        and type(options.beta) in (float, int)
+        and math.isfinite(options.alpha + options.beta)
+        and type(options.ignore_index) is int
+        and options.reduction in REDUCTIONS
+        and type(options.label_smoothing) is float
+        and 0.0 <= options.label_smoothing < 1.0
         and not torch.compiler.is_compiling()
-        and native.arguments_fit(*tensors, ignore_index, streams)
+        and native.arguments_fit(inputs, options.ignore_index, streams)
     ):
         return
-    _check_loss_forms(*tensors, alpha, beta, ignore_index, reduction)
+    _check_loss_tensors(inputs)
+    _check_loss_options(options)
+    features, epsilon, covariance = inputs.features, inputs.epsilon, inputs.covariance
     if not values_are_checked(features.device):
         return
-    check_label_values(labels.long(), len(weight), ignore_index)
+    check_label_values(inputs.labels.long(), len(inputs.weight), options.ignore_index)
     if epsilon is not None:
         remedy = "look at the perturbation network's output; its tanh cannot give this"
         check_finite("epsilon", epsilon.detach(), remedy)
@@ -191,27 +182,16 @@ def check_loss_arguments(
         check_finite_features(features, covariance.dtype)
 
 
-def _check_loss_forms(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    covariance: Tensor | None,
-    epsilon: Tensor | None,
-    log_prior: Tensor | None,
-    alpha: float,
-    beta: float,
-    ignore_index: int,
-    reduction: str,
-) -> None:
-    """Shapes, dtypes, devices and options, one after the other."""
-    check_float("features", features, "a floating-point tensor (N, A)", (None, None))
-    count, width = features.shape
-    check_float("weight", weight, f"a floating-point tensor (C, {width})", (None, width))
-    num_classes = weight.shape[0]
+def _check_loss_tensors(inputs: LossInputs) -> None:
+    """Shapes, dtypes and devices, one after the other."""
+    check_float("features", inputs.features, "a floating-point tensor (…, A)", (None, None))
+    count, width = inputs.features.shape
+    check_float("weight", inputs.weight, f"a floating-point tensor (C, {width})", (None, width))
+    num_classes = inputs.weight.shape[0]
     if num_classes == 0:
         raise complain("weight", "at least one class", "shape (0, A)", "give the head rows")
-    check_labels(labels, count)
+    check_labels(inputs.labels, count)
+    bias, covariance, epsilon = inputs.bias, inputs.covariance, inputs.epsilon
     if bias is not None:
         check_float("bias", bias, f"a floating-point tensor ({num_classes},)", (num_classes,))
     if covariance is not None:
@@ -219,20 +199,27 @@ def _check_loss_forms(
     if epsilon is not None:
         expected = f"a floating-point tensor ({count},), one strength for each row of features"
         check_float("epsilon", epsilon, expected, (count,))
-    if log_prior is not None:
+    if inputs.log_prior is not None:
         expected = f"a floating-point tensor ({num_classes},), one log prior for each class"
-        check_float("log_prior", log_prior, expected, (num_classes,))
-    named = [("weight", weight), ("bias", bias), ("labels", labels), ("covariance", covariance)]
-    for name, tensor in [*named, ("epsilon", epsilon), ("log_prior", log_prior)]:
-        if tensor is not None:
-            check_device(name, tensor, features.device, "features")
-    check_number("alpha", alpha)
-    check_number("beta", beta)
+        check_float("log_prior", inputs.log_prior, expected, (num_classes,))
+    for name in ("weight", "bias", "labels", "covariance", "epsilon", "log_prior"):
+        if getattr(inputs, name) is not None:
+            check_device(name, getattr(inputs, name), inputs.features.device, "features")
+
+
+def _check_loss_options(options: LossOptions) -> None:
+    check_number("alpha", options.alpha)
+    check_number("beta", options.beta)
+    ignore_index, reduction = options.ignore_index, options.reduction
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise complain("ignore_index", "an int", repr(ignore_index), "pass -100 to ignore nothing")
     if reduction not in REDUCTIONS:
-        options = ", ".join(map(repr, REDUCTIONS))
-        raise complain("reduction", f"one of {options}", repr(reduction), "pass one of these")
+        names = ", ".join(map(repr, REDUCTIONS))
+        raise complain("reduction", f"one of {names}", repr(reduction), "pass one of these")
+    check_number("label_smoothing", options.label_smoothing)
+    if not 0 <= options.label_smoothing < 1:
+        got = repr(options.label_smoothing)
+        raise complain("label_smoothing", "a number in [0, 1)", got, "0.1 is usual")
 
 
 def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:

@@ -57,7 +57,10 @@ def iada_loss(inputs: LossInputs, options: LossOptions, sign: Tensor | None = No
     valid = inputs.labels != options.ignore_index
     target = torch.where(valid, inputs.labels, 0)
     adjusted = adjusted_logits(replace(inputs, labels=target), options, sign)
-    losses = -adjusted.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
+    log_probability = adjusted.log_softmax(dim=1)
+    share = options.label_smoothing
+    losses = -(1 - share) * log_probability.gather(1, target[:, None])[:, 0]
+    losses = losses - share * log_probability.mean(dim=1)
     losses = torch.where(valid, losses, 0.0)
     if options.reduction == "none":
         return losses

@@ -80,11 +80,14 @@ def loss_forward(
         if inputs.log_prior is not None:
             z.add_(inputs.log_prior.to(dtype), alpha=options.beta)
         log_probability = z.log_softmax(dim=1)
-        losses.append(-log_probability.gather(1, y)[:, 0])
+        losses.append(_cross_entropy(log_probability, y, options))
         # D_y = −Σ_{j≠y} p_j keeps the digits that p_y − 1 loses on a confident sample.
         d = log_probability.exp_().scatter_(1, y, 0.0)
-        d.scatter_(1, y, -d.sum(dim=1, keepdim=True)).masked_fill_(ignored[rows, None], 0.0)
-        residuals.append(d)
+        d.scatter_(1, y, -d.sum(dim=1, keepdim=True))
+        if options.label_smoothing:  # of each row's target, a share moves from y to all classes
+            share = torch.full_like(d, -options.label_smoothing / d.shape[1])
+            d.add_(share.scatter_add_(1, y, share.new_full(y.shape, options.label_smoothing)))
+        residuals.append(d.masked_fill_(ignored[rows, None], 0.0))
         if inputs.epsilon is not None:
             grad_epsilons.append(torch.linalg.vecdot(d, sign_logits))
 
@@ -157,7 +160,7 @@ def loss_differentiable(inputs: LossInputs, options: LossOptions) -> Tensor:
         z = z + options.alpha * (table[target] if classes is None else table)
     if inputs.log_prior is not None:
         z = z + options.beta * inputs.log_prior.to(weight.dtype)
-    losses = -z.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
+    losses = _cross_entropy(z.log_softmax(dim=1), target[:, None], options)
     losses = losses.masked_fill(ignored, 0.0)
     return _reduce(losses, _divisor(ignored, options), options)
 
@@ -188,6 +191,13 @@ def table_rows(target: Tensor, weight: Tensor) -> Tensor | None:
     Counting the distinct labels would need the host.
     """
     return target if len(target) < len(weight) else None
+
+
+def _cross_entropy(log_probability: Tensor, target: Tensor, options: LossOptions) -> Tensor:
+    """Of each row, (n), against target (n, 1) smoothed by `label_smoothing`."""
+    losses = -log_probability.gather(1, target)[:, 0]
+    share = options.label_smoothing
+    return losses if not share else (1 - share) * losses - share * log_probability.mean(dim=1)
 
 
 def _divisor(ignored: Tensor, options: LossOptions) -> Tensor | None:

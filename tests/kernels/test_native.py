@@ -364,7 +364,7 @@ def test_arguments_that_fit_are_recognised():
 
     def fit(streams=True, **changed):
         tensors = {field: getattr(given, field) for field in FIELDS} | changed
-        return native.arguments_fit(*tensors.values(), -100, streams)
+        return native.arguments_fit(LossInputs(**tensors), -100, streams)
 
     assert fit()
     assert fit(bias=None, covariance=None, epsilon=None, log_prior=None)

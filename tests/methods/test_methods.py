@@ -19,7 +19,7 @@ from iada.methods.afr import (
 from iada.methods.class_balanced import ClassBalanced
 from iada.methods.cmo import CMO, ForegroundPool, Paste
 from iada.methods.ldam import LDAM, CosineLinear
-from iada.nn.class_weights import class_balanced_weights
+from iada.nn.priors import class_balanced_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

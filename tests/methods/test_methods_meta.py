@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import iada
 from iada.methods.meta_weight_net import MetaWeightNet, WeightNet
-from iada.nn.class_weights import class_balanced_weights
+from iada.nn.priors import class_balanced_weights
 from tests.helpers.engine_cases import (
     BACKBONES,
     CLASSES,

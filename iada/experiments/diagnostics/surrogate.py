@@ -16,6 +16,7 @@ from torch import Tensor
 from iada.nn.class_covariance import ClassCovariance
 from iada.utils.autocast import full_precision
 from iada.utils.checks import check_finite, check_label_values, check_loss_arguments, complain
+from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.torch_ops.loss import perturbation_sign
 
 CHUNK = 2**22  # numbers drawn at a time: 32 MiB of float64
@@ -98,9 +99,8 @@ def surrogate_gap(
     """
     if isinstance(covariance, ClassCovariance):
         covariance = covariance.covariance
-    check_loss_arguments(
-        features, weight, bias, labels, covariance, epsilon, None, alpha, 0.0, -100, "none"
-    )
+    inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, None)
+    check_loss_arguments(inputs, LossOptions(alpha))
     labels = labels.long()
     _check_values(features, weight, labels, covariance, alpha, samples)
     generator = torch.Generator(features.device).manual_seed(seed)

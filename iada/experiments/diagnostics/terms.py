@@ -21,7 +21,7 @@ from iada.nn.class_covariance import ClassCovariance
 from iada.utils.autocast import full_precision
 from iada.utils.checks import check_loss_arguments, complain
 from iada.utils.evaluate import evaluating
-from iada_kernels.contract import LossInputs
+from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.torch_ops.blocking import blocks
 from iada_kernels.torch_ops.loss import table_rows
 from iada_kernels.torch_ops.quadratic import class_table
@@ -56,11 +56,11 @@ def regularization_terms(
     """
     if isinstance(covariance, ClassCovariance):
         covariance = covariance.covariance
-    tensors = (features, weight, bias, labels, covariance, epsilon, log_prior)
-    check_loss_arguments(*tensors, 1.0, 1.0, ignore_index, "none")
+    inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)
+    check_loss_arguments(inputs, LossOptions(ignore_index=ignore_index))
     ignored = labels == ignore_index
     target = labels.long().masked_fill(ignored, 0)
-    dtype = LossInputs(*tensors).compute_dtype
+    dtype = inputs.compute_dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     terms = [weight.new_zeros(len(labels)) for _ in Terms._fields]
     if len(weight) == 1:  # no class but the own

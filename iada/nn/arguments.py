@@ -1,0 +1,209 @@
+"""From what people pass to the records of the kernels, and from the losses of rows to one.
+
+`fused_loss`, `eager_loss` and `IADALoss` take the same arguments; what they have in common is here:
+leading dimensions, the checks, probabilities as labels, weights of rows, logits on request.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iada.nn.class_covariance import ClassCovariance
+from iada.utils.autocast import full_precision
+from iada.utils.checks import (
+    check_device,
+    check_finite,
+    check_float,
+    check_loss_arguments,
+    complain,
+    values_are_checked,
+)
+from iada_kernels.contract import LossInputs, LossOptions
+
+
+class Extras(NamedTuple):
+    """What the front doors offer beside Eq. 6: weights of the rows, and the logits."""
+
+    class_weight: Tensor | None = None  # (C)
+    row_weight: Tensor | None = None  # as the labels
+    return_logits: bool = False
+
+
+NO_EXTRAS = Extras()
+
+
+def loss_of_rows(
+    compute: Callable[[LossInputs, LossOptions], Tensor],
+    inputs: LossInputs,
+    options: LossOptions,
+    extras: Extras = NO_EXTRAS,
+    streams: bool = False,
+) -> Tensor:
+    """Checks the arguments, has `compute` give the loss of rows (N, A), and finishes it.
+
+    `inputs` may have leading dimensions, a `ClassCovariance` for its tensor, and labels of any
+    integer dtype; `compute` gets them as `LossInputs` says. With `streams`, features must be finite
+    too. ValueError names the argument that does not fit.
+    """
+    leading = None
+    if isinstance(inputs.covariance, ClassCovariance):
+        inputs = replace(inputs, covariance=inputs.covariance.covariance)
+    soft = _is_soft(inputs)
+    if isinstance(inputs.features, Tensor) and inputs.features.dim() != 2:
+        leading = inputs.features.shape[:-1]
+        inputs, extras = _flat(inputs, extras, soft)
+    if soft:
+        loss = _soft_target_loss(inputs, options, extras)
+    else:
+        check_loss_arguments(inputs, options, streams)
+        loss = _hard_label_loss(compute, inputs, options, extras)
+    if leading is not None and options.reduction == "none":
+        loss = loss.view(leading)
+    if not extras.return_logits:
+        return loss
+    logits = _logits(inputs).detach()
+    both = loss, logits if leading is None else logits.view(*leading, -1)
+    return cast(Tensor, both)  # a tuple on request alone: no overload repeats the signature
+
+
+def _hard_label_loss(
+    compute: Callable[[LossInputs, LossOptions], Tensor],
+    inputs: LossInputs,
+    options: LossOptions,
+    extras: Extras,
+) -> Tensor:
+    if inputs.labels.dtype != torch.int64:
+        inputs = replace(inputs, labels=inputs.labels.long())
+    if type(options.alpha) is int or type(options.beta) is int:
+        options = replace(options, alpha=float(options.alpha), beta=float(options.beta))
+    weighted = extras.class_weight is not None or extras.row_weight is not None
+    with full_precision(inputs.features.device):
+        if not weighted:
+            return compute(inputs, options)
+        weights = _row_weights(inputs, options, extras)
+        losses = compute(inputs, replace(options, reduction="none"))
+        return _reduce(losses, weights.to(losses.dtype), options.reduction)
+
+
+def _row_weights(inputs: LossInputs, options: LossOptions, extras: Extras) -> Tensor:
+    """The constant weight of each row, (N), 0 where it is ignored."""
+    class_weight, row_weight = extras.class_weight, extras.row_weight
+    ignored = inputs.labels == options.ignore_index
+    weights = torch.ones_like(ignored, dtype=torch.float32)
+    if class_weight is not None:
+        _check_weights("class_weight", class_weight, len(inputs.weight), inputs.features)
+        if options.label_smoothing:
+            remedy = "pass row_weight=class_weight[labels]: smoothed classes are not weighted then"
+            raise complain("class_weight", "None with label_smoothing", "both", remedy)
+        weights = class_weight.detach()[inputs.labels.masked_fill(ignored, 0)]
+    if row_weight is not None:
+        _check_weights("row_weight", row_weight, len(inputs.labels), inputs.features)
+        weights = weights * row_weight.detach()
+    return weights.masked_fill(ignored, 0.0)
+
+
+def _check_weights(name: str, weights: Tensor, count: int, features: Tensor) -> None:
+    kind = "class" if name == "class_weight" else "row"
+    expected = f"a floating-point tensor ({count},), one weight for each {kind}, not negative"
+    check_float(name, weights, expected, (count,))
+    check_device(name, weights, features.device, "features")
+    if values_are_checked(weights.device) and count:
+        check_finite(name, weights.detach(), "look at how it is made")
+        if weights.min() < 0:
+            raise complain(name, expected, f"{float(weights.min())}", "pass 0 to leave out")
+
+
+def _reduce(losses: Tensor, weights: Tensor, reduction: str) -> Tensor:
+    """Σ w ℓ / Σ w, Σ w ℓ, or the w ℓ themselves; a mean over no weight is 0."""
+    if reduction == "none":
+        return losses * weights
+    total = torch.linalg.vecdot(losses, weights)
+    if reduction == "sum":
+        return total
+    weight = weights.sum()
+    return total / torch.where(weight > 0, weight, 1.0)
+
+
+def _is_soft(inputs: LossInputs) -> bool:
+    """Whether the labels are probabilities (…, C) beside features (…, A)."""
+    features, labels = inputs.features, inputs.labels
+    if not (isinstance(labels, Tensor) and isinstance(features, Tensor)):
+        return False
+    return labels.dtype.is_floating_point and labels.dim() == features.dim()
+
+
+def _soft_target_loss(inputs: LossInputs, options: LossOptions, extras: Extras) -> Tensor:
+    """CE of the prior-adjusted logits against probabilities (N, C), as `F.cross_entropy` has it.
+
+    Σ_y and the direction s belong to one class y, so that neither a covariance nor an epsilon is
+    defined here.
+    """
+    for name in ("covariance", "epsilon"):
+        if getattr(inputs, name) is not None:
+            expected = f"class indices where there is {name}: Σ_y and s belong to one class y"
+            remedy = "mixed labels: add the losses of each label with row_weight=its share"
+            got = f"probabilities {tuple(inputs.labels.shape)}"
+            raise complain("labels", expected, got, remedy)
+    count, num_classes = len(inputs.features), len(inputs.weight)
+    expected = f"probabilities ({count}, {num_classes}) of the classes, or class indices ({count},)"
+    check_float("labels", inputs.labels, expected, (count, num_classes))
+    indices = torch.zeros(count, dtype=torch.int64, device=inputs.labels.device)
+    check_loss_arguments(replace(inputs, labels=indices), options)
+    if extras.class_weight is not None:
+        _check_weights("class_weight", extras.class_weight, num_classes, inputs.features)
+    with full_precision(inputs.features.device):
+        logits = _logits(inputs)
+        if inputs.log_prior is not None:
+            logits = logits + options.beta * inputs.log_prior.to(logits.dtype)
+        weight, target = extras.class_weight, inputs.labels.to(logits.dtype)
+        losses = F.cross_entropy(
+            logits,
+            target,
+            None if weight is None else weight.detach().to(logits.dtype),
+            reduction="none",
+            label_smoothing=options.label_smoothing,
+        )
+        if extras.row_weight is not None:
+            _check_weights("row_weight", extras.row_weight, count, inputs.features)
+            return _reduce(losses, extras.row_weight.detach().to(losses.dtype), options.reduction)
+        if options.reduction == "none":
+            return losses
+        return losses.sum() / (max(1, count) if options.reduction == "mean" else 1)
+
+
+def _logits(inputs: LossInputs) -> Tensor:
+    """z = Wh + b, (N, C), in the dtype of the loss."""
+    dtype = inputs.compute_dtype
+    bias = None if inputs.bias is None else inputs.bias.to(dtype)
+    with full_precision(inputs.features.device):
+        return F.linear(inputs.features.to(dtype), inputs.weight.to(dtype), bias)
+
+
+def _flat(inputs: LossInputs, extras: Extras, soft: bool) -> tuple[LossInputs, Extras]:
+    """Leading dimensions of features, labels, epsilon and row_weight as one."""
+    features = inputs.features
+    if features.dim() == 0:
+        raise complain("features", "(…, A)", "a scalar", "pass last-layer features")
+    leading = features.shape[:-1]
+    labels = inputs.labels
+    if soft:
+        labels = labels.reshape(-1, labels.shape[-1])
+    rows = {"labels": inputs.labels, "epsilon": inputs.epsilon, "row_weight": extras.row_weight}
+    flat: dict[str, Tensor | None] = {}
+    for name, tensor in rows.items():
+        if not isinstance(tensor, Tensor) or (name == "labels" and soft):
+            flat[name] = tensor
+            continue
+        if tensor.shape != leading:
+            expected = f"one for each row of features, {tuple(leading)}"
+            raise complain(name, expected, f"shape {tuple(tensor.shape)}", "reshape it")
+        flat[name] = tensor.reshape(-1)
+    if not soft:
+        labels = cast(Tensor, flat["labels"])
+    features = features.reshape(-1, features.shape[-1])
+    inputs = replace(inputs, features=features, labels=labels, epsilon=flat["epsilon"])
+    return inputs, extras._replace(row_weight=flat["row_weight"])

@@ -1,0 +1,97 @@
+"""The IADA loss as a module, `IADALoss`, with the state it needs."""
+
+import torch
+from torch import Tensor, nn
+
+from iada.nn.arguments import Extras, loss_of_rows
+from iada.nn.autograd import IADALossFunction, lender
+from iada.nn.class_covariance import ClassCovariance
+from iada.nn.priors import log_class_prior
+from iada_kernels.contract import ClassStatistics, LossInputs, LossOptions
+from iada_kernels.dispatch import select_backend
+
+
+class IADALoss(nn.Module):
+    """The loss with its class covariance and log prior.
+
+    >>> criterion = iada.IADALoss(10, 64, class_counts=torch.bincount(train_labels))
+    >>> loss = criterion(features, head.weight, head.bias, labels)
+
+    In training mode each call first streams the batch's detached features into the covariance; loss
+    and update are one call of the backend. Several calls before one `backward`, as for a sum of
+    losses, cost a copy of Σ for each but the last; with a `backward` after each nothing is copied.
+
+    Args:
+        num_classes: C.
+        num_features: A.
+        class_counts: training samples of each class, (C), from which π follows; None for no
+            adjustment.
+        structure: "full" or "diag", see `ClassCovariance`.
+        alpha, beta, class_weight, label_smoothing, ignore_index, reduction, backend: as in
+            `fused_loss`. alpha and beta are plain attributes, to be annealed.
+        device, dtype: of the buffers; float32 or float64.
+    """
+
+    log_prior: Tensor | None
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_features: int,
+        class_counts: Tensor | None = None,
+        structure: str = "full",
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.covariance = ClassCovariance(
+            num_classes, num_features, structure, device=device, dtype=dtype
+        )
+        prior = None if class_counts is None else log_class_prior(class_counts, num_classes)
+        for name, values in {"log_prior": prior, "class_weight": class_weight}.items():
+            if values is not None:
+                values = values.detach().to(device=device, dtype=dtype)
+            self.register_buffer(name, values)
+        self.alpha, self.beta, self.label_smoothing = alpha, beta, label_smoothing
+        self.ignore_index, self.reduction = ignore_index, reduction
+        self.backend = backend
+
+    def forward(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        epsilon: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        return_logits: bool = False,
+    ) -> Tensor:
+        """Eq. 6 for features (…, A), the head's weight (C, A) and bias (C), labels (…)."""
+        state = self.covariance
+
+        def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
+            passes = select_backend(self.backend, features.device, features.dtype, options)
+            stream = None
+            if self.training:
+                state.settle()
+                stream = ClassStatistics(state.mean, state.count)
+            return IADALossFunction.apply(options, passes, stream, lender(state), *inputs.tensors())
+
+        sigma = state.covariance
+        inputs = LossInputs(features, weight, bias, labels, sigma, epsilon, self.log_prior)
+        options = LossOptions(
+            self.alpha, self.beta, self.ignore_index, self.reduction, self.label_smoothing
+        )
+        extras = Extras(self.class_weight, row_weight, return_logits)
+        return loss_of_rows(compute, inputs, options, extras, streams=self.training)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}, reduction={self.reduction!r}"

@@ -1,0 +1,229 @@
+"""What the loss takes beside Eq. 6: with nothing given it is `F.cross_entropy` of `F.linear`."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import iada
+from tests.helpers.problems import random_problem
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS, CLASSES, WIDTH = 12, 5, 7
+LOSSES = {"fused": iada.fused_loss, "eager": iada.eager_loss}
+
+
+def inputs(dtype=torch.float64):
+    problem = random_problem(ROWS, CLASSES, WIDTH, dtype=dtype, ignored=0.0)
+    tensors = problem.features, problem.weight, problem.bias
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors], problem
+
+
+def gradients(loss, tensors):
+    return torch.autograd.grad(loss.sum(), tensors, retain_graph=True)
+
+
+def assert_same(got, want, tensors):
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for one, other in zip(gradients(got, tensors), gradients(want, tensors), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_with_nothing_given_it_is_cross_entropy(name, reduction, smoothing, weighted):
+    if smoothing and weighted:
+        pytest.skip("refused, see below")
+    tensors, problem = inputs()
+    labels = problem.labels.clone()
+    labels[3] = -100
+    weight = torch.rand(CLASSES, dtype=torch.float64) if weighted else None
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    got = LOSSES[name](*tensors, labels, class_weight=weight, **options)
+    assert_same(got, F.cross_entropy(F.linear(*tensors), labels, weight, **options), tensors)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_probabilities_as_labels(name, reduction, smoothing, weighted):
+    tensors, _ = inputs()
+    labels = torch.rand(ROWS, CLASSES, dtype=torch.float64).softmax(dim=1)
+    weight = torch.rand(CLASSES, dtype=torch.float64) if weighted else None
+    prior = torch.randn(CLASSES, dtype=torch.float64)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    got = LOSSES[name](*tensors, labels, log_prior=prior, beta=0.5, class_weight=weight, **options)
+    logits = F.linear(*tensors) + 0.5 * prior
+    assert_same(got, F.cross_entropy(logits, labels, weight, **options), tensors)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("term", ["covariance", "epsilon"])
+def test_probabilities_have_no_covariance_and_no_epsilon(name, term):
+    tensors, problem = inputs()
+    labels = torch.full((ROWS, CLASSES), 1 / CLASSES, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"^labels: expected class indices where .*{term}.*row_w"):
+        LOSSES[name](*tensors, labels, **{term: getattr(problem, term)})
+
+
+def test_a_mixed_label_is_two_weighted_losses():
+    """The remedy that the error names: mixup with Σ and ε."""
+    tensors, problem = inputs()
+    terms = {name: getattr(problem, name) for name in ("covariance", "epsilon", "log_prior")}
+    other, share = problem.labels.roll(1), torch.rand(ROWS, dtype=torch.float64)
+    got = sum(
+        iada.fused_loss(*tensors, labels, row_weight=weight, reduction="sum", **terms)
+        for labels, weight in ((problem.labels, share), (other, 1 - share))
+    )
+    rows = [
+        iada.eager_loss(*tensors, y, reduction="none", **terms) for y in (problem.labels, other)
+    ]
+    assert_same(got, (share * rows[0] + (1 - share) * rows[1]).sum(), tensors)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_of_rows(name, reduction, backend):
+    tensors, problem = inputs()
+    labels = problem.labels.clone()
+    labels[2] = -100
+    terms = {name: getattr(problem, name) for name in ("covariance", "epsilon", "log_prior")}
+    rows, classes = torch.rand(ROWS).double(), torch.rand(CLASSES).double()
+    chosen = {"backend": backend} if name == "fused" else {}
+    weights = {"row_weight": rows, "class_weight": classes}
+    got = LOSSES[name](*tensors, labels, reduction=reduction, **terms, **weights, **chosen)
+    losses = iada.eager_loss(*tensors, labels, reduction="none", **terms)
+    both = rows * classes[labels.clamp(min=0)] * (labels >= 0)
+    want = losses * both
+    if reduction != "none":
+        want = want.sum() / (both.sum() if reduction == "mean" else 1)
+    assert_same(got, want, tensors)
+
+
+def test_a_mean_over_no_weight_is_0():
+    tensors, problem = inputs()
+    loss = iada.fused_loss(*tensors, problem.labels, row_weight=torch.zeros(ROWS))
+    assert loss == 0
+    assert all((grad == 0).all() for grad in gradients(loss, tensors))
+
+
+@pytest.mark.parametrize("smoothing", [0.05, 0.3])
+def test_label_smoothing_with_every_term(smoothing):
+    tensors, problem = inputs()
+    terms = {name: getattr(problem, name) for name in ("covariance", "epsilon", "log_prior")}
+    got = iada.fused_loss(*tensors, problem.labels, label_smoothing=smoothing, **terms)
+    want = iada.eager_loss(*tensors, problem.labels, label_smoothing=smoothing, **terms)
+    assert_same(got, want, tensors)
+
+    def as_function(*tensors):
+        return iada.fused_loss(*tensors, problem.labels, label_smoothing=smoothing, **terms)
+
+    assert torch.autograd.gradcheck(as_function, tensors)
+    assert torch.autograd.gradgradcheck(as_function, tensors)
+
+
+def test_label_smoothing_names_the_backends_that_have_it():
+    tensors, problem = inputs()
+    with pytest.raises(RuntimeError, match="label_smoothing.*backend=None"):
+        iada.fused_loss(*tensors, problem.labels, label_smoothing=0.1, backend="native")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("leading", [(), (3, 4), (2, 3, 2), (1, 12)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_leading_dimensions(name, leading, reduction):
+    count = 1 if not leading else ROWS
+    problem = random_problem(count, CLASSES, WIDTH, dtype=torch.float64, ignored=0.0)
+    head = problem.weight, problem.bias
+    covariance = problem.covariance
+    rows = torch.rand(count).double()
+    terms = {"covariance": covariance, "log_prior": problem.log_prior, "reduction": reduction}
+    got, logits = LOSSES[name](
+        problem.features.view(*leading, WIDTH), *head, problem.labels.view(leading),
+        epsilon=problem.epsilon.view(leading), row_weight=rows.view(leading),
+        return_logits=True, **terms,
+    )  # fmt: skip
+    want = LOSSES[name](
+        problem.features, *head, problem.labels, epsilon=problem.epsilon, row_weight=rows, **terms
+    )
+    assert got.shape == (leading if reduction == "none" else ())
+    assert torch.equal(got.reshape(-1), want.reshape(-1))
+    assert logits.shape == (*leading, CLASSES)
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits.view(-1, CLASSES), F.linear(problem.features, *head))
+
+
+BAD = {
+    "labels of other dimensions": ("labels", {"labels": torch.zeros(12, dtype=torch.int64)}),
+    "epsilon of other dimensions": ("epsilon", {"epsilon": torch.zeros(12)}),
+    "row weights of other dimensions": ("row_weight", {"row_weight": torch.zeros(4, 3)}),
+    "a class weight too few": ("class_weight", {"class_weight": torch.ones(CLASSES - 1)}),
+    "a negative class weight": ("class_weight", {"class_weight": -torch.ones(CLASSES)}),
+    "an infinite row weight": ("row_weight", {"row_weight": torch.full((3, 4), torch.inf)}),
+    "integer row weights": ("row_weight", {"row_weight": torch.ones(3, 4, dtype=torch.int64)}),
+    "smoothing of 1": ("label_smoothing", {"label_smoothing": 1.0}),
+    "negative smoothing": ("label_smoothing", {"label_smoothing": -0.1}),
+    "smoothing as a tensor": ("label_smoothing", {"label_smoothing": torch.tensor(0.1)}),
+    "smoothing of weighted classes": (
+        "class_weight",
+        {"label_smoothing": 0.1, "class_weight": torch.ones(CLASSES)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_does_not_fit_is_named(loss, name, change):
+    call = {
+        "features": torch.randn(3, 4, WIDTH),
+        "weight": torch.randn(CLASSES, WIDTH),
+        "bias": None,
+        "labels": torch.zeros(3, 4, dtype=torch.int64),
+    }
+    with pytest.raises(ValueError, match=rf"(?s)^{name}: expected .+, got .+; .+"):
+        LOSSES[loss](**call | change)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(zip(("class_weight", "label_smoothing"), pair, strict=True))
+        for pair in itertools.product([None, torch.rand(CLASSES)], [0.0, 0.1])
+        if pair[0] is None or not pair[1]
+    ],
+)
+def test_the_module_has_them_too(options):
+    module = iada.IADALoss(CLASSES, WIDTH, torch.arange(1, CLASSES + 1), **options)
+    twin = copy.deepcopy(module.covariance)
+    features, labels = torch.randn(3, 4, WIDTH), torch.randint(CLASSES, (3, 4))
+    weight, bias, epsilon = torch.randn(CLASSES, WIDTH), torch.randn(CLASSES), torch.rand(3, 4)
+    rows = torch.rand(3, 4)
+    loss, logits = module(features, weight, bias, labels, epsilon, rows, return_logits=True)
+    twin.update(features.view(-1, WIDTH), labels.view(-1))
+    assert torch.equal(module.covariance.count, twin.count)
+    want = iada.eager_loss(
+        features, weight, bias, labels, covariance=twin, epsilon=epsilon,
+        log_prior=module.log_prior, row_weight=rows, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(logits, F.linear(features, weight, bias))
+
+
+def test_modules_are_made_where_they_are_asked_for():
+    place = {"device": "meta", "dtype": torch.float64}
+    modules = [
+        iada.ClassCovariance(CLASSES, WIDTH, **place),
+        iada.IADALoss(CLASSES, WIDTH, torch.ones(CLASSES), class_weight=torch.ones(5), **place),
+        iada.PerturbationNet(**place),
+        iada.TrainingMemory(CLASSES, 3, **place),
+    ]
+    for module in modules:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            assert tensor.device.type == "meta"
+            assert not tensor.is_floating_point() or tensor.dtype == torch.float64
