@@ -7,6 +7,7 @@ from iada.meta.meta_iada import MetaIADA
 from iada.meta.step_result import MetaStep
 from iada.nn.characteristics import TrainingMemory, characteristics
 from iada.nn.class_covariance import ClassCovariance
+from iada.nn.divergence import check_divergence
 from iada.nn.eager import eager_loss
 from iada.nn.functional import fused_loss
 from iada.nn.iada_loss import IADALoss
@@ -32,6 +33,7 @@ __all__ = [
     "TrainingMemory",
     "__version__",
     "characteristics",
+    "check_divergence",
     "eager_loss",
     "endless",
     "fused_loss",

@@ -27,6 +27,7 @@ epochs = {epochs}
 ce_epochs = 1
 batch_size = 16
 lr = 0.1
+clip_norm = 0.0
 schedule = "constant"
 """
 
@@ -108,8 +109,16 @@ def test_ctrl_c_leaves_a_resumable_checkpoint(config, tmp_path):
         ("[16]", "[-2]", r"\[model\] hidden: expected widths from 1"),
         ("[16]", '[16]\ndevice = "gpu"', r"\[model\] device: expected a torch device, got 'gpu'"),
         ("lr = 0.1", "lr = nan", r"\[trainer\] lr: expected a finite number, got nan"),
-        ("lr = 0.1", "clip_norm = -1", r"\[trainer\] clip_norm: expected at least 0, got -1"),
-        ("ce_epochs = 1", "", r"ce_epochs: expected at most epochs=6, got 160; set it too"),
+        (
+            "clip_norm = 0.0",
+            "clip_norm = -1",
+            r"\[trainer\] clip_norm: expected at least 0, got -1",
+        ),
+        (
+            "ce_epochs = 1",
+            "ce_epochs = 7",
+            r"ce_epochs: expected at most epochs=6, got 7; set it too",
+        ),
         ('"npz"', '"zip"', r"\[data\] kind: expected 'digits' or 'npz', got 'zip'"),
         ("data.npz", "none.npz", r"\[data\] path: expected an .npz file"),
         ("data.npz", "config.toml", r"\[data\] path: expected an .npz file"),

@@ -233,12 +233,13 @@ def shortened(config: TrainerConfig, epochs: int) -> TrainerConfig:
     At least one epoch is the method's own.
     """
     share = epochs / config.epochs
+    marks = [max(1, round(mark * share)) for mark in config.milestones]
     return dataclasses.replace(
         config,
         epochs=epochs,
         ce_epochs=min(epochs - 1, round(config.ce_epochs * share)),
         finetune_epochs=max(1, round(config.finetune_epochs * share)),
-        milestones=tuple(max(1, round(mark * share)) for mark in config.milestones),
+        milestones=tuple(mark for mark in marks if mark < epochs),
         warmup_epochs=config.warmup_epochs * share,
     )
 

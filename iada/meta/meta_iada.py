@@ -45,10 +45,11 @@ from iada.meta.step_result import MetaStep
 from iada.meta.virtual_step import VirtualStep
 from iada.nn.characteristics import TrainingMemory, loss_and_margin
 from iada.nn.class_covariance import ClassCovariance
+from iada.nn.divergence import check_divergence
 from iada.nn.functional import fused_loss
 from iada.nn.perturbation_net import PerturbationNet
 from iada.nn.priors import log_class_prior
-from iada.nn.projection import nearest_positive_semidefinite
+from iada.nn.projection import nearest_positive_semidefinite, semidefinite_or_former
 from iada.utils.distributed import Group
 from iada_kernels.contract import LossInputs
 
@@ -81,7 +82,8 @@ class MetaIADA:
         class_weights: of each class, (C), by which Eq. 7 and 10 weigh their losses: Σ ω_y ℓ / Σ ω_y
             over the batch, as F.cross_entropy with a weight. None for the mean.
         memory: last epoch's values for the characteristics; by default one of class means only.
-            Call `end_epoch()` after each epoch.
+            Call `end_epoch()` after each epoch, and `check()`, which raises where training has
+            diverged.
         alpha, beta: of Eq. 6; plain attributes, to be annealed.
         covariance_lr: η₂ of Eq. 9; 0 leaves Σ as it is streamed, at no cost.
         epsilon_scale, epsilon_unit: ε is tanh's value, or `epsilon`, in these units. "feature": as
@@ -93,8 +95,12 @@ class MetaIADA:
             at the published rates, and Ω stands still once the rate has fallen. (A rate that is
             a tensor on a GPU is read back.)
         persistent: keep what Eq. 9 does to Σ; False uses it for Eq. 10 only, as MetaSAug does.
-        project: after Eq. 9, move Σ to the nearest positive semidefinite matrix;
-            `projections` counts the classes for which that changed something.
+        keep_semidefinite: a class whose Σ Eq. 9 would make indefinite, beyond rounding, keeps the
+            former one (a single variance does, in the diagonal structure); `held` counts how often.
+            An indefinite Σ rewards the classifier without bound for growing. Costs a Cholesky
+            factorization a class. False is Eq. 9 as published.
+        project: in place of that move Σ to the nearest positive semidefinite matrix, by
+            eigenvalues; `projections` counts the classes for which that changed something.
         clip_norm: largest norm of the gradient in Eq. 10, 0 for no clipping.
         hypergradient: "jvp", exact; a backbone that has no forward-mode derivative somewhere goes
             over to finite differences, and one line in the log "iada" names the layer.
@@ -139,6 +145,7 @@ class MetaIADA:
         rate_free_perturbation: bool = False,
         rate_free_covariance: bool = False,
         persistent: bool = True,
+        keep_semidefinite: bool = True,
         project: bool = False,
         clip_norm: float = 0.0,
         hypergradient: str = "jvp",
@@ -169,7 +176,9 @@ class MetaIADA:
         self.rate_free_covariance = rate_free_covariance
         self._epsilon_scale = EpsilonScale(epsilon_scale, epsilon_unit)
         self.persistent, self.project = persistent, project
+        self.keep_semidefinite = keep_semidefinite
         self.clip_norm = clip_norm
+        self.held = torch.zeros((), dtype=torch.int64, device=device)
         self.projections = torch.zeros((), dtype=torch.int64, device=device)
         self.hypergradient, self.scope, self.interval = hypergradient, scope, interval
         scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
@@ -281,6 +290,10 @@ class MetaIADA:
         self.covariance_change.fill_(torch.nan)
         self._change_measured = False
 
+    def check(self) -> None:
+        """FloatingPointError if training has diverged; see `iada.check_divergence`."""
+        check_divergence(self.head, self.covariance, self.alpha)
+
     def learned(self) -> list[Tensor]:
         """Σ and Ω: what must stay finite beside the classifier."""
         return [self.covariance.covariance, *self._strengths.parameters()]
@@ -294,6 +307,7 @@ class MetaIADA:
             **self._strengths.state_dict(),
             "covariance": self.covariance.state_dict(),
             "memory": self.memory.state_dict(),
+            "held": self.held,
             "projections": self.projections,
             "steps": self._steps,
             "meta_loss": self._meta_loss,
@@ -308,6 +322,7 @@ class MetaIADA:
         self._strengths.load_state_dict(state)
         self.covariance.load_state_dict(state["covariance"])
         self.memory.load_state_dict(state["memory"])
+        self.held.copy_(state.get("held", self.held))
         self.projections.copy_(state["projections"])
         self._steps = state["steps"]
         self._meta_loss = state["meta_loss"].to(self._meta_loss)
@@ -351,7 +366,7 @@ class MetaIADA:
             tangents=found.tangents,
             class_weights=self.class_weights,
             covariance_lr=self._covariance_step_size(),
-            in_place=self.persistent and not scaled,
+            in_place=self.persistent and not (scaled or self.keep_semidefinite),
             skip_overflow=scaled,
         )
         if grad_epsilon is not None and self.rate_free_perturbation:
@@ -400,6 +415,9 @@ class MetaIADA:
         if self.project:
             sigma, changed = nearest_positive_semidefinite(sigma)
             self.projections += changed
+        elif self.keep_semidefinite and sigma is not self.covariance.covariance:
+            sigma, back = semidefinite_or_former(sigma, self.covariance.covariance)
+            self.held += back
         if self.persistent and sigma is not self.covariance.covariance:
             self.covariance.covariance.copy_(sigma)
         return sigma

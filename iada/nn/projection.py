@@ -1,4 +1,4 @@
-"""The nearest positive semidefinite covariance."""
+"""Covariances that stay positive semidefinite through Eq. 9, which as such may leave the cone."""
 
 import torch
 from torch import Tensor
@@ -17,3 +17,25 @@ def nearest_positive_semidefinite(covariance: Tensor) -> tuple[Tensor, Tensor]:
     negative = values[:, 0] < -rounding
     clamped = (vectors * values.clamp(min=0)[:, None, :]) @ vectors.mT
     return torch.where(negative[:, None, None], clamped, covariance), negative.sum()
+
+
+def semidefinite_or_former(covariance: Tensor, former: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ after a step; as before the step where that is indefinite beyond rounding; and how many.
+
+    The step goes back whole for a class, and in the diagonal structure for each variance by
+    itself. Semidefinite is what a Cholesky factorization of Σ + A · rounding · trace goes through,
+    so that no eigenvalues are needed and nothing waits for the device. NaN counts as indefinite.
+
+    covariance, former: (C, A, A), symmetric, or variances (C, A); former is semidefinite.
+    Returns Σ and the number of classes that went back, ().
+    """
+    if covariance.dim() == 2:
+        fine = covariance >= 0
+        return torch.where(fine, covariance, former), (~fine).any(dim=1).sum()
+    limits = torch.finfo(covariance.dtype)
+    trace = former.diagonal(dim1=1, dim2=2).sum(dim=1)
+    rounding = trace * former.shape[1] * limits.eps + limits.tiny
+    shifted = covariance.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_(rounding[:, None])
+    fine = torch.linalg.cholesky_ex(shifted).info == 0
+    return torch.where(fine[:, None, None], covariance, former), (~fine).sum()

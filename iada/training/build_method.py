@@ -124,6 +124,7 @@ def _with_covariance(
         alpha=config.alpha,
         covariance_lr=config.covariance_lr,
         rate_free_covariance=config.rate_free_covariance,
+        keep_semidefinite=config.keep_semidefinite,
         project=config.project,
         clip_norm=config.clip_norm,
         process_group=group,

@@ -28,6 +28,7 @@ METHODS = (
     "afr",
 )
 STAGED = ("ldam-drw", "cmo", "afr")  # what they do depends on how far the run is
+AFTER_CE = ("metasaug", "meta-iada")  # published with a phase of plain CE before them
 PERTURBATIONS = ("learned", "untrained", "constant")
 PERTURBATION_INITS = ("default", "zero")
 SCHEDULES = ("constant", "cosine", "multistep")
@@ -54,6 +55,7 @@ LEAST = {
     "perturbation_weight_decay": 0,
     "perturbation_hidden": 1,
     "clip_norm": 0,
+    "loss_limit": 0,
     "warmup_epochs": 0,
     "class_beta": 0,
     "focal_gamma": 0,
@@ -66,14 +68,19 @@ LEAST = {
 class TrainerConfig:
     """Settings of `iada.Trainer`, with the paper's values for CIFAR-LT as defaults.
 
+    Two defaults are not the paper's, so that a first run on other data trains: clip_norm and
+    keep_semidefinite. The published runs (`iada.paper`) have neither.
+
     method: one of METHODS; docs/training.md has what each minimises, its source and its cost.
-    epochs: T2 of Algorithm 1, in epochs.  ce_epochs: T1, the epochs of plain CE before the method:
-    0 for those that are published without, which are all but Meta-IADA and MetaSAug.
+    epochs: T2 of Algorithm 1, in epochs.  ce_epochs: T1, the epochs of plain CE before the method;
+    by default four fifths of epochs (160 of 200) for Meta-IADA and MetaSAug, 0 for the others,
+    which are published without.
     batch_size, meta_batch_size: n and m of Algorithm 1.
     optimizer: of the classifier, by its name in torch.optim: "SGD", "Adam", "AdamW", …
     lr, momentum, weight_decay: its arguments (momentum where it has one); lr is η₁.
     optimizer_options: its other arguments, as in { betas = [0.9, 0.98], eps = 1e-6 }.
-    schedule: "constant", "cosine" (to 0), or "multistep": times gamma at each of milestones.
+    schedule: "constant", "cosine" (to 0), or "multistep": times gamma at each of milestones, epochs
+    below the last; by default at 80 and 90 % of them (160 and 180 of 200).
     warmup_epochs: lr rises linearly from a hundredth over so many epochs (parts of one with
     schedule_each "step"), then the schedule begins; milestones count from the start of the run.
     schedule_each: "epoch" or "step": how often lr moves.
@@ -97,8 +104,11 @@ class TrainerConfig:
     reweight_from: share of the epochs after which ldam-drw weighs its classes; 160 of 200.
     finetune_epochs: the last epochs, AFR's second stage.  finetune_lr: lr at its start, from which
     it falls to 0 as a cosine; `schedule` is the first stage's.
-    persistent, project, hypergradient, scope, interval, low_memory: see `MetaIADA`.
+    persistent, keep_semidefinite, project, hypergradient, scope, interval, low_memory: see
+    `MetaIADA`.
     clip_norm: largest norm of the classifier's gradient, 0 for no clipping.
+    loss_limit: a loss or meta loss of so many times the phase's first one, or log C if that is
+    more, ends the run as diverged; 0 for no limit.
     seed: of initialisation, data order, and what the data set draws.
     checkpoint_every: epochs between checkpoints.
     autocast: "none", or "bfloat16" for the passes through the backbone.
@@ -109,7 +119,7 @@ class TrainerConfig:
 
     method: str = "meta-iada"
     epochs: int = 200
-    ce_epochs: int = 160
+    ce_epochs: int = None  # type: ignore[assignment]  # a number once it is built
     batch_size: int = 100
     meta_batch_size: int = 100
     optimizer: str = "SGD"
@@ -118,7 +128,7 @@ class TrainerConfig:
     weight_decay: float = 5e-4
     optimizer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     schedule: str = "multistep"
-    milestones: tuple[int, ...] = (160, 180)
+    milestones: tuple[int, ...] = None  # type: ignore[assignment]  # likewise
     gamma: float = 0.01
     warmup_epochs: float = 0.0
     schedule_each: str = "epoch"
@@ -144,12 +154,14 @@ class TrainerConfig:
     finetune_epochs: int = 50
     finetune_lr: float = 0.01
     persistent: bool = True
+    keep_semidefinite: bool = True
     project: bool = False
     hypergradient: str = "jvp"
     scope: str = "full"
     interval: int = 1
     low_memory: bool = False
-    clip_norm: float = 0.0
+    clip_norm: float = 1.0
+    loss_limit: float = 1e3
     seed: int = 0
     checkpoint_every: int = 1
     autocast: str = "none"
@@ -175,6 +187,7 @@ class TrainerConfig:
             if getattr(self, name) not in allowed:
                 wanted = f"one of {', '.join(map(repr, allowed))}"
                 raise complain(name, wanted, repr(getattr(self, name)), "pass one of these")
+        self._fill_in()
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise complain(name, f"at least {least}", repr(getattr(self, name)), "raise it")
@@ -200,6 +213,13 @@ class TrainerConfig:
             raise complain("warmup_epochs", expected, repr(self.warmup_epochs), "lower it")
         if any(milestone < 1 for milestone in self.milestones):
             raise complain("milestones", "epochs from 1", repr(self.milestones), "remove others")
+        if self.schedule == "multistep" and any(mark >= self.epochs for mark in self.milestones):
+            raise complain(
+                "milestones",
+                f"epochs below epochs={self.epochs}, else lr never falls there",
+                repr(self.milestones),
+                "lower them, or leave them out for 80 and 90 % of epochs",
+            )
         if self.ce_epochs > self.epochs:
             raise complain(
                 "ce_epochs",
@@ -215,14 +235,26 @@ class TrainerConfig:
                 "set it too: it is the last part of epochs",
             )
 
+    def _fill_in(self) -> None:
+        """What was left to the method and the number of epochs."""
+        if self.ce_epochs is None:
+            share = 4 * self.epochs // 5 if self.method in AFTER_CE else 0
+            object.__setattr__(self, "ce_epochs", share)
+        if self.milestones is None:
+            own = self.epochs - (self.finetune_epochs if self.method == "afr" else 0)
+            marks = {4 * own // 5, 9 * own // 10} if self.schedule == "multistep" else set()
+            object.__setattr__(self, "milestones", tuple(sorted(m for m in marks if m > 0)))
+
 
 def check_same_run(config: TrainerConfig, former: dict[str, Any]) -> None:
     """ValueError if a run with the settings `former` cannot go on with `config`.
 
-    `checkpoint_every` may differ, and `epochs` where nothing depends on it. A setting that the
-    former run did not know yet had its default.
+    `checkpoint_every` and `loss_limit` may differ, and `epochs` where nothing depends on it. A
+    setting that the former run did not know yet had its default.
     """
-    free = {"checkpoint_every"}
+    free = {"checkpoint_every", "loss_limit"}
+    if config.schedule != "multistep":
+        free.add("milestones")
     if config.schedule != "cosine" and not config.alpha_ramp and config.method not in STAGED:
         free.add("epochs")
     former = {**dataclasses.asdict(TrainerConfig()), **former}
@@ -239,12 +271,17 @@ def check_same_run(config: TrainerConfig, former: dict[str, Any]) -> None:
 def check_fields(config: Any) -> None:
     """Each field of a frozen dataclass has the type of its default; numbers are finite.
 
-    An int stands for a float, and a list for a tuple of the default's kind.
+    An int stands for a float, and a list for a tuple of the default's kind. None stands for a
+    default that is filled in later, of the field's own type.
     """
     for field in dataclasses.fields(config):
         value, default = getattr(config, field.name), field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
+        if default is None:
+            if value is None:
+                continue
+            default = 0 if field.type is int else ()
         remedy = f"see {type(config).__name__}.{field.name}"
         if isinstance(default, tuple):
             if not isinstance(value, list | tuple) or any(type(item) is not int for item in value):

@@ -1,25 +1,41 @@
-"""Notices numbers that are not finite, and says where and what to try."""
+"""Notices losses that are not finite or explode, and says where and what to try."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+FINITE = "a finite number"
 CHECK_EVERY = 32  # steps between two looks at an accelerator's losses
 
 
 class LossWatch:
-    """Raises FloatingPointError at a loss that is not finite, without waiting for the device.
+    """Raises FloatingPointError at a loss that is not finite or explodes, without waiting.
 
     On a CPU each loss is read at once. Elsewhere every 32 steps a copy of the losses since the
     last look sets out to pinned memory, and is read when it has arrived.
 
-    losses: of one epoch, (steps), written by the caller.  first_step: of the epoch, in the run.
+    losses, meta_losses: of one epoch, (steps) each, written by the caller; NaN is a meta loss where
+    there was none.  first_step: of the epoch, in the run.  limit: either may be so many times the
+    larger of `start` and `least`; 0 for no limit.  start: the first loss of this phase of the run,
+    None before it, and then kept here.
     """
 
-    def __init__(self, losses: Tensor, epoch: int, first_step: int) -> None:
-        self.losses, self.epoch, self.first_step = losses, epoch, first_step
+    def __init__(
+        self,
+        losses: Tensor,
+        meta_losses: Tensor,
+        epoch: int,
+        first_step: int,
+        limit: float = 0.0,
+        least: float = 1.0,
+        start: float | None = None,
+    ) -> None:
+        self.losses, self.meta_losses = losses, meta_losses
+        self.epoch, self.first_step = epoch, first_step
+        self.limit, self.least, self.start = limit, least, start
         self.seen = 0
         self._copy: tuple[Tensor, Any] | None = None
 
@@ -33,7 +49,7 @@ class LossWatch:
             self._copy = None
             self._read(copy)
         if self._copy is None and done - self.seen >= CHECK_EVERY:
-            part = self.losses[self.seen : done]
+            part = self._part(done)
             copy = torch.empty_like(part, device="cpu", pin_memory=True)
             copy.copy_(part, non_blocking=True)
             arrived = torch.Event(self.losses.device)
@@ -43,23 +59,35 @@ class LossWatch:
     def finish(self, done: int) -> None:
         """The same for all that was not read yet; waits for the device."""
         self._copy = None
-        self._read(self.losses[self.seen : done].cpu())
+        self._read(self._part(done).cpu())
+
+    def _part(self, done: int) -> Tensor:
+        """Both losses of the steps that were not read yet, (2, steps)."""
+        return torch.stack([self.losses[self.seen : done], self.meta_losses[self.seen : done]])
 
     def _read(self, losses: Tensor) -> None:
         """Those from `seen` on."""
-        bad = (~torch.isfinite(losses)).nonzero()
-        if len(bad):
-            first = int(bad[0, 0])
-            step = self.first_step + self.seen + first
-            raise diverged(f"{float(losses[first])}", step, self.epoch)
-        self.seen += len(losses)
+        for loss, meta_loss in losses.T.tolist():
+            step = self.first_step + self.seen
+            if not math.isfinite(loss):
+                raise diverged("loss", FINITE, f"{loss}", step, self.epoch)
+            if math.isinf(meta_loss):
+                raise diverged("meta loss", FINITE, f"{meta_loss}", step, self.epoch)
+            if self.start is None:
+                self.start = loss
+            bound = self.limit * max(self.start, self.least)
+            for name, value in (("loss", loss), ("meta loss", meta_loss)):
+                if 0 < bound < value:
+                    expected = f"at most {bound:.3g}, loss_limit={self.limit:g} times its start"
+                    raise diverged(name, expected, f"{value:.3g}", step, self.epoch)
+            self.seen += 1
 
 
-def diverged(got: str, step: int, epoch: int) -> FloatingPointError:
-    """The error that ends a run whose numbers are no longer finite."""
+def diverged(name: str, expected: str, got: str, step: int, epoch: int) -> FloatingPointError:
+    """The error that ends a run which has diverged."""
     return FloatingPointError(
-        f"loss: expected a finite number, got {got} at step {step} (epoch {epoch}); try a smaller "
-        "lr or alpha, alpha_ramp=true, warmup_epochs, or clip_norm (the last checkpoint is intact)"
+        f"{name}: expected {expected}, got {got} at step {step} (epoch {epoch}); try a smaller lr "
+        "or alpha, clip_norm, alpha_ramp=true or warmup_epochs (the last checkpoint is intact)"
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from torch.utils.data import Dataset
 
 from iada.meta.step_result import MetaStep
 from iada.methods.base import Method
+from iada.nn.divergence import sign_of_divergence
 from iada.training.acceleration import Speed
 from iada.training.build_method import build_method
 from iada.training.checkpoint import load_checkpoint, load_parts, save_checkpoint
 from iada.training.config import TrainerConfig, check_same_run
-from iada.training.divergence import LossWatch, all_finite, diverged
+from iada.training.divergence import FINITE, LossWatch, all_finite, diverged
 from iada.training.interrupt import stop_flag
 from iada.training.logs import measured, open_logs
 from iada.training.measures import EpochMeasures, PhaseTimes, number_or_none
@@ -143,6 +145,7 @@ class Trainer:
         self.epoch = 0
         self.batch = 0
         self.history: list[dict[str, Any]] = []
+        self._first_loss: float | None = None  # of this phase
         self._measures = self._new_measures()
         self._times = PhaseTimes()
         self._owns_checkpoint = False
@@ -156,10 +159,10 @@ class Trainer:
         """Train from wherever the state stands to the last epoch; returns `history`.
 
         Ctrl-C or SIGTERM finishes the step, leaves a checkpoint in `folder` and raises
-        KeyboardInterrupt. A loss that is not finite raises FloatingPointError naming the step,
-        with the last checkpoint intact. A folder that is full or cannot be written raises OSError,
-        before training or with the last checkpoint intact, and one with the checkpoint of another
-        run ValueError, as one in which another process trains.
+        KeyboardInterrupt. Divergence (docs/training.md has its signs) raises FloatingPointError
+        naming the step, with the last checkpoint intact. A folder that is full or cannot be
+        written raises OSError, before training or with the last checkpoint intact, and one with
+        the checkpoint of another run ValueError, as one in which another process trains.
         """
         config, rank = self.config, rank_of(self.group)
         if self.epoch == config.epochs:
@@ -203,7 +206,9 @@ class Trainer:
         self.method.alpha = alpha_at(config, epoch)
         if not self.backbone.training:  # else parts that were put into eval mode stay there
             self.backbone.train()
-        watch = LossWatch(self._measures.losses, epoch, self._step - self.batch)
+        if self.batch == 0 and epoch in (0, config.ce_epochs):
+            self._first_loss = None
+        watch = self._loss_watch()
         if meta_phase:
             rest = self.method.begin_epoch(epoch, rest, self._step)
         train = self._loader(self.train_set, rest)
@@ -215,10 +220,10 @@ class Trainer:
                 self.step_on(batch, meta_batch, meta_phase)
                 watch.look(self.batch)
             if self.batch < len(order) and any_rank(stopped(), self.group):
-                self._check_finite(watch)  # a diverged state must not replace a good checkpoint
+                self._check_sound(watch)  # a diverged state must not replace a good checkpoint
                 return False
         with self._times.phase("step"):
-            self._check_finite(watch)
+            self._check_sound(watch)
         self._end_epoch(write)
         return not any_rank(stopped(), self.group)
 
@@ -235,7 +240,7 @@ class Trainer:
                 place = f"step {self._step}, epoch {self.epoch}"
                 raise ValueError(f"{error} ({place})") from error
             got = "a classifier that is not finite"
-            raise diverged(got, self._step, self.epoch) from error
+            raise diverged("loss", FINITE, got, self._step, self.epoch) from error
         if isinstance(result, MetaStep) and result.epsilon is not None:
             own = result.epsilon[own_part(len(result.epsilon), self.group)]
             result = dataclasses.replace(result, epsilon=own)
@@ -273,11 +278,26 @@ class Trainer:
             with self._times.phase("checkpoint"):
                 self.save()
 
-    def _check_finite(self, watch: LossWatch) -> None:
-        """FloatingPointError if a loss so far, or what the last step left, is not finite."""
+    def _loss_watch(self) -> LossWatch:
+        """Of the current epoch."""
+        measures, least = self._measures, math.log(max(2, self.head.out_features))
+        place = self.epoch, self._step - self.batch
+        limit = self.config.loss_limit
+        return LossWatch(
+            measures.losses, measures.meta_losses, *place, limit, least, self._first_loss
+        )
+
+    def _check_sound(self, watch: LossWatch) -> None:
+        """FloatingPointError if a loss so far, or what the last step left, shows divergence."""
         watch.finish(self.batch)
+        self._first_loss = watch.start
+        place = self._step - 1, self.epoch
         if not all_finite([*self._parameters(), *self.method.learned()]):
-            raise diverged("parameters that are not finite", self._step - 1, self.epoch)
+            raise diverged("loss", FINITE, "parameters that are not finite", *place)
+        if self.method.covariance is not None:
+            sign = sign_of_divergence(self.method.head, self.method.covariance, self.method.alpha)
+            if sign is not None:
+                raise diverged("training", *sign, *place)
 
     def class_accuracy(self, dataset: Dataset, batch_size: int = 512) -> Tensor:
         """Accuracy of each class on `dataset`, (C) float64; NaN for a class without samples."""
@@ -328,6 +348,7 @@ class Trainer:
             **{name: part.state_dict() for name, part in self._parts().items()},
             "epoch": self.epoch,
             "batch": self.batch,
+            "first_loss": self._first_loss,
             "measures": self._measures.whole_state(self.group),
             "history": self.history,
             "random_state": gather_objects(random, self.group),
@@ -336,12 +357,13 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`.
 
-        Raises ValueError, with nothing changed, if the run had other settings (`checkpoint_every`
-        may differ, and `epochs` where no schedule depends on it), or if the model is another.
+        Raises ValueError, with nothing changed, if the run had other settings (see
+        `iada.training.config.check_same_run`), or if the model is another.
         """
         check_same_run(self.config, state["config"])
         load_parts(self._parts(), state)
         self.epoch, self.batch = state["epoch"], state["batch"]
+        self._first_loss = state.get("first_loss")
         self.history = state["history"]
         rank = rank_of(self.group)
         if rank > 0:

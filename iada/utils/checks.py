@@ -132,7 +132,11 @@ def check_finite(name: str, tensor: Tensor, remedy: str) -> None:
 
 def check_finite_features(features: Tensor, dtype: torch.dtype) -> None:
     """Finite at the statistics' dtype: others would spoil Σ for good."""
-    remedy = "skip the batch, or look for what overflowed"
+    remedy = (
+        "look at the inputs; if they are fine, training has diverged: go back to a state before, "
+        "and lower lr or alpha, clip the gradient (torch.nn.utils.clip_grad_norm_), or let alpha "
+        "rise from 0"
+    )
     check_finite("features", features.detach().to(dtype), remedy)
 
 

@@ -85,6 +85,8 @@ def test_every_recipe_is_whole(name):
         assert any(figures)
     for contestant in recipe.contestants:
         assert contestant.trainer.ce_epochs < contestant.trainer.epochs
+        # As published, whatever the defaults are.
+        assert (contestant.trainer.clip_norm, contestant.trainer.keep_semidefinite) == (0.0, False)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def make_engine(name="mlp", structure="full", dtype=torch.float64, prepare=None,
     torch.manual_seed(1)  # the perturbation network is the same whatever the backbone drew
     covariance = iada.ClassCovariance(CLASSES, width, structure).to(dtype)
     counts = torch.tensor([40, 20, 10])
-    options = {"covariance_lr": 1e6, "persistent": True} | options
+    literal = {"covariance_lr": 1e6, "persistent": True, "keep_semidefinite": False}  # Eq. 9
+    options = literal | options
     return iada.MetaIADA(backbone, head, optimizer, counts, covariance=covariance, **options)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import iada
-from iada.nn.projection import nearest_positive_semidefinite
+from iada.nn.projection import nearest_positive_semidefinite, semidefinite_or_former
 from iada_kernels.reference import same_label_fraction
 from tests.helpers.problems import reference_loss_of_head
 
@@ -30,6 +30,7 @@ def make_meta(structure="full", backbone=None, **options):
         momentum=0.9,
     )
     covariance = iada.ClassCovariance(3, 5, structure).double()
+    options = {"keep_semidefinite": False} | options  # Eq. 9 as it stands
     return iada.MetaIADA(backbone, head, optimizer, COUNTS, covariance=covariance, **options)
 
 
@@ -335,3 +336,50 @@ def test_a_class_not_seen_in_an_epoch_keeps_its_means():
 
 def test_same_label_fraction_of_one_row_is_zero():
     assert same_label_fraction(torch.randn(1, 3), torch.tensor([0]), 5).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("hypergradient", ["jvp", "double-backward"])
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_covariances_stay_semidefinite(structure, hypergradient):
+    literal, kept = (
+        make_meta(structure, covariance_lr=1e3, hypergradient=hypergradient, keep_semidefinite=keep)
+        for keep in (False, True)
+    )
+    batches = make_batches()
+    smallest = []
+    for meta in (literal, kept):
+        for _ in range(5):
+            meta.step(*batches)
+        sigma = meta.covariance.covariance
+        values = sigma if structure == "diag" else torch.linalg.eigvalsh(sigma)
+        smallest.append(float((values.min(dim=1).values / values.abs().max()).min()))
+    assert smallest[0] < -1e-3
+    assert smallest[1] > -1e-12
+    assert kept.held > 0
+    assert literal.held == 0
+    state = kept.state_dict()
+    literal.load_state_dict(state)
+    assert literal.held == kept.held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 3, 16, 64])
+def test_a_step_within_the_cone_is_taken_as_it_is(rank, dtype):
+    """Also by a covariance of low rank, of zeros, and with eigenvalues of many magnitudes."""
+    torch.manual_seed(0)
+    factor = torch.randn(6, 64, rank, dtype=dtype) * torch.logspace(0, -5, rank, dtype=dtype)
+    former = factor @ factor.mT
+    former[0] = 0
+    inside = former + 1e-3 * (former + torch.eye(64, dtype=dtype))
+    inside[0] = 0
+    for covariance in (former, inside):
+        found, held = semidefinite_or_former(covariance, former)
+        assert held == 0
+        assert torch.equal(found, covariance)
+    outside = former.clone()
+    direction = torch.randn(64, dtype=dtype)
+    outside[2] -= 0.1 * former[2].trace() * torch.outer(direction, direction)
+    outside[3, 5, 5] = torch.nan
+    found, held = semidefinite_or_former(outside, former)
+    assert held == 2
+    assert torch.equal(found, former)

@@ -181,7 +181,7 @@ def test_metasaug_uses_its_meta_step_once():
     backbone, head = build().double(), nn.Linear(width, CLASSES).double()
     data = iada.TensorData(*batch)
     settings = {"method": "metasaug", "epochs": 1, "ce_epochs": 0, "covariance_lr": 50.0}
-    config = iada.TrainerConfig(**settings, beta=7.0)
+    config = iada.TrainerConfig(**settings, beta=7.0, keep_semidefinite=False)
     counts = torch.tensor([40, 20, 10])
     trainer = iada.Trainer(backbone, head, data, data, config, class_counts=counts)
     method, weights = trainer.method, class_balanced_weights(counts, 0.9999)

@@ -19,6 +19,7 @@ SMALL = {
     "meta_batch_size": 8,
     "lr": 0.1,
     "schedule": "cosine",
+    "clip_norm": 0.0,
 }
 
 

@@ -1,0 +1,187 @@
+"""A run that diverges says so; a first use, with the defaults, does not."""
+
+import dataclasses
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+import iada
+from iada.training.checkpoint import load_checkpoint
+from iada.training.config import METHODS, check_same_run
+from iada.training.divergence import LossWatch
+from tests.helpers.training import CLASSES, make_trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_epochs_alone_make_a_run():
+    for epochs in (1, 2, 3, 200):
+        for method in METHODS:
+            config = iada.TrainerConfig(method=method, epochs=epochs, finetune_epochs=1)
+            assert config.ce_epochs < epochs
+            assert all(0 < mark < epochs for mark in config.milestones)
+    config = iada.TrainerConfig()
+    assert (config.ce_epochs, config.milestones) == (160, (160, 180))
+    afr = iada.TrainerConfig(method="afr", epochs=250)
+    assert (afr.ce_epochs, afr.milestones) == (0, (160, 180))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plain_epochs_follow_the_method(method):
+    config = iada.TrainerConfig(method=method, epochs=100)
+    assert config.ce_epochs == (80 if method in ("metasaug", "meta-iada") else 0)
+    assert iada.TrainerConfig(method=method, epochs=100, ce_epochs=7).ce_epochs == 7
+    assert dataclasses.asdict(config)["ce_epochs"] == config.ce_epochs
+
+
+@pytest.mark.parametrize("milestones", [(160, 180), (100,), (5, 120)])
+def test_milestones_that_never_come_are_refused(milestones):
+    with pytest.raises(ValueError, match=r"milestones: expected epochs below epochs=100.*; lower"):
+        iada.TrainerConfig(epochs=100, milestones=milestones)
+    iada.TrainerConfig(epochs=100, milestones=milestones, schedule="cosine")  # not looked at
+
+
+def test_a_run_goes_on_with_what_its_defaults_came_to():
+    former = dataclasses.asdict(iada.TrainerConfig(epochs=10))
+    check_same_run(iada.TrainerConfig(epochs=10, ce_epochs=8, milestones=(8, 9)), former)
+    with pytest.raises(ValueError, match="checkpoint's ce_epochs: expected 16"):
+        check_same_run(iada.TrainerConfig(epochs=20), former)
+
+
+def watch(losses, meta_losses=None, **options):
+    """A LossWatch that has looked at these losses."""
+    losses = torch.tensor(losses)
+    meta = torch.full_like(losses, torch.nan) if meta_losses is None else torch.tensor(meta_losses)
+    found = LossWatch(losses, meta, epoch=3, first_step=30, **options)
+    found.finish(len(losses))
+    return found
+
+
+def test_a_loss_that_explodes_stops_the_run():
+    with pytest.raises(FloatingPointError, match=r"loss: expected at most 2e\+03.* at step 32 "):
+        watch([2.0, 1500.0, 2500.0], limit=1e3)
+    with pytest.raises(FloatingPointError, match=r"meta loss: expected at most .* at step 31 "):
+        watch([2.0, 1.0, 2e9], [torch.nan, 3000.0, 1.0], limit=1e3)
+    with pytest.raises(FloatingPointError, match="meta loss: .* got inf at step 30 "):
+        watch([2.0], [torch.inf])
+    assert watch([2.0, 1500.0, 1999.0], limit=1e3).start == 2.0
+    watch([2.0, 1e9])  # no limit
+    watch([80.0, 7e4, 3.0], limit=1e3)  # a start that was high already
+    watch([1e-6, 900.0], limit=1e3)  # one that was too good
+    with pytest.raises(FloatingPointError):
+        watch([80.0, 7e4], limit=1e3, start=1.0)
+
+
+def exploding(trainer, at):
+    """The trainer, its loss multiplied from step `at` of the method on."""
+    step, calls = trainer.method.step, []
+
+    def exploded(*arguments):
+        result = step(*arguments)
+        calls.append(0)
+        factor = 1e5 if len(calls) > at else 1.0
+        return dataclasses.replace(result, loss=result.loss * factor)
+
+    trainer.method.step = exploded
+    return trainer
+
+
+def test_the_trainer_stops_at_an_explosion(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"^loss: .*loss_limit=1000 .*; try a smaller lr"):
+        exploding(make_trainer(tmp_path), at=8).fit()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 3
+    exploding(make_trainer(loss_limit=0.0), at=8).fit()
+
+
+def test_a_resumed_run_knows_its_start(tmp_path):
+    def stop(trainer, batch, result):
+        if trainer.epoch == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    part = make_trainer(tmp_path, observe=stop)
+    with pytest.raises(KeyboardInterrupt):
+        part.fit()
+    rest = make_trainer(tmp_path)
+    rest.resume()
+    assert rest._first_loss == part._first_loss > 0
+    with pytest.raises(FloatingPointError, match="loss_limit"):
+        exploding(rest, at=0).fit()
+
+
+def spoil(what):
+    """An observer that leaves a Σ in the third epoch that no sound run has."""
+
+    def observe(trainer, batch, result):
+        if trainer.epoch == 2 and hasattr(trainer.method, "covariance"):
+            sigma = trainer.method.covariance.covariance
+            sigma[1] = what * torch.eye(sigma.shape[1])
+
+    return observe
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (-3.0, r"training: expected covariances of positive trace, got -\d+ for class 1 at step"),
+        (1e6, r"training: expected a quadratic term .* of the size of the logits, got .* at step"),
+    ],
+)
+def test_a_covariance_gone_wrong_stops_the_run(tmp_path, what, message):
+    trainer = make_trainer(tmp_path, observe=spoil(what), method="isda", ce_epochs=2, alpha=1e-9)
+    step = trainer.method.step
+
+    def step_of_small_loss(*arguments):  # so that the losses say nothing
+        trainer.method.alpha = 1e-9
+        result = step(*arguments)
+        trainer.method.alpha = 0.5
+        return result
+
+    trainer.method.step = step_of_small_loss
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.fit()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 2
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_the_check_for_loops_of_ones_own(structure):
+    torch.manual_seed(0)
+    head = nn.Linear(5, CLASSES)
+    covariance = iada.ClassCovariance(CLASSES, 5, structure)
+    iada.check_divergence(head, covariance, alpha=0.5)  # nothing seen yet
+    covariance.update(torch.randn(60, 5), torch.arange(60) % CLASSES)
+    iada.check_divergence(head, covariance, alpha=0.5)
+    sound = covariance.covariance.clone()
+    covariance.covariance[0] = -0.001 * sound[0]  # rounding, or one step from zero
+    iada.check_divergence(head, covariance, alpha=0.5)
+    for scale, message in (
+        (-1.0, "positive trace, got -.* for class 0"),
+        (1e5, "quadratic term .*logits differ by"),
+        (float("nan"), "finite"),
+    ):
+        covariance.covariance.copy_(sound)
+        covariance.covariance[0] *= scale
+        with pytest.raises(FloatingPointError, match=rf"{message}.*; go back .*lower lr or alpha"):
+            iada.check_divergence(head, covariance, alpha=0.5)
+    meta = iada.MetaIADA(
+        nn.Identity(),
+        head,
+        torch.optim.SGD(head.parameters(), lr=0.1),
+        torch.ones(CLASSES),
+        covariance=covariance,
+    )
+    with pytest.raises(FloatingPointError, match="finite head and covariance"):
+        meta.check()
+
+
+def test_features_that_are_not_finite_name_the_remedy():
+    loss = iada.IADALoss(CLASSES, 5)
+    features = torch.full((4, 5), torch.nan)
+    for call in (
+        lambda: loss(features, torch.zeros(CLASSES, 5), None, torch.zeros(4, dtype=torch.long)),
+        lambda: loss.covariance.update(features, torch.zeros(4, dtype=torch.long)),
+    ):
+        with pytest.raises(ValueError, match="diverged: .*lower lr or alpha, clip the gradient"):
+            call()
