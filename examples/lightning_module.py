@@ -40,6 +40,11 @@ class MetaIADAModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """The model is on its device by now, and a checkpoint was read."""
+        if str(self.trainer.precision).startswith("16"):
+            raise ValueError(
+                "precision: expected '32-true' or 'bf16-mixed', got '16-mixed'; its "
+                "scaler would not see the losses: pass precision='bf16-mixed'"
+            )
         optimizer = self.optimizers()  # Lightning's wrapper: it counts the steps
         self.meta = iada.MetaIADA(self.backbone, self.head, optimizer, self.class_counts, alpha=0.1)
         if self.former is not None:
@@ -78,8 +83,10 @@ def make_set(counts: list[int], centres: torch.Tensor) -> TensorDataset:
     return TensorDataset(centres[labels] + torch.randn(len(labels), 16), labels)
 
 
-def main(folder: str | None = None, epochs: int = 10, resume: str | None = None) -> L.Trainer:
-    """Train; with `folder`, checkpoints are kept there."""
+def main(
+    folder: str | None = None, epochs: int = 10, resume: str | None = None, **options: Any
+) -> L.Trainer:
+    """Train; with `folder`, checkpoints are kept there. options: of the Trainer."""
     L.seed_everything(0)
     centres = torch.randn(CLASSES, 16)
     counts = [400, 100, 25, 6]
@@ -88,16 +95,16 @@ def main(folder: str | None = None, epochs: int = 10, resume: str | None = None)
     validation = DataLoader(make_set([100] * CLASSES, centres), batch_size=400)
     backbone = nn.Sequential(nn.Linear(16, 32), nn.ReLU())
     module = MetaIADAModule(backbone, nn.Linear(32, CLASSES), torch.tensor(counts))
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        accelerator="auto",
-        devices=1,
-        default_root_dir=folder,
-        enable_checkpointing=folder is not None,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    settings = {
+        "max_epochs": epochs,
+        "devices": 1,
+        "default_root_dir": folder,
+        "enable_checkpointing": folder is not None,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(**{**settings, **options})
     loaders = CombinedLoader({"train": train, "meta": meta}, mode="max_size_cycle")
     trainer.fit(module, loaders, validation, ckpt_path=resume)
     print(f"balanced accuracy {trainer.callback_metrics['accuracy']:.3f}")
