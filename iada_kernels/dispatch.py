@@ -6,6 +6,7 @@ name insists, and fails loudly if it cannot serve.
 
 import importlib.util
 import os
+import sys
 import warnings
 
 import torch
@@ -14,6 +15,7 @@ from iada_kernels import native, torch_ops
 from iada_kernels.contract import Backend, LossOptions
 from iada_kernels.native import library
 
+PACKAGES = ("iada", "iada_kernels")
 BACKENDS = ("torch", "native", "triton")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -139,9 +141,17 @@ def _warn_once(name: str, kind: str) -> None:
         f"torch operators stand in for iada's {name} kernels on {kind} tensors and take several "
         f"times as long: {reason}. {remedy}",
         SlowBackendWarning,
-        stacklevel=4,
+        stacklevel=_levels_to_the_caller(),
     )
     _warned.add(name)
+
+
+def _levels_to_the_caller() -> int:
+    """The `stacklevel` at which `_warn_once` blames the first frame outside these packages."""
+    levels, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in PACKAGES:
+        levels, frame = levels + 1, frame.f_back
+    return levels
 
 
 # As torch.compiler.assume_constant_result marks what runs once, while a graph is traced, which a

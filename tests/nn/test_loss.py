@@ -112,6 +112,9 @@ def assert_error_within_ratio(problem, backend, device):
         if name in ("bias", "log_prior", "weight"):  # sums over rows of numbers that may cancel
             term = largest_residual(problem, exact["loss"])
             scale = max(scale, term * (max_norm(problem.features) if name == "weight" else 1.0))
+        if name == "features":  # a sum over classes of numbers that may cancel
+            term = largest_residual(problem, exact["loss"])
+            scale = max(scale, term * max_norm(problem.weight))
         unit = max(eager_error, max(torch.finfo(have.dtype).eps, logits_eps) * scale)
         assert error <= ERROR_RATIO * unit, f"{name}: {error:.2e}, eager {eager_error:.2e}"
 
