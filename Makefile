@@ -1,6 +1,7 @@
 # make demo    trains on real digits and writes demo-report/
 # make test    runs the tests
-# make check   lint and types        make bench   fused against eager
+# make quick   the quick ones of them
+# make check   lint, types, imports   make bench   fused against eager
 # make sanitize   the native operators' tests under AddressSanitizer and UBSan
 # make stress     200 short trainings under torchrun; counts those that do not end well
 # make fallback   what every backend must pass, as if there were no native library
@@ -30,6 +31,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
