@@ -185,7 +185,7 @@ def _equal_run(root: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             continue  # whoever asks for that run is told
-        if all(record.get(name) == value for name, value in asked.items() if name not in names):
+        if all(_agrees(record, name, asked[name]) for name in asked if name not in names):
             same_as = record.get("same_as", path.parent.relative_to(root).as_posix())
             return {**record, **asked, "same_as": same_as}
     return None
@@ -255,7 +255,7 @@ def _former(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
         got = f"a damaged file ({error})"
         raise complain(str(path), "a run's record", got, "delete it: the run goes on") from error
     for name, value in asked.items():
-        if name not in ("title", "method_name") and found.get(name) != value:
+        if name not in ("title", "method_name") and not _agrees(found, name, value):
             raise complain(
                 str(path.parent),
                 "no run, or one with the same settings",
@@ -263,6 +263,14 @@ def _former(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
                 "choose another --out, or move it",
             )
     return found
+
+
+def _agrees(record: Mapping[str, Any], name: str, value: Any) -> bool:
+    """Whether a record has this value; a setting that its version did not know had its default."""
+    known = record.get(name)
+    if name == "settings" and isinstance(known, dict):
+        known = {**json.loads(json.dumps(dataclasses.asdict(TrainerConfig()))), **known}
+    return known == value
 
 
 def _measure(trainer: Trainer, view: Any, data: Labelled, split: Split) -> Measured:

@@ -201,6 +201,16 @@ def test_runs_write_records_a_page_and_a_comparison(images, tmp_path, capsys):
     assert main([*command, "--epochs", "1"]) == 2
     assert "one with another settings" in capsys.readouterr().err
 
+    older = next(iter(files))
+    record = json.loads(older.read_text(encoding="utf-8"))
+    del record["settings"]["epsilon_scale"]  # of a version without it
+    older.write_text(json.dumps(record), encoding="utf-8")
+    assert main(command) == 0
+    record["settings"]["alpha"] = 0.25
+    older.write_text(json.dumps(record), encoding="utf-8")
+    assert main(command) == 2
+    assert "one with another settings" in capsys.readouterr().err
+
     assert main(["paper", "--list", "--out", str(tmp_path)]) == 0
     listed = capsys.readouterr().out
     for name in names():
