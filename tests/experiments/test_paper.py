@@ -1,6 +1,7 @@
 """Recipes of the papers' tables, and `python -m iada paper` on a small data set of true format."""
 
 import argparse
+import csv
 import json
 import re
 import shlex
@@ -297,7 +298,12 @@ def test_one_seed_alone(images, tmp_path, capsys):
     assert main([*command, "--seed", "3"]) == 0
     (record,) = read_records([tmp_path])
     assert record["seed"] == 3
-    assert (tmp_path / "table2/cifar10-100/ce/seed3/record.json").exists()
+    folder = tmp_path / "table2/cifar10-100/ce/seed3"
+    assert (folder / "record.json").exists()
+    with open(folder / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["accuracy"] for row in rows] == [row["test_balanced"] for row in rows]
+    assert float(rows[-1]["accuracy"]) == pytest.approx(record["last"]["balanced"])
     with pytest.raises(SystemExit):
         main([*command, "--seed", "3", "--seeds", "2"])
     assert "not allowed with argument" in capsys.readouterr().err
