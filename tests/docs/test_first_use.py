@@ -12,9 +12,9 @@ def test_the_swap_trains(seed):
     assert swapped("iada", seed, epochs=25) > 80
 
 
-@pytest.mark.parametrize("seed", [1])
-def test_the_settings_train(seed):
-    assert configured("meta-iada", seed, epochs=60) > 80
+@pytest.mark.parametrize("method", ["meta-iada", "isda"])  # ISDA not without the clipping
+def test_the_settings_train(method):
+    assert configured(method, seed=1, epochs=60) > 80
 
 
 def test_an_example_that_diverges_is_seen(monkeypatch):
