@@ -19,13 +19,16 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench sanitize stress fallback wheel check-wheel clean FORCE
+.PHONY: demo test quick check bench sanitize stress fallback wheel check-wheel clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m iada demo --out demo-report
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+quick: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not distributed and not gpu"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -62,6 +62,17 @@ def compiled_target(request) -> Target:
     return request.param
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """What is interpreted is slow, and what runs on CUDA needs a GPU."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        for target in parameters:
+            if isinstance(target, Target) and is_interpreted(target):
+                item.add_marker(pytest.mark.slow)
+            elif isinstance(target, Target) and target.device.type == "cuda":
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(scope="session")
 def backend(target: Target) -> str:
     return target.backend

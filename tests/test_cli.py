@@ -79,7 +79,8 @@ def test_train_writes_its_result(config, tmp_path, capsys):
 
 
 def test_ctrl_c_leaves_a_resumable_checkpoint(config, tmp_path):
-    config.write_text(SETTINGS.format(epochs=4000))
+    steady = SETTINGS.replace("clip_norm = 0.0", "clip_norm = 0.1")  # 4000 epochs do not diverge
+    config.write_text(steady.format(epochs=4000))
     out = tmp_path / "run"
     command = [sys.executable, "-m", "iada", "train", "--config", str(config), "--out", str(out)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -93,7 +94,7 @@ def test_ctrl_c_leaves_a_resumable_checkpoint(config, tmp_path):
     assert "stopped at epoch" in text
     assert "resume from" in text
     epoch = torch.load(out / "checkpoint.pt", weights_only=True)["epoch"]
-    config.write_text(SETTINGS.format(epochs=epoch + 1))
+    config.write_text(steady.format(epochs=epoch + 1))
     assert main(["train", "--config", str(config), "--out", str(out), "--resume"]) == 0
     assert len(json.loads((out / "result.json").read_text())["history"]) == epoch + 1
 

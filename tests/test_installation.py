@@ -21,6 +21,8 @@ from iada_kernels import SlowBackendWarning, dispatch, native, select_backend, t
 from iada_kernels.environment import environment
 from iada_kernels.native import library
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 CALLS = """

@@ -19,6 +19,7 @@ from bench.kernel_times import matched
 from bench.shapes import SHAPES
 from bench.work import work_of
 
+pytestmark = pytest.mark.slow
 CEILINGS = Ceilings(bytes=3e12, float32=5e13, tf32=3e14)
 
 

@@ -11,6 +11,8 @@ import torch
 
 from tests.helpers.training import differences
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -23,6 +23,8 @@ from iada.utils.loading import TensorData, batches, count_classes
 from iada.utils.seeds import seed_of
 from tests.helpers import dataset_files as made
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("a", "b", "c")
 
 

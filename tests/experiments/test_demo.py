@@ -14,6 +14,8 @@ from iada.experiments.demo.settings import METHODS, trainer_config
 from iada.experiments.demo.tables import markdown_table
 from iada_kernels.environment import environment
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "demo.json"
 

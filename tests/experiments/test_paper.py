@@ -28,6 +28,8 @@ from iada.utils.lock import LOCK
 from tests.helpers import dataset_files as made
 from tests.helpers.processes import held_by_another_process
 
+pytestmark = pytest.mark.slow
+
 Image = pytest.importorskip("PIL.Image")
 
 CLASSES = [f"class{place}" for place in range(10)]

@@ -17,6 +17,8 @@ from iada.experiments.report.figures import draw_all, main_arms
 from iada.experiments.report.style import HATCHES, PALETTE, Picture, looks
 from iada.experiments.report.variants import arms_of, by_experiment
 
+pytestmark = pytest.mark.slow
+
 METHODS = {
     "ce": "CE",
     "logit-adjustment": "Logit Adjustment",

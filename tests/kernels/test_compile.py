@@ -7,6 +7,8 @@ import iada
 from iada_kernels import native
 from iada_kernels.native.fakes import EPSILON, FEATURES, WEIGHT
 
+pytestmark = pytest.mark.slow
+
 LABELS = torch.tensor([0, 1, 2, 0, -100, 2, 0])
 
 

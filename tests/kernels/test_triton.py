@@ -38,7 +38,7 @@ from iada_kernels.triton.launch import recording
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poison")]
 few = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # The single-launch loss would take most small problems.

@@ -21,6 +21,7 @@ if importlib.util.find_spec("triton") is None:
 from bench.offline import SHARED_LIMIT, amd_usage, cuda_usage
 from bench.resources import ARCHITECTURES, complaint, summary
 
+pytestmark = pytest.mark.slow
 KERNELS = Path(iada_kernels.__file__).parent / "triton"
 
 FITS = {

@@ -30,7 +30,7 @@ except RuntimeError as reason:
 
 from iada_kernels.triton import launch, small  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poison")]
 
 # N, C, A: nothing, one of each, fewer rows than classes, sizes around blocks of 16 and 32.
 SHAPES = [(0, 4, 3), (1, 1, 1), (5, 1, 9), (3, 9, 6), (35, 2, 17), (9, 33, 5), (40, 3, 16)]

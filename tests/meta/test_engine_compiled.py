@@ -8,7 +8,7 @@ from torch._functorch import config
 
 from tests.helpers.engine_cases import hypergradients, make_batches, make_engine, relative
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def compiled(backbone, head):

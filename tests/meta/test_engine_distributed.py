@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tests.helpers import engine_process
 
 pytestmark = [
+    pytest.mark.distributed,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(
         not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"

@@ -13,7 +13,7 @@ from iada.models import mlp
 from iada.training.config import METHODS
 from tests.helpers.training import differences
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 PASTING = ("cmo", "afr")  # need images
 OWN = {

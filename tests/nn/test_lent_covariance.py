@@ -11,6 +11,8 @@ import iada
 from iada.nn.lent_covariance import LentCovariance
 from tests.helpers.problems import random_problem
 
+pytestmark = pytest.mark.slow
+
 CLASSES, WIDTH = 4, 5
 STRUCTURES = ["full", "diag"]
 

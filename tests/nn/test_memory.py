@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import iada
 from tests.helpers.problems import eager, fused, random_problem, value_and_gradients
 
+pytestmark = pytest.mark.slow
+
 DENSE = {"rows": 131_072, "classes": 19, "width": 256}
 ROW_BY_CLASS = DENSE["rows"] * DENSE["classes"] * 4  # bytes of one N×C
 ROW_BY_WIDTH = DENSE["rows"] * DENSE["width"] * 4  # bytes of one N×A

@@ -13,6 +13,8 @@ from iada.training.checkpoint import load_checkpoint
 from iada.utils.distributed import average, current_group, gather_rows, own_part, row_counts
 from tests.helpers.training import make_trainer
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).parents[2]
 METHODS = (
     "ce",

@@ -14,6 +14,8 @@ from iada.training.checkpoint import load_checkpoint
 from iada.utils.lock import LOCK
 from tests.helpers.training import differences, make_trainer
 
+pytestmark = pytest.mark.slow
+
 # Children are forked from a server that has imported everything but computed nothing.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["iada", "torch._dynamo"])  # the optimizer imports the latter
