@@ -35,10 +35,12 @@ def update_statistics(
 
 def is_writable(state: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether kernels can write the state where it lies: contiguous, floating parts of `dtype`."""
-    return all(
-        tensor.is_contiguous() and (tensor.dtype == dtype or not tensor.is_floating_point())
-        for tensor in state
-    )
+    for tensor in state:
+        if not tensor.is_contiguous():
+            return False
+        if tensor.dtype != dtype and tensor.is_floating_point():
+            return False
+    return True
 
 
 def writable(state: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -50,12 +52,14 @@ def writable(state: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def write_back(state: Sequence[Tensor], written: Sequence[Tensor]) -> None:
-    """Bring what was written to `writable(state)` into the state, and tell autograd.
-
-    A loss that still needs the old Σ then refuses its backward pass.
-    """
+    """Copy what was written to `writable(state)` into the state, and tell autograd."""
     for tensor, copy in zip(state, written, strict=True):
         if tensor is not copy:
             tensor.copy_(copy)
+    mark_updated(state)
+
+
+def mark_updated(state: Sequence[Tensor]) -> None:
+    """Tell autograd: a loss that still needs the old Σ then refuses its backward pass."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tuple(state))

@@ -1,53 +1,32 @@
 """Shapes and dtypes of what the native operators return, for tracing (torch.compile)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-FEATURES, WEIGHT, BIAS, COVARIANCE, EPSILON, PRIOR = (1 << place for place in range(6))
+from iada_kernels.contract import LossInputs
+
+FEATURES, WEIGHT, BIAS, COVARIANCE, EPSILON, PRIOR = (1 << bit for bit in range(6))
 
 
-def _loss_forward(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    covariance: Tensor | None,
-    epsilon: Tensor | None,
-    log_prior: Tensor | None,
-    row_scale: Tensor | None,
-    alpha: float,
-    beta: float,
-    ignore_index: int,
-    reduction: int,
-    needs: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, classes = features.shape[0], weight.shape[0]
+def _loss_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`arguments`: the tensors of `LossInputs`, row_scale, and the numbers of the schema."""
+    inputs, (*_, reduction, needs) = LossInputs(*arguments[:7]), arguments[7:]
+    weight = inputs.weight
+    rows, classes = inputs.features.shape[0], weight.shape[0]
     partial = weight.numel() if needs & WEIGHT else 0
     partial += classes if needs & (BIAS | PRIOR) else 0
-    partial += rows if needs & EPSILON and epsilon is not None else 0
+    partial += rows if needs & EPSILON and inputs.epsilon is not None else 0
     loss = weight.new_empty((rows,) if reduction == 0 else ())
     residual = weight.new_empty((rows, classes) if needs else (0,))
     return loss, residual, weight.new_empty(partial)
 
 
-def _loss_forward_update(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    covariance: Tensor,
-    mean: Tensor,
-    count: Tensor,
-    epsilon: Tensor | None,
-    log_prior: Tensor | None,
-    alpha: float,
-    beta: float,
-    ignore_index: int,
-    reduction: int,
-    needs: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (features, weight, bias, labels, covariance, epsilon, log_prior, None)
-    return _loss_forward(*tensors, alpha, beta, ignore_index, reduction, needs)
+def _loss_forward_update(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_loss_forward` with mean and count after the covariance, and without row_scale."""
+    head, _, (epsilon, log_prior, *numbers) = arguments[:5], arguments[5:7], arguments[7:]
+    return _loss_forward(*head, epsilon, log_prior, None, *numbers)
 
 
 def _loss_backward(
@@ -66,16 +45,16 @@ def _loss_backward(
     classes, width = weight.shape
     sigma = (classes, width, width) if covariance_dim == 3 else (classes, width)
 
-    def maybe(need: int, shape: tuple[int, ...]) -> Tensor:
+    def empty_if(need: int, shape: tuple[int, ...]) -> Tensor:
         return weight.new_empty(shape if needs & need else (0,))
 
     return (
         torch.empty_like(features) if needs & FEATURES else weight.new_empty(0),
-        maybe(WEIGHT, (classes, width)),
-        maybe(BIAS, (classes,)),
-        maybe(COVARIANCE, sigma),
-        maybe(EPSILON, (features.shape[0],)),
-        maybe(PRIOR, (classes,)),
+        empty_if(WEIGHT, (classes, width)),
+        empty_if(BIAS, (classes,)),
+        empty_if(COVARIANCE, sigma),
+        empty_if(EPSILON, (features.shape[0],)),
+        empty_if(PRIOR, (classes,)),
     )
 
 
@@ -85,26 +64,13 @@ def _covariance_update(
     return None
 
 
-def _hypergradient(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    covariance: Tensor | None,
-    epsilon: Tensor | None,
-    log_prior: Tensor | None,
-    features_tangent: Tensor | None,
-    weight_tangent: Tensor,
-    bias_tangent: Tensor | None,
-    alpha: float,
-    beta: float,
-    ignore_index: int,
-    reduction: int,
-    needs_covariance: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, classes = features.shape[0], weight.shape[0]
-    sums = (rows, classes) if needs_covariance and covariance is not None else (0,)
-    grad_epsilon = weight.new_empty(0 if epsilon is None else rows)
+def _hypergradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`arguments`: the tensors of `LossInputs` and of `HeadTangents`, the numbers of the schema."""
+    inputs, needs_covariance = LossInputs(*arguments[:7]), arguments[-1]
+    weight, rows = inputs.weight, inputs.features.shape[0]
+    has_sums = needs_covariance and inputs.covariance is not None
+    sums = (rows, weight.shape[0]) if has_sums else (0,)
+    grad_epsilon = weight.new_empty(0 if inputs.epsilon is None else rows)
     return grad_epsilon, weight.new_empty(sums), weight.new_empty(sums)
 
 

@@ -39,7 +39,7 @@ def hypergradient(
         return torch_ops.hypergradient(inputs, options, tangents, needs_covariance)
     dtype = inputs.compute_dtype
     grad_epsilon, residual, curvature = _hypergradient(
-        *operator_inputs(inputs),
+        *operator_inputs(inputs, dtype),
         *(contiguous_as(tensor, dtype) for tensor in tangents.tensors()),
         options.alpha,
         options.beta,

@@ -29,7 +29,7 @@ from iada_kernels.layout import contiguous_as
 from iada_kernels.native import library
 from iada_kernels.native.covariance import covariance_update
 from iada_kernels.native.fakes import BIAS, EPSILON, PRIOR, WEIGHT
-from iada_kernels.streaming import is_writable, update_statistics, write_back
+from iada_kernels.streaming import is_writable, mark_updated, update_statistics
 from iada_kernels.torch_ops.loss import SavedLoss as TorchSavedLoss
 
 if library.is_available():
@@ -73,10 +73,10 @@ def loss_forward(
     if not fused_update:
         loss, *saved = _call(inputs, options, None, reduction, needed)
         return loss, SavedLoss(*saved)
-    *head, _, epsilon, log_prior = operator_inputs(inputs)
+    *head, _, epsilon, log_prior = operator_inputs(inputs, dtype)
     numbers = (options.alpha, options.beta, options.ignore_index, reduction, needed)
     loss, *saved = _forward_update(*head, *state, epsilon, log_prior, *numbers)
-    write_back(state, state)
+    mark_updated(state)
     return loss, SavedLoss(*saved)
 
 
@@ -109,7 +109,7 @@ def loss_backward(
         needed,
     )
     flags = needs.flags()
-    return LossGradients(*(g if flag else None for g, flag in zip(gradients, flags, strict=True)))
+    return LossGradients(*[g if flag else None for g, flag in zip(gradients, flags, strict=True)])
 
 
 def is_dense(inputs: LossInputs) -> bool:
@@ -117,15 +117,20 @@ def is_dense(inputs: LossInputs) -> bool:
     return inputs.weight.numel() > LARGE_HEAD and not inputs.has_full_covariance
 
 
-def operator_inputs(inputs: LossInputs) -> list[Tensor | None]:
-    """`inputs.tensors()` as the operators read them: contiguous, the compute dtype throughout.
+def operator_inputs(inputs: LossInputs, dtype: torch.dtype) -> list[Tensor | None]:
+    """`inputs.tensors()` as the operators read them: contiguous, in the compute dtype `dtype`.
 
-    Features keep their dtype; blocks of them are converted where they are read.
+    Features keep their own; blocks of them are converted where they are read.
     """
-    dtype = inputs.compute_dtype
-    others = (inputs.weight, inputs.bias, inputs.covariance, inputs.epsilon, inputs.log_prior)
-    weight, bias, *terms = (contiguous_as(tensor, dtype) for tensor in others)
-    return [inputs.features.contiguous(), weight, bias, inputs.labels.contiguous(), *terms]
+    return [
+        inputs.features.contiguous(),
+        contiguous_as(inputs.weight, dtype),
+        contiguous_as(inputs.bias, dtype),
+        inputs.labels.contiguous(),
+        contiguous_as(inputs.covariance, dtype),
+        contiguous_as(inputs.epsilon, dtype),
+        contiguous_as(inputs.log_prior, dtype),
+    ]
 
 
 def _call(
@@ -135,9 +140,10 @@ def _call(
     reduction: int,
     needed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = inputs.compute_dtype
     return _forward(
-        *operator_inputs(inputs),
-        contiguous_as(row_scale, inputs.compute_dtype),
+        *operator_inputs(inputs, dtype),
+        contiguous_as(row_scale, dtype),
         options.alpha,
         options.beta,
         options.ignore_index,
@@ -147,4 +153,11 @@ def _call(
 
 
 def _bits(needs: LossNeeds) -> int:
-    return sum(flag << position for position, flag in enumerate(needs.flags()))
+    return (
+        needs.features
+        | needs.weight << 1
+        | needs.bias << 2
+        | needs.covariance << 3
+        | needs.epsilon << 4
+        | needs.log_prior << 5
+    )

@@ -1,4 +1,4 @@
-"""A quick look at the arguments of the loss, for the checks that every call on a CPU gets."""
+"""The fast path of the checks that every call of the loss on a CPU gets."""
 
 import torch
 
