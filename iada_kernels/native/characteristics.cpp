@@ -16,7 +16,7 @@ namespace {
 
 // Columns 0, 1, 2, 4, 6 from one row of logits, padded with −∞; e is scratch.
 template <class T>
-void from_logits(const T* logits, int64_t label, int64_t row, T* e, T* found) {
+void from_logits(const T* logits, int64_t label, int64_t row, T* e, T* columns) {
   const T top = row_maximum(logits, row);
   exponentials(logits, top, row, e);
   int64_t best = 0;
@@ -42,11 +42,11 @@ void from_logits(const T* logits, int64_t label, int64_t row, T* e, T* found) {
     squares += x * x;
   }
   const T other = sum<T>(others), square = sum<T>(squares);
-  found[0] = log_all - (logits[label] - top);
-  found[1] = (own - row_maximum(e, row)) / all;
-  found[2] = static_cast<T>(__builtin_sqrt(static_cast<double>(other * other + square))) / all;
-  found[4] = log_all - sum<T>(energy) / all;
-  found[6] = own / all;
+  columns[0] = log_all - (logits[label] - top);
+  columns[1] = (own - row_maximum(e, row)) / all;
+  columns[2] = static_cast<T>(__builtin_sqrt(static_cast<double>(other * other + square))) / all;
+  columns[4] = log_all - sum<T>(energy) / all;
+  columns[6] = own / all;
 }
 
 template <class T>
@@ -71,16 +71,16 @@ void rows_by_themselves(const Characteristics<T>& p, T* unit) {
         for (int64_t a = 0; a < A; ++a) to[a * n] = 0;
         continue;
       }
-      T* found = p.found + i * 8;
+      T* columns = p.result + i * 8;
       const T* w = p.weight + p.labels[i] * A;
       read_row(p.logits_type, p.logits, i * C, C, logits);
-      from_logits(logits, p.labels[i], row, e, found);
+      from_logits(logits, p.labels[i], row, e, columns);
       read_row(p.features_type, p.features, i * A, A, h);
       const T size = length(h, A), norm = length(w, A);
       // Divided by one after the other: the product of two lengths may overflow or vanish.
-      found[3] = dot(h, w, A) / (size > smallest ? size : smallest) /
+      columns[3] = dot(h, w, A) / (size > smallest ? size : smallest) /
                  (norm > smallest ? norm : smallest);
-      found[5] = norm;
+      columns[5] = norm;
       const T divisor = size > shortest ? size : shortest;
       for (int64_t a = 0; a < A; ++a) to[a * n] = h[a] / divisor;
     }
@@ -89,10 +89,10 @@ void rows_by_themselves(const Characteristics<T>& p, T* unit) {
 
 template <class T>
 inline bool any(Integers<T> mask) {
-  int64_t parts[sizeof(mask) / 8], found = 0;
+  int64_t parts[sizeof(mask) / 8], bits = 0;
   std::memcpy(parts, &mask, sizeof(mask));
-  for (const int64_t part : parts) found |= part;
-  return found != 0;
+  for (const int64_t part : parts) bits |= part;
+  return bits != 0;
 }
 
 // The k largest of a row, the largest first, among all but `self`.
@@ -121,7 +121,7 @@ struct Nearest {
 
 // Column 7: cosines of a panel's rows with one panel after the other.
 template <class T>
-void shares(const Characteristics<T>& p, const T* unit) {
+void same_label_fractions(const Characteristics<T>& p, const T* unit) {
   constexpr int64_t n = kTileColumns<T>;
   const int64_t A = p.width, panels = (p.count + n - 1) / n;
   const double work = double(p.count) * p.count * A;
@@ -147,7 +147,7 @@ void shares(const Characteristics<T>& p, const T* unit) {
         const int64_t row = nearest[i].row[k];
         same += row >= 0 && p.labels[row] == p.labels[begin + i];
       }
-      p.found[(begin + i) * 8 + 7] = static_cast<T>(same) / static_cast<T>(p.neighbours);
+      p.result[(begin + i) * 8 + 7] = static_cast<T>(same) / static_cast<T>(p.neighbours);
     }
   });
 }
@@ -157,8 +157,8 @@ void characteristics_of(const Characteristics<T>& p) {
   constexpr int64_t n = kTileColumns<T>;
   Buffer<T> unit((p.count + n - 1) / n * n * p.width);
   rows_by_themselves(p, unit.data);
-  if (p.neighbours > 0) return shares(p, unit.data);
-  for (int64_t i = 0; i < p.count; ++i) p.found[i * 8 + 7] = 0;
+  if (p.neighbours > 0) return same_label_fractions(p, unit.data);
+  for (int64_t i = 0; i < p.count; ++i) p.result[i * 8 + 7] = 0;
 }
 
 }  // namespace

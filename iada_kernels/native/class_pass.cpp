@@ -148,11 +148,11 @@ void piece_of_products(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t 
 }
 
 // The same with few rows of W: a piece is the rows [begin, end) of Σ_c, read once, for dot products
-// with the differences and, where P is wanted, for their share of (W − 1w_c) Σ_c in all columns,
-// which goes to `shares` (C, A).
+// with the differences and, where P is wanted, for their part of (W − 1w_c) Σ_c in all columns,
+// which goes to `partial_products` (C, A).
 template <class T>
 void piece_of_dots(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t end, T* partial,
-                   T* tangent, T* shares, T* scratch) {
+                   T* tangent, T* partial_products, T* scratch) {
   const int64_t width = p.width, c = p.classes[u];
   const T* sigma = p.covariance + c * width * width;
   T* moved = scratch + p.num_classes * width;
@@ -162,8 +162,8 @@ void piece_of_dots(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t end,
       difference(p.weight_tangent + j * width, p.weight_tangent + c * width, width,
                  moved + j * width);
     }
-    if (shares == nullptr) continue;
-    for (int64_t k = 0; k < width; ++k) shares[j * width + k] = 0;
+    if (partial_products == nullptr) continue;
+    for (int64_t k = 0; k < width; ++k) partial_products[j * width + k] = 0;
   }
   for (int64_t a = begin; a < end; ++a) {
     const T* row = sigma + a * width;
@@ -176,16 +176,16 @@ void piece_of_dots(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t end,
         const T* eta = moved + j * width;
         tangent[j] += (made * eta[a] + dot(row, eta, width) * delta[a]) / 2;
       }
-      if (shares == nullptr) continue;
-      T* share = shares + j * width;
+      if (partial_products == nullptr) continue;
+      T* row_product = partial_products + j * width;
       const T x = delta[a] / 2;
-      for (int64_t k = 0; k < width; ++k) share[k] += x * row[k];
-      share[a] += made / 2;
+      for (int64_t k = 0; k < width; ++k) row_product[k] += x * row[k];
+      row_product[a] += made / 2;
     }
   }
 }
 
-// One row of a table from what its pieces found, in their order; 0 for the class itself.
+// One row of a table from the sums of its pieces, in their order; 0 for the class itself.
 template <class T>
 void add_pieces(const T* partial, int64_t pieces, int64_t row, T factor, int64_t own, T* table) {
   for (int64_t j = 0; j < row; ++j) {
@@ -206,8 +206,8 @@ void full_table(const ClassPass<T>& p) {
                                : (sides * kRows + kTileColumns<T>) * padded<T>(p.width) +
                                      kRows * kTileColumns<T>;
   Buffer<T> partial(p.present * pieces * row), tangents(sides == 2 ? p.present * pieces * row : 0);
-  const int64_t share = p.num_classes * p.width;
-  Buffer<T> shares(dots && p.product != nullptr ? p.present * pieces * share : 0);
+  const int64_t product_size = p.num_classes * p.width;
+  Buffer<T> partial_products(dots && p.product != nullptr ? p.present * pieces * product_size : 0);
   parallel_pieces<Buffer<T>>(p.present * pieces, work, scratch, [&](int64_t piece, T* own) {
     const int64_t u = piece / pieces, begin = piece % pieces * kColumns;
     T* sums = partial.data + piece * row;
@@ -216,8 +216,8 @@ void full_table(const ClassPass<T>& p) {
     for (int64_t j = 0; moves != nullptr && j < row; ++j) moves[j] = 0;
     const int64_t end = smaller(begin + kColumns, p.width);
     if (dots) {
-      T* own_shares = shares.data == nullptr ? nullptr : shares.data + piece * share;
-      piece_of_dots(p, u, begin, end, sums, moves, own_shares, own);
+      T* piece_products = partial_products.data == nullptr ? nullptr : partial_products.data + piece * product_size;
+      piece_of_dots(p, u, begin, end, sums, moves, piece_products, own);
     } else {
       piece_of_products(p, u, begin, end, sums, moves, own);
     }
@@ -229,11 +229,11 @@ void full_table(const ClassPass<T>& p) {
       own = tangents.data + u * pieces * row;
       add_pieces(own, pieces, row, p.alpha, p.classes[u], p.tangent + u * row);
     }
-    if (shares.data == nullptr) continue;
-    for (int64_t k = 0; k < share; ++k) {
+    if (partial_products.data == nullptr) continue;
+    for (int64_t k = 0; k < product_size; ++k) {
       T total = 0;
-      for (int64_t i = 0; i < pieces; ++i) total += shares.data[(u * pieces + i) * share + k];
-      p.product[u * share + k] = total;
+      for (int64_t i = 0; i < pieces; ++i) total += partial_products.data[(u * pieces + i) * product_size + k];
+      p.product[u * product_size + k] = total;
     }
   }
 }

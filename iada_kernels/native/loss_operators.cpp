@@ -6,7 +6,7 @@
 namespace iada {
 namespace {
 
-// Numbers of the products P that are kept between the two halves of one call; more classes than
+// Elements of the products P that are kept between the two halves of one call; more classes than
 // fit are taken in groups.
 constexpr int64_t kKeptProducts = int64_t(1) << 22;
 
@@ -96,25 +96,13 @@ LossResult loss_of(const LossCall& call) {
     for (int64_t u = 0; u < size; ++u) slot[classes[u]] = u;
     const ClassRows rows{size, classes, grouping.order.data(), grouping.begins.data() + first};
     if (call.covariance.has_value()) fresh_table(call, rows, full, table.data, product.data);
+    const int64_t begin = grouping.begins[first], count = grouping.begins[first + size] - begin;
     Head<T> head{};
-    head.num_classes = C;
-    head.width = A;
-    const int64_t begin = grouping.begins[first], end = grouping.begins[first + size];
-    head.count = end - begin;
     // All rows in their own order where no row is left out: features are then read in sequence.
-    head.rows = end - begin == N ? nullptr : grouping.order.data() + begin;
-    head.type = row_type(call.features);
-    head.features = call.features.const_data_ptr();
-    head.weight = pointer<T>(call.weight);
-    head.bias = pointer<T>(call.bias);
-    head.labels = labels;
-    head.epsilon = pointer<T>(call.epsilon);
-    head.log_prior = pointer<T>(call.log_prior);
+    static_cast<HeadInputs<T>&>(head) =
+        head_inputs<T>(call, count, count == N ? nullptr : grouping.order.data() + begin,
+                       table.data, slot.data(), divisor);
     head.row_scale = pointer<T>(call.row_scale);
-    head.table = table.data;
-    head.slot = slot.data();
-    head.beta = static_cast<T>(call.beta);
-    head.scale = static_cast<T>(1.0 / divisor);
     head.loss_sum = &loss_sum;
     head.losses = per_row ? target<T>(loss) : nullptr;
     head.residual = call.needs ? target<T>(residual) : nullptr;

@@ -19,8 +19,8 @@ template <class T>
 HypergradientResult hypergradient_of(const TangentCall& call) {
   const int64_t N = call.features.size(0), A = call.features.size(1), C = call.weight.size(0);
   const ScalarType type = call.weight.scalar_type();
-  const int64_t* labels = pointer<int64_t>(call.labels);
-  const Grouping grouping = group_rows(labels, N, C, call.ignore_index);
+  const Grouping grouping =
+      group_rows(pointer<int64_t>(call.labels), N, C, call.ignore_index);
   const ClassRows rows = grouping.all();
   const bool sums = call.needs_covariance && call.covariance.has_value();
   Tensor grad_epsilon = empty({call.epsilon.has_value() ? N : 0}, type);
@@ -37,27 +37,16 @@ HypergradientResult hypergradient_of(const TangentCall& call) {
                      static_cast<T>(call.alpha), table.data, nullptr,
                      pointer<T>(call.weight_tangent), tangent.data, nullptr});
   }
+  const int64_t count = grouping.rows();
+  const double divisor = call.reduction == kMean ? double(larger(1, count)) : 1.0;
   TangentHead<T> head{};
-  head.num_classes = C;
-  head.width = A;
-  head.count = grouping.rows();
-  head.rows = head.count == N ? nullptr : rows.order;
-  head.type = row_type(call.features);
-  head.features = call.features.const_data_ptr();
-  head.weight = pointer<T>(call.weight);
-  head.bias = pointer<T>(call.bias);
-  head.labels = labels;
-  head.epsilon = pointer<T>(call.epsilon);
-  head.log_prior = pointer<T>(call.log_prior);
+  static_cast<HeadInputs<T>&>(head) = head_inputs<T>(
+      call, count, count == N ? nullptr : rows.order,
+      call.covariance.has_value() ? table.data : nullptr, grouping.slot.data(), divisor);
   head.features_tangent = pointer<T>(call.features_tangent);
   head.weight_tangent = pointer<T>(call.weight_tangent);
   head.bias_tangent = pointer<T>(call.bias_tangent);
-  head.table = call.covariance.has_value() ? table.data : nullptr;
   head.tangent = tangent.data;
-  head.slot = grouping.slot.data();
-  head.beta = static_cast<T>(call.beta);
-  const double divisor = call.reduction == kMean ? double(larger(1, head.count)) : 1.0;
-  head.scale = static_cast<T>(1.0 / divisor);
   head.grad_epsilon = call.epsilon.has_value() ? target<T>(grad_epsilon) : nullptr;
   head.residual = sums ? target<T>(residual) : nullptr;
   head.curvature = sums ? target<T>(curvature) : nullptr;
@@ -89,11 +78,11 @@ Tensor characteristics_of(const Tensor& features, const Tensor& logits, const Te
   const int64_t* y = pointer<int64_t>(labels);
   STD_TORCH_CHECK(group_rows(y, N, C, std::nullopt).rows() == N,
                   "labels: expected class indices in [0, ", C, ")");
-  Tensor found = empty({N, 8}, weight.scalar_type());
+  Tensor result = empty({N, 8}, weight.scalar_type());
   run(Characteristics<T>{N, C, A, larger(0, smaller(neighbours, N - 1)), row_type(features),
                          row_type(logits), features.const_data_ptr(), logits.const_data_ptr(), y,
-                         pointer<T>(weight), target<T>(found)});
-  return found;
+                         pointer<T>(weight), target<T>(result)});
+  return result;
 }
 
 }  // namespace

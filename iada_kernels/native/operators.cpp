@@ -12,6 +12,12 @@ void parallel_ranges(int64_t count, int64_t grain, RangeFunction function, void*
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, function, context));
 }
 
+void out_of_memory(int64_t bytes) {
+  STD_TORCH_CHECK(false, "native: expected ", bytes, " bytes of memory for scratch, got none; free "
+                  "some, take a smaller batch, or pass backend='torch'");
+  std::abort();  // not reached; the check above does not return
+}
+
 namespace {
 
 template <class T>

@@ -86,9 +86,9 @@ struct ClassSums {
   T* sums;  // (U, table_row(C))
 };
 
-// The head: logits, sign, adjusted logits, loss, D and what sums over the rows.
+// The rows and the head that `Head` and `TangentHead` read.
 template <class T>
-struct Head {
+struct HeadInputs {
   int64_t num_classes, width, count;  // count: rows of this call
   const int64_t* rows;                // (count) row numbers, or null for 0 … count − 1
   RowType type;
@@ -98,10 +98,15 @@ struct Head {
   const int64_t* labels;  // (N)
   const T* epsilon;       // (N) or null
   const T* log_prior;     // (C) or null
-  const T* row_scale;     // (N) or null
-  const T* table;         // (U, table_row(C)) or null
+  const T* table;         // R (U, table_row(C)) or null
   const int64_t* slot;    // (C): row of the table of each class
   T beta, scale;
+};
+
+// The head: logits, sign, adjusted logits, loss, D and what sums over the rows.
+template <class T>
+struct Head : HeadInputs<T> {
+  const T* row_scale;   // (N) or null
   double* loss_sum;     // added to
   T* losses;            // (N) or null
   T* residual;          // D (N, C), scaled, or null
@@ -112,18 +117,9 @@ struct Head {
 
 // How the loss's derivative along (ḣ, V, v_b) depends on ε and Σ, see tangent.cpp.
 template <class T>
-struct TangentHead {
-  int64_t num_classes, width, count;
-  const int64_t* rows;  // as in Head
-  RowType type;
-  const void* features;
-  const T *weight, *bias;
-  const int64_t* labels;
-  const T *epsilon, *log_prior;
+struct TangentHead : HeadInputs<T> {
   const T *features_tangent, *weight_tangent, *bias_tangent;  // ḣ (N, A) or null, V, v_b or null
-  const T *table, *tangent;  // R and Ṙ (U, table_row(C)) or null
-  const int64_t* slot;
-  T beta, scale;
+  const T* tangent;         // Ṙ (U, table_row(C)) or null
   T* grad_epsilon;          // (N) or null
   T *residual, *curvature;  // D and c (N, C), scaled, or null
 };
@@ -136,7 +132,7 @@ struct Characteristics {
   const void *features, *logits;
   const int64_t* labels;
   const T* weight;  // (C, A)
-  T* found;         // (N, 8)
+  T* result;        // (N, 8)
 };
 constexpr int64_t kMaxNeighbours = 64;
 
@@ -164,7 +160,7 @@ struct CovarianceUpdate {
   int64_t* count;  // (C)
 };
 
-// *all &= every number is finite.
+// *all &= every element is finite.
 struct AllFinite {
   RowType type;
   const void* numbers;

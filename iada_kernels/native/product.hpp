@@ -54,14 +54,14 @@ inline void tile_of(int64_t rows, int64_t depth, const T* a, int64_t a_row, int6
   }
 }
 
-// Asks for the numbers [at, end) to be brought closer, `share` of them at each call.
+// Prefetches the elements [at, end), `step` of them at each call.
 template <class T>
 struct Fetch {
   const T *at, *end;
-  int64_t share;
+  int64_t step;
   void operator()() {
     constexpr int64_t line = 64 / sizeof(T);
-    const int64_t count = smaller(share, end - at);
+    const int64_t count = smaller(step, end - at);
     for (int64_t i = 0; i < count; i += line) __builtin_prefetch(at + i, 0, 2);
     at += count;
   }

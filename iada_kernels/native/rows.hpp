@@ -11,7 +11,7 @@
 namespace iada {
 namespace {
 
-// W with rows padded to `row`, zeros after its own A numbers.
+// W with rows padded to `row`, zeros after its A elements.
 template <class T>
 inline void pad_rows(const T* from, int64_t rows, int64_t width, int64_t row, T* to) {
   for (int64_t j = 0; j < rows; ++j, to += row) {
@@ -20,7 +20,7 @@ inline void pad_rows(const T* from, int64_t rows, int64_t width, int64_t row, T*
   }
 }
 
-// Wᵀ (A, row), zeros after its own C columns.
+// Wᵀ (A, row), zeros after its C columns.
 template <class T>
 inline void transpose_padded(const T* weight, int64_t classes, int64_t width, int64_t row, T* to) {
   for (int64_t a = 0; a < width; ++a, to += row) {

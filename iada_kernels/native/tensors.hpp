@@ -100,5 +100,15 @@ inline Grouping group_rows(const int64_t* labels, int64_t count, int64_t num_cla
   return g;
 }
 
+// What `Head` and `TangentHead` have in common, from the arguments of either operator.
+template <class T, class Call>
+HeadInputs<T> head_inputs(const Call& call, int64_t count, const int64_t* rows, const T* table,
+                          const int64_t* slot, double divisor) {
+  return {call.weight.size(0), call.weight.size(1), count, rows, row_type(call.features),
+          call.features.const_data_ptr(), pointer<T>(call.weight), pointer<T>(call.bias),
+          pointer<int64_t>(call.labels), pointer<T>(call.epsilon), pointer<T>(call.log_prior),
+          table, slot, static_cast<T>(call.beta), static_cast<T>(1.0 / divisor)};
+}
+
 }  // namespace
 }  // namespace iada

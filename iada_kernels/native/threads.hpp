@@ -1,5 +1,5 @@
 // Threads come from torch's own pool (torch_parallel_for), so that nothing is oversubscribed and
-// torch.set_num_threads holds. Kernels see this one function only and include no torch header:
+// torch.set_num_threads holds. Kernels see two functions only and include no torch header:
 // they are compiled once for each instruction set, and an inline function of a header, compiled
 // for a newer one, must not become the program's only copy.
 //
@@ -17,6 +17,9 @@ using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 
 // Calls `function` on consecutive ranges that cover [0, count); defined in operators.cpp.
 void parallel_ranges(int64_t count, int64_t grain, RangeFunction function, void* context);
+
+// Raises a RuntimeError that names the size; defined in operators.cpp.
+[[noreturn]] void out_of_memory(int64_t bytes);
 
 namespace {
 
@@ -52,7 +55,7 @@ struct Buffer {
     if (size <= 0) return;
     const size_t bytes = (static_cast<size_t>(size) * sizeof(T) + 63) / 64 * 64;
     data = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (data == nullptr) std::abort();
+    if (data == nullptr) out_of_memory(static_cast<int64_t>(bytes));
   }
   ~Buffer() { std::free(data); }
   Buffer(const Buffer&) = delete;

@@ -1,4 +1,4 @@
-// Whether numbers are finite: what is checked of every batch, and so has to be quick.
+// Whether all elements are finite, which is checked of every batch and so has to be fast.
 
 #include "passes.hpp"
 #include "threads.hpp"
@@ -6,8 +6,8 @@
 namespace iada {
 namespace {
 
-constexpr int64_t kPiece = 1 << 16;  // numbers of a piece of work
-constexpr int64_t kRow = 256;        // numbers read at a time
+constexpr int64_t kPiece = 1 << 16;  // elements of a piece of work
+constexpr int64_t kRow = 256;        // elements read at a time
 
 template <class T>
 bool finite(RowType type, const void* numbers, int64_t begin, int64_t end) {
@@ -31,13 +31,14 @@ bool finite(RowType type, const void* numbers, int64_t begin, int64_t end) {
 namespace IADA_SET {
 void all_finite(const AllFinite& p) {
   const int64_t pieces = (p.count + kPiece - 1) / kPiece;
-  Buffer<bool> found(pieces);
+  Buffer<bool> finite_pieces(pieces);
   parallel_pieces<Buffer<bool>>(pieces, double(p.count) / 4, 0, [&](int64_t piece, bool*) {
     const int64_t begin = piece * kPiece, end = smaller(begin + kPiece, p.count);
-    found.data[piece] = p.type == RowType::float64 ? finite<double>(p.type, p.numbers, begin, end)
-                                                   : finite<float>(p.type, p.numbers, begin, end);
+    finite_pieces.data[piece] = p.type == RowType::float64
+                                    ? finite<double>(p.type, p.numbers, begin, end)
+                                    : finite<float>(p.type, p.numbers, begin, end);
   });
-  for (int64_t piece = 0; piece < pieces; ++piece) *p.all &= found.data[piece];
+  for (int64_t piece = 0; piece < pieces; ++piece) *p.all &= finite_pieces.data[piece];
 }
 }  // namespace IADA_SET
 

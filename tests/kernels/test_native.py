@@ -501,6 +501,32 @@ print(json.dumps([native.instruction_set(), loss.item(), h.grad.abs().sum().item
 
 
 @needs_library
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its address space")
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="the sanitizers reserve address space")
+def test_scratch_that_memory_has_no_room_for_is_an_error():
+    """And not the end of the process."""
+    code = """
+import resource, torch
+from iada_kernels import native
+torch.set_num_threads(1)
+features = torch.ones(50_000, 1024, dtype=torch.bfloat16)  # its copy takes 200 MB
+labels = torch.zeros(50_000, dtype=torch.int64)
+arguments = (features, torch.zeros(50_000, 2), labels, torch.ones(2, 1024))
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 2**26
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+try:
+    native.characteristics(*arguments, 1)
+except RuntimeError as error:
+    print(error)
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert "native: expected 204" in done.stdout
+    assert "bytes of memory for scratch" in done.stdout
+
+
+@needs_library
 def test_the_default_on_a_cpu_is_native():
     h = torch.randn(8, 4)
     y = torch.arange(8) % 3
