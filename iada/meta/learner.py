@@ -26,6 +26,7 @@ from iada.utils.distributed import (
     Group,
     GroupReference,
     average,
+    check_unwrapped,
     gather_rows,
     rank_of,
     row_counts,
@@ -85,13 +86,7 @@ def check_classifier(backbone: nn.Module, head: nn.Module) -> None:
             "a parametrized one",
             "remove it: torch.nn.utils.parametrize.remove_parametrizations(head, 'weight')",
         )
-    if isinstance(backbone, nn.parallel.DistributedDataParallel):
-        raise complain(
-            "backbone",
-            "the module itself",
-            "a DistributedDataParallel",
-            "pass backbone.module and process_group: gradients are averaged here",
-        )
+    check_unwrapped(backbone, head)
 
 
 class Learner:

@@ -245,7 +245,7 @@ class MetaIADA:
             random_state = RandomState.now(self._passes.device)
             features = self._passes.first(rows.inputs)
             whole = self._learner.gather(features, rows)
-            self.covariance.update(whole, rows.labels)
+            self.covariance.update_gathered(whole, rows.labels)
             traits = self._strengths.traits(whole, self.classifier.head, rows, self.memory)
             sigma = self.covariance.covariance
             scale = self._epsilon_scale.at(sigma, rows.labels)

@@ -85,7 +85,7 @@ class FirstOrder:
     def loss(self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         """The method's loss () of the head on features (N, A)."""
         if self.covariance is not None:
-            self.covariance.update(features, labels)
+            self.covariance.update_gathered(features, labels)
         return fused_loss(
             features,
             weight,

@@ -22,6 +22,7 @@ from iada.utils.checks import (
     complain,
     values_are_checked,
 )
+from iada.utils.distributed import Group, add_up, size_of
 from iada_kernels.contract import LossInputs, LossOptions
 
 
@@ -42,12 +43,14 @@ def loss_of_rows(
     options: LossOptions,
     extras: Extras = NO_EXTRAS,
     streams: bool = False,
+    group: Group = None,
 ) -> Tensor:
     """Checks the arguments, has `compute` give the loss of rows (N, A), and finishes it.
 
     `inputs` may have leading dimensions, a `ClassCovariance` for its tensor, and labels of any
     integer dtype; `compute` gets them as `LossInputs` says. With `streams`, features must be finite
-    too. ValueError names the argument that does not fit.
+    too. ValueError names the argument that does not fit. With a group, whose ranks all have rows of
+    the batch, the mean over the ranks of the losses is that of the batch.
     """
     leading = None
     if isinstance(inputs.covariance, ClassCovariance):
@@ -60,7 +63,7 @@ def loss_of_rows(
         loss = _soft_target_loss(inputs, options, extras)
     else:
         check_loss_arguments(inputs, options, streams)
-        loss = _hard_label_loss(compute, inputs, options, extras)
+        loss = _hard_label_loss(compute, inputs, options, extras, group)
     if leading is not None and options.reduction == "none":
         loss = loss.view(leading)
     if not extras.return_logits:
@@ -75,18 +78,39 @@ def _hard_label_loss(
     inputs: LossInputs,
     options: LossOptions,
     extras: Extras,
+    group: Group,
 ) -> Tensor:
     if inputs.labels.dtype != torch.int64:
         inputs = replace(inputs, labels=inputs.labels.long())
     if type(options.alpha) is int or type(options.beta) is int:
         options = replace(options, alpha=float(options.alpha), beta=float(options.beta))
     weighted = extras.class_weight is not None or extras.row_weight is not None
+    reduction = options.reduction
     with full_precision(inputs.features.device):
-        if not weighted:
+        if weighted:
+            weights = _row_weights(inputs, options, extras)
+            losses = compute(inputs, replace(options, reduction="none"))
+            weights = weights.to(losses.dtype)
+            if group is None or reduction == "none":
+                return _reduce(losses, weights, reduction)
+            return _share(torch.linalg.vecdot(losses, weights), weights.sum(), reduction, group)
+        if group is None or reduction == "none":
             return compute(inputs, options)
-        weights = _row_weights(inputs, options, extras)
-        losses = compute(inputs, replace(options, reduction="none"))
-        return _reduce(losses, weights.to(losses.dtype), options.reduction)
+        total = compute(inputs, replace(options, reduction="sum"))
+        rows = inputs.labels.ne(options.ignore_index).sum()
+        return _share(total, rows, reduction, group)
+
+
+def _share(total: Tensor, weight: Tensor, reduction: str, group: Group) -> Tensor:
+    """Σ w ℓ of this rank's rows so that the mean over the ranks is the loss of all rows.
+
+    weight: Σ w, (), of this rank; it becomes that of all.
+    """
+    total = total * size_of(group)
+    if reduction == "sum":
+        return total
+    add_up([weight], group)
+    return total / weight.to(total.dtype).masked_fill(weight <= 0, 1.0)
 
 
 def _row_weights(inputs: LossInputs, options: LossOptions, extras: Extras) -> Tensor:

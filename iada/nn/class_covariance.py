@@ -16,6 +16,13 @@ from iada.utils.checks import (
     check_labels,
     complain,
 )
+from iada.utils.distributed import (
+    Group,
+    GroupReference,
+    agreed_row_counts,
+    gather_rows,
+    others_told,
+)
 from iada_kernels.dispatch import select_backend
 from iada_kernels.streaming import without_ignored
 
@@ -39,6 +46,9 @@ class ClassCovariance(nn.Module):
         num_features: A.
         structure: "full" keeps (C, A, A), "diag" the variances only, (C, A).
         device, dtype: of the buffers; float32 or float64.
+        process_group: of torch.distributed, whose ranks pass each their rows of every batch, as
+            many as they have, to `update`: all take in all rows, in the order of ranks, and hold
+            the same bits as one process with the whole batch. None for a single process.
 
     Attributes:
         covariance: Σ, symmetric, (C, A, A) or (C, A), in squared units of the features.
@@ -58,8 +68,10 @@ class ClassCovariance(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: Group = None,
     ) -> None:
         super().__init__()
+        self._group = GroupReference(process_group)
         for name, size in (("num_classes", num_classes), ("num_features", num_features)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise complain(name, "a positive int", repr(size), "pass the size of the head")
@@ -84,7 +96,7 @@ class ClassCovariance(nn.Module):
         ignore_index: int = -100,
         backend: str | None = None,
     ) -> None:
-        """Take in one batch, in place.
+        """Take in one batch, in place; with a process group, the rows of all ranks.
 
         The buffers change in place. For losses that used them and await their backward, Σ is
         copied first: once an update, and not at all where each loss has its backward before.
@@ -96,20 +108,46 @@ class ClassCovariance(nn.Module):
 
         Raises:
             ValueError: wrong width, dtype or device; and, on CPU or inside `iada.value_checks()`,
-                numbers that are not finite or labels out of range. The state is then untouched.
+                numbers that are not finite or labels out of range. The state is then untouched,
+                and with a process group all ranks raise it.
         """
+        group = self._group()
+        with others_told(group):
+            self._check(features, labels, ignore_index)
+        if group is not None:
+            counts = agreed_row_counts(len(labels), group)
+            features = gather_rows(features, counts, group)
+            labels = gather_rows(labels.long(), counts, group)
+        self._take_in(features, labels, ignore_index, backend)
+
+    @torch.no_grad()
+    def update_gathered(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        ignore_index: int = -100,
+        backend: str | None = None,
+    ) -> None:
+        """`update` with rows that are those of all ranks already; it does not communicate."""
+        self._check(features, labels, ignore_index)
+        self._take_in(features, labels, ignore_index, backend)
+
+    def _check(self, features: Tensor, labels: Tensor, ignore_index: int) -> None:
         num_classes, width = self.mean.shape
         check_float("features", features, f"a floating-point tensor (N, {width})", (None, width))
         check_labels(labels, len(features))
-        device = self.mean.device
         for name, tensor in (("features", features), ("labels", labels)):
-            check_device(name, tensor, device, "the ClassCovariance")
-        labels = labels.long()
+            check_device(name, tensor, self.mean.device, "the ClassCovariance")
         check_batch_values(features, labels, num_classes, ignore_index, self.mean.dtype)
-        labels = without_ignored(labels, ignore_index, num_classes)
-        passes = select_backend(backend, device, features.dtype)
+
+    def _take_in(
+        self, features: Tensor, labels: Tensor, ignore_index: int, backend: str | None
+    ) -> None:
+        labels = without_ignored(labels.long(), ignore_index, len(self.mean))
+        passes = select_backend(backend, self.mean.device, features.dtype)
         self.settle()
-        with full_precision(device):
+        with full_precision(self.mean.device):
             passes.covariance_update(self.covariance, self.mean, self.count, features, labels)
 
     def reset(self) -> None:

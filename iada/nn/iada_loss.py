@@ -1,5 +1,7 @@
 """The IADA loss as a module, `IADALoss`, with the state it needs."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,7 @@ from iada.nn.arguments import Extras, loss_of_rows
 from iada.nn.autograd import IADALossFunction, lender
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.priors import log_class_prior
+from iada.utils.distributed import Group, GroupReference, others_told
 from iada_kernels.contract import ClassStatistics, LossInputs, LossOptions
 from iada_kernels.dispatch import select_backend
 
@@ -30,6 +33,14 @@ class IADALoss(nn.Module):
         alpha, beta, class_weight, label_smoothing, ignore_index, reduction, backend: as in
             `fused_loss`. alpha and beta are plain attributes, to be annealed.
         device, dtype: of the buffers; float32 or float64.
+        process_group: of torch.distributed, whose ranks call it in training mode each with their
+            rows of the batch, as many as they have. None for a single process.
+
+    With a process group, in training mode, the mean over the ranks of what is returned is the loss
+    of one process with the whole batch, and so for the gradients, which DistributedDataParallel and
+    FSDP average: a rank's mean is world_size · Σ w ℓ of its own rows / Σ w of all rows, and "sum"
+    is times world_size; the losses of "none" are each row's own. The covariance takes in the rows
+    of all ranks. In evaluation mode nothing is exchanged: the loss is that of the rank's own rows.
     """
 
     log_prior: Tensor | None
@@ -50,11 +61,18 @@ class IADALoss(nn.Module):
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: Group = None,
     ) -> None:
         super().__init__()
         self.covariance = ClassCovariance(
-            num_classes, num_features, structure, device=device, dtype=dtype
+            num_classes,
+            num_features,
+            structure,
+            device=device,
+            dtype=dtype,
+            process_group=process_group,
         )
+        self._group = GroupReference(process_group)
         prior = None if class_counts is None else log_class_prior(class_counts, num_classes)
         for name, values in {"log_prior": prior, "class_weight": class_weight}.items():
             if values is not None:
@@ -76,6 +94,15 @@ class IADALoss(nn.Module):
     ) -> Tensor:
         """Eq. 6 for features (…, A), the head's weight (C, A) and bias (C), labels (…)."""
         state = self.covariance
+        sigma = state.covariance
+        inputs = LossInputs(features, weight, bias, labels, sigma, epsilon, self.log_prior)
+        options = LossOptions(
+            self.alpha, self.beta, self.ignore_index, self.reduction, self.label_smoothing
+        )
+        extras = Extras(self.class_weight, row_weight, return_logits)
+        group = self._group()
+        if self.training and group is not None:
+            return self._of_own_rows(inputs, options, extras, group)
 
         def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
             passes = select_backend(self.backend, features.device, features.dtype, options)
@@ -85,13 +112,28 @@ class IADALoss(nn.Module):
                 stream = ClassStatistics(state.mean, state.count)
             return IADALossFunction.apply(options, passes, stream, lender(state), *inputs.tensors())
 
-        sigma = state.covariance
-        inputs = LossInputs(features, weight, bias, labels, sigma, epsilon, self.log_prior)
-        options = LossOptions(
-            self.alpha, self.beta, self.ignore_index, self.reduction, self.label_smoothing
-        )
-        extras = Extras(self.class_weight, row_weight, return_logits)
         return loss_of_rows(compute, inputs, options, extras, streams=self.training)
+
+    def _of_own_rows(
+        self, inputs: LossInputs, options: LossOptions, extras: Extras, group: Group
+    ) -> Tensor:
+        """This rank's share of the loss of all rows, which the covariance takes in first."""
+        state = self.covariance
+        with contextlib.ExitStack() as checks:
+
+            def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
+                features = inputs.features
+                passes = select_backend(self.backend, features.device, features.dtype, options)
+                checks.close()  # passed: from here on ranks exchange
+                ignore_index = options.ignore_index
+                state.update(
+                    features, inputs.labels, ignore_index=ignore_index, backend=self.backend
+                )
+                tensors = inputs.tensors()
+                return IADALossFunction.apply(options, passes, None, lender(state), *tensors)
+
+            checks.enter_context(others_told(group))
+            return loss_of_rows(compute, inputs, options, extras, streams=True, group=group)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, reduction={self.reduction!r}"

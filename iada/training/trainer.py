@@ -33,6 +33,7 @@ from iada.utils.distributed import (
     broadcast,
     broadcast_object,
     check_parts,
+    check_unwrapped,
     current_group,
     gather_objects,
     own_part,
@@ -126,7 +127,8 @@ class Trainer:
         rows = {"batch_size": len(train_set) // self._steps}  # type: ignore[arg-type]
         if meta_set is not None:
             rows["meta_batch_size"] = min(config.meta_batch_size, len(meta_set))  # type: ignore[arg-type]
-        check_parts(backbone, rows, self.group)
+        check_parts(rows, self.group)
+        check_unwrapped(backbone, head)
         broadcast([*backbone.parameters(), *backbone.buffers(), *head.parameters()], self.group)
         if class_counts is None:
             class_counts = count_classes(train_set, head.out_features)

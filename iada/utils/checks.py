@@ -55,6 +55,17 @@ def check_tensor(name: str, tensor: Tensor, expected: str) -> None:
         raise complain(
             name, expected, f"a {type(tensor).__name__}", "wrap it with torch.as_tensor(...)"
         )
+    if is_sharded(tensor):
+        remedy = (
+            f"pass {name}.full_tensor(grad_placements=[Partial('avg')]), or compute the loss in "
+            "the sharded module's own forward: docs/training.md"
+        )
+        raise complain(name, expected, "a DTensor, which lies on several processes", remedy)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP's parameters are; without importing what defines them."""
+    return hasattr(tensor, "full_tensor")
 
 
 def check_sizes(name: str, tensor: Tensor, expected: str, sizes: tuple[int | None, ...]) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iada.utils.checks import complain
+from iada.utils.checks import complain, is_sharded
 
 if dist.is_available():
     # The functions in there have the group of all processes as a default argument. Imported after
@@ -28,6 +28,7 @@ if dist.is_available():
     import torch.distributed.nn.functional
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # a build of torch may be without
+REFUSED = -1  # in place of a count of rows
 
 
 class GroupReference:
@@ -44,11 +45,22 @@ class GroupReference:
             raise complain("process_group", expected, f"a {type(group).__name__}", remedy)
         self._reference = None if group is None else weakref.ref(group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._reference is not None:
+            raise TypeError(
+                "process_group: expected None in what is pickled, got a group, which belongs to "
+                "its process; save state_dict() instead"
+            )
+        return vars(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GroupReference":
+        return self
+
     def __call__(self) -> Group:
         if self._reference is None:
             return None
         group = self._reference()
-        if group is None:
+        if group is None or not dist.is_initialized():
             raise RuntimeError(
                 "process_group: expected one that is alive, got one that was destroyed; after "
                 "destroy_process_group() build what used it anew"
@@ -92,16 +104,26 @@ def size_of(group: Group) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def check_parts(backbone: nn.Module, rows: dict[str, int], group: Group) -> None:
-    """ValueError if a rank would be without a row of a batch, or the model is wrapped.
+def check_unwrapped(backbone: nn.Module, head: nn.Module) -> None:
+    """ValueError if DistributedDataParallel or FSDP is to see to the gradients."""
+    remedy = "gradients are averaged here, over the process group"
+    for name, module in (("backbone", backbone), ("head", head)):
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            got, remedy = "DistributedDataParallel", f"pass {name}.module: {remedy}"
+        elif any(is_sharded(parameter) for parameter in module.parameters()):
+            got, remedy = "one sharded into DTensors", f"leave out fully_shard: {remedy}"
+        else:
+            continue
+        raise complain(name, "a plain module", got, remedy)
+
+
+def check_parts(rows: dict[str, int], group: Group) -> None:
+    """ValueError if a rank would be without a row of a batch.
 
     rows: of the smallest batch of each kind, by the name of the setting.
     """
     if group is None:
         return
-    if isinstance(backbone, nn.parallel.DistributedDataParallel):
-        remedy = "pass backbone.module: gradients are averaged here"
-        raise complain("backbone", "a plain module", "DistributedDataParallel", remedy)
     for name, least in rows.items():
         if least < size_of(group):
             expected = f"a row for each of {size_of(group)} processes in every batch"
@@ -123,6 +145,30 @@ def row_counts(count: int, group: Group) -> list[int]:
     (torch.distributed.init_process_group() without a name has one).
     """
     return [count] if group is None else _host_values(count, group)
+
+
+def agreed_row_counts(count: int, group: Group) -> list[int]:
+    """`row_counts`, or ValueError if another rank is in `others_told` for an error of its own."""
+    counts = row_counts(count, group)
+    if min(counts) < 0:
+        got = f"an error on rank {counts.index(REFUSED)}"
+        remedy = "its own message says what is wrong; nothing was changed"
+        raise complain("process_group", "arguments that fit on every rank", got, remedy)
+    return counts
+
+
+@contextlib.contextmanager
+def others_told(group: Group) -> Iterator[None]:
+    """A ValueError inside is raised by the others' `agreed_row_counts`, which would wait for ever.
+
+    Inside, nothing is exchanged.
+    """
+    try:
+        yield
+    except ValueError:
+        if group is not None:
+            row_counts(REFUSED, group)
+        raise
 
 
 def any_rank(flag: bool, group: Group) -> bool:

@@ -261,5 +261,5 @@ def test_a_distributed_module_is_refused():
         def __init__(self):
             nn.Module.__init__(self)
 
-    with pytest.raises(ValueError, match="^backbone: expected the module itself"):
+    with pytest.raises(ValueError, match="^backbone: expected a plain module"):
         iada.MetaIADA(Wrapped(), nn.Linear(8, 3), None, torch.ones(3))

@@ -1,21 +1,17 @@
 """Two processes under torchrun give what one gives with the whole batch."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from iada.training.checkpoint import load_checkpoint
 from iada.utils.distributed import average, current_group, gather_rows, own_part, row_counts
+from tests.helpers.launch import ROOT, torchrun
 from tests.helpers.training import make_trainer
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).parents[2]
 METHODS = (
     "ce",
     "meta-iada",
@@ -25,21 +21,6 @@ METHODS = (
     "meta-weight-net",
     "isda",
 )
-
-
-def torchrun(*arguments):
-    """The output of two processes; each on one thread."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    done = subprocess.run(
-        [*command, "--nproc-per-node", "2", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

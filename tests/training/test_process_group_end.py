@@ -22,7 +22,9 @@ pytestmark = [
 # In a process of its own, as it depends on what is imported when.
 PROGRAM = """
 import weakref
+import torch
 import torch.distributed as dist
+import iada
 import iada.training.trainer
 from tests.helpers.training import make_trainer
 
@@ -33,6 +35,8 @@ trainers = [make_trainer(method=method, epochs=3) for method in ("meta-iada", "i
 for trainer in trainers:
     assert trainer.group is group()
     trainer.fit()
+loss = iada.IADALoss(3, 4, process_group=dist.group.WORLD)
+loss(torch.randn(2, 4), torch.randn(3, 4), None, torch.tensor([0, 1]))
 dist.destroy_process_group()
 assert group() is None, "the group lives on"
 try:
@@ -42,7 +46,7 @@ except RuntimeError as error:
 """
 
 
-def test_a_trainer_does_not_keep_the_group_alive():
+def test_nothing_here_keeps_the_group_alive():
     paths = f"{Path(__file__).parents[2]}{os.pathsep}{os.pathsep.join(sys.path)}"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
