@@ -99,7 +99,7 @@ def loss_backward(
         grad_loss,
         inputs.features.contiguous(),
         contiguous_as(inputs.weight, residual.dtype),
-        inputs.labels,
+        inputs.labels.contiguous(),
         residual,
         partial,
         0 if inputs.covariance is None else inputs.covariance.dim(),

@@ -39,7 +39,8 @@ def covariance_update(
     shift = batch_mean - mean
     if covariance.dim() == 2:
         spread = sums.index_add(0, labels, centred * centred)[:-1] / divisor
-        covariance += w * (spread - covariance + (1 - w) * shift * shift)
+        # Not Σ += w (Σ′ − Σ): of a small Σ′ that takes the place of a large Σ it keeps no digit.
+        covariance.mul_(1 - w).add_(w * (spread + (1 - w) * shift * shift))
     elif covariance.device.type == "cpu":
         _update_full_grouped(covariance, centred, labels, size, w, shift)
     else:
@@ -72,4 +73,5 @@ def _update_full_masked(
         spread /= divisor[classes, :, None]
         step = shift[classes]
         spread.baddbmm_(((1 - w[classes]) * step)[:, :, None], step[:, None, :])
-        covariance[classes] += w[classes, :, None] * (spread - covariance[classes])
+        share = w[classes, :, None]
+        covariance[classes] = (1 - share) * covariance[classes] + share * spread

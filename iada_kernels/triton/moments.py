@@ -74,8 +74,8 @@ def moments_kernel(
             x = tl.where((at < m)[:, None], x - batch_mean[None, :], 0.0)
             total += tl.sum(x * x, axis=0)
         sigma = tl.load(covariance + place, mask=inside, other=0.0)
-        sigma += w * (total / m - sigma + (1 - w) * step * step)
-        tl.store(covariance + place, sigma, mask=inside)
+        spread = total / m + (1 - w) * step * step
+        tl.store(covariance + place, (1 - w) * sigma + w * spread, mask=inside)
 
 
 def update_moments(

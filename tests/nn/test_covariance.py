@@ -195,6 +195,16 @@ def test_absent_classes_keep_their_bits(structure, dtype, backend, device):
 
 
 @STRUCTURES
+def test_what_is_replaced_leaves_no_rounding_behind(structure, backend, device):
+    """A class that has no samples yet takes the batch's Σ, however large what stood there was."""
+    features, labels = random_stream(30, 2, 5)
+    state = new_state(2, 5, structure, device)
+    state.covariance.fill_(1e8)
+    state.update(features.to(device), labels.to(device), backend=backend)
+    assert_state(state, population(features.float(), labels, 2, structure), 1e-5)
+
+
+@STRUCTURES
 def test_an_empty_batch_changes_nothing(structure, backend, device):
     features, labels = random_stream(60, 4, 5)
     state = new_state(4, 5, structure, device)

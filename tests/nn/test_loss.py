@@ -1,5 +1,7 @@
 """The value and the first gradients of the loss: fused against the definition and against eager."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -166,6 +168,16 @@ def test_uint8_labels_with_an_ignore_index_that_uint8_cannot_hold(backend, devic
 def test_wide_unsigned_labels(label_dtype, backend, device):
     problem = random_problem(label_dtype=label_dtype, ignored=0.0)
     assert_three_agree(problem, backend, device)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("structure", [None, "full", "diag"])
+def test_labels_may_have_any_stride(structure, reduction, backend, device):
+    """A column of a table, say: int64 already, so that nothing makes them contiguous."""
+    problem = random_problem(structure=structure, reduction=reduction)
+    column = torch.stack((problem.labels, torch.full_like(problem.labels, -7)), dim=1)[:, 0]
+    assert not column.is_contiguous()
+    assert_three_agree(replace(problem, labels=column), backend, device)
 
 
 @pytest.mark.parametrize("structure", ["full", "diag"])
