@@ -5,6 +5,7 @@ import csv
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -269,6 +270,24 @@ def test_what_runs_have_in_common_is_made_once(images, tmp_path, capsys, monkeyp
     first = records["table7/cifar10-100", "meta-iada"]
     assert again["confusion"] == first["confusion"]
     assert [row["epoch"] for row in again["curve"]] == [0, 1, 2]
+
+
+def test_a_first_phase_serves_another_test_set(images, tmp_path, monkeypatch):
+    """Copied to another folder, as docs/experiments.md says; what it was tested on is not taken."""
+    trained = []
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self: trained.append(self.epoch) or fit(self))
+    command = ["paper", "--table", "controls", "--device", "cpu", "--epochs", "3"]
+    command += ["--data", str(images), "--set", *SMALLER, "--methods"]
+    assert main([*command, "ce", "--out", str(tmp_path / "a")]) == 0
+    shutil.copytree(tmp_path / "a" / FIRST_PHASES, tmp_path / "b" / FIRST_PHASES)
+    command += ["deferred-la", "--test-limit", "2", "--out", str(tmp_path / "b")]
+    assert main(command) == 0
+    assert trained == [0, 2, 2]
+    first, second = (read_records([tmp_path / name])[0]["curve"] for name in "ab")
+    assert all(row["accuracy"] is not None for row in first)
+    assert [row["accuracy"] is None for row in second] == [True, True, False]
+    assert [row["loss"] for row in second[:2]] == [row["loss"] for row in first[:2]]
 
 
 def test_meta_images_as_training_images(images, tmp_path):
