@@ -32,7 +32,7 @@ def test_python_examples():
         "optimizer": torch.optim.SGD(backbone.parameters(), lr=0.1),
     }
     exec(swap, names)
-    assert int(names["covariance"].count.sum()) == 16
+    assert int(names["criterion"].covariance.count.sum()) == 16
     assert torch.isfinite(names["loss"])
     names["optimizer"].add_param_group({"params": [*names["head"].parameters()]})
     exec(meta, names)
