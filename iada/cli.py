@@ -18,7 +18,14 @@ from iada.models import mlp
 from iada.training.config import TrainerConfig, check_fields, read_toml
 from iada.training.trainer import Trainer
 from iada.utils.checks import complain
-from iada.utils.distributed import current_group, launched_group, rank_of
+from iada.utils.distributed import (
+    by_first,
+    current_group,
+    launched_group,
+    launched_rank,
+    rank_of,
+    told_by_first,
+)
 from iada.utils.files import check_writable
 from iada.utils.loading import TensorData
 from iada_kernels.version import __version__
@@ -80,10 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except KeyboardInterrupt as stop:
-        print(f"\n{stop}" if str(stop) else "\nstopped")
+        if launched_rank() == 0:
+            print(f"\n{stop}" if str(stop) else "\nstopped")
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not told_by_first(error):
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
         text = str(error)
@@ -178,10 +187,8 @@ def _train_here(options: argparse.Namespace) -> int:
     say = print if first else _say_nothing
     if options.resume:
         say("resumed" if trainer.resume() else f"nothing to resume in {options.out}: from new")
-    elif first and (options.out / "checkpoint.pt").exists():
-        raise complain(
-            "--out", "a folder without a checkpoint", str(options.out), "add --resume, or move it"
-        )
+    else:
+        by_first(lambda: _check_fresh(options.out), trainer.group)
     trainer.fit()
     accuracy = trainer.class_accuracy(parts["test"])
     balanced = float(accuracy.nanmean())
@@ -193,11 +200,17 @@ def _train_here(options: argparse.Namespace) -> int:
         "test_class_accuracy": [None if math.isnan(a) else a for a in accuracy.tolist()],
         "test_balanced_accuracy": balanced,
     }
-    if first:
-        (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1) + "\n"
+    by_first(lambda: (options.out / "result.json").write_text(text), trainer.group)
     say(f"balanced test accuracy {100 * balanced:.2f} %")
     say(f"written: {options.out / 'result.json'}")
     return 0
+
+
+def _check_fresh(folder: Path) -> None:
+    if (folder / "checkpoint.pt").exists():
+        remedy = "add --resume, or move it"
+        raise complain("--out", "a folder without a checkpoint", str(folder), remedy)
 
 
 def _say_nothing(text: str) -> None:

@@ -16,7 +16,9 @@ from iada.experiments.listing import comparison, listing, published_figures, rea
 from iada.experiments.progress import Series
 from iada.experiments.recipe import Recipe
 from iada.experiments.run import RECORD, Place, run
+from iada.training.config import SINGLE_PROCESS
 from iada.utils.checks import complain
+from iada.utils.distributed import by_first, current_group, launched_group, rank_of
 from iada.utils.files import check_writable
 
 RESULTS = Path("bench/results/paper.json")  # of this repository's own runs, in a checkout
@@ -28,7 +30,8 @@ def add_paper(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "paper",
         help="run the papers' experiments",
         description=__doc__,
-        epilog=f"The recipes: {recipes.recipe_folder()}",
+        epilog=f"The recipes: {recipes.recipe_folder()}. With several processes, which train each "
+        "run together: torchrun --nproc-per-node 2 -m iada paper ...",
     )
     parser.add_argument("--list", action="store_true", help="every row, and what has been run")
     parser.add_argument("--table", help="2 to 7, afr-1, or figure6")
@@ -58,9 +61,14 @@ def add_paper(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def paper(options: argparse.Namespace) -> int:
     """Run the command; its exit code."""
+    with launched_group():
+        return _paper(options)
+
+
+def _paper(options: argparse.Namespace) -> int:
     if options.list:
         known = read_records([options.out, RESULTS])
-        print(listing([recipes.load(name) for name in recipes.names()], known))
+        _say(listing([recipes.load(name) for name in recipes.names()], known))
         return 0
     if options.table is None:
         raise complain("--table", "a table of the papers", "none", "pass one, or --list")
@@ -86,11 +94,15 @@ def paper(options: argparse.Namespace) -> int:
     )
     chosen = _chosen(options)
     _check_one_data_set(chosen)
+    if current_group() is not None:
+        _check_processes(chosen, place.device)
     if options.dry_run:
         for recipe in chosen:
             _dry_run(recipe, options, limits, place)
         return 0
-    check_writable(options.out)  # before hours of training, not after
+    by_first(
+        lambda: check_writable(options.out), current_group()
+    )  # before hours of training, not after
     seeds = _seeds(options)
     runs = [(limited(r, limits), c, seed) for r in chosen for seed in seeds for c in r.contestants]
     series = Series(runs)
@@ -114,6 +126,28 @@ def _check_one_data_set(chosen: Sequence[Recipe]) -> None:
         rows = ", ".join(recipe.row for recipe in chosen)
         expected = "rows of one data set, as --data is one path"
         raise complain("--row", expected, f"all of {rows}", "pass one of these")
+
+
+def _check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
+    """All that the options name can be trained by several processes."""
+    alone = [c.key for r in chosen for c in r.contestants if c.trainer.method in SINGLE_PROCESS]
+    if alone:
+        several = [c.key for c in chosen[0].contestants if c.key not in alone]
+        raise complain(
+            "--methods",
+            "those that several processes can train together",
+            f"{', '.join(dict.fromkeys(alone))}, which one process trains",
+            f"pass --methods {' '.join(several)} here, and these without torchrun",
+        )
+    if device.index is not None:
+        remedy = f"pass {device.type}: each process takes the device of its LOCAL_RANK"
+        raise complain("--device", "a kind of device for several processes", str(device), remedy)
+
+
+def _say(text: str) -> None:
+    """Print it, once for all processes."""
+    if rank_of(current_group()) == 0:
+        print(text, flush=True)
 
 
 def _chosen(options: argparse.Namespace) -> list[Recipe]:
@@ -148,26 +182,28 @@ def _run(
 ) -> None:
     from iada.experiments.report import write_page
 
-    print(f"{recipe.name}: {recipe.title} ({recipe.source})", flush=True)
+    _say(f"{recipe.name}: {recipe.title} ({recipe.source})")
     for departure in limits.words(recipe.contestants[0].trainer.epochs):
-        print(f"  other than published: {departure}", flush=True)
+        _say(f"  other than published: {departure}")
     parts = read_parts(recipe, options.data, limits)
     records = []
     for seed in _seeds(options):
         split = make_split(recipe, parts, seed)
         for contestant in recipe.contestants:
             name = f"{contestant.title}, seed {seed}"
-            print(f"\n{series.begin()}: {name}", flush=True)
+            _say(f"\n{series.begin()}: {name}")
             folder = options.out / recipe.name / contestant.key / f"seed{seed}"
             own = replace(place, folder=folder, root=options.out, progress=name)
             made = not (folder / RECORD).exists()
             records.append(run(recipe, contestant, seed, split, limits, own))
-            print(f"  {series.end(records[-1], recipe, made)}", flush=True)
-    print(f"\n{comparison(recipe, records)}")
+            _say(f"  {series.end(records[-1], recipe, made)}")
+    _say(f"\n{comparison(recipe, records)}")
     folder = options.out / recipe.name
-    command = _command(recipe, options)
-    page = write_page(records, folder, published_figures([recipe]), recipe.source, command)
-    print(f"\nReport: {page}")
+    command, published = _command(recipe, options), published_figures([recipe])
+    page = by_first(
+        lambda: write_page(records, folder, published, recipe.source, command), current_group()
+    )
+    _say(f"\nReport: {page}")
 
 
 def _seeds(options: argparse.Namespace) -> Sequence[int]:
@@ -197,18 +233,18 @@ def _dry_run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place:
     seeds = _seeds(options)
     split = make_split(recipe, parts, seeds[0])
     meta = 0 if split.meta is None else len(split.meta)
-    print(f"{recipe.name}: {recipe.title} ({recipe.source}), on {place.device}")
-    print(f"  {len(split.train)} training, {meta} meta and {len(split.test)} test samples")
+    _say(f"{recipe.name}: {recipe.title} ({recipe.source}), on {place.device}")
+    _say(f"  {len(split.train)} training, {meta} meta and {len(split.test)} test samples")
     total = 0.0
     for contestant in recipe.contestants:
         found = estimate(recipe, contestant, split, limits, place)
         total += len(seeds) * found.total
-        print(
+        _say(
             f"  {contestant.title}: {found.plain_steps} steps of {1e3 * found.plain_step:.0f} ms, "
             f"{found.method_steps} of {1e3 * found.method_step:.0f} ms, {found.tests} tests of "
             f"{found.test:.1f} s: about {_duration(found.total)} a seed"
         )
-    print(f"  {len(seeds)} seeds: about {_duration(total)}")
+    _say(f"  {len(seeds)} seeds: about {_duration(total)}")
 
 
 def _duration(seconds: float) -> str:

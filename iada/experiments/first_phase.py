@@ -15,6 +15,7 @@ from iada.training.first_phase import (
     start_from,
 )
 from iada.training.trainer import CHECKPOINT, Trainer
+from iada.utils.distributed import by_first
 from iada.utils.files import check_writable
 from iada.utils.lock import folder_lock
 
@@ -42,9 +43,13 @@ def take_up_first_phase(trainer: Trainer, phase: Trainer, split: Split) -> None:
     """
     folder = phase.folder
     assert folder is not None
-    check_writable(folder)
     path = folder / FILE
-    state = load_first_phase(path) if path.exists() else None
+
+    def former() -> dict[str, Any] | None:
+        check_writable(folder)
+        return load_first_phase(path) if path.exists() else None
+
+    state = by_first(former, trainer.group)
     if state is None or state["epoch"] < phase.config.epochs:
         state = _finished(phase, path, state, split)
     if state["tested"] != fingerprint(split.test):
@@ -65,8 +70,12 @@ def _finished(
     if not phase.resume() and state is not None:
         start_from(phase, state)
     phase.fit()
-    with folder_lock(path.parent):
-        found = exported(phase, split)
-        save_first_phase(path, found)
-        (path.parent / CHECKPOINT).unlink(missing_ok=True)  # the file has all of it
+    found = exported(phase, split)
+
+    def keep() -> None:
+        with folder_lock(path.parent):
+            save_first_phase(path, found)
+            (path.parent / CHECKPOINT).unlink(missing_ok=True)  # the file has all of it
+
+    by_first(keep, phase.group)
     return found

@@ -1,5 +1,6 @@
 """One run of a recipe: a method and a seed, resumable, described by one record."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -18,11 +19,18 @@ from iada.experiments.first_phase import FOLDER, first_phase_digest, take_up_fir
 from iada.experiments.metrics import Measured, measure
 from iada.experiments.recipe import Contestant, Recipe
 from iada.experiments.scenarios import Split
+from iada.experiments.watch import Watch
 from iada.models import build_backbone
 from iada.training.config import TrainerConfig
 from iada.training.first_phase import can_share, first_phase_config
 from iada.training.trainer import CHECKPOINT, Trainer
 from iada.utils.checks import complain
+from iada.utils.distributed import (
+    by_first,
+    current_group,
+    gather_objects,
+    size_of,
+)
 from iada.utils.files import check_writable, written_aside
 from iada.utils.lock import folder_lock
 from iada_kernels.environment import environment
@@ -57,18 +65,60 @@ def run(
     other settings or on other data, finished or begun: run.json is what it was begun with; or if
     another process is at it.
     """
-    check_writable(place.folder)
     split = split.with_meta_in_train() if contestant.with_meta else split
-    with folder_lock(place.folder):
+    with contextlib.ExitStack() as entered:
+        by_first(lambda: _enter(place.folder, entered), current_group())
         return _run(recipe, contestant, seed, split, limits, place)
+
+
+def _enter(folder: Path, entered: contextlib.ExitStack) -> None:
+    check_writable(folder)
+    entered.enter_context(folder_lock(folder))
 
 
 def _run(
     recipe: Recipe, contestant: Contestant, seed: int, split: Split, limits: Limits, place: Place
 ) -> dict[str, Any]:
     trainer, views, watch = prepare(recipe, contestant, seed, split, limits, place)
-    record, begun = place.folder / RECORD, place.folder / ASKED
     asked = _asked(recipe, contestant, seed, trainer, split, limits)
+    if any(other != asked for other in gather_objects(asked, trainer.group)):
+        remedy = "start all processes on the same files, or one process alone"
+        raise complain("--data", "the same split on every process", "several", remedy)
+    finished = by_first(lambda: _begin(asked, split, place), trainer.group)
+    if finished is not None:
+        return finished
+    former = trainer.resume()
+    start = time.monotonic()
+    if place.root is not None and not trainer.epoch and not trainer.batch:
+        _share_first_phase(recipe, contestant, trainer, split, place)
+    trainer.fit()
+    seconds = time.monotonic() - start
+    watch.gather()
+
+    def measured() -> dict[str, Any]:
+        last = _measure(trainer, views.test, split.test, split)
+        record = {
+            **asked,
+            "class_names": list(split.test.class_names),
+            **_epochs(trainer.history, recipe, last),
+            "confusion": last.confusion,
+            "group_accuracy": last.group_accuracy,
+            "curve": _curve(trainer.history, watch.terms),
+            "strengths": watch.strengths.as_record(),
+            **_covariance(trainer, views),
+            # Of this call alone, where a run was interrupted.
+            "seconds": None if former else seconds,
+            "machine": _machine(place.device, size_of(trainer.group)),
+        }
+        _write(place.folder / RECORD, record)
+        return record
+
+    return by_first(measured, trainer.group)
+
+
+def _begin(asked: dict[str, Any], split: Split, place: Place) -> dict[str, Any] | None:
+    """The record of this run if it has been made; else its folder is prepared for it."""
+    record, begun = place.folder / RECORD, place.folder / ASKED
     if record.exists():
         return _former(record, asked)
     equal = None if place.root is None else _equal_run(place.root, asked)
@@ -79,28 +129,7 @@ def _run(
         _former(begun, asked)
     _write(begun, asked)
     split.save(place.folder)
-    former = trainer.resume()
-    start = time.monotonic()
-    if place.root is not None and not trainer.epoch and not trainer.batch:
-        _share_first_phase(recipe, contestant, trainer, split, place)
-    trainer.fit()
-    seconds = time.monotonic() - start
-    last = _measure(trainer, views.test, split.test, split)
-    found = {
-        **asked,
-        "class_names": list(split.test.class_names),
-        **_epochs(trainer.history, recipe, last),
-        "confusion": last.confusion,
-        "group_accuracy": last.group_accuracy,
-        "curve": _curve(trainer.history, watch.terms),
-        "strengths": watch.strengths.as_record(),
-        **_covariance(trainer, views),
-        # Of this call alone, where a run was interrupted.
-        "seconds": None if former else seconds,
-        "machine": _machine(place.device),
-    }
-    _write(record, found)
-    return found
+    return None
 
 
 def prepare(
@@ -191,26 +220,6 @@ def _equal_run(root: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-@dataclass
-class Watch:
-    """What is looked at during training; an `observe` callback that checkpoints with the run."""
-
-    terms: TermsLog
-    strengths: StrengthCounts
-
-    def __call__(self, trainer: Trainer, batch: Sequence[Any], result: Any) -> None:
-        if trainer.method.covariance is not None:
-            self.terms(trainer, batch, result)
-        self.strengths(trainer, batch, result)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"terms": self.terms.state_dict(), "strengths": self.strengths.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.terms.load_state_dict(state["terms"])
-        self.strengths.load_state_dict(state["strengths"])
-
-
 def _asked(
     recipe: Recipe,
     contestant: Contestant,
@@ -243,9 +252,10 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
         file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def _machine(device: torch.device) -> dict[str, str]:
+def _machine(device: torch.device, processes: int) -> dict[str, str]:
     """The machine, and what of it trains."""
-    return {"device": str(device), **environment(device)}
+    found = {"device": str(device), **environment(device)}
+    return found if processes == 1 else {**found, "processes": str(processes)}
 
 
 def _former(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:

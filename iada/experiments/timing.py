@@ -9,6 +9,7 @@ from iada.experiments.experiment import Limits
 from iada.experiments.recipe import Contestant, Recipe
 from iada.experiments.run import Place, prepare
 from iada.experiments.scenarios import Split
+from iada.utils.distributed import own_part
 from iada.utils.loading import batches, to_device
 
 WARM_UP, TIMED = 2, 3
@@ -47,7 +48,9 @@ def estimate(
     phase_two = trainer.method.begin_epoch((config.ce_epochs + config.epochs) // 2, order, 0)
     seconds = []
     for plain in (True, False):
-        served = iter(batches(views.train, order if plain else phase_two))
+        rows_of_steps = order if plain else phase_two
+        own = [rows[own_part(len(rows), trainer.group)] for rows in rows_of_steps]
+        served = iter(batches(views.train, own))
         start = 0.0
         for step in range(WARM_UP + TIMED):
             if step == WARM_UP:

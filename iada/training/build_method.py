@@ -18,7 +18,7 @@ from iada.nn.characteristics import TrainingMemory
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.perturbation_net import PerturbationNet
 from iada.nn.priors import class_balanced_weights
-from iada.training.config import TrainerConfig
+from iada.training.config import SINGLE_PROCESS, TrainerConfig
 from iada.utils.checks import complain
 from iada.utils.distributed import Group, broadcast
 from iada.utils.loading import labels_of
@@ -58,7 +58,7 @@ def build_method(
             **engine,
             **common,
         )
-    if config.method in ("cmo", "afr"):
+    if config.method in SINGLE_PROCESS:
         return _pasting(config, *shared, train_set, group)
     if config.method in ("cb-ce", "cb-focal"):
         gamma = config.focal_gamma if config.method == "cb-focal" else 0.0

@@ -27,6 +27,7 @@ METHODS = (
     "cmo",
     "afr",
 )
+SINGLE_PROCESS = ("cmo", "afr")
 STAGED = ("ldam-drw", "cmo", "afr")  # what they do depends on how far the run is
 AFTER_CE = ("metasaug", "meta-iada")  # published with a phase of plain CE before them
 PERTURBATIONS = ("learned", "untrained", "constant")

@@ -18,6 +18,7 @@ from iada.training.config import TrainerConfig
 from iada.training.trainer import Trainer
 from iada.utils import seeds
 from iada.utils.checks import complain
+from iada.utils.distributed import rank_of
 from iada.utils.files import written_aside
 
 FORMAT = "iada-first-phase-1"
@@ -146,7 +147,11 @@ def start_from(trainer: Trainer, state: dict[str, Any]) -> None:
         memory.load_state_dict(state["memory"])
     trainer.epoch, trainer.batch = state["epoch"], 0
     trainer.history = [dict(row) for row in state["history"]]
-    seeds.restore(state["random_state"], trainer.head.weight.device)
+    device, rank = trainer.head.weight.device, rank_of(trainer.group)
+    if rank == 0:
+        seeds.restore(state["random_state"], device)
+    else:  # else all ranks would draw the same dropout masks
+        seeds.seed_all(seeds.seed_of(trainer.config.seed, rank, state["epoch"]), device)
 
 
 def save_first_phase(path: Path, state: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from iada.utils.distributed import (
     GroupReference,
     any_rank,
     broadcast,
-    broadcast_object,
+    by_first,
     check_parts,
     check_unwrapped,
     current_group,
@@ -187,15 +187,18 @@ class Trainer:
         """Find out now whether a checkpoint can be written; `entered` keeps the folder's lock."""
         if self.folder is None:
             return
-        if rank_of(self.group) == 0:
-            check_writable(self.folder)
-            entered.enter_context(folder_lock(self.folder))
-            remove_leftovers(self.folder / CHECKPOINT)
-            if (self.folder / CHECKPOINT).exists() and not self._owns_checkpoint:
-                remedy = "call resume() first, or move it"
-                raise complain("folder", "no checkpoint of another run", str(self.folder), remedy)
+        by_first(lambda: self._enter(entered), self.group)
         if not self._owns_checkpoint:
             self.save()
+
+    def _enter(self, entered: contextlib.ExitStack) -> None:
+        assert self.folder is not None
+        check_writable(self.folder)
+        entered.enter_context(folder_lock(self.folder))
+        remove_leftovers(self.folder / CHECKPOINT)
+        if (self.folder / CHECKPOINT).exists() and not self._owns_checkpoint:
+            remedy = "call resume() first, or move it"
+            raise complain("folder", "no checkpoint of another run", str(self.folder), remedy)
 
     def _run_epoch(
         self, stopped: Callable[[], bool], write: Callable[[dict[str, Any]], None]
@@ -321,9 +324,8 @@ class Trainer:
         """Write checkpoint.pt into `folder`, all or nothing; nothing without a folder."""
         if self.folder is None:
             return
-        state = self.state_dict()
-        if rank_of(self.group) == 0:
-            save_checkpoint(self.folder / CHECKPOINT, state)
+        path, state = self.folder / CHECKPOINT, self.state_dict()
+        by_first(lambda: save_checkpoint(path, state), self.group)
         self._owns_checkpoint = True
 
     def resume(self) -> bool:
@@ -331,11 +333,10 @@ class Trainer:
 
         Rank 0 reads it for all.
         """
-        state = None
-        path = None if self.folder is None else self.folder / CHECKPOINT
-        if path is not None and rank_of(self.group) == 0 and path.exists():
-            state = load_checkpoint(path)
-        state = broadcast_object(state, self.group)
+        if self.folder is None:
+            return False
+        path = self.folder / CHECKPOINT
+        state = by_first(lambda: load_checkpoint(path) if path.exists() else None, self.group)
         if state is None:
             return False
         self.load_state_dict(state)

@@ -12,8 +12,8 @@ function is the identity. All ranks of the group must make the same calls in the
 import contextlib
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,8 @@ if dist.is_available():
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # a build of torch may be without
 REFUSED = -1  # in place of a count of rows
+OF_FIRST = "raised by rank 0, and for the others with it"
+Result = TypeVar("Result")
 
 
 class GroupReference:
@@ -250,6 +252,41 @@ def broadcast_object(value: Any, group: Group) -> Any:
     box = [value]
     dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group=group)
     return box[0]
+
+
+def by_first(action: Callable[[], Result], group: Group) -> Result:
+    """What `action` gives on rank 0, which alone calls it, on every rank; it must be picklable.
+
+    A ValueError or OSError of it is raised by all, the others' with the note `OF_FIRST`: none waits
+    for a rank that has ended.
+    """
+    if group is None:
+        return action()
+    result: Result | None = None
+    failure: ValueError | OSError | None = None
+    if rank_of(group) == 0:
+        try:
+            result = action()
+        except (ValueError, OSError) as error:
+            failure = error
+    result, shared = broadcast_object((result, failure), group)
+    if failure is not None:
+        raise failure
+    if shared is not None:
+        shared.add_note(OF_FIRST)
+        raise shared
+    return result
+
+
+def told_by_first(error: BaseException) -> bool:
+    """Whether rank 0 has the same error, and shows it."""
+    return OF_FIRST in getattr(error, "__notes__", ())
+
+
+def launched_rank() -> int:
+    """This process's rank under torchrun, without and after its group as well; else 0."""
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    return int(os.environ["RANK"]) if launched else 0
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:

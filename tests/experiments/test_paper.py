@@ -27,37 +27,17 @@ from iada.training.first_phase import can_share, first_phase_config
 from iada.training.trainer import Trainer
 from iada.utils.lock import LOCK
 from tests.helpers import dataset_files as made
+from tests.helpers.paper_runs import ROW, SMALLER, write_images
 from tests.helpers.processes import held_by_another_process
 
 pytestmark = pytest.mark.slow
 
 Image = pytest.importorskip("PIL.Image")
 
-CLASSES = [f"class{place}" for place in range(10)]
-SMALLER = [
-    "data.reader=folder",
-    "model.backbone=resnet8",
-    "trainer.batch_size=16",
-    "trainer.meta_batch_size=10",
-    "scenario.ratio=2",
-    "scenario.meta_per_class=2",
-]
-ROW = ["paper", "--table", "2", "--row", "cifar10-100", "--device", "cpu", "--set", *SMALLER]
-
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Train and test folders of ten classes, each of its own brightness."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 12), ("test", 3)):
-        for place, name in enumerate(CLASSES):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 30, (8, 8, 3)) + 22 * place
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
-    return root
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def test_every_row_of_the_tables_has_a_recipe():

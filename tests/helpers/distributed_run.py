@@ -6,13 +6,19 @@ Usage: distributed_run.py FOLDER METHOD...
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import iada
+from iada.experiments.diagnostics import TermsLog
+from iada.experiments.epsilon_log import StrengthCounts
+from iada.experiments.watch import Watch
+from iada.training.first_phase import first_phase_state, start_from
 from iada.training.measures import EpochMeasures
 from iada.utils.distributed import (
     add_up,
@@ -20,6 +26,7 @@ from iada.utils.distributed import (
     average,
     broadcast,
     broadcast_object,
+    by_first,
     current_group,
     gather_objects,
     gather_rows,
@@ -27,7 +34,9 @@ from iada.utils.distributed import (
     own_part,
     rank_of,
     row_counts,
+    told_by_first,
 )
+from tests.helpers.processes import held_by_another_process
 from tests.helpers.training import differences, make_data, make_trainer
 
 DTYPES = (torch.float32, torch.float64)
@@ -82,6 +91,59 @@ def check_measures(group):
     assert other.summary(None, group) == want
 
 
+def check_watch(group):
+    """The state is what both ranks saw; loaded, it is the first's, so that it is counted once."""
+    rank = rank_of(group)
+    labels = torch.tensor([0, 0, 1])
+    watch = Watch(TermsLog(), StrengthCounts(labels, None, 2, epochs=1))
+    rows = (torch.tensor([0, 2]), torch.tensor([1]))[rank]
+    result = iada.MetaStep(torch.zeros(()), torch.zeros(()), torch.full((len(rows),), 0.5))
+    watch.strengths(SimpleNamespace(epoch=0), (None, labels[rows], rows), result)
+    watch.terms.load_state_dict({"sums": {0: torch.tensor([1.0, 2.0, 3.0, 1.0]) * (rank + 1)}})
+    for _ in range(2):  # saved and loaded, nothing changes
+        saved = watch.state_dict()
+        assert saved["strengths"]["visits"].sum() == 3
+        assert saved["terms"]["sums"][0].tolist() == [3, 6, 9, 3]
+        watch.load_state_dict(saved)
+    watch.gather()
+    assert watch.strengths.visits.sum() == 3
+    assert watch.terms.summary() == [
+        {"epoch": 0, "generalization": 1.0, "robustness": 2.0, "fairness": 3.0}
+    ]
+
+
+def check_by_first(group):
+    """What the first gives, all have; what it raises, all raise, and one of them shows."""
+    rank = rank_of(group)
+    assert by_first(lambda: f"of {rank}", group) == "of 0"
+
+    def fail():
+        raise ValueError(f"of {rank}")
+
+    with pytest.raises(ValueError, match="of 0") as caught:
+        by_first(fail, group)
+    assert told_by_first(caught.value) == (rank > 0)
+
+
+def check_dropout_after_the_first_phase(group):
+    """Each rank draws its own masks."""
+    trainer = make_trainer()
+    start_from(trainer, broadcast_object(first_phase_state(trainer), group))
+    first, second = gather_objects(torch.get_rng_state(), group)
+    assert not torch.equal(first, second)
+
+
+def check_errors_of_the_first(folder, group):
+    """A folder that the first rank cannot take ends the run on both."""
+    with held_by_another_process(folder) if rank_of(group) == 0 else nullcontext():
+        gather_objects("held", group)
+        with pytest.raises(ValueError, match="folder: expected one that no other process"):
+            make_trainer(folder, epochs=2, method="ce").fit()
+    (folder / "checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match="truncated or foreign"):
+        make_trainer(folder, epochs=2, method="ce").resume()
+
+
 def state(trainer):
     """What all ranks must share, bit for bit."""
     names = ("backbone", "head", "optimizer", "scheduler", "method", "measures", "history")
@@ -114,6 +176,10 @@ def main(folder, methods):
     group = current_group()
     check_helpers(group)
     check_measures(group)
+    check_watch(group)
+    check_by_first(group)
+    check_errors_of_the_first(folder / "held", group)
+    check_dropout_after_the_first_phase(group)
     for method in methods:
         for dtype in DTYPES:
             kind = str(dtype).removeprefix("torch.")

@@ -1,0 +1,51 @@
+"""What a run is watched for while it trains, over all its processes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from iada.experiments.diagnostics import TermsLog
+from iada.experiments.epsilon_log import StrengthCounts
+from iada.training.trainer import Trainer
+from iada.utils.distributed import add_up, current_group, rank_of
+
+
+@dataclass
+class Watch:
+    """What is looked at during training; an `observe` callback that checkpoints with the run.
+
+    Each process looks at its own rows; the state is that of all, and the first's when it is loaded.
+    """
+
+    terms: TermsLog
+    strengths: StrengthCounts
+
+    def __call__(self, trainer: Trainer, batch: Sequence[Any], result: Any) -> None:
+        if trainer.method.covariance is not None:
+            self.terms(trainer, batch, result)
+        self.strengths(trainer, batch, result)
+
+    def state_dict(self) -> dict[str, Any]:
+        sums, counts = self.terms.state_dict(), self.strengths.state_dict()
+        sums = {"sums": {epoch: own.clone() for epoch, own in sums["sums"].items()}}
+        counts = {name: own.clone() for name, own in counts.items()}
+        add_up([*sums["sums"].values(), *counts.values()], current_group())
+        return {"terms": sums, "strengths": counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if rank_of(current_group()) > 0:
+            sums = state["terms"]["sums"].items()
+            none = {epoch: torch.zeros_like(seen) for epoch, seen in sums}
+            counts = {k: torch.zeros_like(seen) for k, seen in state["strengths"].items()}
+            state = {"terms": {"sums": none}, "strengths": counts}
+        self._load(state)
+
+    def gather(self) -> None:
+        """What all processes have seen, on each; for the end of a run."""
+        self._load(self.state_dict())
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.terms.load_state_dict(state["terms"])
+        self.strengths.load_state_dict(state["strengths"])
