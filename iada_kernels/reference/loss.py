@@ -60,7 +60,8 @@ def iada_loss(inputs: LossInputs, options: LossOptions, sign: Tensor | None = No
     log_probability = adjusted.log_softmax(dim=1)
     share = options.label_smoothing
     losses = -(1 - share) * log_probability.gather(1, target[:, None])[:, 0]
-    losses = losses - share * log_probability.mean(dim=1)
+    if share:  # else a class whose log prior is −∞ would add 0 · ∞
+        losses = losses - share * log_probability.mean(dim=1)
     losses = torch.where(valid, losses, 0.0)
     if options.reduction == "none":
         return losses

@@ -170,6 +170,15 @@ def test_wide_unsigned_labels(label_dtype, backend, device):
     assert_three_agree(problem, backend, device)
 
 
+@pytest.mark.parametrize("structure", [None, "full", "diag"])
+def test_a_log_prior_may_be_minus_infinity(structure, backend, device):
+    """Of a class that no row is labelled with: its probability is 0."""
+    problem = random_problem(rows=20, classes=4, structure=structure)
+    labels = torch.where(problem.labels == 3, 1, problem.labels)
+    problem.log_prior[3] = -torch.inf
+    assert_three_agree(replace(problem, labels=labels), backend, device)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("structure", [None, "full", "diag"])
 def test_labels_may_have_any_stride(structure, reduction, backend, device):
