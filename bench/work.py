@@ -27,17 +27,17 @@ IN_PLACE = {
     "softmax_kernel": ("z",),
     "curvature_kernel": ("tangent",),
     "variances_step_kernel": ("covariance",),
-    "small_kernel": ("covariance", "mean", "count"),
+    "single_launch_kernel": ("covariance", "mean", "count"),
 }
 # Their first axis is the class, and classes without rows are left alone.
 BY_CLASS = {
     "moments_kernel": ("mean", "center", "shift", "covariance"),
-    "class_pass_kernel": ("covariance", "parts", "tangent_parts", "center", "shift"),
+    "class_pass_kernel": ("covariance", "partials", "tangent_partials", "center", "shift"),
     "class_pass_weight_kernel": ("covariance", "curvature"),
-    "add_parts_kernel": ("parts", "table"),
+    "add_partials_kernel": ("partials", "table"),
     "variances_step_kernel": ("covariance",),
-    "small_kernel": ("covariance", "mean", "part_weight", "part_bias", "part_covariance"),
-    "small_backward_kernel": ("part_weight", "part_bias", "part_covariance"),
+    "single_launch_kernel": ("covariance", "mean", "part_weight", "part_sums", "part_covariance"),
+    "single_launch_backward_kernel": ("part_weight", "part_sums", "part_covariance"),
 }
 
 
@@ -63,7 +63,7 @@ def _class_pass(a: dict[str, Any], present: int) -> float:
     return total
 
 
-def _small(a: dict[str, Any], present: int) -> float:
+def _single_launch(a: dict[str, Any], present: int) -> float:
     n, c, width = a["N"], a["C"], a["A"]
     head = 2.0 * n * c * width
     parts = ("part_features", "part_weight")
@@ -85,9 +85,9 @@ OPERATIONS: dict[str, Callable[[dict[str, Any], int], float]] = {
     "grad_weight_kernel": _head(1, "variances", 1),
     "grad_variances_kernel": _head(2),
     "tangent_kernel": _head(2, "variances", 3),
-    "strength_kernel": _head(2),
+    "grad_epsilon_kernel": _head(2),
     "variances_step_kernel": _head(3),
-    "small_kernel": _small,
+    "single_launch_kernel": _single_launch,
     "characteristics_kernel": lambda a, present: 2.0 * a["N"] ** 2 * a["A"],
 }
 
@@ -108,7 +108,7 @@ def work_of(launch: Launch, present: int) -> Work:
 
 def _both_ways(name: str, argument: str, arguments: dict[str, Any]) -> bool:
     if (name, argument) == ("class_pass_kernel", "covariance"):
-        return arguments["UPDATE"] in (1, 2)  # NONE only reads, FRESH only writes
-    if name == "small_kernel" and argument == "covariance":
+        return arguments["UPDATE"] in (1, 2)  # NONE only reads, OVERWRITE only writes
+    if name == "single_launch_kernel" and argument == "covariance":
         return arguments["mean"] is not None
     return argument in IN_PLACE.get(name, ())

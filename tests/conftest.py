@@ -19,6 +19,9 @@ settings.register_profile("suite", derandomize=True, deadline=None, max_examples
 settings.load_profile("suite")
 
 
+POISONED = ("kernels", "nn")  # folders of tests
+
+
 class Target(NamedTuple):
     """A backend and the device it is tried on."""
 
@@ -92,15 +95,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def poison(monkeypatch) -> None:
-    """What the Triton launchers allocate starts as NaN."""
-    poison_fresh_memory(monkeypatch)
+# Module scope, so that hypothesis accepts it next to @given.
+@pytest.fixture(scope="module", autouse=True)
+def poison(request):
+    """In tests of the kernels and of what calls them, fresh memory starts as NaN."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name in POISONED:
+            poison_fresh_memory(patch)
+        yield
 
 
 @pytest.fixture
 def block_elements(monkeypatch):
-    """A function that sets the block size of the torch closed forms."""
+    """A function that sets the block size of the torch operators."""
 
     def set_size(size: int) -> None:
         # Other modules import the constant by name.

@@ -73,5 +73,5 @@ def _update_full_masked(
         spread /= divisor[classes, :, None]
         step = shift[classes]
         spread.baddbmm_(((1 - w[classes]) * step)[:, :, None], step[:, None, :])
-        share = w[classes, :, None]
-        covariance[classes] = (1 - share) * covariance[classes] + share * spread
+        batch_weight = w[classes, :, None]
+        covariance[classes] = (1 - batch_weight) * covariance[classes] + batch_weight * spread

@@ -8,20 +8,20 @@ A program holds the tile Σ_ik and, off the diagonal, its mirror Σ_ki: a quadra
 Σ_ik + Σ_kiᵀ, so that one product serves both, whether or not Σ is symmetric.
 
     ┌──────┬──────┬──────┐   read  Σ_ik and Σ_ki, W (and V) in columns i and k
-    │ 0,0  │      │ ki   │   write both, updated; a part of R[c, :]
+    │ 0,0  │      │ ki   │   write both, updated; a partial sum of R[c, :]
     ├──────┼──────┼──────┤
-    │ 1,0  │ 1,1  │      │   part p = i(i+1)/2 + k; parts are added in order by a second kernel,
+    │ 1,0  │ 1,1  │      │   partial p = i(i+1)/2 + k; a second kernel adds them in order,
     ├──────┼──────┼──────┤   so that the result does not depend on who finishes first
     │ ik   │ 2,1  │ 2,2  │
     └──────┴──────┴──────┘
 
-Rank-K terms, UPDATE:
-    STREAM  a = 1 − w,  (w/m) (X − μ′)ᵀ(X − μ′) + w(1−w) shift shiftᵀ          rows X of class c
-    META    a = 1,  scale Σ_j [ D_cj sym((w_j−w_c)(V_j−V_c)ᵀ) + ½ G_cj (w_j−w_c)(w_j−w_c)ᵀ ]
-    FRESH   META with a = 0: Σ_c is written, not read; classes without rows become 0
+Rank-K terms, by UPDATE:
+    STREAM      a = 1 − w,  (w/m) (X − μ′)ᵀ(X − μ′) + w(1−w) shift shiftᵀ          rows X of class c
+    ACCUMULATE  a = 1,  scale Σ_j [ D_cj sym((w_j−w_c)(V_j−V_c)ᵀ) + ½ G_cj (w_j−w_c)(w_j−w_c)ᵀ ]
+    OVERWRITE   the same with a = 0: Σ_c is written, not read; classes without rows become 0
 
 covariance (C, A, A) · weight W and tangent V (C, A) · residual D and curvature G (C, C) ·
-parts (C, P, C) with P = T(T+1)/2, T tiles along A. Classes without rows cost nothing.
+partials (C, P, C) with P = T(T+1)/2, T tiles along A. Classes without rows cost nothing.
 """
 
 import torch
@@ -40,11 +40,15 @@ from iada_kernels.triton.launch import (
 )
 from iada_kernels.triton.rows import Groups
 
-NONE, STREAM, META, FRESH = 0, 1, 2, 3
+NONE, STREAM, ACCUMULATE, OVERWRITE = 0, 1, 2, 3
 
 
 # Kernels read globals only as constants.
-_STREAM, _META, _FRESH = tl.constexpr(STREAM), tl.constexpr(META), tl.constexpr(FRESH)
+_STREAM, _ACCUMULATE, _OVERWRITE = (
+    tl.constexpr(STREAM),
+    tl.constexpr(ACCUMULATE),
+    tl.constexpr(OVERWRITE),
+)
 
 
 @triton.jit
@@ -53,57 +57,57 @@ def _streamed(
     same, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Σ_ik after the streaming update, and the increment alone for its mirror."""
-    in_left, in_right = left < A, right < A
-    center_left = tl.load(center + left, mask=in_left, other=0.0)
-    center_right = tl.load(center + right, mask=in_right, other=0.0)
-    grown = tl.zeros([BLOCK_A, BLOCK_A], dtype=ACC)
+    left_mask, right_mask = left < A, right < A
+    center_left = tl.load(center + left, mask=left_mask, other=0.0)
+    center_right = tl.load(center + right, mask=right_mask, other=0.0)
+    scatter = tl.zeros([BLOCK_A, BLOCK_A], dtype=ACC)
     for k in range(0, m, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
-        there = at < m
-        rows = tl.load(order + first + at, mask=there, other=0)
-        x = load_tile(features, rows, stride, left, there, in_left, ACC)
-        x = tl.where(there[:, None], x - center_left[None, :], 0.0)
-        y = load_tile(features, rows, stride, right, there, in_right, ACC)
-        y = tl.where(there[:, None], y - center_right[None, :], 0.0)
-        grown = tl.dot(tl.trans(x), y, grown, input_precision=DOT, out_dtype=ACC)
-    shift_left = tl.load(shift + left, mask=in_left, other=0.0)
-    shift_right = tl.load(shift + right, mask=in_right, other=0.0)
+        k_mask = at < m
+        rows = tl.load(order + first + at, mask=k_mask, other=0)
+        x = load_tile(features, rows, stride, left, k_mask, left_mask, ACC)
+        x = tl.where(k_mask[:, None], x - center_left[None, :], 0.0)
+        y = load_tile(features, rows, stride, right, k_mask, right_mask, ACC)
+        y = tl.where(k_mask[:, None], y - center_right[None, :], 0.0)
+        scatter = tl.dot(tl.trans(x), y, scatter, input_precision=DOT, out_dtype=ACC)
+    shift_left = tl.load(shift + left, mask=left_mask, other=0.0)
+    shift_right = tl.load(shift + right, mask=right_mask, other=0.0)
     if same:  # on the diagonal the two halves differ by rounding
-        grown = 0.5 * (grown + tl.trans(grown))
-    grown = (w / m) * grown + (w * (1 - w)) * (shift_left[:, None] * shift_right[None, :])
-    return (1 - w) * s + grown, grown
+        scatter = 0.5 * (scatter + tl.trans(scatter))
+    scatter = (w / m) * scatter + (w * (1 - w)) * (shift_left[:, None] * shift_right[None, :])
+    return (1 - w) * s + scatter, scatter
 
 
 @triton.jit
-def _pair_term(
+def _rank_c_term(
     weight, tangent, residual, curvature, c, left, right, C, A, same,
     BLOCK_A: tl.constexpr, BLOCK_J: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Tile ik of Σ_j [ D_cj sym(Δ_j Γ_jᵀ) + ½ G_cj Δ_j Δ_jᵀ ], Δ_j = w_j − w_c, Γ_j = V_j − V_c."""
-    in_left, in_right = left < A, right < A
-    own_left = tl.load(weight + c * A + left, mask=in_left, other=0.0)
-    own_right = tl.load(weight + c * A + right, mask=in_right, other=0.0)
+    left_mask, right_mask = left < A, right < A
+    label_left = tl.load(weight + c * A + left, mask=left_mask, other=0.0)
+    label_right = tl.load(weight + c * A + right, mask=right_mask, other=0.0)
     term = tl.zeros([BLOCK_A, BLOCK_A], dtype=ACC)
     for start in range(0, C, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        there = j < C
-        g = tl.load(curvature + c * C + j, mask=there, other=0.0)
-        p = load_tile(weight, j, A, left, there, in_left, ACC) - own_left[None, :]
-        q = load_tile(weight, j, A, right, there, in_right, ACC) - own_right[None, :]
-        p = tl.where(there[:, None], p, 0.0)
+        offs_c = start + tl.arange(0, BLOCK_J)
+        k_mask = offs_c < C
+        g = tl.load(curvature + c * C + offs_c, mask=k_mask, other=0.0)
+        p = load_tile(weight, offs_c, A, left, k_mask, left_mask, ACC) - label_left[None, :]
+        q = load_tile(weight, offs_c, A, right, k_mask, right_mask, ACC) - label_right[None, :]
+        p = tl.where(k_mask[:, None], p, 0.0)
         if tangent is None:
             scaled = 0.5 * g[:, None] * q
             term = tl.dot(tl.trans(p), scaled, term, input_precision=DOT, out_dtype=ACC)
         else:
-            d = tl.load(residual + c * C + j, mask=there, other=0.0)
-            turn = load_tile(tangent, j, A, right, there, in_right, ACC)
-            turn -= tl.load(tangent + c * A + right, mask=in_right, other=0.0).to(ACC)[None, :]
-            scaled = 0.5 * (d[:, None] * turn + g[:, None] * q)
+            d = tl.load(residual + c * C + offs_c, mask=k_mask, other=0.0)
+            dV = load_tile(tangent, offs_c, A, right, k_mask, right_mask, ACC)
+            dV -= tl.load(tangent + c * A + right, mask=right_mask, other=0.0).to(ACC)[None, :]
+            scaled = 0.5 * (d[:, None] * dV + g[:, None] * q)
             term = tl.dot(tl.trans(p), scaled, term, input_precision=DOT, out_dtype=ACC)
-            turn = load_tile(tangent, j, A, left, there, in_left, ACC)
-            turn -= tl.load(tangent + c * A + left, mask=in_left, other=0.0).to(ACC)[None, :]
-            turn = tl.where(there[:, None], 0.5 * d[:, None] * turn, 0.0)
-            term = tl.dot(tl.trans(turn), q, term, input_precision=DOT, out_dtype=ACC)
+            dV = load_tile(tangent, offs_c, A, left, k_mask, left_mask, ACC)
+            dV -= tl.load(tangent + c * A + left, mask=left_mask, other=0.0).to(ACC)[None, :]
+            dV = tl.where(k_mask[:, None], 0.5 * d[:, None] * dV, 0.0)
+            term = tl.dot(tl.trans(dV), q, term, input_precision=DOT, out_dtype=ACC)
     if same:
         term = 0.5 * (term + tl.trans(term))
     return term
@@ -111,8 +115,8 @@ def _pair_term(
 
 @triton.jit
 def class_pass_kernel(
-    covariance, weight, tangent, size, parts, tangent_parts,
-    features, stride, order, start, share, center, shift,
+    covariance, weight, tangent, size, partials, tangent_partials,
+    features, stride, order, start, batch_weight, center, shift,
     residual, curvature, scale, scale_low,
     C, A, P,
     UPDATE: tl.constexpr, TABLE: tl.constexpr,
@@ -126,77 +130,79 @@ def class_pass_kernel(
         return
     c = tl.program_id(1).to(tl.int64)
     m = tl.load(size + c)
-    if (m == 0) and (UPDATE != _FRESH):
+    if (m == 0) and (UPDATE != _OVERWRITE):
         return
     left, right = i * BLOCK_A + tl.arange(0, BLOCK_A), k * BLOCK_A + tl.arange(0, BLOCK_A)
     mask = (left < A)[:, None] & (right < A)[None, :]
-    here = covariance + c * A * A + left.to(tl.int64)[:, None] * A + right[None, :]
-    mirror = covariance + c * A * A + right.to(tl.int64)[:, None] * A + left[None, :]
+    ptrs = covariance + c * A * A + left.to(tl.int64)[:, None] * A + right[None, :]
+    mirror_ptrs = covariance + c * A * A + right.to(tl.int64)[:, None] * A + left[None, :]
 
-    if UPDATE == _FRESH:
+    if UPDATE == _OVERWRITE:
         s = tl.zeros([BLOCK_A, BLOCK_A], dtype=ACC)
-        other = s
+        mirror = s
     else:
-        s = tl.load(here, mask=mask, other=0.0).to(ACC)
-        other = s
+        s = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+        mirror = s
         if k < i:
-            other = tl.trans(tl.load(mirror, mask=tl.trans(mask), other=0.0).to(ACC))
+            mirror = tl.trans(tl.load(mirror_ptrs, mask=tl.trans(mask), other=0.0).to(ACC))
 
     if UPDATE == _STREAM:
-        w = tl.load(share + c)
-        s, grown = _streamed(
+        w = tl.load(batch_weight + c)
+        s, scatter = _streamed(
             s, features, stride, order, tl.load(start + c), m, w,
             center + c * A, shift + c * A, left, right, A, i == k, BLOCK_K, BLOCK_A, ACC, DOT,
         )  # fmt: skip
-        other = (1 - w) * other + grown
-    if UPDATE >= _META:
+        mirror = (1 - w) * mirror + scatter
+    if UPDATE >= _ACCUMULATE:
         if m > 0:
-            term = number(scale, scale_low, ACC) * _pair_term(
+            term = number(scale, scale_low, ACC) * _rank_c_term(
                 weight, tangent, residual, curvature, c, left, right, C, A, i == k,
                 BLOCK_A, BLOCK_J, ACC, DOT,
             )  # fmt: skip
             s += term
-            other += term
+            mirror += term
     if UPDATE != 0:
-        tl.store(here, s, mask=mask)
+        tl.store(ptrs, s, mask=mask)
         if k < i:
-            tl.store(mirror, tl.trans(other), mask=tl.trans(mask))
+            tl.store(mirror_ptrs, tl.trans(mirror), mask=tl.trans(mask))
 
     if TABLE:
         both = s
         if k < i:
-            both = s + other
-        own_left = tl.load(weight + c * A + left, mask=left < A, other=0.0)
-        own_right = tl.load(weight + c * A + right, mask=right < A, other=0.0)
-        part = c * P + i * (i + 1) // 2 + k
+            both = s + mirror
+        label_left = tl.load(weight + c * A + left, mask=left < A, other=0.0)
+        label_right = tl.load(weight + c * A + right, mask=right < A, other=0.0)
+        partial = c * P + i * (i + 1) // 2 + k
         for first in range(0, C, BLOCK_J):
-            j = first + tl.arange(0, BLOCK_J)
-            there = j < C
-            p = load_tile(weight, j, A, left, there, left < A, ACC) - own_left[None, :]
-            q = load_tile(weight, j, A, right, there, right < A, ACC) - own_right[None, :]
+            offs_c = first + tl.arange(0, BLOCK_J)
+            k_mask = offs_c < C
+            p = load_tile(weight, offs_c, A, left, k_mask, left < A, ACC) - label_left[None, :]
+            q = load_tile(weight, offs_c, A, right, k_mask, right < A, ACC) - label_right[None, :]
             product = tl.dot(p, both, input_precision=DOT, out_dtype=ACC)
-            tl.store(parts + part * C + j, 0.5 * tl.sum(product * q, axis=1), mask=there)
+            tl.store(
+                partials + partial * C + offs_c, 0.5 * tl.sum(product * q, axis=1), mask=k_mask
+            )
             if tangent is not None:
-                turn = load_tile(tangent, j, A, right, there, right < A, ACC)
-                turn -= tl.load(tangent + c * A + right, mask=right < A, other=0.0).to(ACC)[None, :]
-                form = tl.sum(product * turn, axis=1)
-                turn = load_tile(tangent, j, A, left, there, left < A, ACC)
-                turn -= tl.load(tangent + c * A + left, mask=left < A, other=0.0).to(ACC)[None, :]
-                product = tl.dot(turn, both, input_precision=DOT, out_dtype=ACC)
+                dV = load_tile(tangent, offs_c, A, right, k_mask, right < A, ACC)
+                dV -= tl.load(tangent + c * A + right, mask=right < A, other=0.0).to(ACC)[None, :]
+                form = tl.sum(product * dV, axis=1)
+                dV = load_tile(tangent, offs_c, A, left, k_mask, left < A, ACC)
+                dV -= tl.load(tangent + c * A + left, mask=left < A, other=0.0).to(ACC)[None, :]
+                product = tl.dot(dV, both, input_precision=DOT, out_dtype=ACC)
                 form += tl.sum(product * q, axis=1)
-                tl.store(tangent_parts + part * C + j, 0.5 * form, mask=there)
+                tl.store(tangent_partials + partial * C + offs_c, 0.5 * form, mask=k_mask)
 
 
 @triton.jit
-def add_parts_kernel(parts, table, size, C, P, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def add_partials_kernel(partials, table, size, C, P, BLOCK: tl.constexpr, ACC: tl.constexpr):
     c = tl.program_id(0).to(tl.int64)
     if tl.load(size + c) == 0:
         return
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offs_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=ACC)
     for p in range(P):
-        total += tl.load(parts + (c * P + p) * C + j, mask=j < C, other=0.0)
-    tl.store(table + c * C + j, total, mask=j < C)
+        total += tl.load(partials + (c * P + p) * C + offs_c, mask=offs_c < C, other=0.0)
+    tl.store(table + c * C + offs_c, total, mask=offs_c < C)
 
 
 def stream_and_table(
@@ -217,19 +223,19 @@ def stream_and_table(
     tile = current_configuration(covariance.device).class_pass
     tiles = triton.cdiv(width, tile.rows)
     count = tiles * (tiles + 1) // 2
-    parts = tangent_parts = None
+    partials = tangent_partials = None
     if weight is not None:
-        parts = covariance.new_empty(num_classes, count, num_classes)
-        tangent_parts = None if tangent is None else torch.empty_like(parts)
+        partials = covariance.new_empty(num_classes, count, num_classes)
+        tangent_partials = None if tangent is None else torch.empty_like(partials)
     _launch(
-        tile, covariance, weight, tangent, groups, parts, tangent_parts,
+        tile, covariance, weight, tangent, groups, partials, tangent_partials,
         features, center, shift, None, None, 0.0, count,
         kind=NONE if moments is None else STREAM,
     )  # fmt: skip
-    return _added(parts, groups), _added(tangent_parts, groups)
+    return _sum_partials(partials, groups), _sum_partials(tangent_partials, groups)
 
 
-def add_pair_terms(
+def rank_c_update(
     covariance: Tensor,
     weight: Tensor,
     groups: Groups,
@@ -237,14 +243,14 @@ def add_pair_terms(
     tangent: Tensor | None = None,
     residual: Tensor | None = None,
     scale: float = 1.0,
-    fresh: bool = False,
+    overwrite: bool = False,
 ) -> None:
-    """UPDATE = META on `covariance`, or FRESH. One launch."""
-    tile = current_configuration(covariance.device).pair_terms
+    """Σ += scale (rank-C term), UPDATE = ACCUMULATE; or Σ = with `overwrite`. One launch."""
+    tile = current_configuration(covariance.device).rank_c_update
     _launch(
         tile, covariance, weight, tangent, groups, None, None,
         None, None, None, residual, curvature, scale, 0,
-        kind=FRESH if fresh else META,
+        kind=OVERWRITE if overwrite else ACCUMULATE,
     )  # fmt: skip
 
 
@@ -254,8 +260,8 @@ def _launch(
     weight: Tensor | None,
     tangent: Tensor | None,
     groups: Groups,
-    parts: Tensor | None,
-    tangent_parts: Tensor | None,
+    partials: Tensor | None,
+    tangent_partials: Tensor | None,
     features: Tensor | None,
     center: Tensor | None,
     shift: Tensor | None,
@@ -269,32 +275,32 @@ def _launch(
     launch(
         class_pass_kernel,
         (triton.cdiv(width, tile.rows) ** 2, num_classes),
-        covariance, weight, tangent, groups.size, parts, tangent_parts,
+        covariance, weight, tangent, groups.size, partials, tangent_partials,
         features, 0 if features is None else features.stride(0),
-        groups.order, groups.start, groups.share, center, shift,
+        groups.order, groups.start, groups.batch_weight, center, shift,
         residual, curvature, *split(scale),
         num_classes, width, count,
         warps=tile.warps, stages=tile.stages,
-        UPDATE=kind, TABLE=parts is not None,
+        UPDATE=kind, TABLE=partials is not None,
         BLOCK_A=tile.rows, BLOCK_J=tile.columns, BLOCK_K=tile.depth,
         ACC=compute_type(covariance.dtype),
         DOT=dot_precision(current_configuration(covariance.device)),
     )  # fmt: skip
 
 
-def _added(parts: Tensor | None, groups: Groups) -> Tensor | None:
-    """The parts of each class added up; a single part is the table."""
-    if parts is None:
+def _sum_partials(partials: Tensor | None, groups: Groups) -> Tensor | None:
+    """The partials of each class added up; a single one is the table."""
+    if partials is None:
         return None
-    num_classes, count, _ = parts.shape
+    num_classes, count, _ = partials.shape
     if count == 1:
-        return parts[:, 0]
-    table = parts.new_empty(num_classes, num_classes)
+        return partials[:, 0]
+    table = partials.new_empty(num_classes, num_classes)
     block = min(1024, triton.next_power_of_2(num_classes))
     launch(
-        add_parts_kernel,
+        add_partials_kernel,
         (num_classes, triton.cdiv(num_classes, block)),
-        parts, table, groups.size, num_classes, count,
-        BLOCK=block, ACC=compute_type(parts.dtype),
+        partials, table, groups.size, num_classes, count,
+        BLOCK=block, ACC=compute_type(partials.dtype),
     )  # fmt: skip
     return table

@@ -3,20 +3,20 @@
 With G = ∂L/∂R (C, C), Δ_j = w_j − w_c and m_c = Σ_j G_cj Δ_j,
 
     ∂L/∂W_j = Σ_c (G_cj Δ_j − [j = c] m_c) · ½ (Σ_c + Σ_cᵀ)
-    ∂L/∂Σ_c = ½ Σ_j G_cj Δ_j Δ_jᵀ                             `class_pass.add_pair_terms`, fresh
+    ∂L/∂Σ_c = ½ Σ_j G_cj Δ_j Δ_jᵀ                             `class_pass.rank_c_update`
 
-A program owns a tile (classes j, columns i) of ∂L/∂W and adds over its share of the pairs
-(class c, columns k); shares (S, C, A) are added by the kernel of the head's ∂L/∂W.
+A program owns a tile (classes j, columns i) of ∂L/∂W and sums a split of the pairs (class c,
+columns k); the kernel of the head's ∂L/∂W adds the partials (S, C, A).
 
 G itself is a sum over the samples of each class, G_cj = α Σ_{i: y_i = c} g_i D_ij: the product of
-the one-hot labels and D, cut into shares along the batch.
+the one-hot labels and D, split along the batch.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from iada_kernels.triton.device import load_labels, load_tile, number
+from iada_kernels.triton.device import load_labels, load_tile, number, store_tile, tile_axis
 from iada_kernels.triton.launch import (
     compute_type,
     current_configuration,
@@ -28,75 +28,72 @@ from iada_kernels.triton.launch import (
 
 @triton.jit
 def class_pass_weight_kernel(
-    covariance, weight, curvature, size, shares, C, A, per_share,
+    covariance, weight, curvature, size, partials, C, A, items_per_split,
     BLOCK_J: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
-    columns = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    share = tl.program_id(2)
-    there, inside = j < C, columns < A
+    rows, row_mask = tile_axis(0, BLOCK_J, C)
+    cols, col_mask = tile_axis(1, BLOCK_A, A)
+    split_id = tl.program_id(2)
     steps = tl.cdiv(A, BLOCK_K)
     total = tl.zeros([BLOCK_J, BLOCK_A], dtype=ACC)
-    last = tl.minimum((share + 1) * per_share, C * steps)
-    for item in range(share * per_share, last):
+    end = tl.minimum((split_id + 1) * items_per_split, C * steps)
+    for item in range(split_id * items_per_split, end):
         c = (item // steps).to(tl.int64)
         if tl.load(size + c) > 0:
             k = (item % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
-            deep = k < A
-            own = tl.load(weight + c * A + k, mask=deep, other=0.0)
-            g = tl.load(curvature + c * C + j, mask=there, other=0.0)
-            delta = load_tile(weight, j, A, k, there, deep, ACC) - own[None, :]
-            row = tl.where(there[:, None], g[:, None] * delta, 0.0)
+            k_mask = k < A
+            w_label = tl.load(weight + c * A + k, mask=k_mask, other=0.0)
+            g = tl.load(curvature + c * C + rows, mask=row_mask, other=0.0)
+            delta = load_tile(weight, rows, A, k, row_mask, k_mask, ACC) - w_label[None, :]
+            scaled = tl.where(row_mask[:, None], g[:, None] * delta, 0.0)
             if C <= BLOCK_J:
-                m = tl.sum(row, axis=0)
+                m = tl.sum(scaled, axis=0)
             else:
                 m = tl.zeros([BLOCK_K], dtype=ACC)
                 for first in range(0, C, BLOCK_J):
-                    all_j = first + tl.arange(0, BLOCK_J)
-                    all_g = tl.load(curvature + c * C + all_j, mask=all_j < C, other=0.0)
-                    all_delta = load_tile(weight, all_j, A, k, all_j < C, deep, ACC)
-                    m += tl.sum(all_g[:, None] * (all_delta - own[None, :]), axis=0)
-            row -= tl.where((j == c)[:, None], m[None, :], 0.0)
+                    all_c = first + tl.arange(0, BLOCK_J)
+                    all_g = tl.load(curvature + c * C + all_c, mask=all_c < C, other=0.0)
+                    all_delta = load_tile(weight, all_c, A, k, all_c < C, k_mask, ACC)
+                    m += tl.sum(all_g[:, None] * (all_delta - w_label[None, :]), axis=0)
+            scaled -= tl.where((rows == c)[:, None], m[None, :], 0.0)
             sigma = covariance + c * A * A
-            mask = deep[:, None] & inside[None, :]
-            s = tl.load(
-                sigma + k.to(tl.int64)[:, None] * A + columns[None, :], mask=mask, other=0.0
-            )
+            mask = k_mask[:, None] & col_mask[None, :]
+            s = tl.load(sigma + k.to(tl.int64)[:, None] * A + cols[None, :], mask=mask, other=0.0)
             mirror = tl.load(
-                sigma + columns.to(tl.int64)[:, None] * A + k[None, :],
+                sigma + cols.to(tl.int64)[:, None] * A + k[None, :],
                 mask=tl.trans(mask),
                 other=0.0,
             )
             both = 0.5 * (s.to(ACC) + tl.trans(mirror.to(ACC)))
-            total = tl.dot(row, both, total, input_precision=DOT, out_dtype=ACC)
-    place = shares + share.to(tl.int64) * C * A + j[:, None] * A + columns[None, :]
-    tl.store(place, total, mask=there[:, None] & inside[None, :])
+            total = tl.dot(scaled, both, total, input_precision=DOT, out_dtype=ACC)
+    partial = partials + split_id.to(tl.int64) * C * A
+    store_tile(partial, rows, A, cols, row_mask, col_mask, total)
 
 
 @triton.jit
 def class_sums_kernel(
-    residual, labels, row_scale, factor, factor_low, shares, N, C, ignore_index, per_share,
+    residual, labels, row_scale, factor, factor_low, partials, N, C, ignore_index, rows_per_split,
     SCALE_STRIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
-    share = tl.program_id(2)
+    classes, row_mask = tile_axis(0, BLOCK_C, C)
+    offs_c, col_mask = tile_axis(1, BLOCK_J, C)
+    split_id = tl.program_id(2)
     total = tl.zeros([BLOCK_C, BLOCK_J], dtype=ACC)
-    last = tl.minimum((share + 1) * per_share, N)
-    for first in range(share * per_share, last, BLOCK_N):
+    end = tl.minimum((split_id + 1) * rows_per_split, N)
+    for first in range(split_id * rows_per_split, end, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
-        there = rows < last
-        y, _ = load_labels(labels, rows, there, ignore_index, C)
-        g = tl.load(row_scale + rows * SCALE_STRIDE, mask=there & (y >= 0), other=0.0)
-        d = load_tile(residual, rows, C, j, there & (y >= 0), j < C, ACC)
-        mine = tl.where(y[None, :] == c[:, None], g[None, :], 0.0)
-        total = tl.dot(mine, d, total, input_precision=DOT, out_dtype=ACC)
+        k_mask = rows < end
+        y, _ = load_labels(labels, rows, k_mask, ignore_index, C)
+        g = tl.load(row_scale + rows * SCALE_STRIDE, mask=k_mask & (y >= 0), other=0.0)
+        d = load_tile(residual, rows, C, offs_c, k_mask & (y >= 0), col_mask, ACC)
+        same_class = tl.where(y[None, :] == classes[:, None], g[None, :], 0.0)
+        total = tl.dot(same_class, d, total, input_precision=DOT, out_dtype=ACC)
     total *= number(factor, factor_low, ACC)
-    place = shares + share.to(tl.int64) * C * C + c.to(tl.int64)[:, None] * C + j[None, :]
-    tl.store(place, total, mask=(c < C)[:, None] & (j < C)[None, :])
+    partial = partials + split_id.to(tl.int64) * C * C
+    store_tile(partial, classes, C, offs_c, row_mask, col_mask, total)
 
 
 def class_sums(
@@ -105,12 +102,12 @@ def class_sums(
     """factor · Σ_{i: y_i = c} g_i D_ij, (C, C); `row_scale` g is (N) or (1). One launch, or two."""
     configuration = current_configuration(residual.device)
     tile, (count, num_classes) = configuration.class_sums, residual.shape
-    cuts = max(1, triton.cdiv(count, configuration.split_rows))
-    shares = residual.new_empty(cuts, num_classes, num_classes)
+    splits = max(1, triton.cdiv(count, configuration.split_rows))
+    partials = residual.new_empty(splits, num_classes, num_classes)
     launch(
         class_sums_kernel,
-        (triton.cdiv(num_classes, tile.rows), triton.cdiv(num_classes, tile.columns), cuts),
-        residual, labels, row_scale, *split(factor), shares, count, num_classes, ignore_index,
+        (triton.cdiv(num_classes, tile.rows), triton.cdiv(num_classes, tile.columns), splits),
+        residual, labels, row_scale, *split(factor), partials, count, num_classes, ignore_index,
         configuration.split_rows,
         warps=tile.warps, stages=tile.stages,
         SCALE_STRIDE=int(len(row_scale) > 1),
@@ -118,24 +115,25 @@ def class_sums(
         ACC=compute_type(residual.dtype),
         DOT=dot_precision(configuration),
     )  # fmt: skip
-    return shares[0] if cuts == 1 else shares.sum(dim=0)
+    return partials[0] if splits == 1 else partials.sum(dim=0)
 
 
-def weight_shares(covariance: Tensor, weight: Tensor, curvature: Tensor, size: Tensor) -> Tensor:
-    """Shares (S, C, A) whose sum is ∂L/∂W through R, for full Σ. One launch."""
+def weight_partials(covariance: Tensor, weight: Tensor, curvature: Tensor, size: Tensor) -> Tensor:
+    """Partials (S, C, A) whose sum is ∂L/∂W through R, for full Σ. One launch."""
     configuration = current_configuration(covariance.device)
     tile, (num_classes, width) = configuration.class_pass_weight, weight.shape
     items = num_classes * triton.cdiv(width, tile.depth)
     blocks = triton.cdiv(num_classes, tile.rows) * triton.cdiv(width, tile.columns)
-    cuts = max(1, min(items, configuration.programs // blocks))
-    shares = weight.new_empty(cuts, num_classes, width)
+    splits = max(1, min(items, configuration.programs // blocks))
+    partials = weight.new_empty(splits, num_classes, width)
     launch(
         class_pass_weight_kernel,
-        (triton.cdiv(num_classes, tile.rows), triton.cdiv(width, tile.columns), cuts),
-        covariance, weight, curvature, size, shares, num_classes, width, triton.cdiv(items, cuts),
+        (triton.cdiv(num_classes, tile.rows), triton.cdiv(width, tile.columns), splits),
+        covariance, weight, curvature, size, partials, num_classes, width,
+        triton.cdiv(items, splits),
         warps=tile.warps, stages=tile.stages,
         BLOCK_J=tile.rows, BLOCK_A=tile.columns, BLOCK_K=tile.depth,
         ACC=compute_type(weight.dtype),
         DOT=dot_precision(configuration),
     )  # fmt: skip
-    return shares
+    return partials

@@ -1,7 +1,7 @@
 """Launch configurations: how each kernel is cut into programs, one record for each architecture.
 
-They are fixed, so that a result and its speed do not depend on what ran before. Whoever wants to
-tune replaces one with `use`.
+They are fixed, so that a result and its speed do not depend on what ran before; `use` replaces
+one for tuning.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's tile: rows × columns of its result, steps of `depth` along what is summed."""
+    """A program's tile: rows × columns of its result, steps of `depth` along the summed axis."""
 
     rows: int
     columns: int
@@ -22,24 +22,18 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Small:
-    """The single-launch loss: the shapes that it serves, and how.
+class SingleLaunchLimits:
+    """The shapes that the single-launch loss serves, and how it is cut."""
 
-    rows, classes, width: the largest N (0 to do without it), C and A · tile_bytes: the largest W,
-    padded to powers of two · row_numbers: rows × C of a block of 16 to 64 rows · step: what a
-    product over C or A reads at once · classes_at_once: rows of P at once · group: labels read at
-    once · columns: numbers of a gradient that a program of the backward pass adds up.
-    """
-
-    rows: int
-    classes: int
-    width: int
-    tile_bytes: int
-    row_numbers: int
-    step: int
-    classes_at_once: int
-    group: int
-    columns: int
+    rows: int  # the largest N; 0 turns the single launch off
+    classes: int  # the largest C
+    width: int  # the largest A
+    tile_bytes: int  # the largest W, padded to powers of two
+    block_elements: int  # rows × C of one block of 16 to 64 rows
+    step: int  # classes or features that one product reads at a time
+    class_step: int  # rows of the quadratic forms' product at a time
+    group: int  # labels read at a time
+    columns: int  # elements of a gradient that a program of the backward pass sums
     warps: int = 8
 
 
@@ -47,44 +41,36 @@ class Small:
 class Configuration:
     """One tile for each kernel, and how float32 is multiplied.
 
-    class_pass, and pair_terms for its META and FRESH: (A, classes j, rows of the class) ·
-    class_pass_weight: (classes j, A, A) · logits and tangent: (N, C, A) · sign: (N, A, C) ·
-    softmax: (N, C, -) · grad_features: (N, A, C) ·
-    grad_weight: (C, A, N) · diagonal_...: the same with the quadratic term of a diagonal Σ ·
-    class_sums: (C, C, N) · moments: (rows of the class, A, -) · statistics: (N, C or A, A) ·
-    group: labels read at once · split_rows: rows of the batch that one program sums at most,
-    beyond which sums over the batch are cut · programs: how many to aim at where a sum over
-    classes is cut.
-    true_float32 and fast_float32: `input_precision` of tl.dot when torch's float32 matmul
-    precision is "highest", and when it is not.
+    In brackets the axes of a tile: rows, columns, depth. `diagonal_...` are used where the kernel
+    also computes the quadratic term of a diagonal Σ.
     """
 
-    class_pass: Tile
-    pair_terms: Tile
-    class_pass_weight: Tile
-    logits: Tile
+    class_pass: Tile  # (A, classes, rows of the class)
+    rank_c_update: Tile  # (A, classes, -), the same kernel for UPDATE = ACCUMULATE, OVERWRITE
+    class_pass_weight: Tile  # (classes, A, A)
+    logits: Tile  # (N, C, A)
     diagonal_logits: Tile
-    tangent: Tile
+    tangent: Tile  # (N, C, A)
     diagonal_tangent: Tile
-    sign: Tile
-    softmax: Tile
-    grad_features: Tile
-    grad_weight: Tile
+    sign: Tile  # (N, A, C)
+    softmax: Tile  # (N, C, -)
+    grad_features: Tile  # (N, A, C)
+    grad_weight: Tile  # (C, A, N)
     diagonal_weight: Tile
-    class_sums: Tile
-    moments: Tile
-    statistics: Tile
-    small: Small
-    group: int
-    split_rows: int
-    programs: int
-    true_float32: str
-    fast_float32: str
+    class_sums: Tile  # (C, C, N)
+    moments: Tile  # (rows of the class, A, -)
+    statistics: Tile  # (N, C or A, A)
+    single_launch: SingleLaunchLimits
+    group: int  # labels read at a time
+    split_rows: int  # rows of the batch that one program sums at most (split-K)
+    programs: int  # to aim at where a sum over classes is split
+    true_float32: str  # input_precision of tl.dot for torch's matmul precision "highest"
+    fast_float32: str  # and for the others
 
 
 NVIDIA = Configuration(
     class_pass=Tile(64, 32, 16, warps=8),
-    pair_terms=Tile(64, 32, 16, warps=8),
+    rank_c_update=Tile(64, 32, 16, warps=8),
     class_pass_weight=Tile(64, 64, 32),
     logits=Tile(32, 64, 32),
     diagonal_logits=Tile(32, 32, 16),
@@ -98,7 +84,7 @@ NVIDIA = Configuration(
     class_sums=Tile(32, 32, 32),
     moments=Tile(32, 64, 0),
     statistics=Tile(16, 64, 32),
-    small=Small(1024, 128, 64, 2**15, 1024, 32, 64, 256, 64),
+    single_launch=SingleLaunchLimits(1024, 128, 64, 2**15, 1024, 32, 64, 256, 64),
     group=1024,
     split_rows=4096,
     programs=512,
@@ -106,10 +92,10 @@ NVIDIA = Configuration(
     fast_float32="tf32",
 )
 
-# Ampere multiplies in registers, where the two products of a META tile do not fit.
+# Ampere multiplies in registers, where the two products of a rank-C update do not fit.
 AMPERE = replace(
     NVIDIA,
-    pair_terms=Tile(32, 32, 16, warps=8),
+    rank_c_update=Tile(32, 32, 16, warps=8),
     diagonal_tangent=Tile(32, 32, 16, warps=8),
 )
 
@@ -120,8 +106,8 @@ BLACKWELL = replace(NVIDIA, class_pass=Tile(64, 32, 32, warps=8))
 AMD = replace(
     NVIDIA,
     class_pass=Tile(32, 32, 16),
-    pair_terms=Tile(32, 32, 16),
-    small=Small(1024, 128, 64, 2**15, 512, 32, 64, 256, 64),
+    rank_c_update=Tile(32, 32, 16),
+    single_launch=SingleLaunchLimits(1024, 128, 64, 2**15, 512, 32, 64, 256, 64),
     true_float32="ieee",
     fast_float32="ieee",
 )
@@ -129,7 +115,7 @@ AMD = replace(
 # Small, so that small tests have several tiles along every axis.
 INTERPRETER = Configuration(
     class_pass=Tile(32, 16, 16),
-    pair_terms=Tile(32, 16, 16),
+    rank_c_update=Tile(32, 16, 16),
     class_pass_weight=Tile(16, 32, 32),
     logits=Tile(32, 16, 32),
     diagonal_logits=Tile(32, 16, 32),
@@ -143,7 +129,7 @@ INTERPRETER = Configuration(
     class_sums=Tile(16, 16, 32),
     moments=Tile(16, 32, 0),
     statistics=Tile(16, 32, 32),
-    small=Small(1024, 128, 128, 2**17, 256, 16, 16, 32, 16),
+    single_launch=SingleLaunchLimits(1024, 128, 128, 2**17, 256, 16, 16, 32, 16),
     group=64,
     split_rows=64,
     programs=4,

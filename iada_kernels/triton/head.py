@@ -19,66 +19,70 @@ import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.contract import LossInputs, LossOptions
-from iada_kernels.triton.device import load_labels, load_tile, number
+from iada_kernels.layout import contiguous_as, unit_inner_stride
+from iada_kernels.triton.device import (
+    load_labels,
+    load_tile,
+    number,
+    softmax_sums,
+    store_tile,
+    tile_axis,
+)
 from iada_kernels.triton.launch import (
-    by_rows,
     compute_type,
     current_configuration,
     dot_precision,
     launch,
-    plain,
     split,
 )
 
 
 @triton.jit
 def logits_kernel(
-    features, stride, weight, bias, labels, sign, epsilon, variances, offset, table, table_stride,
-    log_prior, alpha, alpha_low, beta, beta_low, z, N, C, A, ignore_index,
+    features, stride, weight, bias, labels, sign, epsilon, variances, weight_mean,
+    table, table_stride, log_prior, alpha, alpha_low, beta, beta_low, z, N, C, A, ignore_index,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    there, inside = rows < N, j < C
-    y, _ = load_labels(labels, rows, there, ignore_index, C)
-    own = tl.maximum(y, 0)
+    rows, row_mask = tile_axis(0, BLOCK_N, N)
+    offs_c, col_mask = tile_axis(1, BLOCK_C, C)
+    y, _ = load_labels(labels, rows, row_mask, ignore_index, C)
+    label = tl.maximum(y, 0)
     total = tl.zeros([BLOCK_N, BLOCK_C], dtype=ACC)
     if sign is not None:
-        strength = tl.load(epsilon + rows, mask=there, other=0.0).to(ACC)
+        eps = tl.load(epsilon + rows, mask=row_mask, other=0.0).to(ACC)
     if variances is not None:
         squares = tl.zeros([BLOCK_N, BLOCK_C], dtype=ACC)
         constant = tl.zeros([BLOCK_N], dtype=ACC)
     for first in range(0, A, BLOCK_A):
-        a = first + tl.arange(0, BLOCK_A)
-        deep = a < A
-        x = load_tile(features, rows, stride, a, there, deep, ACC)
+        offs_a = first + tl.arange(0, BLOCK_A)
+        k_mask = offs_a < A
+        x = load_tile(features, rows, stride, offs_a, row_mask, k_mask, ACC)
         if sign is not None:
-            x += strength[:, None] * load_tile(sign, rows, A, a, there, deep, ACC)
-        w = load_tile(weight, j, A, a, inside, deep, ACC)
+            x += eps[:, None] * load_tile(sign, rows, A, offs_a, row_mask, k_mask, ACC)
+        w = load_tile(weight, offs_c, A, offs_a, col_mask, k_mask, ACC)
         total = tl.dot(x, tl.trans(w), total, input_precision=DOT, out_dtype=ACC)
         if variances is not None:
-            shared = tl.load(offset + a, mask=deep, other=0.0)
-            sigma = load_tile(variances, own, A, a, there, deep, ACC)
-            w_own = load_tile(weight, own, A, a, there, deep, ACC) - shared[None, :]
-            w = tl.where(inside[:, None], w - shared[None, :], 0.0)
+            mean_w = tl.load(weight_mean + offs_a, mask=k_mask, other=0.0)
+            sigma = load_tile(variances, label, A, offs_a, row_mask, k_mask, ACC)
+            w_label = load_tile(weight, label, A, offs_a, row_mask, k_mask, ACC) - mean_w[None, :]
+            w = tl.where(col_mask[:, None], w - mean_w[None, :], 0.0)
             squares = tl.dot(sigma, tl.trans(w * w), squares, input_precision=DOT, out_dtype=ACC)
-            sigma *= w_own
+            sigma *= w_label
             squares = tl.dot(-2 * sigma, tl.trans(w), squares, input_precision=DOT, out_dtype=ACC)
-            constant += tl.sum(sigma * w_own, axis=1)
+            constant += tl.sum(sigma * w_label, axis=1)
     if bias is not None:
-        total += tl.load(bias + j, mask=inside, other=0.0)[None, :]
+        total += tl.load(bias + offs_c, mask=col_mask, other=0.0)[None, :]
     if variances is not None:
-        form = tl.where(j[None, :] == y[:, None], 0.0, 0.5 * (squares + constant[:, None]))
+        form = tl.where(offs_c[None, :] == y[:, None], 0.0, 0.5 * (squares + constant[:, None]))
         total += number(alpha, alpha_low, ACC) * form
     if table is not None:
-        form = load_tile(table, own, table_stride, j, there & (y >= 0), inside, ACC)
+        form = load_tile(table, label, table_stride, offs_c, row_mask & (y >= 0), col_mask, ACC)
         total += number(alpha, alpha_low, ACC) * form
     if log_prior is not None:
-        prior = tl.load(log_prior + j, mask=inside, other=0.0)
+        prior = tl.load(log_prior + offs_c, mask=col_mask, other=0.0)
         total += number(beta, beta_low, ACC) * prior[None, :]
-    place = z + rows.to(tl.int64)[:, None] * C + j[None, :]
-    tl.store(place, total, mask=there[:, None] & inside[None, :])
+    store_tile(z, rows, C, offs_c, row_mask, col_mask, total)
 
 
 @triton.jit
@@ -87,36 +91,34 @@ def sign_kernel(
     BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    there, inside = rows < N, a < A
-    y, _ = load_labels(labels, rows, there, ignore_index, C)
-    own = tl.maximum(y, 0)
-    high = tl.full([BLOCK_N], float("-inf"), dtype=ACC)
+    rows, row_mask = tile_axis(0, BLOCK_N, N)
+    offs_a, col_mask = tile_axis(1, BLOCK_A, A)
+    y, _ = load_labels(labels, rows, row_mask, ignore_index, C)
+    label = tl.maximum(y, 0)
+    row_max = tl.full([BLOCK_N], float("-inf"), dtype=ACC)
     for first in range(0, C, BLOCK_C):
-        j = first + tl.arange(0, BLOCK_C)
-        tile = load_tile(z, rows, C, j, there, j < C, ACC)
-        others = (j < C)[None, :] & (j[None, :] != own[:, None])
-        high = tl.maximum(high, tl.max(tl.where(others, tile, float("-inf")), axis=1))
-    high = tl.where(high == float("-inf"), 0.0, high)
+        offs_c = first + tl.arange(0, BLOCK_C)
+        tile = load_tile(z, rows, C, offs_c, row_mask, offs_c < C, ACC)
+        other_mask = (offs_c < C)[None, :] & (offs_c[None, :] != label[:, None])
+        row_max = tl.maximum(row_max, tl.max(tl.where(other_mask, tile, float("-inf")), axis=1))
+    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
     total = tl.zeros([BLOCK_N], dtype=ACC)
     mixture = tl.zeros([BLOCK_N, BLOCK_A], dtype=ACC)
     for first in range(0, C, BLOCK_C):
-        j = first + tl.arange(0, BLOCK_C)
-        tile = load_tile(z, rows, C, j, there, j < C, ACC)
-        others = (j < C)[None, :] & (j[None, :] != own[:, None])
-        r = tl.exp(tl.where(others, tile - high[:, None], float("-inf")))
+        offs_c = first + tl.arange(0, BLOCK_C)
+        tile = load_tile(z, rows, C, offs_c, row_mask, offs_c < C, ACC)
+        other_mask = (offs_c < C)[None, :] & (offs_c[None, :] != label[:, None])
+        r = tl.exp(tl.where(other_mask, tile - row_max[:, None], float("-inf")))
         total += tl.sum(r, axis=1)
-        w = load_tile(weight, j, A, a, j < C, inside, ACC)
+        w = load_tile(weight, offs_c, A, offs_a, offs_c < C, col_mask, ACC)
         mixture = tl.dot(r, w, mixture, input_precision=DOT, out_dtype=ACC)
     # Scale-free: the sign of mixture − total·w_y, so that nothing is divided.
     g = mixture / tl.where(total > 0, total, 1.0)[:, None]
-    g -= load_tile(weight, own, A, a, there, inside, ACC)
+    g -= load_tile(weight, label, A, offs_a, row_mask, col_mask, ACC)
     s = (g > 0).to(tl.int8) - (g < 0).to(tl.int8)
     if C == 1:
         s = tl.zeros([BLOCK_N, BLOCK_A], dtype=tl.int8)
-    place = sign + rows.to(tl.int64)[:, None] * A + a[None, :]
-    tl.store(place, s, mask=there[:, None] & inside[None, :])
+    store_tile(sign, rows, A, offs_a, row_mask, col_mask, s)
 
 
 @triton.jit
@@ -124,41 +126,30 @@ def softmax_kernel(
     z, labels, losses, N, C, ignore_index,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    there = rows < N
-    y, wrong = load_labels(labels, rows, there, ignore_index, C)
-    own = tl.load(z + rows.to(tl.int64) * C + tl.maximum(y, 0), mask=there, other=0.0)
-    high = tl.full([BLOCK_N], float("-inf"), dtype=ACC)
-    for first in range(0, C, BLOCK_C):
-        j = first + tl.arange(0, BLOCK_C)
-        tile = load_tile(z, rows, C, j, there, j < C, ACC)
-        high = tl.maximum(high, tl.max(tl.where((j < C)[None, :], tile, float("-inf")), axis=1))
-    total = tl.zeros([BLOCK_N], dtype=ACC)
-    for first in range(0, C, BLOCK_C):
-        j = first + tl.arange(0, BLOCK_C)
-        tile = load_tile(z, rows, C, j, there, j < C, ACC)
-        share = tl.where((j < C)[None, :], tl.exp(tile - high[:, None]), 0.0)
-        total += tl.sum(share, axis=1)
-    loss = tl.where(y >= 0, tl.log(total) + (high - own), 0.0)
-    tl.store(losses + rows, tl.where(wrong, float("nan"), loss), mask=there)
+    rows, row_mask = tile_axis(0, BLOCK_N, N)
+    y, wrong = load_labels(labels, rows, row_mask, ignore_index, C)
+    z_label = tl.load(z + rows.to(tl.int64) * C + tl.maximum(y, 0), mask=row_mask, other=0.0)
+    row_max, total = softmax_sums(z, rows, C, row_mask, C, BLOCK_N, BLOCK_C, ACC)
+    loss = tl.where(y >= 0, tl.log(total) + (row_max - z_label), 0.0)
+    tl.store(losses + rows, tl.where(wrong, float("nan"), loss), mask=row_mask)
     # D_y = −Σ_{j≠y} p_j keeps the digits that p_y − 1 loses on a confident sample.
     others = tl.zeros([BLOCK_N], dtype=ACC)
     for first in range(0, C, BLOCK_C):
-        j = first + tl.arange(0, BLOCK_C)
-        tile = load_tile(z, rows, C, j, there, j < C, ACC)
-        p = tl.exp(tile - high[:, None]) / total[:, None]
-        counts = (j < C)[None, :] & (y >= 0)[:, None] & (j[None, :] != y[:, None])
-        p = tl.where(counts, p, 0.0)
+        offs_c = first + tl.arange(0, BLOCK_C)
+        tile = load_tile(z, rows, C, offs_c, row_mask, offs_c < C, ACC)
+        p = tl.exp(tile - row_max[:, None]) / total[:, None]
+        other_mask = (offs_c < C)[None, :] & (y >= 0)[:, None] & (offs_c[None, :] != y[:, None])
+        p = tl.where(other_mask, p, 0.0)
         others += tl.sum(p, axis=1)
-        place = z + rows.to(tl.int64)[:, None] * C + j[None, :]
-        mask = there[:, None] & (j < C)[None, :]
-        tl.store(place, p, mask=mask & (j[None, :] != y[:, None]))
-    tl.store(z + rows.to(tl.int64) * C + tl.maximum(y, 0), -others, mask=there & (y >= 0))
+        ptrs = z + rows.to(tl.int64)[:, None] * C + offs_c[None, :]
+        mask = row_mask[:, None] & (offs_c < C)[None, :]
+        tl.store(ptrs, p, mask=mask & (offs_c[None, :] != y[:, None]))
+    tl.store(z + rows.to(tl.int64) * C + tl.maximum(y, 0), -others, mask=row_mask & (y >= 0))
 
 
 @triton.jit
 def reduce_kernel(
-    losses, labels, loss, inverse, N, ignore_index,
+    losses, labels, loss, inv_count, N, ignore_index,
     MEAN: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([BLOCK], dtype=ACC)
@@ -168,11 +159,11 @@ def reduce_kernel(
         total += tl.load(losses + rows, mask=rows < N, other=0.0)
         y = tl.load(labels + rows, mask=rows < N, other=0)
         count += ((rows < N) & (y != ignore_index)).to(tl.int32)
-    share = tl.cast(1.0, ACC)
+    inv = tl.cast(1.0, ACC)
     if MEAN:
-        share /= tl.maximum(tl.sum(count, axis=0), 1)
-    tl.store(loss, tl.sum(total, axis=0) * share)
-    tl.store(inverse, share)
+        inv /= tl.maximum(tl.sum(count, axis=0), 1)
+    tl.store(loss, tl.sum(total, axis=0) * inv)
+    tl.store(inv_count, inv)
 
 
 def adjusted_logits(
@@ -211,21 +202,21 @@ def _logits(
     """z = hWᵀ + b, or z̃ with all its terms, into `z`."""
     configuration = current_configuration(weight.device)
     tile = configuration.logits
-    prior = variances = offset = None
+    log_prior = variances = weight_mean = None
     if adjusted:
-        prior = plain(inputs.log_prior, weight.dtype)
+        log_prior = contiguous_as(inputs.log_prior, weight.dtype)
         if inputs.covariance is not None and inputs.covariance.dim() == 2:
             tile = configuration.diagonal_logits
-            variances = plain(inputs.covariance, weight.dtype)
-            offset = weight.mean(dim=0)
-    features = by_rows(inputs.features)
+            variances = contiguous_as(inputs.covariance, weight.dtype)
+            weight_mean = weight.mean(dim=0)
+    features = unit_inner_stride(inputs.features)
     launch(
         logits_kernel,
         (triton.cdiv(len(z), tile.rows), triton.cdiv(len(weight), tile.columns)),
-        features, features.stride(0), weight, plain(inputs.bias, weight.dtype),
+        features, features.stride(0), weight, contiguous_as(inputs.bias, weight.dtype),
         inputs.labels.contiguous(), sign,
-        None if sign is None else plain(inputs.epsilon, weight.dtype), variances, offset,
-        table, 0 if table is None else table.stride(0), prior,
+        None if sign is None else contiguous_as(inputs.epsilon, weight.dtype),
+        variances, weight_mean, table, 0 if table is None else table.stride(0), log_prior,
         *split(options.alpha), *split(options.beta), z,
         len(z), *weight.shape, options.ignore_index,
         warps=tile.warps, stages=tile.stages,
@@ -249,11 +240,11 @@ def reduce_losses(z: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tens
     )  # fmt: skip
     if options.reduction == "none":
         return losses, None
-    loss, inverse = z.new_empty(()), z.new_empty(1)
+    loss, inv_count = z.new_empty(()), z.new_empty(1)
     launch(
         reduce_kernel,
         (1,),
-        losses, labels, loss, inverse, count, options.ignore_index,
+        losses, labels, loss, inv_count, count, options.ignore_index,
         MEAN=options.reduction == "mean", BLOCK=configuration.group, ACC=acc,
     )  # fmt: skip
-    return loss, inverse
+    return loss, inv_count

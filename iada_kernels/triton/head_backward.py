@@ -1,15 +1,15 @@
 """The head backward: from D (N, C) and the gradient g of each row's loss.
 
     features  ∂L/∂h  = g D W              its dot with s is ∂L/∂ε, added up over tiles of columns
-    weight    ∂L/∂W  = (g D)ᵀ (h + ε s) + shares of the class pass,   ∂L/∂b = Σ_i g_i D_i
+    weight    ∂L/∂W  = (g D)ᵀ (h + ε s) + partials of the class pass,   ∂L/∂b = Σ_i g_i D_i
     diagonal  ∂L/∂σ_c = ½ α Σ_{i: y_i=c} g_i Σ_j D_ij (w_j − w_c)²
 
 For a diagonal Σ the quadratic term adds to ∂L/∂W, with W centred and x = h + ε s − α σ_y∘w_y,
 
     (g D)ᵀ x + α w_j ∘ ((g D)ᵀ σ_y) − α σ_j ∘ Σ_{i: y_i = j} ∂L/∂h_i
 
-because the rows of D sum to 0. Sums over the batch are cut into shares (S, ...) of a fixed number
-of rows, added in order.
+because the rows of D sum to 0. Sums over the batch are split into partials (S, ...) of a fixed
+number of rows, added in order.
 """
 
 import torch
@@ -18,14 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.contract import LossInputs, LossOptions
-from iada_kernels.triton.device import load_labels, load_tile, number
+from iada_kernels.layout import contiguous_as, unit_inner_stride
+from iada_kernels.triton.device import load_labels, load_tile, number, store_tile, tile_axis
 from iada_kernels.triton.launch import (
-    by_rows,
     compute_type,
     current_configuration,
     dot_precision,
     launch,
-    plain,
     split,
 )
 from iada_kernels.triton.rows import Groups
@@ -33,91 +32,86 @@ from iada_kernels.triton.rows import Groups
 
 @triton.jit
 def grad_features_kernel(
-    residual, weight, row_scale, sign, grad, epsilon_parts, N, C, A,
+    residual, weight, row_scale, sign, grad, epsilon_partials, N, C, A,
     SCALE_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    there, inside = rows < N, a < A
+    rows, row_mask = tile_axis(0, BLOCK_N, N)
+    offs_a, col_mask = tile_axis(1, BLOCK_A, A)
     total = tl.zeros([BLOCK_N, BLOCK_A], dtype=ACC)
     for first in range(0, C, BLOCK_C):
-        j = first + tl.arange(0, BLOCK_C)
-        d = load_tile(residual, rows, C, j, there, j < C, ACC)
-        w = load_tile(weight, j, A, a, j < C, inside, ACC)
+        offs_c = first + tl.arange(0, BLOCK_C)
+        d = load_tile(residual, rows, C, offs_c, row_mask, offs_c < C, ACC)
+        w = load_tile(weight, offs_c, A, offs_a, offs_c < C, col_mask, ACC)
         total = tl.dot(d, w, total, input_precision=DOT, out_dtype=ACC)
-    total *= tl.load(row_scale + rows * SCALE_STRIDE, mask=there, other=0.0)[:, None]
-    mask = there[:, None] & inside[None, :]
+    total *= tl.load(row_scale + rows * SCALE_STRIDE, mask=row_mask, other=0.0)[:, None]
     if grad is not None:
-        place = grad + rows.to(tl.int64)[:, None] * A + a[None, :]
-        tl.store(place, total.to(grad.dtype.element_ty), mask=mask)
+        store_tile(grad, rows, A, offs_a, row_mask, col_mask, total)
     if sign is not None:
-        s = load_tile(sign, rows, A, a, there, inside, ACC)
-        part = epsilon_parts + tl.program_id(1).to(tl.int64) * N + rows
-        tl.store(part, tl.sum(total * s, axis=1), mask=there)
+        s = load_tile(sign, rows, A, offs_a, row_mask, col_mask, ACC)
+        ptrs = epsilon_partials + tl.program_id(1).to(tl.int64) * N + rows
+        tl.store(ptrs, tl.sum(total * s, axis=1), mask=row_mask)
 
 
 @triton.jit
 def grad_weight_kernel(
     residual, row_scale, features, stride, labels, sign, epsilon,
-    variances, weight, offset, grad_features, alpha, alpha_low,
-    more, more_count, grad, grad_bias, N, C, A, ignore_index, per_share,
+    variances, weight, weight_mean, grad_features, alpha, alpha_low,
+    table_partials, num_partials, grad, grad_bias, N, C, A, ignore_index, rows_per_split,
     SCALE_STRIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    j = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    share = tl.program_id(2)
-    there, inside = j < C, a < A
+    offs_c, row_mask = tile_axis(0, BLOCK_C, C)
+    offs_a, col_mask = tile_axis(1, BLOCK_A, A)
+    split_id = tl.program_id(2)
     total = tl.zeros([BLOCK_C, BLOCK_A], dtype=ACC)
     sums = tl.zeros([BLOCK_C], dtype=ACC)
     if variances is not None:
-        shared = tl.load(offset + a, mask=inside, other=0.0)
-        spread = tl.zeros([BLOCK_C, BLOCK_A], dtype=ACC)
-        turned = tl.zeros([BLOCK_C, BLOCK_A], dtype=ACC)
-        strength = number(alpha, alpha_low, ACC)
-    last = tl.minimum((share + 1) * per_share, N)
-    for first in range(share * per_share, last, BLOCK_N):
+        mean_w = tl.load(weight_mean + offs_a, mask=col_mask, other=0.0)
+        sigma_sum = tl.zeros([BLOCK_C, BLOCK_A], dtype=ACC)
+        class_sum_dh = tl.zeros([BLOCK_C, BLOCK_A], dtype=ACC)
+        alpha_value = number(alpha, alpha_low, ACC)
+    end = tl.minimum((split_id + 1) * rows_per_split, N)
+    for first in range(split_id * rows_per_split, end, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
-        deep = rows < last
-        g = tl.load(row_scale + rows * SCALE_STRIDE, mask=deep, other=0.0)
-        d = tl.trans(load_tile(residual, rows, C, j, deep, there, ACC) * g[:, None])
+        k_mask = rows < end
+        g = tl.load(row_scale + rows * SCALE_STRIDE, mask=k_mask, other=0.0)
+        d = tl.trans(load_tile(residual, rows, C, offs_c, k_mask, row_mask, ACC) * g[:, None])
         sums += tl.sum(d, axis=1)
-        x = load_tile(features, rows, stride, a, deep, inside, ACC)
+        x = load_tile(features, rows, stride, offs_a, k_mask, col_mask, ACC)
         if sign is not None:
-            move = tl.load(epsilon + rows, mask=deep, other=0.0).to(ACC)
-            x += move[:, None] * load_tile(sign, rows, A, a, deep, inside, ACC)
+            eps = tl.load(epsilon + rows, mask=k_mask, other=0.0).to(ACC)
+            x += eps[:, None] * load_tile(sign, rows, A, offs_a, k_mask, col_mask, ACC)
         if variances is not None:
-            y, _ = load_labels(labels, rows, deep, ignore_index, C)
-            own = tl.maximum(y, 0)
-            sigma = load_tile(variances, own, A, a, deep, inside, ACC)
-            w_own = load_tile(weight, own, A, a, deep, inside, ACC) - shared[None, :]
-            x -= strength * sigma * w_own
-            spread = tl.dot(d, sigma, spread, input_precision=DOT, out_dtype=ACC)
-            mine = (y[None, :] == j[:, None]).to(ACC)
-            dh = load_tile(grad_features, rows, A, a, deep, inside, ACC)
-            turned = tl.dot(mine, dh, turned, input_precision=DOT, out_dtype=ACC)
+            y, _ = load_labels(labels, rows, k_mask, ignore_index, C)
+            label = tl.maximum(y, 0)
+            sigma = load_tile(variances, label, A, offs_a, k_mask, col_mask, ACC)
+            w_label = load_tile(weight, label, A, offs_a, k_mask, col_mask, ACC) - mean_w[None, :]
+            x -= alpha_value * sigma * w_label
+            sigma_sum = tl.dot(d, sigma, sigma_sum, input_precision=DOT, out_dtype=ACC)
+            same_class = (y[None, :] == offs_c[:, None]).to(ACC)
+            dh = load_tile(grad_features, rows, A, offs_a, k_mask, col_mask, ACC)
+            class_sum_dh = tl.dot(same_class, dh, class_sum_dh, input_precision=DOT, out_dtype=ACC)
         total = tl.dot(d, x, total, input_precision=DOT, out_dtype=ACC)
     if variances is not None:
-        w = load_tile(weight, j, A, a, there, inside, ACC) - shared[None, :]
-        total += strength * (
-            w * spread - load_tile(variances, j, A, a, there, inside, ACC) * turned
-        )
-    mask = there[:, None] & inside[None, :]
-    if more is not None:
-        if share == 0:
-            for part in range(more_count):
-                total += load_tile(
-                    more + tl.cast(part, tl.int64) * C * A, j, A, a, there, inside, ACC
-                )
+        w = load_tile(weight, offs_c, A, offs_a, row_mask, col_mask, ACC) - mean_w[None, :]
+        sigma = load_tile(variances, offs_c, A, offs_a, row_mask, col_mask, ACC)
+        total += alpha_value * (w * sigma_sum - sigma * class_sum_dh)
+    mask = row_mask[:, None] & col_mask[None, :]
+    if table_partials is not None:
+        if split_id == 0:
+            for index in range(num_partials):
+                partial = table_partials + tl.cast(index, tl.int64) * C * A
+                total += load_tile(partial, offs_c, A, offs_a, row_mask, col_mask, ACC)
     if grad is not None:
-        place = grad + share.to(tl.int64) * C * A + j.to(tl.int64)[:, None] * A + a[None, :]
-        tl.store(place, total, mask=mask)
+        partial = grad + split_id.to(tl.int64) * C * A
+        ptrs = partial + offs_c.to(tl.int64)[:, None] * A + offs_a[None, :]
+        tl.store(ptrs, total, mask=mask)
     if grad_bias is not None:
         if tl.program_id(1) == 0:
-            tl.store(grad_bias + share * C + j, sums, mask=there)
+            tl.store(grad_bias + split_id * C + offs_c, sums, mask=row_mask)
 
 
 @triton.jit
@@ -126,21 +120,22 @@ def grad_variances_kernel(
     SCALE_STRIDE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0).to(tl.int64)
-    a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    inside = a < A
-    own = tl.load(weight + c * A + a, mask=inside, other=0.0)
+    offs_a, col_mask = tile_axis(1, BLOCK_A, A)
+    w_label = tl.load(weight + c * A + offs_a, mask=col_mask, other=0.0)
     total = tl.zeros([BLOCK_A], dtype=ACC)
     first, m = tl.load(start + c), tl.load(size + c)
     for k in range(m):
         row = tl.load(order + first + k).to(tl.int64)
         g = tl.load(row_scale + row * SCALE_STRIDE)
         for begin in range(0, C, BLOCK_J):
-            j = begin + tl.arange(0, BLOCK_J)
-            d = tl.load(residual + row * C + j, mask=j < C, other=0.0)
-            delta = load_tile(weight, j, A, a, j < C, inside, ACC) - own[None, :]
+            offs_c = begin + tl.arange(0, BLOCK_J)
+            d = tl.load(residual + row * C + offs_c, mask=offs_c < C, other=0.0)
+            delta = (
+                load_tile(weight, offs_c, A, offs_a, offs_c < C, col_mask, ACC) - w_label[None, :]
+            )
             total += g * tl.sum(d[:, None] * delta * delta, axis=0)
     total *= 0.5 * number(alpha, alpha_low, ACC)
-    tl.store(grad + c * A + a, total, mask=inside)
+    tl.store(grad + c * A + offs_a, total, mask=col_mask)
 
 
 def grad_features(
@@ -155,18 +150,18 @@ def grad_features(
     tile, count, (num_classes, width) = configuration.grad_features, len(residual), weight.shape
     tiles = triton.cdiv(width, tile.columns)
     grad = None if dtype is None else weight.new_empty(count, width, dtype=dtype)
-    parts = None if sign is None else weight.new_empty(tiles, count)
+    partials = None if sign is None else weight.new_empty(tiles, count)
     launch(
         grad_features_kernel,
         (triton.cdiv(count, tile.rows), tiles),
-        residual, weight, row_scale, sign, grad, parts, count, num_classes, width,
+        residual, weight, row_scale, sign, grad, partials, count, num_classes, width,
         warps=tile.warps, stages=tile.stages,
         SCALE_STRIDE=int(len(row_scale) > 1),
         BLOCK_N=tile.rows, BLOCK_A=tile.columns, BLOCK_C=tile.depth,
         ACC=compute_type(weight.dtype),
         DOT=dot_precision(configuration),
     )  # fmt: skip
-    return grad, None if parts is None else _sum(parts)
+    return grad, None if partials is None else _sum(partials)
 
 
 def grad_weight(
@@ -177,34 +172,34 @@ def grad_weight(
     row_scale: Tensor,
     sign: Tensor | None,
     feature_gradient: Tensor | None,
-    more: Tensor | None,
+    table_partials: Tensor | None,
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """∂L/∂W (C, A) and Σ_i g_i D_i (C), those needed.
 
-    `feature_gradient` is ∂L/∂h in the compute dtype for a diagonal Σ; `more` the shares (S, C, A)
-    of the class pass for a full one.
+    `feature_gradient` is ∂L/∂h in the compute dtype for a diagonal Σ; `table_partials` are
+    those of the class pass (S, C, A) for a full one.
     """
     configuration = current_configuration(weight.device)
     tile, count, (num_classes, width) = configuration.grad_weight, len(residual), weight.shape
-    cuts = max(1, triton.cdiv(count, configuration.split_rows))
-    grad = weight.new_empty(cuts, num_classes, width) if needs_weight else None
-    bias = weight.new_empty(cuts, num_classes) if needs_bias else None
-    variances = offset = None
-    epsilon = None if sign is None else plain(inputs.epsilon, weight.dtype)
+    splits = max(1, triton.cdiv(count, configuration.split_rows))
+    grad = weight.new_empty(splits, num_classes, width) if needs_weight else None
+    bias = weight.new_empty(splits, num_classes) if needs_bias else None
+    variances = weight_mean = None
+    epsilon = None if sign is None else contiguous_as(inputs.epsilon, weight.dtype)
     if inputs.covariance is not None and inputs.covariance.dim() == 2 and needs_weight:
-        variances = plain(inputs.covariance, weight.dtype)
-        offset = weight.mean(dim=0)
+        variances = contiguous_as(inputs.covariance, weight.dtype)
+        weight_mean = weight.mean(dim=0)
         tile = configuration.diagonal_weight
-    features = by_rows(inputs.features)
+    features = unit_inner_stride(inputs.features)
     columns = triton.cdiv(width, tile.columns) if needs_weight else 1
     launch(
         grad_weight_kernel,
-        (triton.cdiv(num_classes, tile.rows), columns, cuts),
+        (triton.cdiv(num_classes, tile.rows), columns, splits),
         residual, row_scale, features, features.stride(0), inputs.labels.contiguous(), sign,
-        epsilon, variances, weight, offset, feature_gradient, *split(options.alpha),
-        more, 0 if more is None else len(more), grad, bias,
+        epsilon, variances, weight, weight_mean, feature_gradient, *split(options.alpha),
+        table_partials, 0 if table_partials is None else len(table_partials), grad, bias,
         count, num_classes, width, options.ignore_index, configuration.split_rows,
         warps=tile.warps, stages=tile.stages,
         SCALE_STRIDE=int(len(row_scale) > 1),
@@ -234,5 +229,5 @@ def grad_variances(
     return grad
 
 
-def _sum(shares: Tensor) -> Tensor:
-    return shares[0] if len(shares) == 1 else shares.sum(dim=0)
+def _sum(partials: Tensor) -> Tensor:
+    return partials[0] if len(partials) == 1 else partials.sum(dim=0)

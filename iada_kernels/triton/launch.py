@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from iada_kernels.triton.config import Configuration, configuration_for
 
@@ -103,16 +102,6 @@ def dot_precision(configuration: Configuration) -> str:
 def compute_type(dtype: torch.dtype) -> tl.dtype:
     """The kernels' name for the compute dtype, float32 or float64."""
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Contiguous and in the compute dtype; itself where it is that already."""
-    return None if tensor is None else tensor.to(dtype).contiguous()
-
-
-def by_rows(tensor: Tensor) -> Tensor:
-    """`tensor` if its last axis has stride 1, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def split(number: float) -> tuple[float, float]:

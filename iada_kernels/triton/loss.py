@@ -1,15 +1,14 @@
 """The IADA loss and its gradients by Triton kernels, for any N, C and A.
 
-Launches of this package, for a full Σ and ε given (some sums over shares add one of torch's):
+Launches of this package, for a full Σ and ε given (a sum over partials may add one of torch's):
     update    2  rows of each class, moments; the rest is part of the class pass
     forward   6  first logits, sign, class pass (and its sum), logits, softmax, reduce
-    backward  4  class sums, shares of the class pass, features, weight
-Where W and Σ_c fit in one program: update and forward 1, backward 1 (`small`, `small_backward`).
+    backward  4  class sums, partials of the class pass, features, weight
+Where W and Σ_c fit in one program: update and forward 1, backward 1 (`single_launch`).
 """
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from iada_kernels.contract import (
@@ -19,23 +18,30 @@ from iada_kernels.contract import (
     LossNeeds,
     LossOptions,
 )
-from iada_kernels.triton import small, small_backward
-from iada_kernels.triton.class_pass import add_pair_terms, stream_and_table
-from iada_kernels.triton.class_pass_backward import class_sums, weight_shares
+from iada_kernels.layout import unit_inner_stride
+from iada_kernels.streaming import (
+    is_writable,
+    mark_updated,
+    update_statistics,
+    writable,
+    write_back,
+)
+from iada_kernels.triton import single_launch, single_launch_backward
+from iada_kernels.triton.class_pass import rank_c_update, stream_and_table
+from iada_kernels.triton.class_pass_backward import class_sums, weight_partials
 from iada_kernels.triton.head import adjusted_logits, reduce_losses
 from iada_kernels.triton.head_backward import grad_features, grad_variances, grad_weight
-from iada_kernels.triton.launch import by_rows
 from iada_kernels.triton.moments import update_moments
 from iada_kernels.triton.rows import Groups, group_rows
-from iada_kernels.triton.small import SavedParts
+from iada_kernels.triton.single_launch import SavedParts
 
 
 class SavedLoss(NamedTuple):
-    """D (N, C), s (N, A) int8, the factor of the mean (1), and the rows of each class."""
+    """What the backward pass needs beside the inputs."""
 
-    residual: Tensor
-    sign: Tensor | None
-    inverse: Tensor | None
+    residual: Tensor  # D (N, C)
+    sign: Tensor | None  # s (N, A) int8
+    inv_count: Tensor | None  # (1), 1/n for the mean, 1 for the sum
     groups: Groups | None
 
 
@@ -45,36 +51,36 @@ def loss_forward(
     needs: LossNeeds,
     stream: ClassStatistics | None = None,
 ) -> tuple[Tensor, SavedLoss | SavedParts]:
-    """The reduced loss and what `loss_backward` needs; the batch first goes into a `stream`."""
-    sigma = inputs.covariance
-    if small.fits(inputs, options, stream):
-        found = small.loss_forward(inputs, options, needs, stream)
-        if stream is not None and sigma is not None:
-            _changed(sigma, stream.mean, stream.count)
-        return found
-    weight = inputs.weight.to(inputs.compute_dtype).contiguous()
-    labels = inputs.labels.contiguous()
-    full = sigma is not None and sigma.dim() == 3
-    if stream is not None and not _in_place(inputs, stream, weight.dtype):
-        assert sigma is not None
-        counted = torch.where(labels == options.ignore_index, -1, labels)
-        covariance_update(sigma, stream.mean, stream.count, inputs.features, counted)
-        stream = None
+    """The reduced loss and what `loss_backward` needs; a `stream` is updated first."""
+    sigma, dtype = inputs.covariance, inputs.compute_dtype
+    state = None
+    if stream is not None and sigma is not None:
+        state = (sigma, stream.mean, stream.count)
+    if single_launch.is_supported(inputs, options, stream):
+        result = single_launch.loss_forward(inputs, options, needs, stream)
+        if state is not None:
+            mark_updated(state)
+        return result
+    weight, labels = inputs.weight.to(dtype).contiguous(), inputs.labels.contiguous()
+    if stream is not None and state is not None and not is_writable(state, dtype):
+        update_statistics(covariance_update, inputs, options, stream)
+        stream = state = None
+    full = inputs.has_full_covariance
     groups = moments = table = None
     if full or stream is not None or needs.covariance:
         count = None if stream is None else stream.count
-        groups = group_rows(labels, len(weight), options.ignore_index, count, weight.dtype)
-    features = by_rows(inputs.features)
+        groups = group_rows(labels, len(weight), options.ignore_index, count, dtype)
+    features = unit_inner_stride(inputs.features)
     if stream is not None and groups is not None:
         moments = update_moments(features, groups, stream.mean, None if full else sigma)
     if full and sigma is not None and groups is not None:
-        plain = sigma.to(weight.dtype).contiguous()
-        table, _ = stream_and_table(plain, weight, groups, features, moments)
-    if stream is not None and sigma is not None:
-        _changed(sigma, stream.mean, stream.count)
+        sigma = sigma.to(dtype).contiguous()
+        table, _ = stream_and_table(sigma, weight, groups, features, moments)
+    if state is not None:
+        mark_updated(state)
     z, sign = adjusted_logits(inputs, options, weight, table)
-    loss, inverse = reduce_losses(z, labels, options)
-    return loss, SavedLoss(z, sign, inverse, groups)
+    loss, inv_count = reduce_losses(z, labels, options)
+    return loss, SavedLoss(z, sign, inv_count, groups)
 
 
 def loss_backward(
@@ -86,15 +92,15 @@ def loss_backward(
 ) -> LossGradients:
     """The gradients asked for: of the features in their dtype, others in the compute dtype."""
     if isinstance(saved, SavedParts):
-        return small_backward.loss_backward(inputs, options, saved, grad_loss, needs)
+        return single_launch_backward.loss_backward(inputs, options, saved, grad_loss, needs)
     weight = inputs.weight.to(inputs.compute_dtype).contiguous()
     sigma, groups = inputs.covariance, saved.groups
-    full = sigma is not None and sigma.dim() == 3
-    row_scale = grad_loss if saved.inverse is None else grad_loss * saved.inverse
+    full = inputs.has_full_covariance
+    row_scale = grad_loss if saved.inv_count is None else grad_loss * saved.inv_count
     row_scale = row_scale.reshape(-1).contiguous()
 
     grads = LossGradients()
-    more = None
+    table_partials = None
     if full and groups is not None and (needs.weight or needs.covariance):
         labels = inputs.labels.contiguous()
         curvature = class_sums(
@@ -102,11 +108,11 @@ def loss_backward(
         )
         assert sigma is not None
         if needs.weight:
-            plain = sigma.to(weight.dtype).contiguous()
-            more = weight_shares(plain, weight, curvature, groups.size)
+            sigma = sigma.to(weight.dtype).contiguous()
+            table_partials = weight_partials(sigma, weight, curvature, groups.size)
         if needs.covariance:
             grads.covariance = weight.new_empty(sigma.shape)
-            add_pair_terms(grads.covariance, weight, groups, curvature, fresh=True)
+            rank_c_update(grads.covariance, weight, groups, curvature, overwrite=True)
     diagonal = sigma is not None and not full
     dtype = inputs.features.dtype if needs.features else None
     if diagonal and needs.weight:
@@ -122,7 +128,7 @@ def loss_backward(
     if needs.weight or needs.bias or needs.log_prior:
         grads.weight, sums = grad_weight(
             inputs, options, weight, saved.residual, row_scale, saved.sign,
-            feature_gradient if diagonal else None, more,
+            feature_gradient if diagonal else None, table_partials,
             needs.weight, needs.bias or needs.log_prior,
         )  # fmt: skip
         if needs.bias:
@@ -139,23 +145,20 @@ def covariance_update(
 ) -> None:
     """One batch, in place on covariance (C, A, A) or (C, A), mean (C, A) and count (C) int64."""
     state = (covariance, mean, count)
-    plain = [covariance.to(mean.dtype).contiguous(), mean.contiguous(), count.contiguous()]
-    groups = group_rows(labels.contiguous(), len(mean), -1, plain[2], mean.dtype)
-    features, full = by_rows(features), covariance.dim() == 3
-    moments = update_moments(features, groups, plain[1], None if full else plain[0])
+    written = sigma, mean, count = writable(state, mean.dtype)
+    groups = group_rows(labels.contiguous(), len(mean), -1, count, mean.dtype)
+    features, full = unit_inner_stride(features), covariance.dim() == 3
+    moments = update_moments(features, groups, mean, None if full else sigma)
     if full:
-        stream_and_table(plain[0], None, groups, features, moments)
-    for tensor, changed in zip(state, plain, strict=True):
-        if tensor is not changed:
-            tensor.copy_(changed)
-    _changed(*state)
+        stream_and_table(sigma, None, groups, features, moments)
+    write_back(state, written)
 
 
 def flatten(saved: SavedLoss | SavedParts) -> list[Tensor | None]:
-    """The tensors of `saved` in a row."""
+    """The tensors of `saved` as one list."""
     if isinstance(saved, SavedParts):
         return list(saved)
-    return [saved.residual, saved.sign, saved.inverse, *(saved.groups or (None,) * 4)]
+    return [saved.residual, saved.sign, saved.inv_count, *(saved.groups or (None,) * 4)]
 
 
 def unflatten(tensors: list[Tensor | None]) -> SavedLoss | SavedParts:
@@ -165,21 +168,8 @@ def unflatten(tensors: list[Tensor | None]) -> SavedLoss | SavedParts:
         assert size is not None
         assert sums is not None
         return SavedParts(size, sums, *parts)
-    residual, sign, inverse, start, size, order, share = tensors
+    residual, sign, inv_count, start, size, order, batch_weight = tensors
     assert residual is not None
     if start is None or size is None or order is None:
-        return SavedLoss(residual, sign, inverse, None)
-    return SavedLoss(residual, sign, inverse, Groups(start, size, order, share))
-
-
-def _in_place(inputs: LossInputs, stream: ClassStatistics, dtype: torch.dtype) -> bool:
-    """Whether the kernels can update the state where it lies while they compute the loss."""
-    sigma = inputs.covariance
-    assert sigma is not None
-    state = (sigma, stream.mean, stream.count)
-    return sigma.dtype == stream.mean.dtype == dtype and all(t.is_contiguous() for t in state)
-
-
-def _changed(*state: Tensor) -> None:
-    """Autograd must notice that Σ changed under a loss that still needs it."""
-    torch.autograd.graph.increment_version(state)
+        return SavedLoss(residual, sign, inv_count, None)
+    return SavedLoss(residual, sign, inv_count, Groups(start, size, order, batch_weight))

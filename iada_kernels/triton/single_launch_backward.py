@@ -1,4 +1,4 @@
-"""The backward pass of the single-launch loss: parts of `small`, added up and multiplied.
+"""The backward pass of the single-launch loss: parts of `single_launch`, added up and scaled.
 
     ∂h, ∂ε    g · part at the rows that have a class, 0 elsewhere
     ∂W, ∂b    g · Σ_c part_c over the classes that have rows
@@ -17,11 +17,11 @@ from torch import Tensor
 from iada_kernels.contract import LossGradients, LossInputs, LossNeeds, LossOptions
 from iada_kernels.triton.device import load_labels, number
 from iada_kernels.triton.launch import compute_type, current_configuration, launch, split
-from iada_kernels.triton.small import SavedParts
+from iada_kernels.triton.single_launch import SavedParts
 
 
 @triton.jit
-def _added(parts, size, at, length, C, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_partials(parts, size, at, length, C, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
     """Σ_c parts[c, at] over the classes that have rows; parts (C, length)."""
     total = tl.zeros([BLOCK], dtype=parts.dtype.element_ty)
     for first in range(0, C, BLOCK_C):
@@ -35,7 +35,7 @@ def _added(parts, size, at, length, C, BLOCK_C: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def small_backward_kernel(
+def single_launch_backward_kernel(
     grad_loss, labels, size,
     part_features, part_weight, part_sums, part_covariance, part_epsilon,
     features, weight, bias, log_prior, covariance, epsilon,
@@ -48,13 +48,13 @@ def small_backward_kernel(
     if weight is not None:
         at = program * BLOCK + tl.arange(0, BLOCK)
         if program < weight_programs:
-            total = g * _added(part_weight, size, at, C * A, C, BLOCK_C, BLOCK)
+            total = g * _sum_partials(part_weight, size, at, C * A, C, BLOCK_C, BLOCK)
             tl.store(weight + at, total, mask=at < C * A)
     program -= weight_programs
     if part_sums is not None:  # for ∂b and ∂log π
         at = program * BLOCK + tl.arange(0, BLOCK)
         if (program >= 0) & (program < bias_programs):
-            total = g * _added(part_sums, size, at, C, C, BLOCK_C, BLOCK)
+            total = g * _sum_partials(part_sums, size, at, C, C, BLOCK_C, BLOCK)
             if bias is not None:
                 tl.store(bias + at, total, mask=at < C)
             if log_prior is not None:
@@ -67,11 +67,11 @@ def small_backward_kernel(
             part = tl.load(part_epsilon + rows, mask=y >= 0, other=0.0)
             tl.store(epsilon + rows, g * part, mask=rows < N)
         if features is not None:
-            a = tl.arange(0, BLOCK_A)
-            place, inside = rows[:, None] * A + a[None, :], (a < A)[None, :]
-            part = tl.load(part_features + place, mask=(y >= 0)[:, None] & inside, other=0.0)
+            offs_a = tl.arange(0, BLOCK_A)
+            offs, col_mask = rows[:, None] * A + offs_a[None, :], (offs_a < A)[None, :]
+            part = tl.load(part_features + offs, mask=(y >= 0)[:, None] & col_mask, other=0.0)
             grad = (g * part).to(features.dtype.element_ty)
-            tl.store(features + place, grad, mask=(rows < N)[:, None] & inside)
+            tl.store(features + offs, grad, mask=(rows < N)[:, None] & col_mask)
     program -= row_programs
     if covariance is not None:
         start = program * A * A
@@ -105,7 +105,10 @@ def loss_backward(
         epsilon=result(needs.epsilon, count),
         log_prior=result(needs.log_prior, num_classes),
     )
-    tile, block_a = current_configuration(grad_loss.device).small, triton.next_power_of_2(width)
+    tile, block_a = (
+        current_configuration(grad_loss.device).single_launch,
+        triton.next_power_of_2(width),
+    )
     block_n = max(1, 1024 // block_a)
     programs = (
         triton.cdiv(num_classes * width, tile.columns) if needs.weight else 0,
@@ -113,7 +116,7 @@ def loss_backward(
         triton.cdiv(count, block_n) if needs.features or needs.epsilon else 0,
     )
     launch(
-        small_backward_kernel,
+        single_launch_backward_kernel,
         (sum(programs) + num_classes * needs.covariance,),
         grad_loss, inputs.labels.contiguous(), saved.size,
         saved.features, saved.weight, saved.sums if programs[1] else None,

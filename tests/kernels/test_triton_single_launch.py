@@ -28,9 +28,9 @@ try:
 except RuntimeError as reason:
     pytest.skip(str(reason), allow_module_level=True)
 
-from iada_kernels.triton import launch, small  # noqa: E402
+from iada_kernels.triton import launch, single_launch  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poison")]
+pytestmark = pytest.mark.slow
 
 # N, C, A: nothing, one of each, fewer rows than classes, sizes around blocks of 16 and 32.
 SHAPES = [(0, 4, 3), (1, 1, 1), (5, 1, 9), (3, 9, 6), (35, 2, 17), (9, 33, 5), (40, 3, 16)]
@@ -64,7 +64,7 @@ def gradients(backend, inputs, options, needs=EVERYTHING, upstream=1.0, stream=N
 def test_values_and_gradients_in_double(shape, reduction):
     problem = on_device(random_problem(*shape, reduction=reduction, symmetric=False))
     names, found = launched(lambda: value_and_gradients(fused("triton"), problem))
-    assert names == ["small_kernel", "small_backward_kernel"]
+    assert names == ["single_launch_kernel", "single_launch_backward_kernel"]
     assert_same(found, value_and_gradients(reference_loss, problem))
 
 
@@ -73,7 +73,7 @@ def test_absent_terms(left_out):
     absent = {left_out: None if left_out == "structure" else False}
     problem = on_device(random_problem(9, 4, 5, **absent))
     names, found = launched(lambda: value_and_gradients(fused("triton"), problem))
-    assert names == ["small_kernel", "small_backward_kernel"]
+    assert names == ["single_launch_kernel", "single_launch_backward_kernel"]
     assert_same(found, value_and_gradients(reference_loss, problem))
 
 
@@ -96,7 +96,7 @@ def test_half_precision_is_read_exactly(dtype):
     problem = on_device(random_problem(20, 4, 7, dtype=dtype))
     wide = problem.map(torch.Tensor.float)
     names, found = launched(lambda: value_and_gradients(fused("triton"), problem))
-    assert names == ["small_kernel", "small_backward_kernel"]
+    assert names == ["single_launch_kernel", "single_launch_backward_kernel"]
     truth = value_and_gradients(fused("triton"), wide)
     for name, want in truth.items():
         if name != "features":
@@ -192,7 +192,7 @@ def test_streaming_update_comes_first(shape):
                 triton_backend, inputs_of(p), o, upstream=1.5, stream=ClassStatistics(*held[1:])
             )
         )
-        assert names == ["small_kernel", "small_backward_kernel"]
+        assert names == ["single_launch_kernel", "single_launch_backward_kernel"]
         kept = problem.labels != -100
         truth = list(
             reference.covariance_update(*truth, problem.features[kept], problem.labels[kept])
@@ -273,16 +273,16 @@ def test_a_training_step_is_two_launches_at_the_cifar_shapes(shape, architecture
 def test_what_does_not_fit_is_left_to_the_general_kernels():
     problem = random_problem(20, 4, 7)
     inputs, options = inputs_of(problem), LossOptions(0.5, 1.0, -100, "mean")
-    assert small.fits(inputs, options, None)
-    assert not small.fits(inputs, replace(options, reduction="none"), None)
+    assert single_launch.is_supported(inputs, options, None)
+    assert not single_launch.is_supported(inputs, replace(options, reduction="none"), None)
     diagonal = replace(inputs, covariance=torch.ones(4, 7, dtype=torch.float64))
-    assert not small.fits(diagonal, options, None)
+    assert not single_launch.is_supported(diagonal, options, None)
     strided = replace(inputs, covariance=problem.covariance[:, ::2])
-    assert not small.fits(strided, options, None)
+    assert not single_launch.is_supported(strided, options, None)
     single = replace(inputs, covariance=problem.covariance.float())
-    assert not small.fits(single, options, None)
+    assert not single_launch.is_supported(single, options, None)
     wide = replace(inputs, features=torch.ones(20, 2000), weight=torch.ones(4, 2000))
-    assert not small.fits(wide, options, None)
+    assert not single_launch.is_supported(wide, options, None)
 
 
 def test_poison_is_seen():

@@ -11,8 +11,8 @@ One program for each class c does everything for the rows i with y_i = c:
     class   ∂W += α [G∘P − e_c Gᵀ P],   ∂Σ_c = ½ α Σ_j G_j (w_j − w_c)(w_j − w_c)ᵀ
 
 Symbols and conventions as in `head`, `moments` and `class_pass`. Gradients are those of the reduced
-loss; `small_backward` adds the parts of the classes and multiplies by the gradient of the loss. The
-program that finishes last adds the losses of the classes, in their order.
+loss; `single_launch_backward` adds the parts of the classes and multiplies by the gradient of the
+loss. The program that finishes last adds the losses of the classes, in their order.
 
 features (N, A) · weight (C, A) · covariance (C, A, A) · Parts, written for classes that have rows:
 ∂h (N, A) and ∂ε (N) at their rows, ∂W (C, C, A), G (C, C), ∂Σ (C, A, A).
@@ -26,9 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.contract import ClassStatistics, LossInputs, LossNeeds, LossOptions
+from iada_kernels.layout import unit_inner_stride
 from iada_kernels.triton.device import load_tile, number
 from iada_kernels.triton.launch import (
-    by_rows,
     compute_type,
     current_configuration,
     dot_precision,
@@ -41,86 +41,86 @@ from iada_kernels.triton.rows import scan_rows
 
 @triton.jit
 def _stream(
-    features, stride, order, m, covariance, mean, count, c, a, A,
+    features, stride, order, m, covariance, mean, count, c, offs_a, A,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The streaming update of Σ_c, μ_c and n_c, in place."""
-    inside = a < A
-    center = class_mean(features, stride, order, m, a, inside, BLOCK_M, BLOCK_A, ACC)
-    grown = tl.zeros([BLOCK_A, BLOCK_A], dtype=ACC)
+    col_mask = offs_a < A
+    center = class_mean(features, stride, order, m, offs_a, col_mask, BLOCK_M, BLOCK_A, ACC)
+    scatter = tl.zeros([BLOCK_A, BLOCK_A], dtype=ACC)
     for k in range(0, m, BLOCK_M):
         at = k + tl.arange(0, BLOCK_M)
         rows = tl.load(order + at, mask=at < m, other=0)
-        x = load_tile(features, rows, stride, a, at < m, inside, ACC)
+        x = load_tile(features, rows, stride, offs_a, at < m, col_mask, ACC)
         x = tl.where((at < m)[:, None], x - center[None, :], 0.0)
-        grown = tl.dot(tl.trans(x), x, grown, input_precision=DOT, out_dtype=ACC)
-    grown = 0.5 * (grown + tl.trans(grown))  # the two halves differ by rounding
+        scatter = tl.dot(tl.trans(x), x, scatter, input_precision=DOT, out_dtype=ACC)
+    scatter = 0.5 * (scatter + tl.trans(scatter))  # the two halves differ by rounding
 
-    place = covariance + c * A * A + a[:, None] * A + a[None, :]
-    mask = inside[:, None] & inside[None, :]
-    s = tl.load(place, mask=mask, other=0.0)
-    old = tl.load(mean + c * A + a, mask=inside, other=0.0)
+    ptrs = covariance + c * A * A + offs_a[:, None] * A + offs_a[None, :]
+    mask = col_mask[:, None] & col_mask[None, :]
+    s = tl.load(ptrs, mask=mask, other=0.0)
+    old = tl.load(mean + c * A + offs_a, mask=col_mask, other=0.0)
     n = tl.load(count + c)
     tl.debug_barrier()  # several threads may read what one of them writes now
     w = tl.cast(m, ACC) / tl.cast(n + m, ACC)
     shift = center - old
     between = shift[:, None] * shift[None, :]
-    s = (1 - w) * s + ((w / m) * grown + (w * (1 - w)) * between)
-    tl.store(place, s, mask=mask)
-    tl.store(mean + c * A + a, old + w * shift, mask=inside)
+    s = (1 - w) * s + ((w / m) * scatter + (w * (1 - w)) * between)
+    tl.store(ptrs, s, mask=mask)
+    tl.store(mean + c * A + offs_a, old + w * shift, mask=col_mask)
     tl.store(count + c, n + m)
 
 
 @triton.jit
-def _turned(
-    weight, weight_stride, own_weight, sigma, j, there, a, inside, A,
+def _delta_sigma(
+    weight, weight_stride, label_weight, sigma, rows, row_mask, offs_a, col_mask, A,
     BLOCK_J: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Δ = W − 1 w_cᵀ and P = Δ ½(Σ + Σᵀ) for some classes j, (BLOCK_J, A)."""
-    turned = tl.zeros([BLOCK_J, BLOCK_A], dtype=ACC)
+    delta_sigma = tl.zeros([BLOCK_J, BLOCK_A], dtype=ACC)
     for first in range(0, A, 16):
         k = first + tl.arange(0, 16)
-        deep = k < A
-        mask = deep[:, None] & inside[None, :]
-        both = tl.load(sigma + k[:, None] * A + a[None, :], mask=mask, other=0.0)
-        mirror = tl.load(sigma + a[:, None] * A + k[None, :], mask=tl.trans(mask), other=0.0)
+        k_mask = k < A
+        mask = k_mask[:, None] & col_mask[None, :]
+        both = tl.load(sigma + k[:, None] * A + offs_a[None, :], mask=mask, other=0.0)
+        mirror = tl.load(sigma + offs_a[:, None] * A + k[None, :], mask=tl.trans(mask), other=0.0)
         both = 0.5 * (both + tl.trans(mirror))
-        w = load_tile(weight, j, weight_stride, k, there, deep, ACC)
-        w -= tl.load(own_weight + k, mask=deep, other=0.0).to(ACC)[None, :]
-        turned = tl.dot(w, both, turned, input_precision=DOT, out_dtype=ACC)
-    delta = load_tile(weight, j, weight_stride, a, there, inside, ACC)
-    delta -= tl.load(own_weight + a, mask=inside, other=0.0).to(ACC)[None, :]
-    return delta, turned
+        w = load_tile(weight, rows, weight_stride, k, row_mask, k_mask, ACC)
+        w -= tl.load(label_weight + k, mask=k_mask, other=0.0).to(ACC)[None, :]
+        delta_sigma = tl.dot(w, both, delta_sigma, input_precision=DOT, out_dtype=ACC)
+    delta = load_tile(weight, rows, weight_stride, offs_a, row_mask, col_mask, ACC)
+    delta -= tl.load(label_weight + offs_a, mask=col_mask, other=0.0).to(ACC)[None, :]
+    return delta, delta_sigma
 
 
 @triton.jit
 def _onto_classes(
-    base, stride, rows, valid, weight, weight_stride, j, there, A,
+    base, stride, rows, row_mask, weight, weight_stride, offs_c, class_mask, A,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STEP: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """base[rows, :A] Wᵀ, (rows, C)."""
     total = tl.zeros([BLOCK_M, BLOCK_C], dtype=ACC)
     for first in range(0, A, STEP):
-        a = first + tl.arange(0, STEP)
-        x = load_tile(base, rows, stride, a, valid, a < A, ACC)
-        w = load_tile(weight, j, weight_stride, a, there, a < A, ACC)
+        offs_a = first + tl.arange(0, STEP)
+        x = load_tile(base, rows, stride, offs_a, row_mask, offs_a < A, ACC)
+        w = load_tile(weight, offs_c, weight_stride, offs_a, class_mask, offs_a < A, ACC)
         total = tl.dot(x, tl.trans(w), total, input_precision=DOT, out_dtype=ACC)
     return total
 
 
 @triton.jit
 def _onto_features(
-    base, rows, valid, weight, weight_stride, a, inside, C,
+    base, rows, row_mask, weight, weight_stride, offs_a, col_mask, C,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, STEP: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """base[rows, :C] W, (rows, A)."""
     total = tl.zeros([BLOCK_M, BLOCK_A], dtype=ACC)
     for first in range(0, C, STEP):
-        j = first + tl.arange(0, STEP)
-        d = load_tile(base, rows, C, j, valid, j < C, ACC)
-        w = load_tile(weight, j, weight_stride, a, j < C, inside, ACC)
+        offs_c = first + tl.arange(0, STEP)
+        d = load_tile(base, rows, C, offs_c, row_mask, offs_c < C, ACC)
+        w = load_tile(weight, offs_c, weight_stride, offs_a, offs_c < C, col_mask, ACC)
         total = tl.dot(d, w, total, input_precision=DOT, out_dtype=ACC)
     return total
 
@@ -130,7 +130,7 @@ def _class_loss(
     features, stride, weight, weight_stride, bias, covariance, epsilon, log_prior, mean, count,
     order, m, c, sign, residual,
     part_features, part_weight, part_sums, part_covariance, part_epsilon,
-    strength, prior_strength, share, C, A,
+    alpha, beta, inv_count, C, A,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr,
     STEP: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -139,11 +139,11 @@ def _class_loss(
     W and Σ are read again, in slices, wherever a product needs them, and r, s and D pass through
     memory: kept, they would not fit into registers.
     """
-    j, a = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_A)
-    there, inside = j < C, a < A
-    own = j == c
-    own_weight = weight + c * weight_stride
-    class_sums = part_sums + c * C + j  # R, and in the end G
+    offs_c, offs_a = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_A)
+    class_mask, col_mask = offs_c < C, offs_a < A
+    label_mask = offs_c == c
+    label_weight = weight + c * weight_stride
+    class_sums = part_sums + c * C + offs_c  # R, and in the end G
     if part_weight is not None:
         class_weight = part_weight + c * C * A
 
@@ -151,131 +151,135 @@ def _class_loss(
     if covariance is not None:
         if mean is not None:
             _stream(
-                features, stride, order, m, covariance, mean, count, c, a, A,
+                features, stride, order, m, covariance, mean, count, c, offs_a, A,
                 BLOCK_M, BLOCK_A, ACC, DOT,
             )  # fmt: skip
             tl.debug_barrier()  # Σ is read in another layout
         for first in range(0, C, BLOCK_J):
             i = first + tl.arange(0, BLOCK_J)
-            delta, turned = _turned(
-                weight, weight_stride, own_weight, covariance + c * A * A, i, i < C, a, inside, A,
-                BLOCK_J, BLOCK_A, ACC, DOT,
+            delta, delta_sigma = _delta_sigma(
+                weight, weight_stride, label_weight, covariance + c * A * A,
+                i, i < C, offs_a, col_mask, A, BLOCK_J, BLOCK_A, ACC, DOT,
             )  # fmt: skip
-            tl.store(part_sums + c * C + i, 0.5 * tl.sum(turned * delta, axis=1), mask=i < C)
+            tl.store(part_sums + c * C + i, 0.5 * tl.sum(delta_sigma * delta, axis=1), mask=i < C)
             if part_weight is not None:
-                place = class_weight + i[:, None] * A + a[None, :]
-                tl.store(place, turned, mask=(i < C)[:, None] & inside[None, :])
+                ptrs = class_weight + i[:, None] * A + offs_a[None, :]
+                tl.store(ptrs, delta_sigma, mask=(i < C)[:, None] & col_mask[None, :])
         tl.debug_barrier()
-        offset += strength * tl.load(class_sums, mask=there, other=0.0)
+        offset += alpha * tl.load(class_sums, mask=class_mask, other=0.0)
     if log_prior is not None:
-        offset += prior_strength * tl.load(log_prior + j, mask=there, other=0.0).to(ACC)
+        offset += beta * tl.load(log_prior + offs_c, mask=class_mask, other=0.0).to(ACC)
 
     total = tl.zeros([BLOCK_M], dtype=ACC)
     sums = tl.zeros([BLOCK_C], dtype=ACC)
     for start in range(0, m, BLOCK_M):
         at = start + tl.arange(0, BLOCK_M)
-        valid = at < m
-        rows = tl.load(order + at, mask=valid, other=0)
+        row_mask = at < m
+        rows = tl.load(order + at, mask=row_mask, other=0)
         if residual is not None:
-            row_residual = residual + rows[:, None] * C + j[None, :]
+            row_residual = residual + rows[:, None] * C + offs_c[None, :]
         z = _onto_classes(
-            features, stride, rows, valid, weight, weight_stride, j, there, A,
+            features, stride, rows, row_mask, weight, weight_stride, offs_c, class_mask, A,
             BLOCK_M, BLOCK_C, STEP, ACC, DOT,
         )  # fmt: skip
         if bias is not None:
-            z += tl.load(bias + j, mask=there, other=0.0).to(ACC)[None, :]
+            z += tl.load(bias + offs_c, mask=class_mask, other=0.0).to(ACC)[None, :]
         if epsilon is not None:
-            others = there & (own == 0)
-            high = tl.max(tl.where(others[None, :], z, float("-inf")), axis=1)
-            high = tl.where(high == float("-inf"), 0.0, high)
-            r = tl.where(others[None, :], tl.exp(z - high[:, None]), 0.0)
+            other_mask = class_mask & (label_mask == 0)
+            row_max = tl.max(tl.where(other_mask[None, :], z, float("-inf")), axis=1)
+            row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+            r = tl.where(other_mask[None, :], tl.exp(z - row_max[:, None]), 0.0)
             mass = tl.sum(r, axis=1)
             r /= tl.where(mass > 0, mass, 1.0)[:, None]
-            tl.store(row_residual, r, mask=valid[:, None] & there[None, :])
+            tl.store(row_residual, r, mask=row_mask[:, None] & class_mask[None, :])
             tl.debug_barrier()
             g = _onto_features(
-                residual, rows, valid, weight, weight_stride, a, inside, C,
+                residual, rows, row_mask, weight, weight_stride, offs_a, col_mask, C,
                 BLOCK_M, BLOCK_A, STEP, ACC, DOT,
             )  # fmt: skip
-            g -= tl.load(own_weight + a, mask=inside, other=0.0).to(ACC)[None, :]
+            g -= tl.load(label_weight + offs_a, mask=col_mask, other=0.0).to(ACC)[None, :]
             s = (g > 0).to(tl.int8) - (g < 0).to(tl.int8)
             if C == 1:
                 s = tl.zeros([BLOCK_M, BLOCK_A], dtype=tl.int8)
-            row_sign = sign + rows[:, None] * A + a[None, :]
-            tl.store(row_sign, s, mask=valid[:, None] & inside[None, :])
+            row_sign = sign + rows[:, None] * A + offs_a[None, :]
+            tl.store(row_sign, s, mask=row_mask[:, None] & col_mask[None, :])
             tl.debug_barrier()
-            turn = _onto_classes(
-                sign, A, rows, valid, weight, weight_stride, j, there, A,
+            sign_logits = _onto_classes(
+                sign, A, rows, row_mask, weight, weight_stride, offs_c, class_mask, A,
                 BLOCK_M, BLOCK_C, STEP, ACC, DOT,
             )  # fmt: skip
-            move = tl.load(epsilon + rows, mask=valid, other=0.0).to(ACC)
-            z += move[:, None] * turn
+            eps = tl.load(epsilon + rows, mask=row_mask, other=0.0).to(ACC)
+            z += eps[:, None] * sign_logits
         z += offset[None, :]
-        high = tl.max(tl.where(there[None, :], z, float("-inf")), axis=1)
-        d = tl.where(there[None, :], tl.exp(z - high[:, None]), 0.0)
+        row_max = tl.max(tl.where(class_mask[None, :], z, float("-inf")), axis=1)
+        d = tl.where(class_mask[None, :], tl.exp(z - row_max[:, None]), 0.0)
         mass = tl.sum(d, axis=1)
-        z_own = tl.sum(tl.where(own[None, :], z, 0.0), axis=1)
-        total += tl.where(valid, tl.log(mass) + (high - z_own), 0.0)
+        z_label = tl.sum(tl.where(label_mask[None, :], z, 0.0), axis=1)
+        total += tl.where(row_mask, tl.log(mass) + (row_max - z_label), 0.0)
         # D_y = −Σ_{j≠y} p_j keeps the digits that p_y − 1 loses on a confident sample.
-        d = tl.where(own[None, :], 0.0, d / mass[:, None])
-        d = tl.where(own[None, :], -tl.sum(d, axis=1)[:, None], d)
-        d = tl.where(valid[:, None], d * share, 0.0)
+        d = tl.where(label_mask[None, :], 0.0, d / mass[:, None])
+        d = tl.where(label_mask[None, :], -tl.sum(d, axis=1)[:, None], d)
+        d = tl.where(row_mask[:, None], d * inv_count, 0.0)
         sums += tl.sum(d, axis=0)
         if part_epsilon is not None:
-            tl.store(part_epsilon + rows, tl.sum(d * turn, axis=1), mask=valid)
+            tl.store(part_epsilon + rows, tl.sum(d * sign_logits, axis=1), mask=row_mask)
         if residual is not None:
-            tl.store(row_residual, d, mask=valid[:, None] & there[None, :])
+            tl.store(row_residual, d, mask=row_mask[:, None] & class_mask[None, :])
 
     grad = tl.zeros([BLOCK_C, BLOCK_A], dtype=ACC)
     if residual is not None:
         tl.debug_barrier()  # D, s and P are read in other layouts
         for start in range(0, m, BLOCK_M):
             at = start + tl.arange(0, BLOCK_M)
-            valid = at < m
-            rows = tl.load(order + at, mask=valid, other=0)
+            row_mask = at < m
+            rows = tl.load(order + at, mask=row_mask, other=0)
             if part_features is not None:
                 dh = _onto_features(
-                    residual, rows, valid, weight, weight_stride, a, inside, C,
+                    residual, rows, row_mask, weight, weight_stride, offs_a, col_mask, C,
                     BLOCK_M, BLOCK_A, STEP, ACC, DOT,
                 )  # fmt: skip
-                row_grad = part_features + rows[:, None] * A + a[None, :]
-                tl.store(row_grad, dh, mask=valid[:, None] & inside[None, :])
+                row_grad = part_features + rows[:, None] * A + offs_a[None, :]
+                tl.store(row_grad, dh, mask=row_mask[:, None] & col_mask[None, :])
             if part_weight is not None:
-                x = load_tile(features, rows, stride, a, valid, inside, ACC)
+                x = load_tile(features, rows, stride, offs_a, row_mask, col_mask, ACC)
                 if sign is not None:
-                    move = tl.load(epsilon + rows, mask=valid, other=0.0).to(ACC)
-                    x += move[:, None] * load_tile(sign, rows, A, a, valid, inside, ACC)
-                d = load_tile(residual, rows, C, j, valid, there, ACC)
+                    eps = tl.load(epsilon + rows, mask=row_mask, other=0.0).to(ACC)
+                    x += eps[:, None] * load_tile(sign, rows, A, offs_a, row_mask, col_mask, ACC)
+                d = load_tile(residual, rows, C, offs_c, row_mask, class_mask, ACC)
                 grad = tl.dot(tl.trans(d), x, grad, input_precision=DOT, out_dtype=ACC)
 
     if part_weight is not None:
-        mask = there[:, None] & inside[None, :]
-        class_place = class_weight + j[:, None] * A + a[None, :]
+        mask = class_mask[:, None] & col_mask[None, :]
+        weight_ptrs = class_weight + offs_c[:, None] * A + offs_a[None, :]
         if covariance is not None:
-            pull = tl.load(class_place, mask=mask, other=0.0) * (strength * sums)[:, None]
-            grad += pull - tl.where(own[:, None], tl.sum(pull, axis=0)[None, :], 0.0)
+            table_grad = tl.load(weight_ptrs, mask=mask, other=0.0) * (alpha * sums)[:, None]
+            grad += table_grad - tl.where(
+                label_mask[:, None], tl.sum(table_grad, axis=0)[None, :], 0.0
+            )
             tl.debug_barrier()  # P has been read
-        tl.store(class_place, grad, mask=mask)
+        tl.store(weight_ptrs, grad, mask=mask)
     tl.debug_barrier()  # R has been read
-    tl.store(class_sums, sums, mask=there)
+    tl.store(class_sums, sums, mask=class_mask)
     if part_covariance is not None:
         tl.debug_barrier()  # G is read in slices
         term = tl.zeros([BLOCK_A, BLOCK_A], dtype=ACC)
-        w_own = tl.load(own_weight + a, mask=inside, other=0.0).to(ACC)
+        w_label = tl.load(label_weight + offs_a, mask=col_mask, other=0.0).to(ACC)
         for first in range(0, C, STEP):
             i = first + tl.arange(0, STEP)
             g_i = tl.load(part_sums + c * C + i, mask=i < C, other=0.0)
-            difference = load_tile(weight, i, weight_stride, a, i < C, inside, ACC) - w_own[None, :]
+            difference = (
+                load_tile(weight, i, weight_stride, offs_a, i < C, col_mask, ACC) - w_label[None, :]
+            )
             scaled = g_i[:, None] * difference
             term = tl.dot(tl.trans(difference), scaled, term, input_precision=DOT, out_dtype=ACC)
-        term = (0.25 * strength) * (term + tl.trans(term))
-        square = part_covariance + c * A * A + a[:, None] * A + a[None, :]
-        tl.store(square, term, mask=inside[:, None] & inside[None, :])
+        term = (0.25 * alpha) * (term + tl.trans(term))
+        square = part_covariance + c * A * A + offs_a[:, None] * A + offs_a[None, :]
+        tl.store(square, term, mask=col_mask[:, None] & col_mask[None, :])
     return tl.sum(total, axis=0)
 
 
 @triton.jit
-def small_kernel(
+def single_launch_kernel(
     features, stride, weight, weight_stride, bias, labels, covariance, epsilon, log_prior,
     mean, count, order, size, losses, arrived, loss, sign, residual,
     part_features, part_weight, part_sums, part_covariance, part_epsilon,
@@ -285,18 +289,18 @@ def small_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
-    first, m, counted, wrong = scan_rows(labels, order, c, N, C, ignore_index, BLOCK_N)
+    first, m, num_valid, num_invalid = scan_rows(labels, order, c, N, C, ignore_index, BLOCK_N)
     tl.debug_barrier()  # other threads read what was stored to `order`
-    share = tl.cast(1.0, ACC)
+    inv_count = tl.cast(1.0, ACC)
     if MEAN:
-        share /= tl.maximum(counted, 1)
+        inv_count /= tl.maximum(num_valid, 1)
     total = tl.cast(0.0, ACC)
     if m > 0:
         total = _class_loss(
             features, stride, weight, weight_stride, bias, covariance, epsilon, log_prior,
             mean, count, order + first, m, c, sign, residual,
             part_features, part_weight, part_sums, part_covariance, part_epsilon,
-            number(alpha, alpha_low, ACC), number(beta, beta_low, ACC), share, C, A,
+            number(alpha, alpha_low, ACC), number(beta, beta_low, ACC), inv_count, C, A,
             BLOCK_M, BLOCK_J, BLOCK_C, BLOCK_A, STEP, ACC, DOT,
         )  # fmt: skip
     tl.store(size + c, m)
@@ -305,8 +309,8 @@ def small_kernel(
     if tl.atomic_add(arrived, 1, sem="acq_rel") == C - 1:
         j = tl.arange(0, BLOCK_C)
         every = tl.load(losses + j, mask=j < C, other=0.0, cache_modifier=".cg")
-        result = tl.sum(every, axis=0) * share
-        tl.store(loss, tl.where(wrong > 0, float("nan"), result))
+        result = tl.sum(every, axis=0) * inv_count
+        tl.store(loss, tl.where(num_invalid > 0, float("nan"), result))
 
 
 class SavedParts(NamedTuple):
@@ -320,9 +324,9 @@ class SavedParts(NamedTuple):
     epsilon: Tensor | None
 
 
-def fits(inputs: LossInputs, options: LossOptions, stream: ClassStatistics | None) -> bool:
+def is_supported(inputs: LossInputs, options: LossOptions, stream: ClassStatistics | None) -> bool:
     """Whether one launch serves: sizes within the configuration, Σ full and where it lies."""
-    limit = current_configuration(inputs.features.device).small
+    limit = current_configuration(inputs.features.device).single_launch
     num_classes, width = inputs.weight.shape
     dtype, sigma = inputs.compute_dtype, inputs.covariance
     if (
@@ -346,11 +350,11 @@ def fits(inputs: LossInputs, options: LossOptions, stream: ClassStatistics | Non
 def loss_forward(
     inputs: LossInputs, options: LossOptions, needs: LossNeeds, stream: ClassStatistics | None
 ) -> tuple[Tensor, SavedParts]:
-    """The reduced loss and the parts of its gradients, where `fits`; one launch.
+    """The reduced loss and the parts of its gradients, where `is_supported`; one launch.
 
     `stream` and `inputs.covariance` are updated in place.
     """
-    features, weight = by_rows(inputs.features), by_rows(inputs.weight)
+    features, weight = unit_inner_stride(inputs.features), unit_inner_stride(inputs.weight)
     labels = inputs.labels.contiguous()
     vectors = (inputs.bias, inputs.epsilon, inputs.log_prior)
     bias, epsilon, log_prior = (None if v is None else v.contiguous() for v in vectors)
@@ -368,13 +372,13 @@ def loss_forward(
         epsilon=fresh(count) if needs.epsilon else None,
     )
     sign = None if epsilon is None else fresh(count, width, dtype=torch.int8)
-    kept = sign is not None or needs.features or needs.weight
-    residual = fresh(count, num_classes) if kept else None
+    keeps_residual = sign is not None or needs.features or needs.weight
+    residual = fresh(count, num_classes) if keeps_residual else None
     loss, losses, order = fresh(), fresh(num_classes), fresh(count, dtype=torch.int32)
     configuration = current_configuration(weight.device)
-    tile, block_c, block_a = configuration.small, _padded(num_classes), _padded(width)
+    tile, block_c, block_a = configuration.single_launch, _padded(num_classes), _padded(width)
     launch(
-        small_kernel,
+        single_launch_kernel,
         (num_classes,),
         features, features.stride(0), weight, weight.stride(0), bias, labels,
         inputs.covariance, epsilon, log_prior,
@@ -386,8 +390,8 @@ def loss_forward(
         options.ignore_index,
         warps=tile.warps, stages=1,
         MEAN=options.reduction == "mean", BLOCK_N=tile.group,
-        BLOCK_M=min(64, max(16, tile.row_numbers // block_c)),
-        BLOCK_J=min(tile.classes_at_once, block_c), BLOCK_C=block_c, BLOCK_A=block_a,
+        BLOCK_M=min(64, max(16, tile.block_elements // block_c)),
+        BLOCK_J=min(tile.class_step, block_c), BLOCK_C=block_c, BLOCK_A=block_a,
         STEP=min(tile.step, block_c, block_a),
         ACC=compute_type(dtype),
         DOT=dot_precision(configuration),
