@@ -120,4 +120,4 @@ def _without_the_single_launch(device: torch.device) -> contextlib.AbstractConte
     from iada_kernels.triton.launch import current_configuration
 
     chosen = current_configuration(device)
-    return config.use(replace(chosen, small=replace(chosen.small, classes=0)))
+    return config.use(replace(chosen, single_launch=replace(chosen.single_launch, classes=0)))
