@@ -8,6 +8,7 @@ product of the features, V and v_b the parts of W and b.
 from dataclasses import replace
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
@@ -78,6 +79,6 @@ def _quadratic_tangent(
     delta_tangent = weight_tangent[None, :, :] - weight_tangent[labels][:, None, :]
     sigma = covariance[labels]
     if covariance.dim() == 2:
-        return torch.einsum("nca,na,nca->nc", delta, sigma, delta_tangent)
+        return einsum(delta, sigma, delta_tangent, "n c a, n a, n c a -> n c")
     sigma = (sigma + sigma.mT) / 2
-    return torch.einsum("nca,nab,ncb->nc", delta, sigma, delta_tangent)
+    return einsum(delta, sigma, delta_tangent, "n c a, n a b, n c b -> n c")

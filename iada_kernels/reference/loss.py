@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from iada_kernels.contract import LossInputs, LossOptions
@@ -27,8 +28,8 @@ def quadratic_forms(weight: Tensor, covariance: Tensor, labels: Tensor) -> Tenso
     delta = weight[None, :, :] - weight[labels][:, None, :]
     sigma = covariance[labels]
     if covariance.dim() == 2:
-        return 0.5 * torch.einsum("nca,na,nca->nc", delta, sigma, delta)
-    return 0.5 * torch.einsum("nca,nab,ncb->nc", delta, sigma, delta)
+        return 0.5 * einsum(delta, sigma, delta, "n c a, n a, n c a -> n c")
+    return 0.5 * einsum(delta, sigma, delta, "n c a, n a b, n c b -> n c")
 
 
 def adjusted_logits(inputs: LossInputs, options: LossOptions, sign: Tensor | None = None) -> Tensor:
