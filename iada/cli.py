@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import math
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from iada.experiments import recipe as recipes
 from iada.experiments.command import add_paper
+from iada.experiments.demo import add_demo
+from iada.experiments.experiment import Limits, make_split, read_parts
 from iada.models import mlp
 from iada.training.config import TrainerConfig, check_fields, read_toml
 from iada.training.trainer import Trainer
@@ -26,7 +28,6 @@ from iada.utils.distributed import (
     rank_of,
     told_by_first,
 )
-from iada.utils.files import check_writable
 from iada.utils.loading import TensorData
 from iada_kernels.version import __version__
 
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m iada", description=__doc__)
     parser.add_argument("--version", action="version", version=f"iada {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_demo(commands)
+    add_demo(commands)
     _add_train(commands)
     add_paper(commands)
     options = parser.parse_args(arguments)
@@ -101,47 +102,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = f"{error.name} is not installed; pip install 'iada[{extra}]'"
         print(f"error: {text}", file=sys.stderr)
         return 2
-
-
-def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("demo", help="train on digits against baselines, write a report")
-    parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder to write")
-    parser.add_argument("--seeds", type=int, default=8, help="runs of each method (default 8)")
-    parser.add_argument("--jobs", type=int, default=None, help="processes (default: all cores)")
-    parser.set_defaults(run=_demo)
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from tqdm.auto import tqdm
-
-    from iada.experiments.demo.report import verdict, write_report
-    from iada.experiments.demo.run import as_json, run_all
-    from iada.experiments.demo.scenarios import SCENARIOS
-    from iada.experiments.demo.settings import METHODS
-    from iada.experiments.demo.tables import markdown_table
-
-    if options.seeds < 1 or (options.jobs is not None and options.jobs < 1):
-        raise complain("--seeds, --jobs", "at least 1", "less", "pass a positive number")
-    check_writable(options.out)  # before minutes of training, not after
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that workers are stopped too
-    # Longest first, so that no process waits for a late long one.
-    methods = sorted(METHODS, key=lambda m: m != "meta-iada")
-    jobs = [(s, m, seed) for m in methods for s in SCENARIOS for seed in range(options.seeds)]
-    outcomes = []
-    with tqdm(total=len(jobs), unit="run") as bar:
-        for outcome in run_all(jobs, options.jobs):
-            outcomes.append(outcome)
-            accuracy = 100 * float(np.mean(outcome.class_accuracy))
-            name = f"{outcome.scenario}, {METHODS[outcome.method]}, seed {outcome.seed}"
-            bar.set_postfix_str(f"{name}: {accuracy:.1f} %")
-            bar.update()
-    records = as_json(outcomes)
-    command = f"python -m iada demo --seeds {options.seeds}"
-    page = write_report(records, options.out, command)
-    print(f"\nBalanced test accuracy (%), mean ± std over {options.seeds} seeds\n")
-    print(markdown_table(records))
-    print(f"\n{verdict(records)}\n\nReport: {page}")
-    return 0
 
 
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -219,14 +179,22 @@ def _say_nothing(text: str) -> None:
 
 def _load_data(data: DataConfig, folder: Path) -> dict[str, TensorData]:
     if data.kind == "digits":
-        from iada.experiments.demo.scenarios import make_split
-
-        split = make_split(data.scenario, seed=0)
-        found = {part: getattr(split, part) for part in PARTS}
-        return {name: TensorData(part.inputs.float(), part.labels) for name, part in found.items()}
+        return _load_digits(data.scenario)
     if data.kind != "npz":
         raise complain("[data] kind", "'digits' or 'npz'", repr(data.kind), "choose one of them")
     return _load_npz(folder / data.path)
+
+
+def _load_digits(scenario: str) -> dict[str, TensorData]:
+    rows = [name.removeprefix("digits/") for name in recipes.names() if name.startswith("digits/")]
+    if scenario not in rows:
+        raise complain("[data] scenario", f"one of {', '.join(rows)}", repr(scenario), "pass one")
+    recipe = recipes.load(f"digits/{scenario}")
+    split = make_split(recipe, read_parts(recipe, None, Limits()), seed=0)
+    parts = {name: getattr(split, name) for name in PARTS}
+    return {
+        name: TensorData(part.inputs.flatten(1) / 255, part.labels) for name, part in parts.items()
+    }
 
 
 def _load_npz(path: Path) -> dict[str, TensorData]:

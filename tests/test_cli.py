@@ -50,12 +50,13 @@ def config(tmp_path):
 def test_import_is_light():
     code = (
         "import sys, iada; "
-        "heavy = {'triton', 'matplotlib', 'sklearn'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'triton', 'matplotlib', 'sklearn', 'iada.experiments'} & set(sys.modules); "
+        "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("arguments", [[], ["demo"], ["train"]])
+@pytest.mark.parametrize("arguments", [[], ["demo"], ["train"], ["paper"]])
 def test_help_everywhere(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--help"])
@@ -121,6 +122,11 @@ def test_ctrl_c_leaves_a_resumable_checkpoint(config, tmp_path):
             r"ce_epochs: expected at most epochs=6, got 7; set it too",
         ),
         ('"npz"', '"zip"', r"\[data\] kind: expected 'digits' or 'npz', got 'zip'"),
+        (
+            'kind = "npz"',
+            'kind = "digits"\nscenario = "tail"',
+            r"\[data\] scenario: expected one of long-tail, noise, got 'tail'",
+        ),
         ("data.npz", "none.npz", r"\[data\] path: expected an .npz file"),
         ("data.npz", "config.toml", r"\[data\] path: expected an .npz file"),
     ],

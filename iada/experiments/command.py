@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from iada.experiments import recipe as recipes
+from iada.experiments.datasets import BUNDLED
 from iada.experiments.experiment import Limits, best_device, limited, make_split, read_parts
 from iada.experiments.listing import comparison, listing, published_figures, read_records
 from iada.experiments.progress import Series
 from iada.experiments.recipe import Recipe
-from iada.experiments.run import RECORD, Place, run
+from iada.experiments.run import RECORD, RunOptions, run
 from iada.training.config import SINGLE_PROCESS
 from iada.utils.checks import complain
 from iada.utils.distributed import by_first, current_group, launched_group, rank_of
@@ -34,7 +35,7 @@ def add_paper(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "run together: torchrun --nproc-per-node 2 -m iada paper ...",
     )
     parser.add_argument("--list", action="store_true", help="every row, and what has been run")
-    parser.add_argument("--table", help="2 to 7, afr-1, or figure6")
+    parser.add_argument("--table", help="2 to 7, afr-1, figure6, controls, or digits")
     parser.add_argument("--row", help="a row of the table, as in cifar10-100 (default: all)")
     parser.add_argument("--data", type=Path, help="your copy of the data set")
     parser.add_argument("--methods", nargs="+", metavar="M", help="some of the row's (default all)")
@@ -72,8 +73,9 @@ def _paper(options: argparse.Namespace) -> int:
         return 0
     if options.table is None:
         raise complain("--table", "a table of the papers", "none", "pass one, or --list")
-    if options.data is None:
-        needs = "; ".join(dict.fromkeys(recipe.needs for recipe in _chosen(options)))
+    unbundled = [recipe for recipe in _chosen(options) if recipe.data["reader"] not in BUNDLED]
+    if options.data is None and unbundled:
+        needs = "; ".join(dict.fromkeys(recipe.needs for recipe in unbundled))
         raise complain("--data", f"a path ({needs})", "none", "pass where the data set lies")
     for name in ("seeds", "evaluate_every"):
         if getattr(options, name) < 1:
@@ -84,7 +86,7 @@ def _paper(options: argparse.Namespace) -> int:
             text = f"--{name.replace('_', '-')}"
             raise complain(text, "0 or more", str(getattr(options, name)), "raise it")
     limits = Limits(options.epochs, options.train_limit, options.test_limit, tuple(options.changes))
-    place = Place(
+    run_options = RunOptions(
         options.out,
         best_device() if options.device is None else _device(options.device),
         options.workers,
@@ -95,19 +97,19 @@ def _paper(options: argparse.Namespace) -> int:
     chosen = _chosen(options)
     _check_one_data_set(chosen)
     if current_group() is not None:
-        _check_processes(chosen, place.device)
+        _check_processes(chosen, run_options.device)
     if options.dry_run:
         for recipe in chosen:
-            _dry_run(recipe, options, limits, place)
+            _dry_run(recipe, options, limits, run_options)
         return 0
     by_first(
         lambda: check_writable(options.out), current_group()
     )  # before hours of training, not after
     seeds = _seeds(options)
-    runs = [(limited(r, limits), c, seed) for r in chosen for seed in seeds for c in r.contestants]
+    runs = [(limited(r, limits), c, seed) for r in chosen for seed in seeds for c in r.methods]
     series = Series(runs)
     for recipe in chosen:
-        _run(recipe, options, limits, place, series)
+        _run(recipe, options, limits, run_options, series)
     return 0
 
 
@@ -130,9 +132,9 @@ def _check_one_data_set(chosen: Sequence[Recipe]) -> None:
 
 def _check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
     """All that the options name can be trained by several processes."""
-    alone = [c.key for r in chosen for c in r.contestants if c.trainer.method in SINGLE_PROCESS]
+    alone = [c.key for r in chosen for c in r.methods if c.trainer.method in SINGLE_PROCESS]
     if alone:
-        several = [c.key for c in chosen[0].contestants if c.key not in alone]
+        several = [c.key for c in chosen[0].methods if c.key not in alone]
         raise complain(
             "--methods",
             "those that several processes can train together",
@@ -169,33 +171,37 @@ def _chosen(options: argparse.Namespace) -> list[Recipe]:
 def _with_methods(recipe: Recipe, methods: list[str] | None) -> Recipe:
     if methods is None:
         return recipe
-    by_key = {contestant.key: contestant for contestant in recipe.contestants}
+    by_key = {entry.key: entry for entry in recipe.methods}
     for key in methods:
         if key not in by_key:
             known = ", ".join(by_key)
             raise complain("--methods", f"some of {known}", repr(key), f"see {recipe.name}.toml")
-    return replace(recipe, contestants=tuple(by_key[key] for key in dict.fromkeys(methods)))
+    return replace(recipe, methods=tuple(by_key[key] for key in dict.fromkeys(methods)))
 
 
 def _run(
-    recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Place, series: Series
+    recipe: Recipe,
+    options: argparse.Namespace,
+    limits: Limits,
+    run_options: RunOptions,
+    series: Series,
 ) -> None:
     from iada.experiments.report import write_page
 
     _say(f"{recipe.name}: {recipe.title} ({recipe.source})")
-    for departure in limits.words(recipe.contestants[0].trainer.epochs):
-        _say(f"  other than published: {departure}")
+    for deviation in limits.words(recipe.methods[0].trainer.epochs):
+        _say(f"  other than published: {deviation}")
     parts = read_parts(recipe, options.data, limits)
     records = []
     for seed in _seeds(options):
         split = make_split(recipe, parts, seed)
-        for contestant in recipe.contestants:
-            name = f"{contestant.title}, seed {seed}"
+        for entry in recipe.methods:
+            name = f"{entry.title}, seed {seed}"
             _say(f"\n{series.begin()}: {name}")
-            folder = options.out / recipe.name / contestant.key / f"seed{seed}"
-            own = replace(place, folder=folder, root=options.out, progress=name)
+            folder = options.out / recipe.name / entry.key / f"seed{seed}"
+            run_here = replace(run_options, folder=folder, root=options.out, progress=name)
             made = not (folder / RECORD).exists()
-            records.append(run(recipe, contestant, seed, split, limits, own))
+            records.append(run(recipe, entry, seed, split, limits, run_here))
             _say(f"  {series.end(records[-1], recipe, made)}")
     _say(f"\n{comparison(recipe, records)}")
     folder = options.out / recipe.name
@@ -212,7 +218,8 @@ def _seeds(options: argparse.Namespace) -> Sequence[int]:
 
 def _command(recipe: Recipe, options: argparse.Namespace) -> str:
     """The command that makes these runs, for another person's machine."""
-    words = [f"python -m iada paper --table {options.table} --row {recipe.row} --data PATH"]
+    words = [f"python -m iada paper --table {options.table} --row {recipe.row}"]
+    words += ["--data PATH"] * (recipe.data["reader"] not in BUNDLED)
     for name in ("seeds", "epochs", "train_limit", "test_limit", "evaluate_every"):
         value = getattr(options, name)
         if value > (name in ("seeds", "evaluate_every")):  # 1 or 0 is what they are by default
@@ -226,23 +233,25 @@ def _command(recipe: Recipe, options: argparse.Namespace) -> str:
     return " ".join(words)
 
 
-def _dry_run(recipe: Recipe, options: argparse.Namespace, limits: Limits, place: Place) -> None:
+def _dry_run(
+    recipe: Recipe, options: argparse.Namespace, limits: Limits, run_options: RunOptions
+) -> None:
     from iada.experiments.timing import estimate
 
     parts = read_parts(recipe, options.data, limits)
     seeds = _seeds(options)
     split = make_split(recipe, parts, seeds[0])
     meta = 0 if split.meta is None else len(split.meta)
-    _say(f"{recipe.name}: {recipe.title} ({recipe.source}), on {place.device}")
+    _say(f"{recipe.name}: {recipe.title} ({recipe.source}), on {run_options.device}")
     _say(f"  {len(split.train)} training, {meta} meta and {len(split.test)} test samples")
     total = 0.0
-    for contestant in recipe.contestants:
-        found = estimate(recipe, contestant, split, limits, place)
-        total += len(seeds) * found.total
+    for entry in recipe.methods:
+        times = estimate(recipe, entry, split, limits, run_options)
+        total += len(seeds) * times.total
         _say(
-            f"  {contestant.title}: {found.plain_steps} steps of {1e3 * found.plain_step:.0f} ms, "
-            f"{found.method_steps} of {1e3 * found.method_step:.0f} ms, {found.tests} tests of "
-            f"{found.test:.1f} s: about {_duration(found.total)} a seed"
+            f"  {entry.title}: {times.plain_steps} steps of {1e3 * times.plain_step:.0f} ms, "
+            f"{times.method_steps} of {1e3 * times.method_step:.0f} ms, {times.tests} tests of "
+            f"{times.test:.1f} s: about {_duration(times.total)} a seed"
         )
     _say(f"  {len(seeds)} seeds: about {_duration(total)}")
 

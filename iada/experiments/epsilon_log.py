@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from iada.meta.step_result import MetaStep
-from iada.training.measures import HISTOGRAM_BINS
+from iada.training.measures import HISTOGRAM_BINS, epsilon_bins
 
 LAST_EPOCHS = 0.2  # of the run, counted: forty of 200, as in Fig. 3 and 4
 
 
-class StrengthCounts(nn.Module):
+class EpsilonLog(nn.Module):
     """Visits by class, by right and wrong label, and by ε; fed by `iada.Trainer`'s observe.
 
     Args:
@@ -49,8 +49,7 @@ class StrengthCounts(nn.Module):
         labels, wrong = self.labels[index], self.wrong[index].long()
         adversarial = (epsilon > 0).long()
         self.visits.view(-1).index_add_(0, 4 * labels + 2 * wrong + adversarial, one)
-        bins = ((epsilon + 1) * (HISTOGRAM_BINS / 2)).long().clamp(0, HISTOGRAM_BINS - 1)
-        self.histogram.view(-1).index_add_(0, HISTOGRAM_BINS * wrong + bins, one)
+        self.histogram.view(-1).index_add_(0, HISTOGRAM_BINS * wrong + epsilon_bins(epsilon), one)
 
     def as_record(self) -> dict[str, Any] | None:
         """Shares of adversarial visits and histograms, for a run's record; None without any."""

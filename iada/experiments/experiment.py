@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from iada.experiments.datasets import (
+    BUNDLED,
     CIFAR10,
     CIFAR100,
     IMAGENET,
@@ -22,13 +23,13 @@ from iada.experiments.datasets import (
     TextView,
     load_tokenizer,
 )
-from iada.experiments.recipe import Contestant, Recipe, shortened
+from iada.experiments.recipe import MethodEntry, Recipe, shortened
 from iada.experiments.scenarios import SCENARIOS, Split, colored_mnist
 from iada.models import build_backbone
 from iada.utils.checks import complain
 from iada.utils.evaluate import outputs
 
-NORMALISATIONS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+NORMALISATIONS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "digits": ((0.0,), (1.0,))}
 # How the published protocols of these cut their images.
 FILE_OPTIONS: dict[str, dict[str, Any]] = {
     "waterbirds": {"shape": "square", "scale": (0.7, 1.0)},
@@ -55,22 +56,22 @@ class Limits:
 
     def words(self, published_epochs: int) -> list[str]:
         """Each of them for a person; published_epochs: of the whole schedule."""
-        found = list(self.changes)
+        words = list(self.changes)
         if self.epochs:
-            found.append(f"{self.epochs} of {published_epochs} epochs")
+            words.append(f"{self.epochs} of {published_epochs} epochs")
         if self.train:
-            found.append(f"at most {self.train} training images a class")
+            words.append(f"at most {self.train} training images a class")
         if self.test:
-            found.append(f"at most {self.test} test images a class")
-        return found
+            words.append(f"at most {self.test} test images a class")
+        return words
 
 
-def read_parts(recipe: Recipe, path: Path, limits: Limits) -> Parts:
-    """The data set at `path`, smaller by `limits`."""
+def read_parts(recipe: Recipe, path: Path | None, limits: Limits) -> Parts:
+    """The data set at `path`, smaller by `limits`; None for one that is bundled."""
     options = dict(recipe.data)
     name, colored = options.pop("reader"), options.pop("colored", False)
     reader = READERS[name]
-    if not path.exists():
+    if name not in BUNDLED and (path is None or not path.exists()):
         raise complain("--data", recipe.needs, f"nothing at {path}", "pass where it lies")
     known = list(inspect.signature(reader).parameters)[1:]
     for key in options:
@@ -127,9 +128,9 @@ class Views:
     test: Dataset
 
 
-def make_views(recipe: Recipe, contestant: Contestant, split: Split, device: torch.device) -> Views:
+def make_views(recipe: Recipe, entry: MethodEntry, split: Split, device: torch.device) -> Views:
     """Normalised images or tokens; images in memory lie on the device."""
-    config, plain_from = contestant.trainer, None
+    config, plain_from = entry.trainer, None
     if config.method == "afr":
         steps = -(-len(split.train) // config.batch_size)
         plain_from = steps * (config.epochs - config.finetune_epochs)
@@ -165,16 +166,15 @@ def _small(data: Labelled) -> bool:
 
 def best_device() -> torch.device:
     """The accelerator, if there is one."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None else found
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else accelerator
 
 
 def limited(recipe: Recipe, limits: Limits) -> Recipe:
     """The recipe with its schedules in `limits.epochs` epochs."""
     if not limits.epochs:
         return recipe
-    contestants = tuple(
-        replace(contestant, trainer=shortened(contestant.trainer, limits.epochs))
-        for contestant in recipe.contestants
+    methods = tuple(
+        replace(entry, trainer=shortened(entry.trainer, limits.epochs)) for entry in recipe.methods
     )
-    return replace(recipe, contestants=contestants)
+    return replace(recipe, methods=methods)

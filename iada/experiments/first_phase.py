@@ -45,11 +45,11 @@ def take_up_first_phase(trainer: Trainer, phase: Trainer, split: Split) -> None:
     assert folder is not None
     path = folder / FILE
 
-    def former() -> dict[str, Any] | None:
+    def previous() -> dict[str, Any] | None:
         check_writable(folder)
         return load_first_phase(path) if path.exists() else None
 
-    state = by_first(former, trainer.group)
+    state = by_first(previous, trainer.group)
     if state is None or state["epoch"] < phase.config.epochs:
         state = _finished(phase, path, state, split)
     if state["tested"] != fingerprint(split.test):
@@ -70,12 +70,12 @@ def _finished(
     if not phase.resume() and state is not None:
         start_from(phase, state)
     phase.fit()
-    found = exported(phase, split)
+    state = exported(phase, split)
 
     def keep() -> None:
         with folder_lock(path.parent):
-            save_first_phase(path, found)
+            save_first_phase(path, state)
             (path.parent / CHECKPOINT).unlink(missing_ok=True)  # the file has all of it
 
     by_first(keep, phase.group)
-    return found
+    return state

@@ -7,7 +7,9 @@ from typing import Any
 
 from iada.experiments.metrics import METRICS, mean_std
 from iada.experiments.recipe import Recipe
-from iada.experiments.run import RECORD
+from iada.experiments.report.table import Cell, Table
+from iada.experiments.report.tables import percent
+from iada.experiments.run import RECORD, renamed
 from iada.utils.checks import complain
 
 Record = dict[str, Any]
@@ -18,7 +20,7 @@ def read_records(folders: Iterable[Path]) -> list[Record]:
 
     A file is one record, or a list of them.
     """
-    found: dict[tuple[Any, ...], Record] = {}
+    unique: dict[tuple[Any, ...], Record] = {}
     for folder in folders:
         files = [folder] if folder.is_file() else sorted(folder.rglob(RECORD))
         for path in files:
@@ -27,10 +29,10 @@ def read_records(folders: Iterable[Path]) -> list[Record]:
             except ValueError as error:
                 remedy = "delete it, or mend it"
                 raise complain(str(path), "a run's record", f"{error}", remedy) from error
-            for record in content if isinstance(content, list) else [content]:
+            for record in map(renamed, content if isinstance(content, list) else [content]):
                 key = (record["experiment"], record["method"], record["seed"])
-                found.setdefault((*key, _departures(record)), record)
-    return list(found.values())
+                unique.setdefault((*key, _deviations(record)), record)
+    return list(unique.values())
 
 
 def listing(recipes: Sequence[Recipe], records: Sequence[Record]) -> str:
@@ -42,12 +44,12 @@ def listing(recipes: Sequence[Recipe], records: Sequence[Record]) -> str:
             source = recipe.source
             lines += ["", source, "=" * len(source)]
         lines += ["", f"{recipe.name}: {recipe.title}", f"  needs  {recipe.needs}"]
-        own = [record for record in records if record["experiment"] == recipe.name]
-        if not own:
-            lines.append(f"  run    nothing yet ({len(recipe.contestants)} methods)")
-        for departures in dict.fromkeys(map(_departures, own)):
-            chosen = [record for record in own if _departures(record) == departures]
-            lines.append(f"  run    {departures or 'as published'}")
+        runs = [record for record in records if record["experiment"] == recipe.name]
+        if not runs:
+            lines.append(f"  run    nothing yet ({len(recipe.methods)} methods)")
+        for deviations in dict.fromkeys(map(_deviations, runs)):
+            chosen = [record for record in runs if _deviations(record) == deviations]
+            lines.append(f"  run    {deviations or 'as published'}")
             lines += [f"    {line}" for line in comparison(recipe, chosen).splitlines()]
     return "\n".join(lines).lstrip("\n")
 
@@ -60,56 +62,42 @@ def comparison(recipe: Recipe, records: Sequence[Record]) -> str:
         head.append(f"{METRICS[metric]}, {epoch}")
         if epoch == recipe.selection:
             head.append("published")
-    rows = [head]
-    for contestant in recipe.contestants:
-        own = [record for record in records if record["method"] == contestant.key]
-        if not own and not contestant.published:
+    rows = []
+    for entry in recipe.methods:
+        runs = [record for record in records if record["method"] == entry.key]
+        if not runs and not entry.published:
             continue
-        spreads = mean_std(own)
-        row = [contestant.title, str(len(own)) if own else "–"]
+        spreads = mean_std(runs)
+        row = [Cell(entry.title), Cell(str(len(runs)) if runs else None)]
         for metric, epoch in shown:
-            row.append(_shown(spreads[epoch].get(metric)))
+            row.append(Cell(percent(spreads[epoch].get(metric))))
             if epoch == recipe.selection:
-                row.append(_percent(contestant.published.get(metric)))
+                row.append(_published(entry.published.get(metric)))
         rows.append(row)
     for title, figures in recipe.published.items():
-        row = [f"({title})", "–"]
+        row = [Cell(f"({title})"), Cell(None)]
         for metric, epoch in shown:
-            row.append("–")
+            row.append(Cell(None))
             if epoch == recipe.selection:
-                row.append(_percent(figures.get(metric)))
+                row.append(_published(figures.get(metric)))
         rows.append(row)
-    widths = [max(len(row[place]) for row in rows) for place in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return Table(head, rows).text()
 
 
 def published_figures(recipes: Iterable[Recipe]) -> dict[tuple[str, str], Mapping[str, float]]:
     """(experiment, method's title) → metric → percent, for the report."""
     return {
-        (recipe.name, contestant.title): contestant.published
+        (recipe.name, entry.title): entry.published
         for recipe in recipes
-        for contestant in recipe.contestants
-        if contestant.published
+        for entry in recipe.methods
+        if entry.published
     }
 
 
-def _departures(record: Record) -> str:
+def _deviations(record: Record) -> str:
     """What a run did other than the recipe says."""
-    return ", ".join(record.get("departures") or ())
+    return ", ".join(record.get("deviations") or ())
 
 
-def _shown(spread: Any) -> str:
-    if spread is None:
-        return "–"
-    std = "" if spread.std is None else f" ± {100 * spread.std:.2f}"
-    return f"{100 * spread.mean:.2f}{std}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+def _published(figure: float | None) -> Cell:
+    return Cell(None if figure is None else f"{figure:.2f}")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from iada.training.measures import number_or_none
 from iada.utils.checks import (
     check_finite,
     check_float,
@@ -120,15 +121,15 @@ def measure(
         if group_counts is not None:
             weights = torch.as_tensor(group_counts).cpu()
             metrics["weighted_average"] = _weighted(share, weights)
-        names = list(group_names) or [str(place) for place in range(size)]
-        by_group = dict(zip(names, map(_number, share), strict=True))
+        names = list(group_names) or [str(group) for group in range(size)]
+        by_group = dict(zip(names, map(number_or_none, share), strict=True))
     return Measured(metrics, table.tolist(), by_group)
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Counts (C, C) int64: row of the true class, column of the predicted one."""
-    places = labels.long() * num_classes + predictions
-    return torch.bincount(places, minlength=num_classes**2).view(num_classes, num_classes)
+    cells = labels.long() * num_classes + predictions
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def class_macro_precision(confusion: Tensor) -> float | None:
@@ -144,9 +145,9 @@ def class_macro_precision(confusion: Tensor) -> float | None:
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = CALIBRATION_BINS) -> float:
     """Expected calibration error: Σ_b n_b/N |accuracy_b − confidence_b| over equal bins (l, u]."""
     confidence, predictions = logits.double().softmax(dim=1).max(dim=1)
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = (predictions == labels).double() - confidence
-    sums = gap.new_zeros(bins).index_add_(0, place, gap)
+    sums = gap.new_zeros(bins).index_add_(0, bin_of, gap)
     return float(sums.abs().sum() / len(gap))
 
 
@@ -155,15 +156,15 @@ def mean_std(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Spread
 
     Over the runs where a metric is defined; one that is defined in none is left out.
     """
-    found: dict[str, dict[str, Spread]] = {}
+    spreads: dict[str, dict[str, Spread]] = {}
     for epoch in ("last", "best"):
-        found[epoch] = {}
+        spreads[epoch] = {}
         for name in METRICS:
             values = [(record.get(epoch) or {}).get(name) for record in records]
             known = [float(value) for value in values if value is not None]
             if known:
-                found[epoch][name] = spread(known)
-    return found
+                spreads[epoch][name] = spread(known)
+    return spreads
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -200,15 +201,10 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 def _mean(values: Tensor) -> float | None:
     """Over what is known, None if nothing is."""
-    return _number(values[~values.isnan()].mean())
+    return number_or_none(values[~values.isnan()].mean())
 
 
 def _weighted(share: Tensor, weights: Tensor) -> float | None:
     check_sizes("group_counts", weights, "training images of each group", (len(share),))
     used = weights > 0
-    return _number((share * weights.double())[used].sum() / weights[used].sum())
-
-
-def _number(value: Tensor) -> float | None:
-    number = float(value)
-    return None if number != number else number
+    return number_or_none((share * weights.double())[used].sum() / weights[used].sum())

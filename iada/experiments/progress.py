@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from iada.experiments.metrics import METRICS
-from iada.experiments.recipe import Contestant, Recipe
+from iada.experiments.recipe import MethodEntry, Recipe
 from iada.training.config import TrainerConfig
 from iada.training.first_phase import can_share, first_phase_config
 
@@ -22,7 +22,7 @@ class Series:
     counting several times: rough, and None before the first run is made.
     """
 
-    def __init__(self, runs: Sequence[tuple[Recipe, Contestant, int]]) -> None:
+    def __init__(self, runs: Sequence[tuple[Recipe, MethodEntry, int]]) -> None:
         shared: set[Any] = set()
         self.costs = [self._cost(*run, shared) for run in runs]
         self.begun = 0
@@ -55,12 +55,12 @@ class Series:
         return self._made_seconds / self._made_cost * sum(self.costs[self.begun :])
 
     @staticmethod
-    def _cost(recipe: Recipe, contestant: Contestant, seed: int, shared: set[Any]) -> float:
+    def _cost(recipe: Recipe, entry: MethodEntry, seed: int, shared: set[Any]) -> float:
         """In epochs of plain training."""
-        config = dataclasses.replace(contestant.trainer, seed=seed)
+        config = dataclasses.replace(entry.trainer, seed=seed)
         first = float(config.ce_epochs)
         if can_share(config):
-            key = (recipe.name, contestant.with_meta, repr(first_phase_config(config)))
+            key = (recipe.name, entry.with_meta, repr(first_phase_config(config)))
             if key in shared:
                 first = 0.0
             shared.add(key)

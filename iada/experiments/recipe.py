@@ -43,7 +43,7 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class MethodEntry:
     """One row of a table: a method with its settings, and the published figures in percent.
 
     with_meta: the meta set's images are training images too, and there is no meta set.
@@ -77,7 +77,7 @@ class Recipe:
     data: dict[str, Any]
     scenario: dict[str, Any]
     model: ModelSettings
-    contestants: tuple[Contestant, ...]
+    methods: tuple[MethodEntry, ...]
     published: dict[str, Figures] = field(default_factory=dict)
 
     @property
@@ -89,14 +89,14 @@ class Recipe:
 def names() -> list[str]:
     """All recipes, in the papers' order."""
     root = _root()
-    found = [
+    recipes = [
         f"{folder.name}/{file.name.removesuffix('.toml')}"
         for folder in root.iterdir()
         if folder.is_dir() and folder.name != "base"
         for file in folder.iterdir()
         if file.name.endswith(".toml")
     ]
-    return sorted(found, key=lambda name: (_place(name), name))
+    return sorted(recipes, key=lambda name: (_order(name), name))
 
 
 def table_name(table: str) -> str:
@@ -145,13 +145,13 @@ def _check_own(section: str, values: dict[str, Any]) -> None:
 def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) -> None:
     """A change for all methods is not of a setting that one of them has for itself."""
     for key in values:
-        own = [name for name, settings in methods.items() if key in settings]
-        if own:
+        overriding = [name for name, settings in methods.items() if key in settings]
+        if overriding:
             raise complain(
                 f"trainer.{key}",
                 "a setting that all methods of this recipe share",
-                f"one that {', '.join(own)} set for themselves",
-                f"pass methods.{own[0]}.{key} and the like",
+                f"one that {', '.join(overriding)} set for themselves",
+                f"pass methods.{overriding[0]}.{key} and the like",
             )
 
 
@@ -172,8 +172,8 @@ def _build(name: str, sections: dict[str, Any]) -> Recipe:
             )
     try:
         model = ModelSettings(**sections.get("model", {}))
-        contestants = tuple(
-            _contestant(key, values, sections.get("trainer", {}))
+        methods = tuple(
+            _method_entry(key, values, sections.get("trainer", {}))
             for key, values in sections["methods"].items()
         )
     except (TypeError, ValueError) as error:
@@ -189,29 +189,29 @@ def _build(name: str, sections: dict[str, Any]) -> Recipe:
         data=data,
         scenario=dict(sections["scenario"]),
         model=model,
-        contestants=contestants,
+        methods=methods,
         published=sections.get("published", {}),
     )
 
 
-def _contestant(key: str, values: dict[str, Any], shared: dict[str, Any]) -> Contestant:
-    own = dict(values)
-    title, published = own.pop("title"), own.pop("published", {})
-    with_meta = own.pop("with_meta", False)
-    own.setdefault("method", key)
-    if own["method"] not in METHODS:
+def _method_entry(key: str, values: dict[str, Any], shared: dict[str, Any]) -> MethodEntry:
+    settings = dict(values)
+    title, published = settings.pop("title"), settings.pop("published", {})
+    with_meta = settings.pop("with_meta", False)
+    settings.setdefault("method", key)
+    if settings["method"] not in METHODS:
         raise complain(f"[methods.{key}] method", f"one of {', '.join(METHODS)}", key, "add method")
-    return Contestant(key, title, TrainerConfig(**{**shared, **own}), published, with_meta)
+    return MethodEntry(key, title, TrainerConfig(**{**shared, **settings}), published, with_meta)
 
 
 def _sections(name: str) -> dict[str, Any]:
     text = (_root() / f"{name}.toml").read_text(encoding="utf-8")
-    own = tomllib.loads(text)
-    base = own.pop("base", None)
+    sections = tomllib.loads(text)
+    base = sections.pop("base", None)
     if base is None:
-        return own
+        return sections
     merged = _sections(base)
-    for section, values in own.items():
+    for section, values in sections.items():
         merged[section] = {**merged.get(section, {}), **values}
     return merged
 
@@ -220,10 +220,11 @@ def _root() -> Traversable:
     return resources.files("iada.experiments") / "recipes"
 
 
-def _place(name: str) -> tuple[int, int]:
+def _order(name: str) -> tuple[int, int]:
+    """The papers' tables in their order, then figures, then what is not of a paper."""
     folder = name.split("/")[0]
-    kinds = ("table", "figure", "afr-table", "controls")
-    kind = next(place for place, start in enumerate(kinds) if folder.startswith(start))
+    kinds = ("table", "figure", "afr-table", "controls", "digits")
+    kind = next(rank for rank, start in enumerate(kinds) if folder.startswith(start))
     return kind, int("".join(filter(str.isdigit, folder)) or 0)
 
 
@@ -249,8 +250,8 @@ def parse_change(text: str) -> tuple[str, str, Any]:
 
     The section is all before the last dot, as in "methods.meta-iada.alpha=0.25".
     """
-    place, equals, value = text.partition("=")
-    section, dot, key = place.strip().rpartition(".")
+    target, equals, value = text.partition("=")
+    section, dot, key = target.strip().rpartition(".")
     if not (equals and dot and key):
         raise complain("--set", "section.key=value", repr(text), "as in scenario.ratio=50")
     try:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from iada.experiments.experiment import Limits
-from iada.experiments.recipe import Contestant, Recipe
-from iada.experiments.run import Place, prepare
+from iada.experiments.recipe import MethodEntry, Recipe
+from iada.experiments.run import RunOptions, prepare
 from iada.experiments.scenarios import Split
 from iada.utils.distributed import own_part
 from iada.utils.loading import batches, to_device
@@ -34,11 +34,11 @@ class Estimate:
 
 
 def estimate(
-    recipe: Recipe, contestant: Contestant, split: Split, limits: Limits, place: Place
+    recipe: Recipe, entry: MethodEntry, split: Split, limits: Limits, run_options: RunOptions
 ) -> Estimate:
     """From the time of a few steps of a throw-away model, loading of their data included."""
-    split = split.with_meta_in_train() if contestant.with_meta else split
-    trainer, views, _ = prepare(recipe, contestant, 0, split, limits, place)
+    split = split.with_meta_in_train() if entry.with_meta else split
+    trainer, views, _ = prepare(recipe, entry, 0, split, limits, run_options)
     config = trainer.config
     rows = torch.arange(WARM_UP + TIMED)[:, None] * config.batch_size
     rows = (rows + torch.arange(config.batch_size)) % len(split.train)
@@ -54,22 +54,22 @@ def estimate(
         start = 0.0
         for step in range(WARM_UP + TIMED):
             if step == WARM_UP:
-                start = _now(place.device)
+                start = _now(run_options.device)
             trainer.batch = step % steps
-            batch = trainer.speed.laid_out(to_device(tuple(next(served)), place.device))
+            batch = trainer.speed.laid_out(to_device(tuple(next(served)), run_options.device))
             trainer.step_on(batch, None if plain else trainer.meta_batch(), not plain)
-        seconds.append((_now(place.device) - start) / TIMED)
+        seconds.append((_now(run_options.device) - start) / TIMED)
     count = min(len(split.test), 4 * config.batch_size)
-    start = _now(place.device)
+    start = _now(run_options.device)
     trainer.outputs(views.test, rows=torch.arange(count))
-    test = (_now(place.device) - start) / count * len(split.test)
+    test = (_now(run_options.device) - start) / count * len(split.test)
     return Estimate(
         seconds[0],
         seconds[1],
         test,
         steps * config.ce_epochs,
         steps * (config.epochs - config.ce_epochs),
-        -(-config.epochs // place.evaluate_every) + 1,
+        -(-config.epochs // run_options.evaluate_every) + 1,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from iada.experiments.diagnostics import TermsLog
-from iada.experiments.epsilon_log import StrengthCounts
+from iada.experiments.epsilon_log import EpsilonLog
 from iada.training.trainer import Trainer
 from iada.utils.distributed import add_up, current_group, rank_of
 
@@ -20,26 +20,26 @@ class Watch:
     """
 
     terms: TermsLog
-    strengths: StrengthCounts
+    epsilon: EpsilonLog
 
     def __call__(self, trainer: Trainer, batch: Sequence[Any], result: Any) -> None:
         if trainer.method.covariance is not None:
             self.terms(trainer, batch, result)
-        self.strengths(trainer, batch, result)
+        self.epsilon(trainer, batch, result)
 
     def state_dict(self) -> dict[str, Any]:
-        sums, counts = self.terms.state_dict(), self.strengths.state_dict()
-        sums = {"sums": {epoch: own.clone() for epoch, own in sums["sums"].items()}}
-        counts = {name: own.clone() for name, own in counts.items()}
+        sums, counts = self.terms.state_dict(), self.epsilon.state_dict()
+        sums = {"sums": {epoch: local.clone() for epoch, local in sums["sums"].items()}}
+        counts = {name: local.clone() for name, local in counts.items()}
         add_up([*sums["sums"].values(), *counts.values()], current_group())
-        return {"terms": sums, "strengths": counts}
+        return {"terms": sums, "epsilon": counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if rank_of(current_group()) > 0:
             sums = state["terms"]["sums"].items()
             none = {epoch: torch.zeros_like(seen) for epoch, seen in sums}
-            counts = {k: torch.zeros_like(seen) for k, seen in state["strengths"].items()}
-            state = {"terms": {"sums": none}, "strengths": counts}
+            counts = {k: torch.zeros_like(seen) for k, seen in state["epsilon"].items()}
+            state = {"terms": {"sums": none}, "epsilon": counts}
         self._load(state)
 
     def gather(self) -> None:
@@ -48,4 +48,4 @@ class Watch:
 
     def _load(self, state: dict[str, Any]) -> None:
         self.terms.load_state_dict(state["terms"])
-        self.strengths.load_state_dict(state["strengths"])
+        self.epsilon.load_state_dict(state["epsilon"])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from iada.models.small import cifar_resnet, wide_resnet
+from iada.models.small import cifar_resnet, mlp, wide_resnet
 from iada.models.split import split_classifier
 from iada.utils.checks import complain
 
@@ -19,6 +19,7 @@ BUILT_IN: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet56": (lambda: cifar_resnet(56), 64),
     "wrn-16-4": (lambda: wide_resnet(16, 4), 256),
     "wrn-28-10": (lambda: wide_resnet(28, 10), 640),
+    "digits-mlp": (lambda: mlp(64, (128, 64), 10)[0], 64),  # of 8×8 grey images
 }
 LIBRARIES = ("torchvision", "timm", "transformers")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from iada.utils.files import written_aside
+from iada.utils.files import atomic_write
 
 FORMAT = "iada-checkpoint-2"
 
@@ -17,7 +17,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises OSError if the folder cannot be written or is full; a former file at `path` is intact.
     """
     try:
-        with written_aside(path) as file:
+        with atomic_write(path) as file:
             torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise OSError(

@@ -70,7 +70,7 @@ class TrainerConfig:
     """Settings of `iada.Trainer`, with the paper's values for CIFAR-LT as defaults.
 
     Two defaults are not the paper's, so that a first run on other data trains: clip_norm and
-    keep_semidefinite. The published runs (`iada.paper`) have neither.
+    keep_semidefinite. The published runs (`iada.experiments`) have neither.
 
     method: one of METHODS; docs/training.md has what each minimises, its source and its cost.
     epochs: T2 of Algorithm 1, in epochs.  ce_epochs: T1, the epochs of plain CE before the method;

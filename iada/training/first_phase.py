@@ -19,7 +19,7 @@ from iada.training.trainer import Trainer
 from iada.utils import seeds
 from iada.utils.checks import complain
 from iada.utils.distributed import rank_of
-from iada.utils.files import written_aside
+from iada.utils.files import atomic_write
 
 FORMAT = "iada-first-phase-1"
 # Their epochs of CE are those of the bare classifier: LDAM has a head of its own, and CMO and AFR
@@ -156,7 +156,7 @@ def start_from(trainer: Trainer, state: dict[str, Any]) -> None:
 
 def save_first_phase(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path`, all or nothing."""
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         torch.save(state, file)
 
 

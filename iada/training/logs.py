@@ -13,7 +13,7 @@ from typing import Any
 
 from iada.training.measures import HISTOGRAM_BINS, PHASES
 from iada.utils.checks import complain
-from iada.utils.files import remove_leftovers, to_disk, written_aside
+from iada.utils.files import atomic_write, fsync, remove_leftovers
 
 CSV_FILE = "log.csv"
 COLUMNS = (
@@ -111,7 +111,7 @@ class CsvLog:
                 self._rewrite([[*cells, *[""] * len(new)] for cells in rows])
             with open(self.path, "ab") as file:
                 file.write(_lines([[_cell(row.get(name)) for name in self.columns]]).encode())
-                to_disk(file)
+                fsync(file)
         except OSError as error:
             raise OSError(
                 f"{self.path}: expected to append a row, got {error}; free some space "
@@ -122,7 +122,7 @@ class CsvLog:
         """Nothing: the file is closed after each row."""
 
     def _rewrite(self, rows: Iterable[list[str]]) -> None:
-        with written_aside(self.path) as file:
+        with atomic_write(self.path) as file:
             file.write(_lines([self.columns, *rows]).encode())
 
     def _read(self) -> tuple[list[str], list[list[str]]]:

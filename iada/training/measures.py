@@ -55,8 +55,7 @@ class EpochMeasures(nn.Module):
         if result.epsilon is None:
             return
         epsilon, one = result.epsilon, torch.ones_like(labels)
-        bins = ((epsilon + 1) * (HISTOGRAM_BINS / 2)).long().clamp(0, HISTOGRAM_BINS - 1)
-        self.epsilon_histogram.index_add_(0, bins, one)
+        self.epsilon_histogram.index_add_(0, epsilon_bins(epsilon), one)
         self.adversarial.index_add_(0, labels, (epsilon > 0).to(one.dtype))
         self.visits.index_add_(0, labels, one)
 
@@ -122,6 +121,11 @@ class PhaseTimes:
         taken = {f"seconds_{name}": value for name, value in self.seconds.items()}
         self.seconds = dict.fromkeys(PHASES, 0.0)
         return taken
+
+
+def epsilon_bins(epsilon: Tensor) -> Tensor:
+    """The histogram bin of each ε in (−1, 1), int64."""
+    return ((epsilon + 1) * (HISTOGRAM_BINS / 2)).long().clamp(0, HISTOGRAM_BINS - 1)
 
 
 def number_or_none(value: Tensor) -> float | None:

@@ -9,16 +9,16 @@ from typing import IO
 
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A file that becomes `path` when the block ends well; else a former file there is intact."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
             yield file
-            to_disk(file)
+            fsync(file)
         os.replace(aside, path)
-        _folder_to_disk(path.parent)
+        _fsync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -43,13 +43,13 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def to_disk(file: IO) -> None:
+def fsync(file: IO) -> None:
     """Wait until what was written to `file` is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def _folder_to_disk(folder: Path) -> None:
+def _fsync_folder(folder: Path) -> None:
     """Make a new name outlast a loss of power, where folders can be opened."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

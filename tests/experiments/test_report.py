@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from iada.experiments.report import charts, write_page
 from iada.experiments.report.charts import mean_and_spread
-from iada.experiments.report.figures import draw_all, main_arms
-from iada.experiments.report.style import HATCHES, PALETTE, Picture, looks
-from iada.experiments.report.variants import arms_of, by_experiment
+from iada.experiments.report.figures import draw_all, main_variants
+from iada.experiments.report.style import HATCHES, PALETTE, Picture, series_styles
+from iada.experiments.report.variants import by_experiment, variants_of
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def make_record(method="ce", seed=0, experiment="table2/cifar10-100", classes=10
     ]
     ours = method == "meta-iada"
     bell = np.exp(-((np.linspace(-1, 1, 20) - 0.2) ** 2) / 0.08)
-    strengths = {
+    epsilon = {
         "class_share": [0.2 + 0.06 * c if c else None for c in range(classes)],
         "share_clean": 0.61,
         "share_flipped": 0.07,
@@ -80,7 +80,7 @@ def make_record(method="ce", seed=0, experiment="table2/cifar10-100", classes=10
         "confusion": confusion.tolist(),
         "group_accuracy": None,
         "curve": curve,
-        "strengths": strengths if ours else None,
+        "epsilon": epsilon if ours else None,
         "spectrum": spectrum if ours else None,
         "surrogate": surrogate if ours else None,
         "seconds": 123.4,
@@ -180,7 +180,7 @@ def read(path):
 def names(records):
     """The figures of the records' only experiment."""
     ((_, part),) = by_experiment(records).items()
-    pictures = draw_all("Table/Row!", "A title", arms_of(part), "top1")
+    pictures = draw_all("Table/Row!", "A title", variants_of(part), "top1")
     return {picture.name.removeprefix("table-row-"): picture for picture in pictures}
 
 
@@ -225,7 +225,7 @@ def test_table_has_last_best_and_published(comparison):
     assert page.row("CE") == ["CE", "71.00 ± 1.00", "71.50 ± 1.00", "80.00"]
     assert page.row("Meta-IADA") == ["Meta-IADA", "83.00 ± 1.00", "83.50 ± 1.00", "83.00"]
     assert page.row("Logit Adjustment")[3] == "–"  # nothing published of it
-    assert [row[0] for row in page.rows[2:6]] == list(METHODS.values())
+    assert [row[0] for row in page.rows[1:5]] == list(METHODS.values())
 
 
 def test_seeds_are_told(sketch, comparison, tmp_path):
@@ -274,10 +274,10 @@ def test_sweep_over_alpha_and_beta(sketch, tmp_path):
     found = names(make_sweep())["sensitivity"]
     assert "over α: Meta-IADA 86.5 at 0.1, 88.9 at 0.25, 90.5 at 0.5, 84.2 at 1" in found.alt
     assert "over β: Meta-IADA 89.2 at 0.5, 90.5 at 1, 89.2 at 1.5" in found.alt
-    arms = arms_of(make_sweep())
-    assert len(arms) == 6
-    (main,) = main_arms(arms)
-    assert (main.label, main.look.colour) == ("Meta-IADA, α = 0.5", "#D55E00")
+    variants = variants_of(make_sweep())
+    assert len(variants) == 6
+    (main,) = main_variants(variants)
+    assert (main.label, main.style.colour) == ("Meta-IADA, α = 0.5", "#D55E00")
     page = read(write_page(make_sweep(), tmp_path))
     assert page.row("Meta-IADA, α = 0.25")[1] == "88.94 ± 0.71"
     assert "sensitivity" not in names(make_comparison(1))
@@ -287,14 +287,14 @@ def test_sweep_by_settings_alone(sketch):
     records = make_sweep()
     for record in records:
         record |= {"method": "meta-iada", "method_name": "Meta-IADA"}
-    assert arms_of(records)[0].label == "Meta-IADA (alpha 0.1, beta 1.0)"
+    assert variants_of(records)[0].label == "Meta-IADA (alpha 0.1, beta 1.0)"
     assert names(records)["sensitivity"].alt == names(make_sweep())["sensitivity"].alt
 
 
 def test_an_ablation_is_no_sweep(sketch):
     records = [r for r in make_sweep() if r["settings"]["alpha"] in (0.1, 0.5)]
     records = [r for r in records if r["settings"]["beta"] in (0.5, 1.0)]
-    assert len(main_arms(arms_of(records))) == 3
+    assert len(main_variants(variants_of(records))) == 3
     assert "sensitivity" not in names(records)
     other = make_sweep()
     other[0]["settings"]["perturbation"] = "constant"
@@ -313,7 +313,7 @@ def test_curve_that_is_not_measured_each_epoch():
     values = np.full((1, 9), np.nan)
     values[0, 2::3] = (1.0, 2.0, 3.0)
     axes = Figure().subplots()
-    charts._band(axes, np.arange(9), charts.Series("CE", charts.Look("black"), values))
+    charts._band(axes, np.arange(9), charts.Series("CE", charts.SeriesStyle("black"), values))
     (line,) = axes.lines
     assert line.get_xdata().tolist() == [2, 5, 8]
     assert line.get_ydata().tolist() == [1, 2, 3]
@@ -335,7 +335,9 @@ def test_published_figure_of_an_ablation_goes_by_its_name(sketch, tmp_path):
     }
     page = read(write_page(records, tmp_path, published))
     assert page.row("Without G")[3] == "81.80"
-    assert page.row("Meta-IADA")[3] == "–"  # two arms share the method: which is meant is not said
+    assert (
+        page.row("Meta-IADA")[3] == "–"
+    )  # two variants share the method: which is meant is not said
     published["table2/cifar10-100", "Meta-IADA"] = {"top1": 84.01}
     assert read(write_page(records, tmp_path, published)).row("Meta-IADA")[3] == "84.01"
 
@@ -343,7 +345,7 @@ def test_published_figure_of_an_ablation_goes_by_its_name(sketch, tmp_path):
 @pytest.mark.parametrize(
     ("key", "gone"),
     [
-        ("strengths", {"adversarial-share", "clean-flipped"}),
+        ("epsilon", {"adversarial-share", "clean-flipped"}),
         ("confusion", {"classes", "confusion"}),
         ("curve", {"curves", "terms"}),
         ("spectrum", {"spectrum"}),
@@ -377,11 +379,11 @@ def test_bare_records_give_a_page(sketch, tmp_path):
     read(write_page([{"experiment": "e", "method": "ce"}], tmp_path))
 
 
-def test_parts_of_strengths(sketch, tmp_path):
+def test_parts_of_epsilon(sketch, tmp_path):
     record = make_record("meta-iada")
-    record["strengths"] |= {"share_flipped": None}
+    record["epsilon"] |= {"share_flipped": None}
     assert "clean-flipped" not in names([record])
-    record["strengths"] |= {"class_share": [None] * 10}
+    record["epsilon"] |= {"class_share": [None] * 10}
     assert "adversarial-share" not in names([record])
 
 
@@ -412,18 +414,21 @@ def test_seeds_come_once_and_records_at_all(sketch, tmp_path):
 
 def test_settings_that_differ_make_an_arm():
     one, other = make_record("ce", 0), make_record("ce", 1)
-    assert len(arms_of([one, other])) == 1
+    assert len(variants_of([one, other])) == 1
     other["settings"]["lr"] = 0.2
     other["settings"]["checkpoint_every"] = 5
-    assert [arm.label for arm in arms_of([one, other])] == ["CE (lr 0.1)", "CE (lr 0.2)"]
+    assert [variant.label for variant in variants_of([one, other])] == [
+        "CE (lr 0.1)",
+        "CE (lr 0.2)",
+    ]
 
 
 def test_looks_differ_and_methods_keep_their_colour():
     methods = list(METHODS) * 8
-    found = looks(methods)
+    found = series_styles(methods)
     assert len(set(found)) == len(found) == 32 <= len(PALETTE) * len(HATCHES)
-    assert [look.colour for look in looks(["meta-iada", "ce"])] == ["#D55E00", "#999999"]
-    assert len(looks(["x"] * 50)) == 50
+    assert [style.colour for style in series_styles(["meta-iada", "ce"])] == ["#D55E00", "#999999"]
+    assert len(series_styles(["x"] * 50)) == 50
 
 
 def test_spread_ignores_what_is_not_known():
@@ -441,7 +446,7 @@ def test_pages_repeat_byte_for_byte(tmp_path):
 def test_matplotlib_waits_until_something_is_drawn():
     code = (
         "import sys, iada.experiments.metrics, iada.experiments.diagnostics; "
-        "import iada.experiments.report, iada.experiments.demo.report; "
+        "import iada.experiments.report, iada.experiments.demo; "
         "sys.exit('matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

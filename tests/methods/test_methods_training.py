@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import iada
-from iada.experiments.demo.scenarios import make_split
+from iada.experiments.experiment import Limits, make_split, read_parts
+from iada.experiments.recipe import load
 from iada.models import mlp
 from iada.training.config import METHODS
 from tests.helpers.training import differences
@@ -27,7 +28,8 @@ OWN = {
 @pytest.fixture(scope="module")
 def split():
     pytest.importorskip("sklearn")
-    return make_split("long-tail", 0)
+    recipe = load("digits/long-tail")
+    return make_split(recipe, read_parts(recipe, None, Limits()), 0)
 
 
 def conv():
@@ -37,8 +39,8 @@ def conv():
 
 
 def served(part, method):
-    inputs = part.inputs.float()
-    return iada.TensorData(inputs.view(-1, 1, 8, 8) if method in PASTING else inputs, part.labels)
+    inputs = part.inputs / 255
+    return iada.TensorData(inputs if method in PASTING else inputs.flatten(1), part.labels)
 
 
 def make_trainer(split, method, folder=None, observe=None, **settings):

@@ -1,7 +1,8 @@
 """Readers of the standard data sets, from a path that the user gives; nothing is downloaded.
 
-Every reader takes a path and returns {"train", "validation", "test": Labelled}, as far as the data
-set has them. A fault in the files is told by file and line, and nothing is half loaded.
+Every reader takes a path, or None if it is among BUNDLED, and returns {"train", "validation",
+"test": Labelled}, as far as the data set has them. Errors name the file and the line, and nothing
+is half loaded.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from iada.experiments.datasets.celeba import read_celeba
 from iada.experiments.datasets.cifar import read_cifar10, read_cifar100
 from iada.experiments.datasets.civilcomments import read_civilcomments
+from iada.experiments.datasets.digits import read_digits
 from iada.experiments.datasets.file_view import FileView
 from iada.experiments.datasets.folders import read_folder
 from iada.experiments.datasets.glt import read_glt
@@ -29,9 +31,12 @@ READERS: dict[str, Callable[..., dict[str, Labelled]]] = {
     "celeba": read_celeba,
     "civilcomments": read_civilcomments,
     "glt": read_glt,
+    "digits": read_digits,
 }
+BUNDLED = ("digits",)  # readers that need no path
 
 __all__ = [
+    "BUNDLED",
     "CIFAR10",
     "CIFAR100",
     "IMAGENET",

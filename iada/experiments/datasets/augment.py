@@ -22,9 +22,9 @@ def crop_flip(images: Tensor, seed: int, step: int, rows: Tensor) -> Tensor:
     across = torch.arange(width, device=images.device)
     across = torch.where(flip[:, None] == 1, width - 1 - across, across) + right[:, None]
     along = torch.arange(height, device=images.device) + down[:, None]
-    place = along[:, :, None] * (width + 2 * PAD) + across[:, None, :]
+    position = along[:, :, None] * (width + 2 * PAD) + across[:, None, :]
     padded = F.pad(images, (PAD, PAD, PAD, PAD)).flatten(2)
-    index = place.view(count, 1, -1).expand(-1, channels, -1)
+    index = position.view(count, 1, -1).expand(-1, channels, -1)
     return padded.gather(2, index).view_as(images)
 
 
@@ -60,10 +60,10 @@ def auto_augment() -> Callable[[Tensor, int, int, Sequence[int]], Tensor]:
     def augmented(images: Tensor, seed: int, step: int, indices: Sequence[int]) -> Tensor:
         changed = torch.empty_like(images)
         with preserved(), torch.no_grad():
-            for place, index in enumerate(indices):
+            for row, index in enumerate(indices):
                 seed_host(seed_of(seed, step, index))
-                image = policy(images[place : place + 1].float() / 255)
-                changed[place] = (image[0] * 255).round().clamp(0, 255)
+                image = policy(images[row : row + 1].float() / 255)
+                changed[row] = (image[0] * 255).round().clamp(0, 255)
         return changed
 
     return augmented

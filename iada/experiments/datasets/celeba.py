@@ -56,7 +56,7 @@ def read_celeba(path: str | os.PathLike) -> dict[str, Labelled]:
 
 def _splits(file: Path) -> dict[str, int]:
     """The part of each image: 0, 1 or 2."""
-    found: dict[str, int] = {}
+    part_of_image: dict[str, int] = {}
     rows: Iterator[tuple[int, Sequence[str]]]
     if file.suffix == ".csv":
         columns = ["image_id", "partition"]
@@ -68,10 +68,10 @@ def _splits(file: Path) -> dict[str, int]:
         if len(fields) != 2:
             raise complain(where, "an image and its part", " ".join(fields), DAMAGED)
         name, split = fields
-        if name in found:
+        if name in part_of_image:
             raise complain(where, "each image once", f"{name} again", DAMAGED)
-        found[name] = integer(split, range(3), "a part, 0, 1 or 2", where)
-    return found
+        part_of_image[name] = integer(split, range(3), "a part, 0, 1 or 2", where)
+    return part_of_image
 
 
 def _attributes(file: Path) -> Iterator[tuple[int, str, int, int]]:
@@ -109,10 +109,10 @@ def _text_rows(file: Path, wanted: list[str]) -> Iterator[tuple[int, str, list[s
     if len(lines) - 2 != count:
         expected = f"{count} images, as its first line says"
         raise complain(str(file), expected, str(len(lines) - 2), DAMAGED)
-    places = [columns.index(name) + 1 for name in wanted]
+    positions = [columns.index(name) + 1 for name in wanted]
     for number, line in enumerate(lines[2:], 3):
         fields = line.split()
         if len(fields) != len(columns) + 1:
             expected = f"an image and {len(columns)} attributes"
             raise complain(at_line(file, number), expected, f"{len(fields)} fields", DAMAGED)
-        yield number, fields[0], [fields[place] for place in places]
+        yield number, fields[0], [fields[position] for position in positions]

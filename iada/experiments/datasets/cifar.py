@@ -76,7 +76,7 @@ def _read(path: Path, classes: int) -> dict[str, Labelled]:
         read = [_records(folder / (name + suffix), files["key"], classes) for name in files[part]]
         counts = {len(labels) for _, labels in read}
         if len(counts) > 1:
-            shortest = min(range(len(read)), key=lambda place: len(read[place][1]))
+            shortest = min(range(len(read)), key=lambda index: len(read[index][1]))
             raise complain(
                 str(folder / (files[part][shortest] + suffix)),
                 f"{max(counts)} images, as in the other batches",
@@ -119,8 +119,8 @@ def _records(path: Path, key: str, classes: int) -> tuple[Tensor, Tensor]:
     if path.suffix == ".bin":
         images, labels = _binary(path, classes)
     else:
-        found = _unpickled(path)
-        images, labels = found.get("data"), _list(found, key, path)
+        batch = _unpickled(path)
+        images, labels = batch.get("data"), _list(batch, key, path)
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2:
             raise complain(str(path), "data, a uint8 array (N, 3072)", _kind(images), DAMAGED)
     if images.shape[1:] != (PIXELS,) or len(images) != len(labels) or not len(labels):
@@ -158,18 +158,18 @@ class _ArraysOnly(pickle.Unpickler):
 def _unpickled(path: Path) -> dict[str, Any]:
     content = bytes_of(path)
     try:
-        found = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+        batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise complain(str(path), "a pickle of CIFAR", f"{error!r}", DAMAGED) from error
-    if not isinstance(found, dict):
-        raise complain(str(path), "a pickled dict", _kind(found), DAMAGED)
-    return {_text(key): value for key, value in found.items()}
+    if not isinstance(batch, dict):
+        raise complain(str(path), "a pickled dict", _kind(batch), DAMAGED)
+    return {_text(key): value for key, value in batch.items()}
 
 
-def _list(found: dict[str, Any], key: str, path: Path) -> list[Any]:
-    if not isinstance(found.get(key), list):
-        raise complain(str(path), f"a list {key}", _kind(found.get(key)), DAMAGED)
-    return found[key]
+def _list(batch: dict[str, Any], key: str, path: Path) -> list[Any]:
+    if not isinstance(batch.get(key), list):
+        raise complain(str(path), f"a list {key}", _kind(batch.get(key)), DAMAGED)
+    return batch[key]
 
 
 def _text(name: Any) -> str:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from iada.experiments.datasets.counter_rng import draws
 from iada.experiments.datasets.images import open_image, pixels
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.datasets.memory_view import IMAGENET, Normalisation
+from iada.experiments.datasets.view import View
 from iada.utils.checks import complain
 
 _FINE = 2**30  # steps of a draw that stands for a real number in [0, 1)
@@ -19,7 +19,7 @@ _TRIES = 10
 SHAPES = ("crop", "square", "whole")
 
 
-class FileView(Dataset):
+class FileView(View):
     """Normalised float32 images (N, 3, size, size) of image files, with labels and index.
 
     Args:
@@ -33,8 +33,6 @@ class FileView(Dataset):
         scale: the share of the area that a random part has.
         normalise: mean and deviation of each channel, of values in [0, 1].
     """
-
-    in_memory = False
 
     def __init__(
         self,
@@ -52,17 +50,8 @@ class FileView(Dataset):
         if not 0 < scale[0] <= scale[1] <= 1:
             raise complain("scale", "0 < low ≤ high ≤ 1", repr(scale), "pass shares of the area")
         self.files, self.labels = data.inputs, data.labels
-        self.augment, self.size, self.shape, self.scale = augment, size, shape, scale
+        self.augments, self.size, self.shape, self.scale = augment, size, shape, scale
         self.mean, self.deviation = (torch.tensor(values).view(-1, 1, 1) for values in normalise)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One sample; what its augmentation draws follows torch's global generator."""
-        step = int(torch.randint(2**62, ())) if self.augment else 0
-        inputs, labels, _ = self.whole_batch(0, step, [index])
-        return inputs[0], int(labels[0])
 
     def whole_batch(
         self, seed: int, step: int, indices: Sequence[int]
@@ -78,12 +67,12 @@ class FileView(Dataset):
 
     def _image(self, index: int, chance: list[int]) -> Tensor:
         image = open_image(self.files[index])  # type: ignore[arg-type]
-        if self.augment:
+        if self.augments:
             box = random_part(image.width, image.height, self.scale, [c / _FINE for c in chance])
         else:
             box = middle(image.width, image.height, self.shape)
         scaled = pixels(image.resize((self.size, self.size), _bilinear(), box=box))
-        if self.augment and chance[-1]:
+        if self.augments and chance[-1]:
             scaled = scaled.flip(2)
         return (scaled.float() / 255 - self.mean) / self.deviation
 

@@ -22,27 +22,27 @@ def read_folder(path: str | os.PathLike, memory: bool | None = None) -> dict[str
     the same size, up to 64×64 pixels. True fails where that is not so.
     """
     folder = folder_at(path, "train/<class>/ or <class>/ with images")
-    found = {
+    folders = {
         part: folder / name
         for part, names in PARTS.items()
         for name in names
         if (folder / name).is_dir()
     }
-    if "train" not in found:
-        if found:
+    if "train" not in folders:
+        if folders:
             raise missing(folder / "train", "the training images", f"look into {folder}")
-        found = {"train": folder}
-    names = _classes(found["train"])
-    listed = {part: _images(place, names) for part, place in found.items()}
+        folders = {"train": folder}
+    names = _classes(folders["train"])
+    listed = {part: _images(folder_of_part, names) for part, folder_of_part in folders.items()}
     loaded = [] if memory is False else _decoded([paths for paths, _ in listed.values()])
     if memory and not loaded:
         expected = "images of one size, up to 64×64 pixels"
         raise complain("memory", expected, "others", "pass memory=None to read them as needed")
     return {
         part: Labelled(
-            loaded[place] if loaded else paths, torch.tensor(labels, dtype=torch.int64), names
+            loaded[index] if loaded else paths, torch.tensor(labels, dtype=torch.int64), names
         )
-        for place, (part, (paths, labels)) in enumerate(listed.items())
+        for index, (part, (paths, labels)) in enumerate(listed.items())
     }
 
 
@@ -62,18 +62,18 @@ def _images(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        own = folder / name
-        if not own.is_dir():
-            raise missing(own, f"the images of class {name!r}", "add them")
+        class_folder = folder / name
+        if not class_folder.is_dir():
+            raise missing(class_folder, f"the images of class {name!r}", "add them")
         images = sorted(
             Path(entry.path)
-            for entry in _visible(own)
+            for entry in _visible(class_folder)
             if Path(entry.name).suffix.lower() in SUFFIXES
         )
         if not images:
-            raise complain(str(own), "images", "none", "add some, or take the class away")
+            raise complain(str(class_folder), "images", "none", "add some, or take the class away")
         for image in images:
-            check_image_file(image, str(own))
+            check_image_file(image, str(class_folder))
         paths += images
         labels += [label] * len(images)
     return paths, labels

@@ -35,12 +35,14 @@ def read_glt(
     names = _class_names(annotation, file)
     root = None if images is None else folder_at(images, "the images")
     sections = {"train": "train", "validation": "val", "test": TESTS[protocol]}
-    found = {part: _entries(annotation, name, len(names), file) for part, name in sections.items()}
-    most = max(attribute for entries in found.values() for _, _, attribute in entries)
+    by_part = {
+        part: _entries(annotation, name, len(names), file) for part, name in sections.items()
+    }
+    most = max(attribute for entries in by_part.values() for _, _, attribute in entries)
     groups = tuple(f"attribute {number}" for number in range(most + 1))  # the same for all parts
-    drop = _leading(Path(found["train"][0][0]), root, f"{file}, train")
+    drop = _leading(Path(by_part["train"][0][0]), root, f"{file}, train")
     parts = {}
-    for part, entries in found.items():
+    for part, entries in by_part.items():
         paths = [_place(Path(entry), root, drop) for entry, _, _ in entries]
         for image in paths:
             check_image_file(image, f"{file}, {sections[part]}")
@@ -60,26 +62,26 @@ def read_glt(
 def _json(file: Path) -> dict[str, Any]:
     content = bytes_of(file)
     try:
-        found = json.loads(content)
+        annotation = json.loads(content)
     except ValueError as error:
         line = getattr(error, "lineno", 1)
         raise complain(f"{file}, line {line}", "json", str(error), DAMAGED) from error
-    if not isinstance(found, dict):
-        raise complain(str(file), "a json object", f"a {type(found).__name__}", DAMAGED)
-    return found
+    if not isinstance(annotation, dict):
+        raise complain(str(file), "a json object", f"a {type(annotation).__name__}", DAMAGED)
+    return annotation
 
 
 def _class_names(annotation: dict[str, Any], file: Path) -> tuple[str, ...]:
     """The names of classes 0, 1, … out of id2cat."""
-    found = annotation.get("id2cat")
-    if not isinstance(found, dict) or not found:
-        raise complain(f"{file}, id2cat", "a name for each class", repr(found), DAMAGED)
-    wanted = [str(number) for number in range(len(found))]
-    absent = [number for number in wanted if number not in found]
+    class_names = annotation.get("id2cat")
+    if not isinstance(class_names, dict) or not class_names:
+        raise complain(f"{file}, id2cat", "a name for each class", repr(class_names), DAMAGED)
+    wanted = [str(number) for number in range(len(class_names))]
+    absent = [number for number in wanted if number not in class_names]
     if absent:
-        expected = f"names of classes 0 to {len(found) - 1}"
+        expected = f"names of classes 0 to {len(class_names) - 1}"
         raise complain(f"{file}, id2cat", expected, f"none of {absent[0]}", DAMAGED)
-    return tuple(str(found[number]) for number in wanted)
+    return tuple(str(class_names[number]) for number in wanted)
 
 
 def _entries(
@@ -87,20 +89,21 @@ def _entries(
 ) -> list[tuple[str, int, int]]:
     """(path, label, attribute) of each image of a section."""
     where = f"{file}, {section}"
-    found = annotation.get(section)
-    if not isinstance(found, dict) or not isinstance(found.get("label"), dict):
+    columns = annotation.get(section)
+    if not isinstance(columns, dict) or not isinstance(columns.get("label"), dict):
         raise complain(where, "a section with label", "none", DAMAGED)
-    if not found["label"]:
+    if not columns["label"]:
         raise complain(where, "images", "none", "this file holds another protocol: take its other")
     entries = []
-    for key, label in found["label"].items():
-        own = f"{where}, {key}"
-        attribute = _value(found, "attribute", key, own)
-        path = _value(found, "path", key, own) if "path" in found else key  # MSCOCO-GLT has ids
-        number = _whole(label, f"a label in [0, {classes})", own)
+    for key, label in columns["label"].items():
+        entry = f"{where}, {key}"
+        attribute = _value(columns, "attribute", key, entry)
+        # MSCOCO-GLT has ids instead of paths.
+        path = _value(columns, "path", key, entry) if "path" in columns else key
+        number = _whole(label, f"a label in [0, {classes})", entry)
         if number >= classes:
-            raise complain(own, f"a label in [0, {classes})", str(label), DAMAGED)
-        entries.append((str(path), number, _whole(attribute, "an attribute from 0 on", own)))
+            raise complain(entry, f"a label in [0, {classes})", str(label), DAMAGED)
+        entries.append((str(path), number, _whole(attribute, "an attribute from 0 on", entry)))
     return entries
 
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from iada.experiments.datasets.augment import auto_augment, crop_flip, cutout
 from iada.experiments.datasets.labelled import Labelled
+from iada.experiments.datasets.view import View
 from iada.utils.checks import complain
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel
@@ -18,7 +18,7 @@ IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 AUGMENTATIONS = (None, "crop-flip", "autoaugment-cutout")
 
 
-class MemoryView(Dataset):
+class MemoryView(View):
     """Normalised float32 images (N, C, H, W) of images in memory, with labels and index.
 
     Args:
@@ -59,21 +59,9 @@ class MemoryView(Dataset):
         self.deviation = deviation.flatten()
         self.scale = (1 / (255 * deviation)).to(self.images.device)
         self.shift = (-mean / deviation).to(self.images.device)
-        self.augment, self.plain_from = augment, plain_from
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether batches are made quickly enough to be made in the training process."""
-        return self._policy is None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One sample; what its augmentation draws follows torch's global generator."""
-        step = int(torch.randint(2**62, ())) if self.augment else 0
-        inputs, labels, _ = self.whole_batch(0, step, [index])
-        return inputs[0], int(labels[0])
+        self.plain_from = plain_from
+        self.augments = augment is not None
+        self.in_memory = self._policy is None  # AutoAugment is slow
 
     def whole_batch(
         self, seed: int, step: int, indices: Sequence[int]
@@ -83,7 +71,7 @@ class MemoryView(Dataset):
         if self.images.is_cuda:
             rows = rows.pin_memory().to(self.images.device, non_blocking=True)
         images = self.images[rows]
-        if self.augment is not None:
+        if self.augments:
             images = crop_flip(images, seed, step, rows)
         if self._policy is not None and (self.plain_from is None or step < self.plain_from):
             images = cutout(self._policy(images, seed, step, indices), seed, step, rows)

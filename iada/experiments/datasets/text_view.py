@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from iada.experiments.datasets.files import missing
 from iada.experiments.datasets.labelled import Labelled
+from iada.experiments.datasets.view import View
 from iada.utils.checks import complain
 
 
@@ -33,7 +33,7 @@ def load_tokenizer(path: str | os.PathLike) -> Callable[..., Any]:
         raise complain(str(folder), expected, str(error), "download the model again") from error
 
 
-class TextView(Dataset):
+class TextView(View):
     """Tokens of texts, {"input_ids", "attention_mask"} (N, T) each, with labels and index.
 
     Args:
@@ -43,8 +43,6 @@ class TextView(Dataset):
             longest text.
     """
 
-    in_memory = False
-
     def __init__(
         self, data: Labelled, tokenizer: Callable[..., Any], max_length: int = 300
     ) -> None:
@@ -52,13 +50,6 @@ class TextView(Dataset):
             raise complain("data", "texts", "others", "use MemoryView or FileView")
         self.texts, self.labels = data.inputs, data.labels
         self.tokenizer, self.max_length = tokenizer, max_length
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], int]:
-        inputs, labels, _ = self.whole_batch(0, 0, [index])
-        return {name: tokens[0] for name, tokens in inputs.items()}, int(labels[0])
 
     def whole_batch(
         self, seed: int, step: int, indices: Sequence[int]

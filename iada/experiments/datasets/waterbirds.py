@@ -50,12 +50,12 @@ def grouped_parts(
     """The parts of (path, label, attribute, split) rows; groups are class × two attributes."""
     parts = {}
     for number, part in enumerate(SPLITS):
-        own = [row for row in rows if row[3] == number]
-        if not own:
+        in_part = [row for row in rows if row[3] == number]
+        if not in_part:
             raise complain(str(file), f"rows of {part} (split {number})", "none", DAMAGED)
-        labels = torch.tensor([label for _, label, _, _ in own])
-        attributes = torch.tensor([attribute for _, _, attribute, _ in own])
-        paths = [path for path, *_ in own]
+        labels = torch.tensor([label for _, label, _, _ in in_part])
+        attributes = torch.tensor([attribute for _, _, attribute, _ in in_part])
+        paths = [path for path, *_ in in_part]
         parts[part] = Labelled(paths, labels, classes, 2 * labels + attributes, groups)
         check_every_class(parts[part], part, file)
     return parts

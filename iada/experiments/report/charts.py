@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from iada.experiments.report.style import BLUE, RED, Look, Picture, legend, paint
+from iada.experiments.report.style import BLUE, RED, Picture, SeriesStyle, legend, paint
 
-MOST_BARS = 30  # places on an axis with a bar and a name each; more are a line
+MOST_BARS = 30  # categories on an axis with a bar and a name each; more are a line
 NUMBERED = 12  # classes up to which a confusion matrix has its numbers written in
 
 
 class Series(NamedTuple):
-    """One method's values: (runs, places); drawn as their mean with one standard deviation."""
+    """One method's values: (runs, categories); drawn as their mean with one standard deviation."""
 
     label: str
-    look: Look
+    style: SeriesStyle
     values: np.ndarray
 
 
@@ -36,25 +36,25 @@ def mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def bars(
     name: str,
     caption: str,
-    places: Sequence[str],
+    categories: Sequence[str],
     series: Sequence[Series],
     ylabel: str = "accuracy (%)",
     xlabel: str = "",
     top: float | None = 105,
     height: float = 3.0,
 ) -> Picture:
-    """Groups of bars, one group a place, one bar a series; lines where places are many."""
+    """Groups of bars, one group a category, one bar a series; lines where categories are many."""
 
     def draw(figure: Any, panels: Sequence[Any]) -> None:
         (axes,) = panels
-        x = np.arange(len(places))
+        x = np.arange(len(categories))
         width = 0.8 / len(series)
         for i, one in enumerate(series):
             mean, error = mean_and_spread(one.values)
-            if len(places) > MOST_BARS:
+            if len(categories) > MOST_BARS:
                 _band(axes, x + 1, one)
                 continue
-            shape = {"color": one.look.colour, "hatch": one.look.hatch, "label": one.label}
+            shape = {"color": one.style.colour, "hatch": one.style.hatch, "label": one.label}
             edge = {"edgecolor": "black", "linewidth": 0.3}
             offset = (i - (len(series) - 1) / 2) * width
             axes.bar(
@@ -67,12 +67,12 @@ def bars(
                 **edge,
             )
         axes.set(ylabel=ylabel, xlabel=xlabel, ylim=(0, top))
-        if len(places) <= MOST_BARS:
+        if len(categories) <= MOST_BARS:
             axes.set_xticks(x)
-            _label_ticks(axes, places)
+            _label_ticks(axes, categories)
         legend(figure, axes)
 
-    alt = f"Chart of {ylabel}. " + " ".join(_extremes(one, places) for one in series)
+    alt = f"Chart of {ylabel}. " + " ".join(_extremes(one, categories) for one in series)
     return paint(name, caption, alt, draw, height=height)
 
 
@@ -82,30 +82,30 @@ def curves(
     panels: Mapping[str, Sequence[Series]],
     xlabel: str = "epoch",
     ylabel: str = "",
-    places: Mapping[str, Sequence[float]] | None = None,
+    positions: Mapping[str, Sequence[float]] | None = None,
     height: float = 3.0,
 ) -> Picture:
     """Lines with bands, a panel each, over `xlabel` from 1 on.
 
     The keys of `panels` say what is on the y axes; with `ylabel`, which all panels then share, they
-    are titles, and with `places` on the x axes, by key, they say what these are.
+    are titles, and with `positions` on the x axes, by key, they say what these are.
     """
 
     def draw(figure: Any, axes_of: Sequence[Any]) -> None:
         for axes, (key, series) in zip(axes_of, panels.items(), strict=True):
             for one in series:
-                x = np.arange(1, one.values.shape[1] + 1) if places is None else places[key]
+                x = np.arange(1, one.values.shape[1] + 1) if positions is None else positions[key]
                 _band(axes, x, one)
-            axes.set(xlabel=xlabel if places is None else key, ylabel=ylabel or key)
-            if places is None:
+            axes.set(xlabel=xlabel if positions is None else key, ylabel=ylabel or key)
+            if positions is None:
                 axes.locator_params(axis="x", integer=True)
-            if ylabel and places is None:
+            if ylabel and positions is None:
                 axes.set_title(key)
         legend(figure, max(axes_of, key=lambda a: len(a.get_legend_handles_labels()[1])))
 
     alt = " ".join(
-        f"{_said(key, ylabel, xlabel, places is not None)}: "
-        + ", ".join(_course(one, places[key] if places else None) for one in series)
+        f"{_said(key, ylabel, xlabel, positions is not None)}: "
+        + ", ".join(_course(one, positions[key] if positions else None) for one in series)
         + "."
         for key, series in panels.items()
     )
@@ -113,7 +113,7 @@ def curves(
     return paint(name, caption, f"Lines. {alt}", draw, len(panels), columns, height)
 
 
-def strengths(
+def epsilon_by_label(
     name: str, caption: str, shares: np.ndarray, clean: np.ndarray, flipped: np.ndarray
 ) -> Picture:
     """Right against wrong labels: shares of adversarial samples, and histograms of ε.
@@ -134,12 +134,12 @@ def strengths(
             visits = 100 * counts / max(counts.sum(), 1)
             right.stairs(visits, edges, fill=True, alpha=0.6, color=colour, label=label)
         right.axvline(0, color="black", lw=0.8)
-        right.set(xlabel="strength ε", ylabel="visits (%)", xlim=(-1, 1))
+        right.set(xlabel="ε", ylabel="visits (%)", xlim=(-1, 1))
         right.set_xticks((-1, -0.5, 0, 0.5, 1))
         legend(figure, right)
 
     said = " and ".join(f"{m:.1f} % of those with a {n}" for n, m in zip(names, mean, strict=True))
-    alt = f"Bars and a histogram of the strength. Adversarial samples: {said}."
+    alt = f"Bars and a histogram of ε. Adversarial samples: {said}."
     return paint(name, caption, alt, draw, 2, 2, 2.8)
 
 
@@ -184,9 +184,9 @@ def spectra(name: str, caption: str, panels: Mapping[str, np.ndarray], alt: str)
         most = max(2, *(len(values) for values in panels.values()))
         colours = matplotlib.colormaps["viridis"]
         for axes, (label, values) in zip(axes_of, panels.items(), strict=True):
-            for place, row in enumerate(values):
+            for rank, row in enumerate(values):
                 shown = np.where(row > 0, row, np.nan)
-                colour = colours(place / (most - 1))
+                colour = colours(rank / (most - 1))
                 axes.plot(np.arange(1, len(row) + 1), shown, color=colour, lw=1)
             axes.set(title=label, xlabel="direction", ylabel="eigenvalue", yscale="log")
         scale = ScalarMappable(Normalize(1, most), colours)
@@ -198,21 +198,21 @@ def spectra(name: str, caption: str, panels: Mapping[str, np.ndarray], alt: str)
 
 def _band(axes: Any, x: Sequence[float] | np.ndarray, one: Series) -> None:
     mean, error = mean_and_spread(one.values)
-    known = np.isfinite(mean)  # a line goes on over places without a value
+    known = np.isfinite(mean)  # a line goes on over categories without a value
     x, mean, error = np.asarray(x)[known], mean[known], error[known]
     marker = "o" if len(mean) < 8 else None
     axes.plot(
         x,
         mean,
-        one.look.dashes,
-        color=one.look.colour,
+        one.style.dashes,
+        color=one.style.colour,
         label=one.label,
         lw=1.5,
         marker=marker,
         ms=4,
     )
     if error.any():
-        axes.fill_between(x, mean - error, mean + error, color=one.look.colour, alpha=0.15, lw=0)
+        axes.fill_between(x, mean - error, mean + error, color=one.style.colour, alpha=0.15, lw=0)
 
 
 def _label_ticks(axes: Any, names: Sequence[str]) -> None:
@@ -234,9 +234,13 @@ def _write_numbers(axes: Any, share: np.ndarray) -> None:
             axes.text(column, row, f"{value:.0f}", **shown)
 
 
-def _extremes(one: Series, places: Sequence[str]) -> str:
+def _extremes(one: Series, categories: Sequence[str]) -> str:
     mean, _ = mean_and_spread(one.values)
-    known = [(value, place) for value, place in zip(mean, places, strict=True) if value == value]
+    known = [
+        (value, category)
+        for value, category in zip(mean, categories, strict=True)
+        if value == value
+    ]
     if not known:
         return f"{one.label}: nothing known."
     low, high = min(known), max(known)
@@ -250,12 +254,14 @@ def _said(key: str, ylabel: str, xlabel: str, placed: bool) -> str:
     return f"{key}: {ylabel} over {xlabel}" if ylabel else f"{key} over {xlabel}"
 
 
-def _course(one: Series, places: Sequence[float] | None) -> str:
-    """Where a curve ends, or with places each of its values."""
+def _course(one: Series, positions: Sequence[float] | None) -> str:
+    """Where a curve ends, or with positions each of its values."""
     mean, _ = mean_and_spread(one.values)
-    if places is not None:
-        pairs = zip(places, mean, strict=True)
-        return f"{one.label} " + ", ".join(f"{value:.1f} at {place:g}" for place, value in pairs)
+    if positions is not None:
+        pairs = zip(positions, mean, strict=True)
+        return f"{one.label} " + ", ".join(
+            f"{value:.1f} at {position:g}" for position, value in pairs
+        )
     known = mean[np.isfinite(mean)]
     return f"{one.label} ends at {known[-1]:.3g}" if len(known) else f"{one.label} unknown"
 

@@ -16,11 +16,17 @@ from iada.experiments.report.charts import (
     bars,
     confusions,
     curves,
+    epsilon_by_label,
     spectra,
-    strengths,
 )
-from iada.experiments.report.style import Picture, looks
-from iada.experiments.report.variants import Arm, Record, differing_settings, setting, with_looks
+from iada.experiments.report.style import Picture, series_styles
+from iada.experiments.report.variants import (
+    Record,
+    Variant,
+    differing_settings,
+    setting,
+    with_styles,
+)
 
 TERMS = {
     "generalization": "G, generalization",
@@ -33,84 +39,88 @@ RECOMMENDED = {"alpha": 0.5, "beta": 1.0}  # by the paper's section 5.6
 SHOTS = ("many", "medium", "few")
 
 
-def draw_all(experiment: str, title: str, arms: Sequence[Arm], headline: str) -> list[Picture]:
+def draw_all(
+    experiment: str, title: str, variants: Sequence[Variant], headline: str
+) -> list[Picture]:
     """Every figure that the records allow, in reading order.
 
     headline: the metric that the sensitivity is shown of.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", experiment.lower()).strip("-")
-    main = main_arms(arms)
-    found: list[Picture] = []
+    main = main_variants(variants)
+    pictures: list[Picture] = []
 
     def add(name: str, draw: Callable[..., Picture | None], *arguments: Any) -> None:
         picture = draw(f"{slug}-{name}", title, *arguments)
         if picture is not None:
-            found.append(picture)
+            pictures.append(picture)
 
     add("classes", _class_accuracy, main)
     add("shots", _shots, main)
     add("groups", _groups, main)
-    add("sensitivity", _sensitivity, arms, headline)
+    add("sensitivity", _sensitivity, variants, headline)
     add("confusion", _confusion, main)
     add("curves", _curves, main)
-    for number, arm in enumerate([arm for arm in main if arm.has("strengths")]):
+    for number, variant in enumerate([variant for variant in main if variant.has("epsilon")]):
         ending = f"-{number}" if number else ""
-        add(f"adversarial-share{ending}", _adversarial_share, arm)
-        add(f"clean-flipped{ending}", _clean_against_flipped, arm)
+        add(f"adversarial-share{ending}", _adversarial_share, variant)
+        add(f"clean-flipped{ending}", _clean_against_flipped, variant)
     add("terms", _terms, main)
     add("surrogate", _surrogate, main)
     add("spectrum", _spectra, main)
-    return found
+    return pictures
 
 
-def main_arms(arms: Sequence[Arm]) -> list[Arm]:
-    """All arms, but of a sweep over α and β the recommended values only, if they are in it."""
-    swept = [arm for sweep in _sweeps(arms) for arm in sweep]
+def main_variants(variants: Sequence[Variant]) -> list[Variant]:
+    """All variants, but of a sweep over α and β the recommended values only, if they are in it."""
+    swept = [variant for sweep in _sweeps(variants) for variant in sweep]
     recommended = [
-        arm
-        for arm in swept
-        if all(setting(arm.records[0], key) == value for key, value in RECOMMENDED.items())
+        variant
+        for variant in swept
+        if all(setting(variant.records[0], key) == value for key, value in RECOMMENDED.items())
     ]
-    left_out = [arm for arm in swept if arm not in recommended] if recommended else []
-    return with_looks([arm for arm in arms if arm not in left_out])
+    left_out = [variant for variant in swept if variant not in recommended] if recommended else []
+    return with_styles([variant for variant in variants if variant not in left_out])
 
 
-def _sweeps(arms: Sequence[Arm]) -> list[list[Arm]]:
-    """The arms of each kind that differ in α and β alone, with three values of one of them."""
-    found = []
-    for kind in dict.fromkeys(arm.kind for arm in arms):
-        own = [arm for arm in arms if arm.kind == kind]
-        differing = differing_settings([record for arm in own for record in arm.records])
-        longest = max(len(_longest_line(own, key)) for key in SWEPT)
+def _sweeps(variants: Sequence[Variant]) -> list[list[Variant]]:
+    """The variants of each kind that differ in α and β alone, with three values of one of them."""
+    sweeps = []
+    for kind in dict.fromkeys(variant.kind for variant in variants):
+        same_kind = [variant for variant in variants if variant.kind == kind]
+        differing = differing_settings(
+            [record for variant in same_kind for record in variant.records]
+        )
+        longest = max(len(_longest_line(same_kind, key)) for key in SWEPT)
         if set(differing) <= set(SWEPT) and longest >= LEAST_SWEPT:
-            found.append(own)
-    return found
+            sweeps.append(same_kind)
+    return sweeps
 
 
 def _series(
-    arms: Sequence[Arm], rows_of: Callable[[Record], Sequence[float | None] | None]
+    variants: Sequence[Variant], rows_of: Callable[[Record], Sequence[float | None] | None]
 ) -> list[Series]:
-    """One series an arm, over the records that `rows_of` has something of, in percent."""
-    found = []
-    for arm in arms:
-        rows = [row for row in map(rows_of, arm.records) if row is not None]
+    """One series a variant, over the records that `rows_of` has something of, in percent."""
+    series = []
+    for variant in variants:
+        rows = [row for row in map(rows_of, variant.records) if row is not None]
         if rows and any(value is not None for row in rows for value in row):
             values = 100 * _padded(rows)
-            found.append(Series(arm.label, arm.look, values))
-    return found
+            series.append(Series(variant.label, variant.style, values))
+    return series
 
 
 def _padded(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
     """(rows, longest) float, NaN for None and for what a shorter row lacks."""
     values = np.full((len(rows), max(map(len, rows))), np.nan)
-    for place, row in enumerate(rows):
-        values[place, : len(row)] = [np.nan if value is None else value for value in row]
+    for index, row in enumerate(rows):
+        values[index, : len(row)] = [np.nan if value is None else value for value in row]
     return values
 
 
 def _class_names(record: Record) -> list[str]:
     counts = record.get("class_counts") or record.get("confusion") or ()
-    names = record.get("class_names") or [f"C{place + 1}" for place in range(len(counts))]
+    names = record.get("class_names") or [f"C{index + 1}" for index in range(len(counts))]
     return [str(name) for name in names]
 
 
@@ -120,37 +130,37 @@ def _by_size(record: Record, length: int) -> np.ndarray:
     return np.argsort(-np.asarray(counts), kind="stable")
 
 
-def _class_accuracy(name: str, title: str, arms: Sequence[Arm]) -> Picture | None:
+def _class_accuracy(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
     def recall(record: Record) -> list[float | None] | None:
         rows = record.get("confusion")
         if not rows or len(rows) > MOST_BARS:
             return None
-        return [row[place] / sum(row) if sum(row) else None for place, row in enumerate(rows)]
+        return [row[index] / sum(row) if sum(row) else None for index, row in enumerate(rows)]
 
-    series = _series(arms, recall)
+    series = _series(variants, recall)
     if not series:
         return None
     caption = f"Test accuracy of each class at the last epoch, {title}."
-    return bars(name, caption, _class_names(arms[0].records[0]), series)
+    return bars(name, caption, _class_names(variants[0].records[0]), series)
 
 
-def _shots(name: str, title: str, arms: Sequence[Arm]) -> Picture | None:
+def _shots(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
     def row(record: Record) -> list[float | None]:
         return [(record.get("last") or {}).get(shot) for shot in SHOTS]
 
-    series = _series(arms, row)
+    series = _series(variants, row)
     known = [
-        place for place in range(3) if any(np.isfinite(s.values[:, place]).any() for s in series)
+        index for index in range(3) if any(np.isfinite(s.values[:, index]).any() for s in series)
     ]
     if len(known) < 2:  # one group of classes is all classes
         return None
-    series = [Series(one.label, one.look, one.values[:, known]) for one in series]
+    series = [Series(one.label, one.style, one.values[:, known]) for one in series]
     caption = f"Mean accuracy over classes with many, medium and few training images, {title}."
-    return bars(name, caption, [METRICS[SHOTS[place]] for place in known], series)
+    return bars(name, caption, [METRICS[SHOTS[index]] for index in known], series)
 
 
-def _groups(name: str, title: str, arms: Sequence[Arm]) -> Picture | None:
-    tested = [record for arm in arms for record in arm.has("group_accuracy")]
+def _groups(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+    tested = [record for variant in variants for record in variant.has("group_accuracy")]
     names = list(dict.fromkeys(group for record in tested for group in record["group_accuracy"]))
     if not names:
         return None
@@ -160,64 +170,68 @@ def _groups(name: str, title: str, arms: Sequence[Arm]) -> Picture | None:
         return [shares.get(group) for group in names] if shares else None
 
     caption = f"Test accuracy of each group at the last epoch, {title}."
-    return bars(name, caption, names, _series(arms, row))
+    return bars(name, caption, names, _series(variants, row))
 
 
-def _adversarial_share(name: str, title: str, arm: Arm) -> Picture | None:
-    rows = [r for r in arm.has("strengths") if r["strengths"].get("class_share")]
+def _adversarial_share(name: str, title: str, variant: Variant) -> Picture | None:
+    rows = [r for r in variant.has("epsilon") if r["epsilon"].get("class_share")]
     if not rows:
         return None
-    order = _by_size(rows[0], len(rows[0]["strengths"]["class_share"]))
-    series = _series([arm], lambda r: (r.get("strengths") or {}).get("class_share"))
+    order = _by_size(rows[0], len(rows[0]["epsilon"]["class_share"]))
+    series = _series([variant], lambda r: (r.get("epsilon") or {}).get("class_share"))
     if not series:
         return None
-    names = _class_names(rows[0]) or [f"C{place + 1}" for place in range(len(order))]
+    names = _class_names(rows[0]) or [f"C{index + 1}" for index in range(len(order))]
     caption = (
-        f"Share of adversarial samples (ε > 0) in each class late in training, {arm.label}, "
+        f"Share of adversarial samples (ε > 0) in each class late in training, {variant.label}, "
         f"{title}: the paper's Fig. 3. Classes run from most to fewest training images."
     )
-    ordered = [Series(one.label, one.look, one.values[:, order]) for one in series]
-    places = [names[place] for place in order]
-    return bars(name, caption, places, ordered, "adversarial (%)", height=2.6)
+    ordered = [Series(one.label, one.style, one.values[:, order]) for one in series]
+    ordered_names = [names[index] for index in order]
+    return bars(name, caption, ordered_names, ordered, "adversarial (%)", height=2.6)
 
 
-def _clean_against_flipped(name: str, title: str, arm: Arm) -> Picture | None:
-    found = [
-        record["strengths"]
-        for record in arm.has("strengths")
-        if record["strengths"].get("share_flipped") is not None
-        and record["strengths"].get("share_clean") is not None
+def _clean_against_flipped(name: str, title: str, variant: Variant) -> Picture | None:
+    logs = [
+        record["epsilon"]
+        for record in variant.has("epsilon")
+        if record["epsilon"].get("share_flipped") is not None
+        and record["epsilon"].get("share_clean") is not None
     ]
-    if not found:
+    if not logs:
         return None
-    shares = 100 * np.array([[one["share_clean"], one["share_flipped"]] for one in found])
+    shares = 100 * np.array([[log["share_clean"], log["share_flipped"]] for log in logs])
     clean, flipped = (
-        np.sum([one[key] for one in found], axis=0)
+        np.sum([log[key] for log in logs], axis=0)
         for key in ("histogram_clean", "histogram_flipped")
     )
     caption = (
-        f"Strength ε of samples with right and with flipped labels late in training, {arm.label}, "
+        f"ε of samples with right and with flipped labels late in training, {variant.label}, "
         f"{title}: the paper's Fig. 4. ε < 0 is anti-adversarial."
     )
-    return strengths(name, caption, shares, clean, flipped)
+    return epsilon_by_label(name, caption, shares, clean, flipped)
 
 
-def _sensitivity(name: str, title: str, arms: Sequence[Arm], headline: str) -> Picture | None:
+def _sensitivity(
+    name: str, title: str, variants: Sequence[Variant], headline: str
+) -> Picture | None:
     panels: dict[str, list[Series]] = {}
-    places: dict[str, list[float]] = {}
-    for sweep in _sweeps(arms)[:1]:
-        common = os.path.commonprefix([arm.name for arm in sweep])
+    positions: dict[str, list[float]] = {}
+    for sweep in _sweeps(variants)[:1]:
+        common = os.path.commonprefix([variant.name for variant in sweep])
         label = re.split("[,(]", common)[0].strip() or sweep[0].kind
-        (look,) = looks([sweep[0].kind])
+        (style,) = series_styles([sweep[0].kind])
         for key, letter in SWEPT.items():
-            line = _longest_line([arm for arm in sweep if headline in arm.figures["last"]], key)
+            line = _longest_line(
+                [variant for variant in sweep if headline in variant.figures["last"]], key
+            )
             if len(line) < 2:
                 continue
             scores = [
                 [(r.get("last") or {}).get(headline) for r in a.records] for a in line.values()
             ]
-            panels[letter] = [Series(label, look, 100 * _padded(scores).T)]
-            places[letter] = list(line)
+            panels[letter] = [Series(label, style, 100 * _padded(scores).T)]
+            positions[letter] = list(line)
     if not panels:
         return None
     caption = (
@@ -225,46 +239,46 @@ def _sensitivity(name: str, title: str, arms: Sequence[Arm], headline: str) -> P
         f"most runs have it, {title}: the paper's Fig. 6."
     )
     ylabel = f"{METRICS[headline].lower()} (%)"
-    return curves(name, caption, panels, ylabel=ylabel, places=places)
+    return curves(name, caption, panels, ylabel=ylabel, positions=positions)
 
 
-def _longest_line(arms: Sequence[Arm], key: str) -> dict[float, Arm]:
-    """The arms along one setting, by its values, at the value of the other that most have."""
+def _longest_line(variants: Sequence[Variant], key: str) -> dict[float, Variant]:
+    """The variants along one setting, by its values, at the value of the other that most have."""
     (other,) = (name for name in SWEPT if name != key)
-    lines: dict[Any, dict[float, Arm]] = {}
-    for arm in arms:
-        value = setting(arm.records[0], key)
+    lines: dict[Any, dict[float, Variant]] = {}
+    for variant in variants:
+        value = setting(variant.records[0], key)
         if isinstance(value, int | float):
-            lines.setdefault(setting(arm.records[0], other), {})[float(value)] = arm
+            lines.setdefault(setting(variant.records[0], other), {})[float(value)] = variant
     if not lines:
         return {}
     best = max(lines, key=lambda at: (len(lines[at]), at == RECOMMENDED[other]))
     return dict(sorted(lines[best].items()))
 
 
-def _confusion(name: str, title: str, arms: Sequence[Arm]) -> Picture | None:
+def _confusion(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
     matrices = {
-        arm.label: np.sum([np.array(r["confusion"]) for r in arm.has("confusion")], axis=0)
-        for arm in arms
-        if arm.has("confusion")
+        variant.label: np.sum([np.array(r["confusion"]) for r in variant.has("confusion")], axis=0)
+        for variant in variants
+        if variant.has("confusion")
     }
     if not matrices:
         return None
     caption = f"Confusion matrices at the last epoch, summed over seeds, {title}."
-    return confusions(name, caption, matrices, _class_names(arms[0].records[0]))
+    return confusions(name, caption, matrices, _class_names(variants[0].records[0]))
 
 
-def _curves(name: str, title: str, arms: Sequence[Arm]) -> Picture | None:
-    panels = _curve_panels(arms, {"accuracy": "balanced accuracy (%)", "loss": "training loss"})
+def _curves(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+    panels = _curve_panels(variants, {"accuracy": "balanced accuracy (%)", "loss": "training loss"})
     if not panels:
         return None
-    seeds = max(len(arm.records) for arm in arms)
+    seeds = max(len(variant.records) for variant in variants)
     band = ": mean over seeds, band of one standard deviation" if seeds > 1 else ""
     return curves(name, f"Training, {title}{band}.", panels)
 
 
-def _terms(name: str, title: str, arms: Sequence[Arm]) -> Picture | None:
-    panels = _curve_panels(arms, TERMS)
+def _terms(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+    panels = _curve_panels(variants, TERMS)
     if not panels:
         return None
     caption = (
@@ -274,51 +288,53 @@ def _terms(name: str, title: str, arms: Sequence[Arm]) -> Picture | None:
     return curves(name, caption, panels)
 
 
-def _curve_panels(arms: Sequence[Arm], keys: Mapping[str, str]) -> dict[str, list[Series]]:
-    """A panel for each of the curve's quantities that some record has, one series an arm."""
+def _curve_panels(variants: Sequence[Variant], keys: Mapping[str, str]) -> dict[str, list[Series]]:
+    """A panel for each of the curve's quantities that some record has, one series a variant."""
     panels: dict[str, list[Series]] = {}
     for key, label in keys.items():
-        for arm in arms:
-            rows = [[point.get(key) for point in record["curve"]] for record in arm.has("curve")]
+        for variant in variants:
+            rows = [
+                [point.get(key) for point in record["curve"]] for record in variant.has("curve")
+            ]
             if any(value is not None for row in rows for value in row):
                 values = _padded(rows) * (100 if "(%)" in label else 1)
-                panels.setdefault(label, []).append(Series(arm.label, arm.look, values))
+                panels.setdefault(label, []).append(Series(variant.label, variant.style, values))
     return panels
 
 
-def _surrogate(name: str, title: str, arms: Sequence[Arm]) -> Picture | None:
-    measured = [record for arm in arms for record in arm.has("surrogate")]
+def _surrogate(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+    measured = [record for variant in variants for record in variant.has("surrogate")]
     if not measured:
         return None
     size = 1 + max(max(record["surrogate"]["classes"]) for record in measured)
 
     def gap(record: Record) -> list[float | None] | None:
-        found = record.get("surrogate")
-        if not found:
+        surrogate = record.get("surrogate")
+        if not surrogate:
             return None
         row: list[float | None] = [None] * size
-        for place, value in zip(found["classes"], found["gap"], strict=True):
-            row[place] = value / 100  # _series takes shares
+        for index, value in zip(surrogate["classes"], surrogate["gap"], strict=True):
+            row[index] = value / 100  # _series takes shares
         return row
 
-    names = _class_names(measured[0]) or [f"C{place + 1}" for place in range(size)]
+    names = _class_names(measured[0]) or [f"C{index + 1}" for index in range(size)]
     caption = (
         "How far the surrogate (Eq. 5) lies above the loss it stands for (Eq. 2, sampled), for "
         f"each class, {title}."
     )
-    return bars(name, caption, names, _series(arms, gap), "gap (nats)", top=None, height=2.6)
+    return bars(name, caption, names, _series(variants, gap), "gap (nats)", top=None, height=2.6)
 
 
-def _spectra(name: str, title: str, arms: Sequence[Arm]) -> Picture | None:
+def _spectra(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
     panels, said = {}, []
-    for arm in arms:
-        records = arm.has("spectrum")
+    for variant in variants:
+        records = variant.has("spectrum")
         if not records:
             continue
         values = np.array(records[0]["spectrum"], dtype=float)
-        panels[arm.label] = values[_by_size(records[0], len(values))]
+        panels[variant.label] = values[_by_size(records[0], len(values))]
         ranks = effective_rank(torch.from_numpy(values))
-        said.append(f"{arm.label}: effective rank from {ranks.min():.1f} to {ranks.max():.1f}.")
+        said.append(f"{variant.label}: effective rank from {ranks.min():.1f} to {ranks.max():.1f}.")
     if not panels:
         return None
     caption = (

@@ -15,19 +15,19 @@ from iada.experiments.report.figures import draw_all
 from iada.experiments.report.style import Picture
 from iada.experiments.report.tables import (
     Published,
-    details_table,
+    details,
     headline_metrics,
     headline_table,
     overview_table,
     published_of,
     runs_table,
-    settings_table,
+    settings,
 )
-from iada.experiments.report.variants import Arm, Record, arms_of, by_experiment
+from iada.experiments.report.variants import Record, Variant, by_experiment, variants_of
 from iada.utils.checks import complain
 from iada_kernels.version import __version__
 
-PAGE, RECORDS = "index.html", "records.json"
+PAGE, RECORDS, FIGURES = "index.html", "records.json", "figures"
 
 
 def write_page(
@@ -36,8 +36,9 @@ def write_page(
     published: Published | None = None,
     title: str = "IADA",
     command: str | None = None,
+    introduction: Sequence[str] = (),
 ) -> Path:
-    """Write index.html, which needs no other file, and records.json into `folder`.
+    """Write index.html, which needs no other file, records.json and figures/*.png into `folder`.
 
     A section for each experiment: last and best epoch, mean ± standard deviation over seeds, the
     published figure beside them, every figure that the records have the numbers of, settings and
@@ -48,6 +49,7 @@ def write_page(
         published: (experiment, "method_name" or "method") → {metric: percent}.
         title: of the page.
         command: that made the runs, shown at the end.
+        introduction: paragraphs to begin with.
 
     Returns the path of the page. Raises ValueError without records, or where an experiment has
     one method with the same settings and seed twice. Needs matplotlib.
@@ -56,14 +58,14 @@ def write_page(
         raise complain("records", "at least one finished run", "none", "run something first")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    arms = {name: arms_of(part) for name, part in by_experiment(records).items()}
-    titles = {name: str(part[0].records[0].get("title") or name) for name, part in arms.items()}
-    content = []
-    if len(arms) > 1:
-        content.append(f"<h2>Overview</h2>{overview_table(titles, arms)}")
+    variants = {name: variants_of(part) for name, part in by_experiment(records).items()}
+    titles = {name: str(part[0].records[0].get("title") or name) for name, part in variants.items()}
+    content = [f"<p>{html.escape(paragraph)}</p>" for paragraph in introduction]
+    if len(variants) > 1:
+        content.append(f"<h2>Overview</h2>{overview_table(titles, variants).html()}")
         content.append("<p>In percent, at the last epoch; the best of each column in bold.</p>")
-    for name, part in arms.items():
-        content.append(_section(name, titles[name], part, published or {}))
+    for name, part in variants.items():
+        content.append(_section(name, titles[name], part, published or {}, folder / FIGURES))
     text = render(title, "\n".join(content), _footer(command))
     (folder / RECORDS).write_text(json.dumps(list(records)) + "\n", encoding="utf-8")
     path = folder / PAGE
@@ -81,17 +83,13 @@ def render(title: str, content: str, footer: str) -> str:
     )
 
 
-def figure(picture: Picture, folder: Path | None = None) -> str:
-    """The picture as HTML: inside the page, or as files in `folder` beside it."""
+def figure(picture: Picture) -> str:
+    """The picture as HTML, inside the page."""
     sources = []
-    for image, ending in ((picture.narrow, "-narrow.png"), (picture.wide, ".png")):
+    for image in (picture.narrow, picture.wide):
         width, height = struct.unpack(">II", image[16:24])
-        if folder is None:
-            place = "data:image/png;base64," + base64.b64encode(image).decode()
-        else:
-            place = picture.name + ending
-            (folder / place).write_bytes(image)
-        sources.append((place, f'width="{width}" height="{height}"'))
+        source = "data:image/png;base64," + base64.b64encode(image).decode()
+        sources.append((source, f'width="{width}" height="{height}"'))
     (narrow, narrow_size), (wide, wide_size) = sources
     return (
         f'<figure><picture><source media="(max-width: 40rem)" srcset="{narrow}" {narrow_size}>'
@@ -105,42 +103,53 @@ def versions() -> str:
     return f"iada {__version__}, torch {torch.__version__}"
 
 
-def _section(experiment: str, title: str, arms: Sequence[Arm], published: Published) -> str:
+def _section(
+    experiment: str,
+    title: str,
+    variants: Sequence[Variant],
+    published: Published,
+    figures: Path,
+) -> str:
     known: list[Mapping[str, float]] = [
-        published_of(published, experiment, arm, arms) for arm in arms
+        published_of(published, experiment, variant, variants) for variant in variants
     ]
-    metrics = headline_metrics(arms, known)
+    metrics = headline_metrics(variants, known)
     parts = [f"<h2>{html.escape(title)}</h2>"]
     if metrics:
-        parts.append(headline_table(arms, metrics, known))
-        parts.append(f"<p>{_explanation(arms, any(known))}</p>")
-        parts.append(details_table(arms, metrics))
-    parts += [
-        figure(p) for p in draw_all(experiment, title, arms, metrics[0] if metrics else "top1")
-    ]
+        parts.append(headline_table(variants, metrics, known).html())
+        parts.append(f"<p>{_explanation(variants, any(known))}</p>")
+        parts.append(details(variants, metrics))
+    figures.mkdir(exist_ok=True)
+    for picture in draw_all(experiment, title, variants, metrics[0] if metrics else "top1"):
+        (figures / f"{picture.name}.png").write_bytes(picture.wide)
+        parts.append(figure(picture))
     parts.append(
-        f"<details><summary>Settings and runs</summary>{settings_table(arms)}{runs_table(arms)}"
-        "</details>"
+        f"<details><summary>Settings and runs</summary>{settings(variants)}"
+        f"{runs_table(variants).html()}</details>"
     )
     return "\n".join(parts)
 
 
-def _explanation(arms: Sequence[Arm], with_published: bool) -> str:
-    seeds = {len(arm.records) for arm in arms}
+def _explanation(variants: Sequence[Variant], with_published: bool) -> str:
+    seeds = {len(variant.records) for variant in variants}
     number = f"{seeds.pop()} " if len(seeds) == 1 else ""
     text = "One seed. " if number == "1 " else f"Mean ± standard deviation over {number}seeds. "
-    if len(arms) > 1:
+    if len(variants) > 1:
         text += "The best mean at the last epoch is in bold. "
-    judges = {str(r.get("best_by") or "").split("_")[0] for arm in arms for r in arm.records}
+    judges = {
+        str(r.get("best_by") or "").split("_")[0] for variant in variants for r in variant.records
+    }
     if judges == {"validation"}:
         text += "The best epoch is the one that is best on the validation set."
     elif judges == {"test"}:
         text += "The best epoch is picked with hindsight, by test accuracy, as in several papers."
     if with_published:
         text += " The published figures are the papers' own."
-    departures = dict.fromkeys(d for a in arms for r in a.records for d in r.get("departures", ()))
-    if departures:
-        listed = html.escape("; ".join(departures))
+    deviations = dict.fromkeys(
+        d for v in variants for r in v.records for d in r.get("deviations", ())
+    )
+    if deviations:
+        listed = html.escape("; ".join(deviations))
         text += f" <strong>Not as published:</strong> {listed}."
     return text
 

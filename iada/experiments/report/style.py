@@ -14,6 +14,7 @@ PREFERRED = {
     "cb-focal": "#000000",
     "ldam-drw": "#CC79A7",
     "logit-adjustment": "#56B4E9",
+    "deferred-la": "#CC79A7",
     "isda": "#E69F00",
     "cmo": "#F0E442",
     "afr": "#CC79A7",
@@ -43,7 +44,7 @@ RC: dict[Any, Any] = {
 WIDE, NARROW = 8.4, 4.0  # inches; on screen the text of both has about the size of the page's
 
 
-class Look(NamedTuple):
+class SeriesStyle(NamedTuple):
     """A series of a figure: colour, and hatch and dashes where the colours do not suffice."""
 
     colour: str
@@ -62,18 +63,18 @@ class Picture:
     narrow: bytes
 
 
-def looks(methods: Sequence[str]) -> list[Look]:
-    """A look for each series, all different, by its method's name."""
-    taken: list[Look] = []
+def series_styles(methods: Sequence[str]) -> list[SeriesStyle]:
+    """A style for each series, all different, by its method's name."""
+    taken: list[SeriesStyle] = []
     for method in methods:
         first = PREFERRED.get(method)
         colours = [c for c in (first, *PALETTE) if c is not None]
         candidates = [
-            Look(colour, hatch, dashes)
+            SeriesStyle(colour, hatch, dashes)
             for hatch, dashes in zip(HATCHES, DASHES, strict=True)
             for colour in colours
         ]
-        free = [look for look in candidates if look not in taken]
+        free = [style for style in candidates if style not in taken]
         taken.append(free[0] if free else candidates[0])
     return taken
 

@@ -1,22 +1,24 @@
-"""The tables of a page, as HTML."""
+"""What the tables of a report hold; `Table` shows them."""
 
 import html
 from collections.abc import Mapping, Sequence
 
 from iada.experiments.metrics import METRICS, Spread
-from iada.experiments.report.variants import Arm, Record, differing_settings
+from iada.experiments.report.table import Cell, Table
+from iada.experiments.report.variants import Record, Variant, differing_settings
 
 # (experiment, method or method's name) → metric → percent
 Published = Mapping[tuple[str, str], Mapping[str, float]]
-NOT_KNOWN = '<td class="none">–</td>'
 SHOWN = ("processor", "capability", "device", "torch", "backend")  # of a machine
 LOWER_IS_BETTER = ("ece",)
 
 
-def headline_metrics(arms: Sequence[Arm], published: Sequence[Mapping[str, float]]) -> list[str]:
+def headline_metrics(
+    variants: Sequence[Variant], published: Sequence[Mapping[str, float]]
+) -> list[str]:
     """The metrics to show first: those published, else the groups' or top-1, else any."""
     shown = [m for m in METRICS if any(m in figures for figures in published)]
-    measured = {m for arm in arms for figures in arm.figures.values() for m in figures}
+    measured = {m for v in variants for figures in v.figures.values() for m in figures}
     if not shown:
         preferred = ("average", "worst_group") if "worst_group" in measured else ("top1",)
         shown = [m for m in preferred if m in measured]
@@ -24,117 +26,112 @@ def headline_metrics(arms: Sequence[Arm], published: Sequence[Mapping[str, float
 
 
 def published_of(
-    published: Published, experiment: str, arm: Arm, arms: Sequence[Arm]
+    published: Published, experiment: str, variant: Variant, variants: Sequence[Variant]
 ) -> Mapping[str, float]:
-    """The published figures of an arm: under its name, or under its method where no other arm has
-    that. Empty if there are none."""
-    if (experiment, arm.name) in published:
-        return published[experiment, arm.name]
-    alone = sum(other.method == arm.method for other in arms) == 1
-    return published.get((experiment, arm.method), {}) if alone else {}
+    """The published figures of a variant: under its name, or under its method where no other
+    variant has that. Empty if there are none."""
+    if (experiment, variant.name) in published:
+        return published[experiment, variant.name]
+    alone = sum(other.method == variant.method for other in variants) == 1
+    return published.get((experiment, variant.method), {}) if alone else {}
 
 
 def headline_table(
-    arms: Sequence[Arm], metrics: Sequence[str], published: Sequence[Mapping[str, float]]
-) -> str:
+    variants: Sequence[Variant], metrics: Sequence[str], published: Sequence[Mapping[str, float]]
+) -> Table:
     """Last and best epoch side by side and the published figure, for each of `metrics`.
 
     The number of seeds has a column where it is not the same for all.
     """
     with_published = any(published)
-    with_seeds = len({len(arm.records) for arm in arms}) > 1
-    under = ["last epoch", "best epoch", *["published"] * with_published]
-    top = "".join(
-        f'<th scope="colgroup" colspan="{len(under)}">{METRICS[m]} (%)</th>' for m in metrics
-    )
-    names = "".join(f'<th scope="col">{name}</th>' for name in under) * len(metrics)
-    seeds = '<th rowspan="2" scope="col">seeds</th>' if with_seeds else ""
-    head = f'<tr><th rowspan="2" scope="col">method</th>{top}{seeds}</tr><tr>{names}</tr>'
-    best = {m: _best(arms, m) for m in metrics}
+    with_seeds = len({len(v.records) for v in variants}) > 1
+    head = ["method"]
+    for metric in metrics:
+        head += [f"{METRICS[metric]} (%), last epoch", "best epoch"]
+        head += ["published"] * with_published
     rows = []
-    for arm, known in zip(arms, published, strict=True):
-        cells = []
+    best = {metric: _best(variants, metric) for metric in metrics}
+    for variant, known in zip(variants, published, strict=True):
+        row = [Cell(variant.label)]
         for metric in metrics:
-            last, peak = (arm.figures[epoch].get(metric) for epoch in ("last", "best"))
-            cells.append(_cell(_shown(last), arm.label in best[metric]))
-            cells.append(_cell(_shown(peak)))
+            last, peak = (variant.figures[epoch].get(metric) for epoch in ("last", "best"))
+            row += [Cell(percent(last), variant.label in best[metric]), Cell(percent(peak))]
             if with_published:
-                cells.append(_cell(f"{known[metric]:.2f}" if metric in known else None))
+                row.append(Cell(f"{known[metric]:.2f}" if metric in known else None))
         if with_seeds:
-            cells.append(_cell(str(len(arm.records))))
-        rows.append(f"{_row_head(arm.label)}{''.join(cells)}")
-    return table(head, rows)
+            row.append(Cell(str(len(variant.records))))
+        rows.append(row)
+    return Table(head + ["seeds"] * with_seeds, rows)
 
 
-def details_table(arms: Sequence[Arm], metrics: Sequence[str]) -> str:
-    """Every metric that some arm has: the last epoch, below it the best.
+def details(variants: Sequence[Variant], metrics: Sequence[str]) -> str:
+    """Every metric that some variant has, as HTML: the last epoch, below it the best.
 
     Empty if all of them are among `metrics`, which are shown already.
     """
-    shown = [m for m in METRICS if any(m in arm.figures["last"] for arm in arms)]
+    shown = [m for m in METRICS if any(m in v.figures["last"] for v in variants)]
     if set(shown) <= set(metrics):
         return ""
-    head = "".join(f'<th scope="col">{METRICS[m]}</th>' for m in shown)
     rows = []
-    for arm in arms:
-        cells = []
-        for metric in shown:
-            last, peak = (_shown(arm.figures[epoch].get(metric)) for epoch in ("last", "best"))
-            below = f"<br><small>{peak}</small>" if peak else ""
-            cells.append(NOT_KNOWN if last is None else f"<td>{last}{below}</td>")
-        rows.append(f"{_row_head(arm.label)}{''.join(cells)}")
-    content = table(f'<tr><th scope="col">method</th>{head}</tr>', rows)
+    for variant in variants:
+        last, best = variant.figures["last"], variant.figures["best"]
+        cells = (Cell(percent(last.get(m)), small=percent(best.get(m))) for m in shown)
+        rows.append([Cell(variant.label), *cells])
+    table = Table(["method", *(METRICS[m] for m in shown)], rows).html()
     note = "<p>In percent, at the last epoch; below, at the best one.</p>"
-    return f"<details><summary>All metrics</summary>{content}{note}</details>"
+    return f"<details><summary>All metrics</summary>{table}{note}</details>"
 
 
-def overview_table(titles: Mapping[str, str], arms: Mapping[str, Sequence[Arm]]) -> str:
+def overview_table(
+    titles: Mapping[str, str], variants: Mapping[str, Sequence[Variant]], decimals: int = 2
+) -> Table:
     """Methods by experiments: each experiment's first headline metric at the last epoch."""
-    labels = list(dict.fromkeys(arm.label for part in arms.values() for arm in part))
-    metric = {e: headline_metrics(part, [])[:1] for e, part in arms.items()}
-    head = "".join(f'<th scope="col">{html.escape(titles[e])}</th>' for e in arms)
-    rows = []
-    for label in labels:
-        cells = []
-        for experiment, part in arms.items():
-            found = [arm for arm in part if arm.label == label]
-            text, best = None, False
-            for m in metric[experiment] if found else []:
-                text = _shown(found[0].figures["last"].get(m))
-                best = label in _best(part, m)
-            cells.append(_cell(text, best))
-        rows.append(f"{_row_head(label)}{''.join(cells)}")
-    return table(f'<tr><th scope="col">method</th>{head}</tr>', rows)
+    labels = dict.fromkeys(v.label for part in variants.values() for v in part)
+    columns = []
+    for part in variants.values():
+        metrics = headline_metrics(part, [])[:1]
+        best = {label for metric in metrics for label in _best(part, metric, decimals)}
+        columns.append(
+            {
+                variant.label: Cell(
+                    percent(variant.figures["last"].get(metric), decimals), variant.label in best
+                )
+                for metric in metrics
+                for variant in part
+            }
+        )
+    rows = [
+        [Cell(label), *(column.get(label, Cell(None)) for column in columns)] for label in labels
+    ]
+    return Table(["method", *(titles[name] for name in variants)], rows)
 
 
-def runs_table(arms: Sequence[Arm]) -> str:
+def runs_table(variants: Sequence[Variant]) -> Table:
     """One row a run: its time, its best epoch and its machine."""
-    names = ("method", "seed", "best epoch", "minutes", "machine")
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
     rows = []
-    for arm in arms:
-        for record in arm.records:
+    for variant in variants:
+        for record in variant.records:
             seconds, epoch = record.get("seconds"), record.get("best_epoch")
-            cells = (
-                _cell(str(record.get("seed", 0))),
-                _cell(None if epoch is None else str(epoch)),
-                _cell(None if seconds is None else f"{seconds / 60:.1f}"),
-                _cell(_machine(record)),
+            texts = (
+                variant.label,
+                str(record.get("seed", 0)),
+                None if epoch is None else str(epoch),
+                None if seconds is None else f"{seconds / 60:.1f}",
+                _machine(record),
             )
-            rows.append(f"{_row_head(arm.label)}{''.join(cells)}")
-    return table(f"<tr>{head}</tr>", rows)
+            rows.append([Cell(text) for text in texts])
+    return Table(["method", "seed", "best epoch", "minutes", "machine"], rows)
 
 
-def settings_table(arms: Sequence[Arm]) -> str:
-    """The settings that differ between arms, and below the table those that do not."""
-    runs = [record for arm in arms for record in arm.records]
+def settings(variants: Sequence[Variant]) -> str:
+    """The settings that differ between variants, and below the table those that do not; HTML."""
+    runs = [record for variant in variants for record in variant.records]
     differing = [name for name in differing_settings(runs) if name != "method"]
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in differing)
     rows = []
-    for arm in arms:
-        settings = arm.records[0].get("settings") or {}
-        cells = (_cell(str(settings[n]) if n in settings else None) for n in differing)
-        rows.append(f"{_row_head(arm.label)}{''.join(cells)}")
+    for variant in variants:
+        values = variant.records[0].get("settings") or {}
+        cells = (Cell(str(values[name]) if name in values else None) for name in differing)
+        rows.append([Cell(variant.label), *cells])
     same = {
         name: value
         for run in runs
@@ -142,52 +139,32 @@ def settings_table(arms: Sequence[Arm]) -> str:
         if name not in (*differing, "method", "seed")
     }
     common = ", ".join(f"{name} {value}" for name, value in same.items())
-    shown = table(f'<tr><th scope="col">method</th>{head}</tr>', rows) if differing else ""
+    shown = Table(["method", *differing], rows).html() if differing else ""
     return f"{shown}<p>For all: {html.escape(common)}.</p>" if common else shown
 
 
-def table(head: str, rows: Sequence[str]) -> str:
-    """A table that scrolls by itself where the screen is narrow, by keyboard too."""
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="table">'
-        f"<table><thead>{head}</thead><tbody>{body}</tbody></table></div>"
-    )
+def percent(value: Spread | None, decimals: int = 2) -> str | None:
+    """Mean ± standard deviation, where there is one, in percent; None without a value."""
+    if value is None:
+        return None
+    mean = f"{100 * value.mean:.{decimals}f}"
+    return mean if value.std is None else f"{mean} ± {100 * value.std:.{decimals}f}"
 
 
-def _best(arms: Sequence[Arm], metric: str) -> set[str]:
-    """The labels of the arms that are best in `metric` at the last epoch, as far as is shown.
+def _best(variants: Sequence[Variant], metric: str, decimals: int = 2) -> set[str]:
+    """The labels of the variants that are best in `metric` at the last epoch, as far as is shown.
 
     None of fewer than two that can be compared.
     """
     known = {
-        arm.label: round(100 * arm.figures["last"][metric].mean, 2)
-        for arm in arms
-        if metric in arm.figures["last"]
+        variant.label: round(100 * variant.figures["last"][metric].mean, decimals)
+        for variant in variants
+        if metric in variant.figures["last"]
     }
     if len(known) < 2:
         return set()
     best = (min if metric in LOWER_IS_BETTER else max)(known.values())
     return {label for label, value in known.items() if value == best}
-
-
-def _shown(value: Spread | None) -> str | None:
-    """In percent: mean ± std, and over how many runs if that is not all."""
-    if value is None:
-        return None
-    mean = f"{100 * value.mean:.2f}"
-    return mean if value.std is None else f"{mean} ± {100 * value.std:.2f}"
-
-
-def _cell(text: str | None, bold: bool = False) -> str:
-    if text is None:
-        return NOT_KNOWN
-    shown = html.escape(text)
-    return f"<td><strong>{shown}</strong></td>" if bold else f"<td>{shown}</td>"
-
-
-def _row_head(label: str) -> str:
-    return f'<th scope="row">{html.escape(label)}</th>'
 
 
 def _machine(record: Record) -> str | None:

@@ -1,11 +1,11 @@
-"""Records in order: experiments, and in each the arms whose runs differ in their seed only.
+"""Records in order: experiments, and in each the variants, whose runs differ in their seed only.
 
 A record is one finished run in plain values, as JSON has them. Of its keys "experiment" and
 "method" are a must; each figure and table asks for what it shows and goes without what is absent:
 
     experiment, title        "table2/cifar10-100", "CIFAR10-LT 100:1"
     method, method_name      "without-g", "Meta-IADA without G": what the page calls it
-    departures               ["12 of 200 epochs", …]: where the run is not as published
+    deviations               ["12 of 200 epochs", …]: where the run is not as published
     seed, settings           settings: of the trainer, by name; "method" in it is what was trained
     class_names, class_counts
     last, best, best_epoch   of `iada.experiments.metrics.measure`, at the last and the best epoch
@@ -14,8 +14,8 @@ A record is one finished run in plain values, as JSON has them. Of its keys "exp
     group_accuracy           by the group's name, at the last epoch
     curve                    [{"epoch", "loss", "accuracy", "generalization", "robustness",
                              "fairness"}, …], accuracy the mean over classes, a share
-    strengths                {"class_share", "share_clean", "share_flipped", "histogram_clean",
-                             "histogram_flipped"} as in `iada.experiments.demo.run.Strengths`
+    epsilon                  {"class_share", "share_clean", "share_flipped", "histogram_clean",
+                             "histogram_flipped"} as of `iada.experiments.epsilon_log.EpsilonLog`
     spectrum                 (C, A) eigenvalues, as of `iada.experiments.diagnostics.spectrum`
     surrogate                `iada.experiments.diagnostics.SurrogateGap.as_record()`
     seconds, machine
@@ -27,26 +27,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from iada.experiments.metrics import Spread, mean_std
-from iada.experiments.report.style import PREFERRED, Look, looks
+from iada.experiments.report.style import PREFERRED, SeriesStyle, series_styles
 from iada.utils.checks import complain
 
 Record = Mapping[str, Any]
-INCIDENTAL = ("seed", "checkpoint_every")  # settings that do not make another arm
+INCIDENTAL = ("seed", "checkpoint_every")  # settings that do not make another variant
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """A method as it was run, with one record a seed.
 
-    kind: the method that was trained, which arms may share: the trainer's setting "method", else
-    the record's. label: unlike that of any other arm.
+    kind: the method that was trained, which variants may share: the trainer's setting "method",
+    else the record's. label: unlike that of any other variant.
     """
 
     method: str
     kind: str
     name: str
     label: str
-    look: Look
+    style: SeriesStyle
     records: Sequence[Record]
 
     @property
@@ -61,17 +61,17 @@ class Arm:
 
 def by_experiment(records: Sequence[Record]) -> dict[str, list[Record]]:
     """The records of each experiment, in order of appearance."""
-    found: dict[str, list[Record]] = {}
+    groups: dict[str, list[Record]] = {}
     for record in records:
-        found.setdefault(record["experiment"], []).append(record)
-    return found
+        groups.setdefault(record["experiment"], []).append(record)
+    return groups
 
 
-def arms_of(records: Sequence[Record]) -> list[Arm]:
-    """The arms of one experiment, baselines first.
+def variants_of(records: Sequence[Record]) -> list[Variant]:
+    """The variants of one experiment, baselines first.
 
-    Runs of one method whose settings differ are arms of their own, labelled by what differs.
-    Raises ValueError if a seed comes twice in an arm.
+    Runs of one method whose settings differ are variants of their own, labelled by what differs.
+    Raises ValueError if a seed comes twice in a variant.
     """
     named: dict[tuple[str, str], list[Record]] = {}
     for record in records:
@@ -79,20 +79,23 @@ def arms_of(records: Sequence[Record]) -> list[Arm]:
         named.setdefault(key, []).append(record)
     order = list(PREFERRED)
     kinds = {key: str(setting(runs[0], "method") or key[0]) for key, runs in named.items()}
-    place = {key: order.index(k) if k in order else len(order) for key, k in kinds.items()}
-    found: list[Arm] = []
-    for key, runs in sorted(named.items(), key=lambda item: place[item[0]]):
+    rank = {
+        (method, name): next((order.index(k) for k in (method, kind) if k in order), len(order))
+        for (method, name), kind in kinds.items()
+    }
+    variants: list[Variant] = []
+    for key, runs in sorted(named.items(), key=lambda item: rank[item[0]]):
         for label, part in _by_settings(key[1], runs):
             _check_seeds(label, part)
             part = sorted(part, key=lambda r: r.get("seed") or 0)
-            found.append(Arm(key[0], kinds[key], key[1], label, Look(""), part))
-    return with_looks(found)
+            variants.append(Variant(key[0], kinds[key], key[1], label, SeriesStyle(""), part))
+    return with_styles(variants)
 
 
-def with_looks(arms: Sequence[Arm]) -> list[Arm]:
-    """The arms with looks that differ, the first of a kind with its own colour if that is free."""
-    styles = looks([arm.kind for arm in arms])
-    return [replace(arm, look=look) for arm, look in zip(arms, styles, strict=True)]
+def with_styles(variants: Sequence[Variant]) -> list[Variant]:
+    """The variants, styled so that all differ; the first of a kind has its colour if it is free."""
+    styles = series_styles([v.method if v.method in PREFERRED else v.kind for v in variants])
+    return [replace(v, style=style) for v, style in zip(variants, styles, strict=True)]
 
 
 def differing_settings(records: Sequence[Record]) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from iada.experiments.datasets.labelled import Labelled
-from iada.experiments.scenarios.sampling import all_rows, check_count, part_of, rows_by_key
+from iada.experiments.scenarios.sampling import check_count, part_of, rows_by_key, whole_part
 from iada.experiments.scenarios.split import Split
 from iada.utils.checks import complain
 
@@ -61,14 +61,14 @@ def long_tail(
     if not ratio >= 1:
         raise complain("ratio", "a number from 1 on", repr(ratio), "pass largest : smallest class")
     check_count("meta_per_class", meta_per_class, 0)
-    train, test = part_of(parts, "train"), part_of(parts, "test")
+    train, _ = part_of(parts, "train"), part_of(parts, "test")
     if largest is None:
         largest = len(train) // train.num_classes
     check_count("largest", largest)
     before = meta_per_class if convention == "metasaug" else 0
     sizes = class_sizes(largest - before, ratio, train.num_classes, convention)
     kept, meta, moved = _cut(train, sizes, meta_per_class, before, np.random.default_rng(seed))
-    asked = {
+    request = {
         "scenario": "long-tail",
         "parameters": {
             "ratio": ratio,
@@ -82,12 +82,10 @@ def long_tail(
     pieces = {
         "train": ("train", kept),
         "meta": ("train", meta) if meta_per_class else None,
-        "validation": (
-            ("validation", all_rows(parts["validation"])) if "validation" in parts else None
-        ),
-        "test": ("test", all_rows(test)),
+        "validation": whole_part(parts, "validation"),
+        "test": whole_part(parts, "test"),
     }
-    return Split.of(parts, pieces, asked)
+    return Split.of(parts, pieces, request)
 
 
 def _cut(
@@ -95,19 +93,19 @@ def _cut(
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Rows to train on, rows of the meta set, and how many of these each class had to give up."""
     kept, meta, moved = [], [], {}
-    for c, own in enumerate(rows_by_key(train.labels, train.num_classes, rng)):
+    for c, class_rows in enumerate(rows_by_key(train.labels, train.num_classes, rng)):
         name = train.class_names[c]
-        if len(own) < sizes[c] + before:
+        if len(class_rows) < sizes[c] + before:
             expected = f"at least {sizes[c] + before} images for this tail"
             remedy = "pass a smaller `largest`, or another data set"
-            raise complain(f"class {name!r}", expected, str(len(own)), remedy)
-        lacking = max(0, each + sizes[c] - len(own))
+            raise complain(f"class {name!r}", expected, str(len(class_rows)), remedy)
+        lacking = max(0, each + sizes[c] - len(class_rows))
         if sizes[c] - lacking < 1:
             expected = f"{each} images for the meta set and at least one to train on"
             remedy = "ask for a smaller meta_per_class or ratio"
             raise complain(f"class {name!r}", expected, str(sizes[c] - lacking + each), remedy)
         if lacking:
             moved[name] = lacking
-        meta.append(own[:each])
-        kept.append(own[each : each + sizes[c] - lacking])
+        meta.append(class_rows[:each])
+        kept.append(class_rows[each : each + sizes[c] - lacking])
     return torch.cat(kept).sort().values, torch.cat(meta).sort().values, moved

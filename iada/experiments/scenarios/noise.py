@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from iada.experiments.datasets.labelled import Labelled
-from iada.experiments.scenarios.sampling import all_rows, check_count, part_of, pick_evenly
+from iada.experiments.scenarios.sampling import (
+    all_rows,
+    check_count,
+    part_of,
+    pick_evenly,
+    whole_part,
+)
 from iada.experiments.scenarios.split import Split
 from iada.utils.checks import complain
 
@@ -52,7 +58,7 @@ def noisy_labels(
     share p about a share p becomes wrong, and `Split.wrong` marks which. meta_size: images of the
     meta set over all classes, a multiple of their number; 0: none. Test and validation stay clean.
     """
-    train, test = part_of(parts, "train"), part_of(parts, "test")
+    train, _ = part_of(parts, "train"), part_of(parts, "test")
     check_count("meta_size", meta_size, 0)
     each, rest = divmod(meta_size, train.num_classes)
     if rest:
@@ -65,7 +71,7 @@ def noisy_labels(
         meta, kept = pick_evenly(train.labels, train.class_names, each, rng, "class", spare=1)
     else:
         meta, kept = torch.empty(0, dtype=torch.int64), all_rows(train)
-    asked = {
+    request = {
         "scenario": "noise",
         "parameters": {"kind": kind, "share": share, "meta_size": meta_size},
         "seed": seed,
@@ -74,12 +80,10 @@ def noisy_labels(
     pieces = {
         "train": ("train", kept),
         "meta": ("train", meta) if each else None,
-        "validation": (
-            ("validation", all_rows(parts["validation"])) if "validation" in parts else None
-        ),
-        "test": ("test", all_rows(test)),
+        "validation": whole_part(parts, "validation"),
+        "test": whole_part(parts, "test"),
     }
-    return Split.of(parts, pieces, asked, _drawn(train.labels[kept], table, rng))
+    return Split.of(parts, pieces, request, _drawn(train.labels[kept], table, rng))
 
 
 def _drawn(labels: Tensor, table: np.ndarray, rng: np.random.Generator) -> Tensor:

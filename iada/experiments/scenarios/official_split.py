@@ -42,18 +42,18 @@ def as_given(
     """
     check_count("meta_per_class", meta_per_class, 0)
     source = _source(parts, meta_from) if meta_per_class else None
-    asked = {
+    request = {
         "scenario": "given",
         "parameters": {"meta_per_class": meta_per_class, "meta_from": meta_from},
         "seed": seed,
     }
     if source is None:
-        return _split(parts, meta_from, None, asked)
+        return _split(parts, meta_from, None, request)
     spare = 1 if meta_from == "train" or "test" not in parts else 0
     rng = np.random.default_rng(seed)
     names = source.class_names
     chosen = pick_evenly(source.labels, names, meta_per_class, rng, "class", spare)
-    return _split(parts, meta_from, chosen, asked)
+    return _split(parts, meta_from, chosen, request)
 
 
 def subpopulation(
@@ -73,7 +73,7 @@ def subpopulation(
     check_count("meta_per_group", meta_per_group, 0)
     for name in ("train", "test"):
         part_of(parts, name).grouped()
-    asked = {
+    request = {
         "scenario": "subpopulation",
         "parameters": {"meta_per_group": meta_per_group, "meta_from": meta_from},
         "seed": seed,
@@ -85,7 +85,7 @@ def subpopulation(
         rng = np.random.default_rng(seed)
         groups, names = source.grouped(), source.group_names
         chosen = pick_evenly(groups, names, meta_per_group, rng, "group", spare=1)
-    return _split(parts, meta_from, chosen, asked)
+    return _split(parts, meta_from, chosen, request)
 
 
 def generalized_long_tail(
@@ -114,9 +114,9 @@ def generalized_long_tail(
     taken, short = [], {}
     table = features.detach().cpu().double().numpy()
     for c in range(source.num_classes):
-        own = (source.labels == c).nonzero().flatten()
-        rows = _one_class(own, table[own.numpy()], clusters, meta_per_cluster, rng)
-        rows = rows[: len(own) - (meta_from == "train")]
+        class_rows = (source.labels == c).nonzero().flatten()
+        rows = _one_class(class_rows, table[class_rows.numpy()], clusters, meta_per_cluster, rng)
+        rows = rows[: len(class_rows) - (meta_from == "train")]
         if len(rows) < clusters * meta_per_cluster:
             short[source.class_names[c]] = len(rows)
         taken.append(rows)
@@ -130,7 +130,7 @@ def generalized_long_tail(
             f"{min(short.values())} or more of {len(short)} classes with too few",
             stacklevel=2,
         )
-    asked = {
+    request = {
         "scenario": "generalized-long-tail",
         "parameters": {
             "clusters": clusters,
@@ -140,26 +140,26 @@ def generalized_long_tail(
         "seed": seed,
         "short": short,
     }
-    return _split(parts, meta_from, picked(torch.cat(taken), len(source)), asked)
+    return _split(parts, meta_from, picked(torch.cat(taken), len(source)), request)
 
 
 def _one_class(
-    own: Tensor, features: np.ndarray, clusters: int, each: int, rng: np.random.Generator
+    class_rows: Tensor, features: np.ndarray, clusters: int, each: int, rng: np.random.Generator
 ) -> Tensor:
     """Up to `each` rows of each cluster of one class, the clusters in turn."""
     try:
         from sklearn.cluster import KMeans
     except ImportError as error:
         raise ImportError("clusters need scikit-learn: pip install 'iada[paper]'") from error
-    if not len(own):
-        return own
+    if not len(class_rows):
+        return class_rows
     count = min(clusters, len(np.unique(features, axis=0)))
     state = int(rng.integers(2**31))
-    found = KMeans(count, n_init=10, random_state=state).fit(features).labels_
-    order = rng.permutation(len(own))
-    rounds = [order[found[order] == cluster][:each] for cluster in range(count)]
+    assigned = KMeans(count, n_init=10, random_state=state).fit(features).labels_
+    order = rng.permutation(len(class_rows))
+    rounds = [order[assigned[order] == cluster][:each] for cluster in range(count)]
     turns = [rows[turn] for turn in range(each) for rows in rounds if turn < len(rows)]
-    return own[torch.tensor(turns)]
+    return class_rows[torch.tensor(turns)]
 
 
 def _source(parts: Mapping[str, Labelled], meta_from: str) -> Labelled:
@@ -173,7 +173,7 @@ def _split(
     parts: Mapping[str, Labelled],
     meta_from: str,
     chosen: Picked | None,
-    asked: dict[str, Any],
+    request: dict[str, Any],
 ) -> Split:
     """All rows of every part, but for those chosen for the meta set."""
     pieces: dict[str, tuple[str, Tensor] | None] = {
@@ -188,4 +188,4 @@ def _split(
         pieces["test"] = pieces.pop("validation")
     if (validation := pieces.get("validation")) and not len(validation[1]):
         del pieces["validation"]  # all of it went into the meta set
-    return Split.of(parts, pieces, asked)
+    return Split.of(parts, pieces, request)

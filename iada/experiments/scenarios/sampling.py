@@ -31,6 +31,11 @@ def all_rows(part: Labelled) -> Tensor:
     return torch.arange(len(part))
 
 
+def whole_part(parts: Mapping[str, Labelled], name: str) -> tuple[str, Tensor] | None:
+    """A part as a piece of a split, with all its rows; None where there is no such part."""
+    return (name, all_rows(parts[name])) if name in parts else None
+
+
 def rows_by_key(keys: Tensor, count: int, rng: np.random.Generator) -> list[Tensor]:
     """The rows of each key in [0, count), in random order."""
     order = torch.from_numpy(rng.permutation(len(keys)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from iada.experiments.datasets.files import DAMAGED, bytes_of
 from iada.experiments.datasets.labelled import Labelled, joined
 from iada.utils.checks import complain
-from iada.utils.files import written_aside
+from iada.utils.files import atomic_write
 
 PIECES = ("train", "meta", "validation", "test")
 ROWS, RECORD = "split.npz", "split.json"
@@ -28,7 +28,7 @@ class Split:
 
     wrong: (N_train) bool, the training labels that noise made wrong; None where there is no noise.
     rows: row numbers (N) of each piece within the part of the data set it comes from.
-    record: plain values: what was asked, which part each piece comes from, samples of each class.
+    record: plain values: what was request, which part each piece comes from, samples of each class.
     """
 
     train: Labelled
@@ -44,7 +44,7 @@ class Split:
         cls,
         parts: Mapping[str, Labelled],
         pieces: Mapping[str, tuple[str, Tensor] | None],
-        asked: Mapping[str, Any],
+        request: Mapping[str, Any],
         train_labels: Tensor | None = None,
     ) -> Self:
         """The split whose pieces are these rows of these parts; None for a piece without any.
@@ -54,7 +54,7 @@ class Split:
         chosen = {name: piece for name, piece in pieces.items() if piece is not None}
         _check_apart(chosen)
         record = {
-            **asked,
+            **request,
             "from": {name: part for name, (part, _) in chosen.items()},
             "parts": {name: fingerprint(part) for name, part in parts.items()},
         }
@@ -69,17 +69,17 @@ class Split:
         record: dict[str, Any],
         train_labels: Tensor | None,
     ) -> Self:
-        own = {name: parts[record["from"][name]].subset(piece) for name, piece in rows.items()}
+        pieces = {name: parts[record["from"][name]].subset(piece) for name, piece in rows.items()}
         wrong = None
         if train_labels is not None:
-            wrong = train_labels != own["train"].labels
-            own["train"] = own["train"].relabelled(train_labels)
-        counts = {name: piece.class_counts().tolist() for name, piece in own.items()}
+            wrong = train_labels != pieces["train"].labels
+            pieces["train"] = pieces["train"].relabelled(train_labels)
+        counts = {name: piece.class_counts().tolist() for name, piece in pieces.items()}
         return cls(
-            own["train"],
-            own.get("meta"),
-            own.get("validation"),
-            own["test"],
+            pieces["train"],
+            pieces.get("meta"),
+            pieces.get("validation"),
+            pieces["test"],
             wrong,
             rows,
             {**record, "class_counts": counts},
@@ -118,26 +118,28 @@ class Split:
             arrays["train_labels"] = self.train.labels.numpy()
         content = io.BytesIO()
         np.savez_compressed(content, **arrays)
-        with written_aside(Path(folder) / ROWS) as file:
+        with atomic_write(Path(folder) / ROWS) as file:
             file.write(content.getvalue())
-        with written_aside(Path(folder) / RECORD) as file:
+        with atomic_write(Path(folder) / RECORD) as file:
             file.write(json.dumps(self.record, indent=1, ensure_ascii=False).encode())
 
     @classmethod
     def load(cls, folder: str | os.PathLike, parts: Mapping[str, Labelled]) -> Self:
         """The split that `save` wrote, of the same data set; ValueError for another one."""
-        place = Path(folder) / RECORD
+        record_file = Path(folder) / RECORD
         try:
-            record = json.loads(bytes_of(place))
+            record = json.loads(bytes_of(record_file))
             wanted = record["parts"]
         except (ValueError, KeyError, TypeError) as error:
-            raise complain(str(place), "a split's record", f"{error!r}", DAMAGED) from error
+            raise complain(str(record_file), "a split's record", f"{error!r}", DAMAGED) from error
         have = {name: fingerprint(part) for name, part in parts.items()}
         if have != wanted:
             other = [name for name in {*have, *wanted} if have.get(name) != wanted.get(name)]
             remedy = "pass the data that the split was made of, or make it anew"
             expected = "the data set that the split was made of"
-            raise complain(str(place), expected, f"another {', '.join(sorted(other))}", remedy)
+            raise complain(
+                str(record_file), expected, f"another {', '.join(sorted(other))}", remedy
+            )
         arrays = _arrays(Path(folder) / ROWS)
         labels = arrays.pop("train_labels", None)
         if set(arrays) != set(record["from"]):
@@ -161,8 +163,8 @@ def fingerprint(part: Labelled) -> dict[str, Any]:
 def _arrays(path: Path) -> dict[str, Tensor]:
     content = bytes_of(path)
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as found:
-            return {name: torch.from_numpy(found[name].astype(np.int64)) for name in found.files}
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name].astype(np.int64)) for name in arrays.files}
     except Exception as error:  # zipfile, zlib and numpy each have errors of their own
         raise complain(str(path), "a split's rows", f"{error!r}", DAMAGED) from error
 

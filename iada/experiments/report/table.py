@@ -1,0 +1,72 @@
+"""One table, three ways to show it: plain text, Markdown and HTML."""
+
+import html
+from collections.abc import Sequence
+from typing import NamedTuple
+
+UNKNOWN = "–"
+
+
+class Cell(NamedTuple):
+    """A cell: its text, None for what is not known; `small` is a second, smaller line in HTML."""
+
+    text: str | None
+    bold: bool = False
+    small: str | None = None
+
+
+class Table(NamedTuple):
+    """Column names, and rows whose first cell names the row."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+    def text(self) -> str:
+        """Aligned columns for a terminal."""
+        lines = [list(self.head), *([cell.text or UNKNOWN for cell in row] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                [
+                    line[0].ljust(widths[0]),
+                    *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
+                ]
+            ).rstrip()
+            for line in lines
+        )
+
+    def markdown(self) -> str:
+        """A table of GitHub's Markdown."""
+        lines = [_markdown_row(self.head), "|---|" + "---:|" * (len(self.head) - 1)]
+        for row in self.rows:
+            texts = [cell.text or UNKNOWN for cell in row]
+            bold = [cell.bold for cell in row]
+            shown = [f"**{t}**" if b else t for t, b in zip(texts, bold, strict=True)]
+            lines.append(_markdown_row(shown))
+        return "\n".join(lines)
+
+    def html(self) -> str:
+        """A table that scrolls by itself where the screen is narrow, by keyboard too."""
+        head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in self.head)
+        body = "".join(
+            f'<tr><th scope="row">{html.escape(row[0].text or UNKNOWN)}</th>'
+            f"{''.join(map(_html_cell, row[1:]))}</tr>"
+            for row in self.rows
+        )
+        return (
+            '<div class="scroll" tabindex="0" role="region" aria-label="table">'
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
+
+
+def _markdown_row(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in texts)} |"
+
+
+def _html_cell(cell: Cell) -> str:
+    if cell.text is None:
+        return f'<td class="none">{UNKNOWN}</td>'
+    text = html.escape(cell.text)
+    shown = f"<strong>{text}</strong>" if cell.bold else text
+    small = f"<br><small>{html.escape(cell.small)}</small>" if cell.small else ""
+    return f"<td>{shown}{small}</td>"
