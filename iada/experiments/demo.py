@@ -152,7 +152,7 @@ def paired_differences(records: Sequence[Record]) -> list[str]:
         gaps = [f"{_difference(ours, other)} against {other.label}" for other in others]
         title = group[0]["title"]
         sentences.append(f"{title[0].upper()}{title[1:]}: Meta-IADA {', '.join(gaps)}.")
-    if sentences:
+    if sentences and len({record["seed"] for record in records}) > 1:
         sentences[-1] += " (Differences of the same seeds, mean ± standard error.)"
     return sentences
 

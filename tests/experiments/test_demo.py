@@ -136,6 +136,8 @@ def test_differences_are_paired_by_seed():
     (sentence,) = paired_differences(records)
     assert sentence.startswith("Noise: Meta-IADA +10.0 ± 0.0 against CE.")
     assert paired_differences(records[:3]) == []
+    one_seed = [record for record in records if not record["seed"]]
+    assert paired_differences(one_seed) == ["Noise: Meta-IADA +10.0 against CE."]
 
 
 @pytest.mark.parametrize("option", ["--seeds", "--jobs"])
