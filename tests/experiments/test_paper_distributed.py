@@ -55,7 +55,7 @@ def test_two_processes_make_each_run_once(command, tmp_path):
         assert "generalization" in record["curve"][-1]
     rows = sum(records[0]["class_counts"])
     # Counted over the rows of both, in the last epoch.
-    assert sum(records[0]["strengths"]["histogram_clean"]) == rows
+    assert sum(records[0]["epsilon"]["histogram_clean"]) == rows
 
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
     assert torchrun(*command, "--out", tmp_path).count("Report: ") == 1  # nothing is run twice

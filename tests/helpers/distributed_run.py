@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import iada
 from iada.experiments.diagnostics import TermsLog
-from iada.experiments.epsilon_log import StrengthCounts
+from iada.experiments.epsilon_log import EpsilonLog
 from iada.experiments.watch import Watch
 from iada.training.first_phase import first_phase_state, start_from
 from iada.training.measures import EpochMeasures
@@ -95,18 +95,18 @@ def check_watch(group):
     """The state is what both ranks saw; loaded, it is the first's, so that it is counted once."""
     rank = rank_of(group)
     labels = torch.tensor([0, 0, 1])
-    watch = Watch(TermsLog(), StrengthCounts(labels, None, 2, epochs=1))
+    watch = Watch(TermsLog(), EpsilonLog(labels, None, 2, epochs=1))
     rows = (torch.tensor([0, 2]), torch.tensor([1]))[rank]
     result = iada.MetaStep(torch.zeros(()), torch.zeros(()), torch.full((len(rows),), 0.5))
-    watch.strengths(SimpleNamespace(epoch=0), (None, labels[rows], rows), result)
+    watch.epsilon(SimpleNamespace(epoch=0), (None, labels[rows], rows), result)
     watch.terms.load_state_dict({"sums": {0: torch.tensor([1.0, 2.0, 3.0, 1.0]) * (rank + 1)}})
     for _ in range(2):  # saved and loaded, nothing changes
         saved = watch.state_dict()
-        assert saved["strengths"]["visits"].sum() == 3
+        assert saved["epsilon"]["visits"].sum() == 3
         assert saved["terms"]["sums"][0].tolist() == [3, 6, 9, 3]
         watch.load_state_dict(saved)
     watch.gather()
-    assert watch.strengths.visits.sum() == 3
+    assert watch.epsilon.visits.sum() == 3
     assert watch.terms.summary() == [
         {"epoch": 0, "generalization": 1.0, "robustness": 2.0, "fairness": 3.0}
     ]
