@@ -7,6 +7,7 @@ from typing import Any
 from iada.experiments.recipe import Recipe
 from iada.experiments.scenarios import Split
 from iada.experiments.scenarios.split import fingerprint
+from iada.training.checkpoint import remove_checkpoint
 from iada.training.first_phase import (
     digest,
     first_phase_state,
@@ -75,7 +76,7 @@ def _finished(
     def keep() -> None:
         with folder_lock(path.parent):
             save_first_phase(path, state)
-            (path.parent / CHECKPOINT).unlink(missing_ok=True)  # the file has all of it
+            remove_checkpoint(path.parent / CHECKPOINT)  # the file has all of it
 
     by_first(keep, phase.group)
     return state

@@ -1,6 +1,7 @@
 """Checkpoints: all or nothing, and read without running code."""
 
 import copy
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ FORMAT = "iada-checkpoint-2"
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings, lists, dicts) to `path`, all or nothing.
 
+    The former file at `path` stays as `previous(path)`, where the file system has hard links.
     Raises OSError if the folder cannot be written or is full; a former file at `path` is intact.
     """
     try:
-        with atomic_write(path) as file:
+        previous(path).unlink(missing_ok=True)  # never three at a time on the disk
+        with atomic_write(path, previous(path)) as file:
             torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise OSError(
@@ -26,20 +29,37 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         ) from error
 
 
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept."""
+    return path.with_stem(f"{path.stem}.previous")
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete the checkpoint at `path` and the one before it."""
+    for file in (previous(path), path):
+        file.unlink(missing_ok=True)
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state saved at `path`, on the CPU, read without running any code from the file.
 
-    Raises FileNotFoundError, and ValueError for a truncated or foreign file.
+    Raises FileNotFoundError, and ValueError for a damaged or foreign file.
     """
+    former = previous(path)
     if not path.exists():
-        raise FileNotFoundError(f"checkpoint: expected a file at {path}, got none; check the path")
+        got, remedy = "none", "check the path"
+        if former.exists():
+            got, remedy = f"only {former.name}", "rename that, or delete it to begin anew"
+        raise FileNotFoundError(f"checkpoint: expected a file at {path}, got {got}; {remedy}")
     try:
+        _check_bits(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        remedy = f"put {former.name}, the one before it, in its place" if former.exists() else ""
         raise ValueError(
             f"checkpoint: expected one written by iada at {path}, got a file that cannot be read "
-            f"({reason}); it is truncated or foreign, take another"
+            f"({reason}); it is damaged or foreign, {remedy or 'take another'}"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
@@ -48,6 +68,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "load it with the version of iada, or the program, that wrote it"
         )
     return state
+
+
+def _check_bits(path: Path) -> None:
+    """zipfile.BadZipFile for a changed bit: torch.save writes checksums, torch.load reads none."""
+    with zipfile.ZipFile(path) as file:
+        changed = file.testzip()
+    if changed is not None:
+        raise zipfile.BadZipFile(f"{changed} is not what was written")
 
 
 def load_parts(parts: dict[str, Any], state: dict[str, Any]) -> None:

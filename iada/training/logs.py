@@ -99,12 +99,13 @@ class CsvLog:
         self.path = folder / CSV_FILE
         remove_leftovers(self.path)
         self.columns, rows = self._read()
-        self._rewrite([row for row in rows if int(row[0]) < first_epoch])
+        with self._written("write the rows so far"):
+            self._rewrite([row for row in rows if int(row[0]) < first_epoch])
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one epoch. Raises OSError if it cannot be written."""
         new = [name for name in row if name not in self.columns]
-        try:
+        with self._written("append a row"):
             if new:
                 _, rows = self._read()
                 self.columns += new
@@ -112,14 +113,19 @@ class CsvLog:
             with open(self.path, "ab") as file:
                 file.write(_lines([[_cell(row.get(name)) for name in self.columns]]).encode())
                 fsync(file)
-        except OSError as error:
-            raise OSError(
-                f"{self.path}: expected to append a row, got {error}; free some space "
-                "(the last checkpoint is intact)"
-            ) from error
 
     def close(self) -> None:
         """Nothing: the file is closed after each row."""
+
+    @contextlib.contextmanager
+    def _written(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"{self.path}: expected to {action}, got {error}; free some space "
+                "(the last checkpoint is intact)"
+            ) from error
 
     def _rewrite(self, rows: Iterable[list[str]]) -> None:
         with atomic_write(self.path) as file:

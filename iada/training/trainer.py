@@ -16,7 +16,12 @@ from iada.methods.base import Method
 from iada.nn.divergence import sign_of_divergence
 from iada.training.acceleration import Speed
 from iada.training.build_method import build_method
-from iada.training.checkpoint import load_checkpoint, load_parts, save_checkpoint
+from iada.training.checkpoint import (
+    load_checkpoint,
+    load_parts,
+    previous,
+    save_checkpoint,
+)
 from iada.training.config import TrainerConfig, check_same_run
 from iada.training.divergence import FINITE, LossWatch, all_finite, diverged
 from iada.training.interrupt import stop_flag
@@ -43,6 +48,7 @@ from iada.utils.evaluate import Outputs, class_accuracy, evaluating, outputs
 from iada.utils.files import check_writable, remove_leftovers
 from iada.utils.loading import batches, check_dataset, count_classes, epoch_order, to_device
 from iada.utils.lock import folder_lock
+from iada.utils.workers import lost_workers_named
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -162,7 +168,8 @@ class Trainer:
 
         Ctrl-C or SIGTERM finishes the step, leaves a checkpoint in `folder` and raises
         KeyboardInterrupt. Divergence (docs/training.md has its signs) raises FloatingPointError
-        naming the step, with the last checkpoint intact. A folder that is full or cannot be
+        naming the step, with the last checkpoint intact, and a loader's worker that was killed
+        RuntimeError. A folder that is full or cannot be
         written raises OSError, before training or with the last checkpoint intact, and one with
         the checkpoint of another run ValueError, as one in which another process trains.
         """
@@ -177,7 +184,9 @@ class Trainer:
             places = (self.folder, self.tensorboard, self.progress) if rank == 0 else ()
             with open_logs(self.epoch, config.epochs, *places) as write:
                 while self.epoch < config.epochs:
-                    if not self._run_epoch(stopped, write):
+                    with lost_workers_named(self.folder):
+                        goes_on = self._run_epoch(stopped, write)
+                    if not goes_on:
                         self.save()
                         where = "" if self.folder is None else f"; resume from {self.folder}"
                         raise KeyboardInterrupt(f"stopped at epoch {self.epoch}{where}")
@@ -196,7 +205,8 @@ class Trainer:
         check_writable(self.folder)
         entered.enter_context(folder_lock(self.folder))
         remove_leftovers(self.folder / CHECKPOINT)
-        if (self.folder / CHECKPOINT).exists() and not self._owns_checkpoint:
+        path = self.folder / CHECKPOINT
+        if (path.exists() or previous(path).exists()) and not self._owns_checkpoint:
             remedy = "call resume() first, or move it"
             raise complain("folder", "no checkpoint of another run", str(self.folder), remedy)
 
@@ -336,7 +346,8 @@ class Trainer:
         if self.folder is None:
             return False
         path = self.folder / CHECKPOINT
-        state = by_first(lambda: load_checkpoint(path) if path.exists() else None, self.group)
+        begun = by_first(lambda: path.exists() or previous(path).exists(), self.group)
+        state = by_first(lambda: load_checkpoint(path) if begun else None, self.group)
         if state is None:
             return False
         self.load_state_dict(state)

@@ -9,14 +9,20 @@ from typing import IO
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file that becomes `path` when the block ends well; else a former file there is intact."""
+def atomic_write(path: Path, former: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file that becomes `path` when the block ends well; else a former file there is intact.
+
+    That one stays as `former`, if asked for and where the file system has hard links.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
             yield file
             fsync(file)
+        if former is not None:
+            with contextlib.suppress(OSError):  # also where there is none yet
+                os.link(path, former)
         os.replace(aside, path)
         _fsync_folder(path.parent)
     finally:

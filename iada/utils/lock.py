@@ -70,8 +70,10 @@ def _acquire(folder: Path) -> int | None:
                 "wait for that run or stop it, or choose another folder",
             ) from error
         if os.fstat(descriptor).st_nlink:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            holder = f"process {os.getpid()} on {socket.gethostname()}"
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, holder.encode(), 0)
             return descriptor
         os.close(descriptor)  # its former holder removed it in between: take the new one
 

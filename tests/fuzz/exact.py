@@ -92,9 +92,9 @@ def rounded_characteristics(
     features, logits, labels, weight, neighbours = arguments
     inputs = [about(t.double(), nudge, eps) for t in (features, logits, weight)]
     found = exact_characteristics(inputs[0], inputs[1], labels, inputs[2], neighbours)
-    largest_other = found[:, 6] - found[:, 1]
+    two_shares = 2 * found[:, 6] - found[:, 1]  # what column 1 is the difference of, added
     found = about(found, nudge, eps)
-    found[:, 1] += rounding(found[:, 6], nudge, eps) + rounding(largest_other, nudge, eps)
+    found[:, 1] += rounding(two_shares, nudge, eps)
     return found
 
 

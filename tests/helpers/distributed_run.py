@@ -140,7 +140,7 @@ def check_errors_of_the_first(folder, group):
         with pytest.raises(ValueError, match="folder: expected one that no other process"):
             make_trainer(folder, epochs=2, method="ce").fit()
     (folder / "checkpoint.pt").write_bytes(b"half")
-    with pytest.raises(ValueError, match="truncated or foreign"):
+    with pytest.raises(ValueError, match="damaged or foreign"):
         make_trainer(folder, epochs=2, method="ce").resume()
 
 

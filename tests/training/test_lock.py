@@ -20,7 +20,18 @@ def test_a_second_process_is_told(tmp_path):
         assert [entry.name for entry in tmp_path.iterdir()] == [LOCK]
     assert (tmp_path / LOCK).exists()  # the other was killed
     trainer.fit()
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint.pt", "log.csv"]
+    names = ["checkpoint.previous.pt", "checkpoint.pt", "log.csv"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == names
+
+
+def test_a_full_disk_leaves_the_lock_without_a_name(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with folder_lock(tmp_path):
+        assert (tmp_path / LOCK).read_bytes() == b""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_lock_is_held_while_training(tmp_path):

@@ -1,0 +1,38 @@
+"""Loader workers that the system killed: one error that says so, wherever torch notices."""
+
+import contextlib
+from collections.abc import Iterator
+
+LOST = "DataLoader worker"  # how torch's messages about workers begin
+
+
+@contextlib.contextmanager
+def lost_workers_named(where: object = None) -> Iterator[None]:
+    """RuntimeError with the remedy if a loader's worker ends inside, of its own or by a signal.
+
+    Torch raises from a signal handler, in the middle of anything, or where it waits for the worker;
+    a broken connection is what remains of a worker whose end it has not noticed yet. `where`:
+    the folder to resume from.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        reason = _lost_worker(error)
+        if reason is None:
+            raise
+        rest = "" if where is None else f" and resume from {where}: the last checkpoint is intact"
+        raise RuntimeError(
+            f"data: expected the loader's workers to live, got one that ended ({reason}), as they "
+            f"do for want of memory; use fewer num_workers or smaller samples{rest}"
+        ) from error
+
+
+def _lost_worker(error: BaseException | None) -> str | None:
+    """What torch, or the connection to the worker, says; None if no worker is the reason."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and str(error).startswith(LOST):
+            return str(error).strip().rstrip(".")
+        if isinstance(error, EOFError | ConnectionError):
+            return f"its connection broke: {type(error).__name__}"
+        error = error.__cause__ or error.__context__
+    return None
