@@ -13,10 +13,11 @@ import torch
 from iada.experiments import recipe as recipes
 from iada.experiments.datasets import BUNDLED
 from iada.experiments.experiment import Limits, best_device, limited, make_split, read_parts
-from iada.experiments.listing import comparison, listing, published_figures, read_records
+from iada.experiments.listing import comparison, listing, published_figures
 from iada.experiments.progress import Series
 from iada.experiments.recipe import Recipe
-from iada.experiments.run import RECORD, RunOptions, run
+from iada.experiments.records import RECORD, read_records
+from iada.experiments.run import RunOptions, plan, run
 from iada.training.config import SINGLE_PROCESS
 from iada.utils.checks import complain
 from iada.utils.distributed import by_first, current_group, launched_group, rank_of
@@ -201,7 +202,7 @@ def _run(
             folder = options.out / recipe.name / entry.key / f"seed{seed}"
             run_here = replace(run_options, folder=folder, root=options.out, progress=name)
             made = not (folder / RECORD).exists()
-            records.append(run(recipe, entry, seed, split, limits, run_here))
+            records.append(run(plan(recipe, entry, seed, split, limits, run_here)))
             _say(f"  {series.end(records[-1], recipe, made)}")
     _say(f"\n{comparison(recipe, records)}")
     folder = options.out / recipe.name
@@ -246,7 +247,7 @@ def _dry_run(
     _say(f"  {len(split.train)} training, {meta} meta and {len(split.test)} test samples")
     total = 0.0
     for entry in recipe.methods:
-        times = estimate(recipe, entry, split, limits, run_options)
+        times = estimate(plan(recipe, entry, seeds[0], split, limits, run_options))
         total += len(seeds) * times.total
         _say(
             f"  {entry.title}: {times.plain_steps} steps of {1e3 * times.plain_step:.0f} ms, "

@@ -18,7 +18,7 @@ from iada.experiments import recipe as recipes
 from iada.experiments.experiment import Limits, make_split, read_parts
 from iada.experiments.report.tables import overview_table
 from iada.experiments.report.variants import Variant, by_experiment, variants_of
-from iada.experiments.run import RunOptions, run
+from iada.experiments.run import RunOptions, plan, run
 from iada.utils.checks import complain
 from iada.utils.files import check_writable
 
@@ -117,10 +117,10 @@ def run_one(job: Job, folder: Path) -> Record:
     recipe = recipes.load(job.recipe)
     entry = next(entry for entry in recipe.methods if entry.key == job.method)
     split = make_split(recipe, read_parts(recipe, None, Limits()), job.seed)
-    run_options = RunOptions(
+    options = RunOptions(
         folder.joinpath(*map(str, job)), torch.device("cpu"), evaluate_every=EVALUATE_EVERY
     )
-    return run(recipe, entry, job.seed, split, Limits(), run_options)
+    return run(plan(recipe, entry, job.seed, split, Limits(), options))
 
 
 def write_results(records: Sequence[Record], path: Path) -> None:

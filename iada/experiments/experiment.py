@@ -172,9 +172,11 @@ def best_device() -> torch.device:
 
 def limited(recipe: Recipe, limits: Limits) -> Recipe:
     """The recipe with its schedules in `limits.epochs` epochs."""
+    return replace(recipe, methods=tuple(shorter(entry, limits) for entry in recipe.methods))
+
+
+def shorter(entry: MethodEntry, limits: Limits) -> MethodEntry:
+    """The method with its schedule in `limits.epochs` epochs."""
     if not limits.epochs:
-        return recipe
-    methods = tuple(
-        replace(entry, trainer=shortened(entry.trainer, limits.epochs)) for entry in recipe.methods
-    )
-    return replace(recipe, methods=methods)
+        return entry
+    return replace(entry, trainer=shortened(entry.trainer, limits.epochs))

@@ -1,38 +1,12 @@
 """What the papers ran, what of it has been run, and the two side by side."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from iada.experiments.metrics import METRICS, mean_std
 from iada.experiments.recipe import Recipe
+from iada.experiments.records import Record, deviations_of
 from iada.experiments.report.table import Cell, Table
 from iada.experiments.report.tables import percent
-from iada.experiments.run import RECORD, renamed
-from iada.utils.checks import complain
-
-Record = dict[str, Any]
-
-
-def read_records(folders: Iterable[Path]) -> list[Record]:
-    """All records below these folders, each run once; ValueError for a damaged one.
-
-    A file is one record, or a list of them.
-    """
-    unique: dict[tuple[Any, ...], Record] = {}
-    for folder in folders:
-        files = [folder] if folder.is_file() else sorted(folder.rglob(RECORD))
-        for path in files:
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                remedy = "delete it, or mend it"
-                raise complain(str(path), "a run's record", f"{error}", remedy) from error
-            for record in map(renamed, content if isinstance(content, list) else [content]):
-                key = (record["experiment"], record["method"], record["seed"])
-                unique.setdefault((*key, _deviations(record)), record)
-    return list(unique.values())
 
 
 def listing(recipes: Sequence[Recipe], records: Sequence[Record]) -> str:
@@ -47,8 +21,8 @@ def listing(recipes: Sequence[Recipe], records: Sequence[Record]) -> str:
         runs = [record for record in records if record["experiment"] == recipe.name]
         if not runs:
             lines.append(f"  run    nothing yet ({len(recipe.methods)} methods)")
-        for deviations in dict.fromkeys(map(_deviations, runs)):
-            chosen = [record for record in runs if _deviations(record) == deviations]
+        for deviations in dict.fromkeys(map(deviations_of, runs)):
+            chosen = [record for record in runs if deviations_of(record) == deviations]
             lines.append(f"  run    {deviations or 'as published'}")
             lines += [f"    {line}" for line in comparison(recipe, chosen).splitlines()]
     return "\n".join(lines).lstrip("\n")
@@ -92,11 +66,6 @@ def published_figures(recipes: Iterable[Recipe]) -> dict[tuple[str, str], Mappin
         for entry in recipe.methods
         if entry.published
     }
-
-
-def _deviations(record: Record) -> str:
-    """What a run did other than the recipe says."""
-    return ", ".join(record.get("deviations") or ())
 
 
 def _published(figure: float | None) -> Cell:

@@ -5,10 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from iada.experiments.experiment import Limits
-from iada.experiments.recipe import MethodEntry, Recipe
-from iada.experiments.run import RunOptions, prepare
-from iada.experiments.scenarios import Split
+from iada.experiments.run import PlannedRun, build_trainer
 from iada.utils.distributed import own_part
 from iada.utils.loading import batches, to_device
 
@@ -33,13 +30,10 @@ class Estimate:
         return steps + self.test * self.tests
 
 
-def estimate(
-    recipe: Recipe, entry: MethodEntry, split: Split, limits: Limits, run_options: RunOptions
-) -> Estimate:
+def estimate(planned: PlannedRun) -> Estimate:
     """From the time of a few steps of a throw-away model, loading of their data included."""
-    split = split.with_meta_in_train() if entry.with_meta else split
-    trainer, views, _ = prepare(recipe, entry, 0, split, limits, run_options)
-    config = trainer.config
+    trainer, views, _ = build_trainer(planned)
+    config, split, device = trainer.config, planned.split, planned.options.device
     rows = torch.arange(WARM_UP + TIMED)[:, None] * config.batch_size
     rows = (rows + torch.arange(config.batch_size)) % len(split.train)
     order = rows.tolist()
@@ -54,22 +48,22 @@ def estimate(
         start = 0.0
         for step in range(WARM_UP + TIMED):
             if step == WARM_UP:
-                start = _now(run_options.device)
+                start = _now(device)
             trainer.batch = step % steps
-            batch = trainer.speed.laid_out(to_device(tuple(next(served)), run_options.device))
+            batch = trainer.speed.laid_out(to_device(tuple(next(served)), device))
             trainer.step_on(batch, None if plain else trainer.meta_batch(), not plain)
-        seconds.append((_now(run_options.device) - start) / TIMED)
+        seconds.append((_now(device) - start) / TIMED)
     count = min(len(split.test), 4 * config.batch_size)
-    start = _now(run_options.device)
+    start = _now(device)
     trainer.outputs(views.test, rows=torch.arange(count))
-    test = (_now(run_options.device) - start) / count * len(split.test)
+    test = (_now(device) - start) / count * len(split.test)
     return Estimate(
         seconds[0],
         seconds[1],
         test,
         steps * config.ce_epochs,
         steps * (config.epochs - config.ce_epochs),
-        -(-config.epochs // run_options.evaluate_every) + 1,
+        -(-config.epochs // planned.options.evaluate_every) + 1,
     )
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from iada.experiments.diagnostics import TermsLog
 from iada.experiments.epsilon_log import EpsilonLog
+from iada.experiments.scenarios import Split
 from iada.training.trainer import Trainer
 from iada.utils.distributed import add_up, current_group, rank_of
 
@@ -21,6 +22,13 @@ class Watch:
 
     terms: TermsLog
     epsilon: EpsilonLog
+
+    @classmethod
+    def of(cls, split: Split, epochs: int, device: torch.device) -> Self:
+        """For a run of so many epochs on a split."""
+        train = split.train
+        epsilon = EpsilonLog(train.labels, split.wrong, train.num_classes, epochs)
+        return cls(TermsLog(), epsilon.to(device))
 
     def __call__(self, trainer: Trainer, batch: Sequence[Any], result: Any) -> None:
         if trainer.method.covariance is not None:

@@ -19,9 +19,10 @@ from iada.experiments.datasets.civilcomments import MEMBERS
 from iada.experiments.epsilon_log import EpsilonLog
 from iada.experiments.experiment import Limits, first_of_each, make_split, read_parts
 from iada.experiments.first_phase import FOLDER as FIRST_PHASES
-from iada.experiments.listing import comparison, read_records
+from iada.experiments.listing import comparison
 from iada.experiments.metrics import METRICS
 from iada.experiments.recipe import load, names, parse_change, shortened, table_name
+from iada.experiments.records import read_records
 from iada.meta.step_result import MetaStep
 from iada.training.first_phase import can_share, first_phase_config
 from iada.training.trainer import Trainer
@@ -332,7 +333,7 @@ def test_a_run_that_was_begun_goes_on_with_its_own_data_only(images, tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as stopping:
-        stopping.setattr("iada.experiments.run._measure", stop)  # at the end of the first epoch
+        stopping.setattr("iada.experiments.run.measured_on", stop)  # at the end of the first epoch
         assert main(command) == 130
     capsys.readouterr()
     for change, what in (("model.augment=none", "model"), ("scenario.convention=step", "split")):

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from iada.experiments.command import _check_processes
-from iada.experiments.listing import read_records
 from iada.experiments.recipe import load
+from iada.experiments.records import read_records
 from tests.helpers.launch import torchrun
 from tests.helpers.paper_runs import ROW, write_images
 from tests.helpers.processes import held_by_another_process

@@ -1,0 +1,86 @@
+"""What a trained classifier amounts to, for a run's record."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from iada.experiments.datasets import Labelled
+from iada.experiments.diagnostics import TermsLog, spectrum, surrogate_gap
+from iada.experiments.metrics import Measured, measure
+from iada.experiments.recipe import Recipe
+from iada.experiments.scenarios import Split
+from iada.training.trainer import Trainer
+
+MOST_EIGENVALUES = 6400  # kept in a record: all of 100 classes with 64 features
+GAP_ROWS = 500  # training samples that the surrogate is checked on
+
+
+def measured_on(trainer: Trainer, view: Dataset, data: Labelled, split: Split) -> Measured:
+    """Every metric on a part of the split, `view` being how the trainer sees it."""
+    outputs = trainer.outputs(view)
+    groups: dict[str, Any] = {}
+    if data.groups is not None and split.train.groups is not None:
+        counts = split.train.group_counts()
+        groups = {"groups": data.groups, "group_names": data.group_names, "group_counts": counts}
+    measured = measure(outputs.logits.float(), outputs.labels, split.train.class_counts(), **groups)
+    if data.members is None:
+        return measured
+    hit = outputs.logits.argmax(dim=1) == outputs.labels  # WILDS: groups that overlap
+    accuracy = {
+        name: float(hit[member].double().mean()) if member.any() else None
+        for name, member in zip(data.member_names, data.members.T, strict=True)
+    }
+    worst = min(value for value in accuracy.values() if value is not None)
+    metrics = {**measured.metrics, "worst_group": worst, "weighted_average": None}
+    return measured._replace(metrics=metrics, group_accuracy=accuracy)
+
+
+def last_and_best(
+    history: Sequence[Mapping[str, Any]], recipe: Recipe, last: Measured
+) -> dict[str, Any]:
+    """The last epoch and the best: by the validation set where the protocol has one, else, as
+    several published tables have it, by the test set."""
+    metric = recipe.metrics[-1] if "worst_group" in recipe.metrics else recipe.metrics[0]
+    judge = f"validation_{metric}"
+    if not any(judge in row for row in history):
+        judge = f"test_{metric}"
+    best = max(history, key=lambda row: -1.0 if row.get(judge) is None else row[judge])
+    test = {name.removeprefix("test_"): v for name, v in best.items() if name.startswith("test_")}
+    return {"last": last.metrics, "best": test, "best_epoch": best["epoch"], "best_by": judge}
+
+
+def curve(history: Sequence[Mapping[str, Any]], terms: TermsLog) -> list[dict[str, Any]]:
+    """One dict an epoch: loss, accuracy, and the terms of Table 1 where they were looked at."""
+    by_epoch = {row["epoch"]: row for row in terms.summary()}
+    return [
+        {
+            "epoch": row["epoch"],
+            "loss": row["loss"],
+            "accuracy": row.get("test_balanced"),
+            **by_epoch.get(row["epoch"], {}),
+        }
+        for row in history
+    ]
+
+
+def covariance_diagnostics(trainer: Trainer, train: Dataset) -> dict[str, Any]:
+    """The spectrum of Σ and how tight the surrogate is, where the method has a Σ."""
+    covariance = trainer.method.covariance
+    if covariance is None or covariance.covariance.shape[:2].numel() > MOST_EIGENVALUES:
+        return {"spectrum": None, "surrogate": None}
+    count = len(train)  # type: ignore[arg-type]
+    rows = torch.arange(GAP_ROWS) * count // GAP_ROWS if count > GAP_ROWS else torch.arange(count)
+    outputs = trainer.outputs(train, rows=rows)
+    head = trainer.method.head
+    gap = surrogate_gap(
+        outputs.features.float(),
+        head.weight.detach().cpu(),
+        None if head.bias is None else head.bias.detach().cpu(),
+        outputs.labels,
+        covariance=covariance.covariance.cpu(),
+        alpha=float(trainer.method.alpha),
+        samples=200,
+    )
+    return {"spectrum": spectrum(covariance).tolist(), "surrogate": gap.as_record()}

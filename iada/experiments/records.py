@@ -1,0 +1,90 @@
+"""Records of runs: one JSON file each, read again by the settings that decide the result."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from iada.training.config import TrainerConfig
+from iada.utils.checks import complain
+from iada.utils.files import atomic_write
+
+Record = dict[str, Any]
+RECORD = "record.json"
+RENAMED = {"departures": "deviations", "strengths": "epsilon"}  # by earlier versions
+NAMES = ("experiment", "title", "method", "method_name")  # what a run is called, not what it is
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """All of it or nothing."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_records(folders: Iterable[Path]) -> list[Record]:
+    """All records below these folders, each run once; ValueError for a damaged one.
+
+    A file is one record, or a list of them.
+    """
+    unique: dict[tuple[Any, ...], Record] = {}
+    for folder in folders:
+        for path in [folder] if folder.is_file() else sorted(folder.rglob(RECORD)):
+            content = _content(path)
+            for record in map(renamed, content if isinstance(content, list) else [content]):
+                key = (record["experiment"], record["method"], record["seed"])
+                unique.setdefault((*key, deviations_of(record)), record)
+    return list(unique.values())
+
+
+def deviations_of(record: Record) -> str:
+    """What a run did other than the recipe says."""
+    return ", ".join(record.get("deviations") or ())
+
+
+def previous_record(path: Path, request: Mapping[str, Any]) -> Record:
+    """What a previous run wrote to `path`; ValueError if it is not of the same request."""
+    record = renamed(_content(path))
+    for name, value in request.items():
+        if name not in ("title", "method_name") and not _agrees(record, name, value):
+            raise complain(
+                str(path.parent),
+                "no run, or one with the same settings",
+                f"one with another {name}",
+                "choose another --out, or move it",
+            )
+    return record
+
+
+def equal_run(root: Path, request: Mapping[str, Any]) -> Record | None:
+    """The record of a finished run with the same settings on the same data, under this name."""
+    for path in sorted(root.rglob(RECORD)):
+        try:
+            record = renamed(_content(path))
+        except ValueError:
+            continue  # whoever asks for that run is told
+        if all(_agrees(record, name, request[name]) for name in request if name not in NAMES):
+            same_as = record.get("same_as", path.parent.relative_to(root).as_posix())
+            return {**record, **request, "same_as": same_as}
+    return None
+
+
+def renamed(record: Record) -> Record:
+    """A record with today's names for what earlier versions called otherwise."""
+    return {RENAMED.get(name, name): value for name, value in record.items()}
+
+
+def _content(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        got, remedy = f"a damaged file ({error})", "delete it: the run goes on or is made again"
+        raise complain(str(path), "a run's record", got, remedy) from error
+
+
+def _agrees(record: Mapping[str, Any], name: str, value: Any) -> bool:
+    """Whether a record has this value; a setting that its version did not know had its default."""
+    known = record.get(name)
+    if name == "settings" and isinstance(known, dict):
+        known = {**json.loads(json.dumps(dataclasses.asdict(TrainerConfig()))), **known}
+    return known == value
