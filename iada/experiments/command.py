@@ -13,7 +13,7 @@ import torch
 from iada.experiments import recipe as recipes
 from iada.experiments.datasets import BUNDLED
 from iada.experiments.experiment import Limits, best_device, limited, make_split, read_parts
-from iada.experiments.listing import comparison, listing, published_figures
+from iada.experiments.listing import comparison, derived_records, listing, published_figures
 from iada.experiments.progress import Series
 from iada.experiments.recipe import Recipe
 from iada.experiments.records import RECORD, read_records
@@ -36,7 +36,7 @@ def add_paper(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "run together: torchrun --nproc-per-node 2 -m iada paper ...",
     )
     parser.add_argument("--list", action="store_true", help="every row, and what has been run")
-    parser.add_argument("--table", help="2 to 7, afr-1, figure6, controls, or digits")
+    parser.add_argument("--table", help="2 to 7, uniform-noise, afr-1, …: see --list")
     parser.add_argument("--row", help="a row of the table, as in cifar10-100 (default: all)")
     parser.add_argument("--data", type=Path, help="your copy of the data set")
     parser.add_argument("--methods", nargs="+", metavar="M", help="some of the row's (default all)")
@@ -207,8 +207,9 @@ def _run(
     _say(f"\n{comparison(recipe, records)}")
     folder = options.out / recipe.name
     command, published = _command(recipe, options), published_figures([recipe])
+    shown = [*records, *derived_records(recipe, records)]
     page = by_first(
-        lambda: write_page(records, folder, published, recipe.source, command), current_group()
+        lambda: write_page(shown, folder, published, recipe.source, command), current_group()
     )
     _say(f"\nReport: {page}")
 

@@ -26,6 +26,8 @@ class EpsilonLog(nn.Module):
     wrong: Tensor
     visits: Tensor
     histogram: Tensor
+    total: Tensor
+    seen: Tensor
 
     def __init__(self, labels: Tensor, wrong: Tensor | None, num_classes: int, epochs: int) -> None:
         super().__init__()
@@ -37,6 +39,9 @@ class EpsilonLog(nn.Module):
         # [class, label wrong, ε > 0] and [label wrong, bin of ε over (−1, 1)]
         self.register_buffer("visits", torch.zeros(num_classes, 2, 2, dtype=torch.int64))
         self.register_buffer("histogram", torch.zeros(2, HISTOGRAM_BINS, dtype=torch.int64))
+        # The sum of ε of each sample, and its visits.
+        self.register_buffer("total", torch.zeros(len(labels), dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(len(labels), dtype=torch.int64))
 
     @torch.no_grad()
     def __call__(self, trainer: Any, batch: Sequence[Any], result: Any) -> None:
@@ -50,6 +55,17 @@ class EpsilonLog(nn.Module):
         adversarial = (epsilon > 0).long()
         self.visits.view(-1).index_add_(0, 4 * labels + 2 * wrong + adversarial, one)
         self.histogram.view(-1).index_add_(0, HISTOGRAM_BINS * wrong + epsilon_bins(epsilon), one)
+        self.total.index_add_(0, index, epsilon.to(self.total.dtype))
+        self.seen.index_add_(0, index, one)
+
+    def mean_epsilon(self) -> Tensor | None:
+        """The mean ε of each sample over its visits, (N) float64 on the CPU; NaN without any.
+
+        None where the method learns no ε.
+        """
+        if not self.seen.any():
+            return None
+        return (self.total / self.seen).cpu()
 
     def as_record(self) -> dict[str, Any] | None:
         """Shares of adversarial visits and histograms, for a run's record; None without any."""

@@ -1,6 +1,5 @@
 """The first phase of a run, trained once for all runs of a folder that begin alike."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def first_phase_digest(recipe: Recipe, trainer: Trainer, split: Split) -> str:
     data = {
         "reader": recipe.data["reader"],
         "train": fingerprint(split.train),
-        "model": dataclasses.asdict(recipe.model),
+        "model": recipe.model.as_record(),
     }
     return digest(trainer.config, data)
 

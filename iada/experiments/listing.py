@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from iada.experiments.metrics import METRICS, mean_std
-from iada.experiments.recipe import Recipe
+from iada.experiments.recipe import DerivedEntry, MethodEntry, Recipe
 from iada.experiments.records import Record, deviations_of
 from iada.experiments.report.table import Cell, Table
 from iada.experiments.report.tables import percent
@@ -37,8 +37,9 @@ def comparison(recipe: Recipe, records: Sequence[Record]) -> str:
         if epoch == recipe.selection:
             head.append("published")
     rows = []
-    for entry in recipe.methods:
-        runs = [record for record in records if record["method"] == entry.key]
+    records = [*records, *derived_records(recipe, records)]
+    for key, entry in _entries(recipe).items():
+        runs = [record for record in records if record["method"] == key]
         if not runs and not entry.published:
             continue
         spreads = mean_std(runs)
@@ -63,9 +64,31 @@ def published_figures(recipes: Iterable[Recipe]) -> dict[tuple[str, str], Mappin
     return {
         (recipe.name, entry.title): entry.published
         for recipe in recipes
-        for entry in recipe.methods
+        for entry in _entries(recipe).values()
         if entry.published
     }
+
+
+def _entries(recipe: Recipe) -> dict[str, MethodEntry | DerivedEntry]:
+    """The rows of its table that have figures of their own, by key."""
+    entries: dict[str, MethodEntry | DerivedEntry] = {entry.key: entry for entry in recipe.methods}
+    return entries | recipe.derived
+
+
+def derived_records(recipe: Recipe, records: Iterable[Record]) -> list[Record]:
+    """A record for each derived row of the recipe and each run that it is read off."""
+    derived = []
+    for record in records:
+        for key, entry in recipe.derived.items():
+            if record["method"] == entry.of:
+                figures = {
+                    epoch: {m: record[epoch].get(source) for m, source in entry.metrics.items()}
+                    for epoch in ("last", "best")
+                }
+                names = ("experiment", "title", "seed", "settings", "deviations", "class_counts")
+                copied = {name: record.get(name) for name in (*names, "best_epoch", "best_by")}
+                derived.append({**copied, "method": key, "method_name": entry.title, **figures})
+    return derived
 
 
 def _published(figure: float | None) -> Cell:

@@ -40,6 +40,8 @@ METRICS = {
     "weighted_average": "Average, weighted",
     "worst_group": "Worst group",
     "ece": "Calibration error",
+    "posthoc_top1": "Top-1, post-hoc LA",
+    "posthoc_precision": "Precision, post-hoc LA",
 }
 
 
@@ -107,6 +109,10 @@ def measure(
     metrics["few"] = _mean(accuracy[counts < FEW])
     metrics["precision"] = class_macro_precision(table)
     metrics["ece"] = calibration_error(logits, labels.to(logits.device))
+    adjusted = posthoc_predictions(logits, counts)
+    posthoc = confusion_matrix(adjusted, labels, num_classes)
+    metrics["posthoc_top1"] = float(_ratio(posthoc.diagonal().sum(), posthoc.sum()))
+    metrics["posthoc_precision"] = class_macro_precision(posthoc)
     by_group = None
     if groups is not None:
         size = len(group_names) or int(groups.max()) + 1
@@ -124,6 +130,14 @@ def measure(
         names = list(group_names) or [str(group) for group in range(size)]
         by_group = dict(zip(names, map(number_or_none, share), strict=True))
     return Measured(metrics, table.tolist(), by_group)
+
+
+def posthoc_predictions(logits: Tensor, class_counts: Tensor) -> Tensor:
+    """Predictions (N) of the logits less log π: Logit Adjustment after training (Menon et al.).
+
+    A class without training images is taken to have one.
+    """
+    return (logits.double().cpu() - class_counts.clamp(min=1).double().log()).argmax(dim=1)
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:

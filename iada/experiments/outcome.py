@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from iada.experiments.datasets import Labelled
@@ -65,8 +66,14 @@ def curve(history: Sequence[Mapping[str, Any]], terms: TermsLog) -> list[dict[st
     ]
 
 
-def covariance_diagnostics(trainer: Trainer, train: Dataset) -> dict[str, Any]:
-    """The spectrum of Σ and how tight the surrogate is, where the method has a Σ."""
+def covariance_diagnostics(
+    trainer: Trainer, train: Dataset, epsilon: Tensor | None
+) -> dict[str, Any]:
+    """The spectrum of Σ and how tight the surrogate is, where the method has a Σ.
+
+    epsilon: of each training sample, (N), what it was in training; None for a method without. A
+    sample that was not visited has 0.
+    """
     covariance = trainer.method.covariance
     if covariance is None or covariance.covariance.shape[:2].numel() > MOST_EIGENVALUES:
         return {"spectrum": None, "surrogate": None}
@@ -80,6 +87,7 @@ def covariance_diagnostics(trainer: Trainer, train: Dataset) -> dict[str, Any]:
         None if head.bias is None else head.bias.detach().cpu(),
         outputs.labels,
         covariance=covariance.covariance.cpu(),
+        epsilon=None if epsilon is None else epsilon[rows].nan_to_num(0.0).float(),
         alpha=float(trainer.method.alpha),
         samples=200,
     )

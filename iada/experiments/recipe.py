@@ -26,6 +26,9 @@ class ModelSettings:
     """[model]: what is trained, and how images reach it.
 
     backbone: as `iada.models.build_backbone` takes it.  pretrained: with its library's weights.
+    weights: which of these, as "IMAGENET1K_V1"; or, not pretrained, the path of a file as
+    `iada.models.load_weights` takes it.  frozen: the head alone is trained; the backbone stays as
+    it is, its BatchNorm in evaluation mode.
     augment: "none"; "crop-flip"; or "autoaugment-cutout", for small images: AutoAugment and CutOut
     too, but not in AFR's second stage.  image_size: height and width of images read from files.
     """
@@ -34,12 +37,19 @@ class ModelSettings:
     pretrained: bool = False
     augment: str = "crop-flip"
     image_size: int = 32
+    weights: str = ""
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.augment not in AUGMENTS:
             wanted = " or ".join(map(repr, AUGMENTS))
             raise complain("augment", wanted, repr(self.augment), "pass one of these")
+
+    def as_record(self) -> dict[str, Any]:
+        """For records and digests; a later field enters only where it is not what it was before."""
+        values = dataclasses.asdict(self)
+        return {n: v for n, v in values.items() if v or n not in ("weights", "frozen")}
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,19 @@ class MethodEntry:
 
 
 @dataclass(frozen=True)
+class DerivedEntry:
+    """A row of a table that other figures of a method's runs make: nothing is trained for it.
+
+    of: the method's key.  metrics: for each of the table's, the one of METRICS to show.
+    """
+
+    title: str
+    of: str
+    metrics: dict[str, str]
+    published: Figures = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One experiment.
 
@@ -66,6 +89,7 @@ class Recipe:
     data: the reader's name in `iada.experiments.datasets.READERS`, as "reader", and its options.
     scenario: the name in `iada.experiments.scenarios.SCENARIOS`, as "name", and its parameters.
     published: rows of the table that have no method here.
+    derived: rows that need no training of their own, by key.
     """
 
     name: str
@@ -79,6 +103,7 @@ class Recipe:
     model: ModelSettings
     methods: tuple[MethodEntry, ...]
     published: dict[str, Figures] = field(default_factory=dict)
+    derived: dict[str, DerivedEntry] = field(default_factory=dict)
 
     @property
     def row(self) -> str:
@@ -158,7 +183,7 @@ def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) ->
 def _build(name: str, sections: dict[str, Any]) -> Recipe:
     about = sections["experiment"]
     unknown = set(sections) - {"experiment", "data", "scenario", "model", "trainer", "methods"}
-    unknown -= {"published"}
+    unknown -= {"published", "derived"}
     if unknown:
         raise complain(f"{name} [{min(unknown)}]", "a known section", "another", "rename it")
     for metric in about["metrics"]:
@@ -176,6 +201,7 @@ def _build(name: str, sections: dict[str, Any]) -> Recipe:
             _method_entry(key, values, sections.get("trainer", {}))
             for key, values in sections["methods"].items()
         )
+        derived = {k: DerivedEntry(**values) for k, values in sections.get("derived", {}).items()}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
     data = dict(sections["data"])
@@ -191,6 +217,7 @@ def _build(name: str, sections: dict[str, Any]) -> Recipe:
         model=model,
         methods=methods,
         published=sections.get("published", {}),
+        derived=derived,
     )
 
 
@@ -223,7 +250,7 @@ def _root() -> Traversable:
 def _order(name: str) -> tuple[int, int]:
     """The papers' tables in their order, then figures, then what is not of a paper."""
     folder = name.split("/")[0]
-    kinds = ("table", "figure", "afr-table", "controls", "digits")
+    kinds = ("table", "uniform-noise", "figure", "afr-table", "controls", "frozen", "digits")
     kind = next(rank for rank, start in enumerate(kinds) if folder.startswith(start))
     return kind, int("".join(filter(str.isdigit, folder)) or 0)
 

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from iada.experiments.experiment import Limits, Views, make_views, shorter
 from iada.experiments.first_phase import FOLDER, first_phase_digest, take_up_first_phase
 from iada.experiments.outcome import covariance_diagnostics, curve, last_and_best, measured_on
-from iada.experiments.recipe import MethodEntry, Recipe
+from iada.experiments.recipe import MethodEntry, ModelSettings, Recipe
 from iada.experiments.records import RECORD, equal_run, previous_record, write_record
 from iada.experiments.scenarios import Split
 from iada.experiments.watch import Watch
-from iada.models import build_backbone
+from iada.models import build_backbone, load_weights
 from iada.training.first_phase import can_share, first_phase_config
 from iada.training.trainer import CHECKPOINT, Trainer
 from iada.utils.checks import complain
@@ -118,7 +119,7 @@ def _run(planned: PlannedRun) -> dict[str, Any]:
             "group_accuracy": last.group_accuracy,
             "curve": curve(trainer.history, watch.terms),
             "epsilon": watch.epsilon.as_record(),
-            **covariance_diagnostics(trainer, views.train),
+            **covariance_diagnostics(trainer, views.train, watch.epsilon.mean_epsilon()),
             # Of this call alone, where a run was interrupted.
             "seconds": None if resumed else seconds,
             "machine": machine | ({"processes": str(processes)} if processes > 1 else {}),
@@ -150,13 +151,7 @@ def build_trainer(planned: PlannedRun) -> tuple[Trainer, Views, Watch]:
     config, split, options = planned.entry.trainer, planned.split, planned.options
     views = make_views(planned.recipe, planned.entry, split, options.device)
     torch.manual_seed(config.seed)
-    model = planned.recipe.model
-    backbone, head = build_backbone(
-        model.backbone,
-        split.train.num_classes,
-        pretrained=model.pretrained,
-        image_size=model.image_size,
-    )
+    backbone, head = _build_model(planned.recipe.model, split.train.num_classes)
     watch = Watch.of(split, config.epochs, options.device)
 
     def measures(trainer: Trainer) -> dict[str, float | None]:
@@ -189,6 +184,26 @@ def build_trainer(planned: PlannedRun) -> tuple[Trainer, Views, Watch]:
     return trainer, views, watch
 
 
+def _build_model(model: ModelSettings, num_classes: int) -> tuple[nn.Module, nn.Linear]:
+    if model.frozen and not (model.pretrained or model.weights):
+        remedy = "pass --set model.weights=FILE, or model.frozen=false"
+        raise complain("model.weights", "a file, as the backbone is frozen", "none", remedy)
+    backbone, head = build_backbone(
+        model.backbone,
+        num_classes,
+        pretrained=model.pretrained,
+        weights=model.weights if model.pretrained else "",
+        image_size=model.image_size,
+    )
+    if model.weights and not model.pretrained:
+        load_weights(backbone, head, model.weights)
+    if model.frozen:
+        backbone.requires_grad_(False)
+        for child in backbone.children():  # the trainer leaves parts in evaluation mode so
+            child.eval()
+    return backbone, head
+
+
 def _share_first_phase(planned: PlannedRun, trainer: Trainer) -> None:
     """Start from the epochs of CE that other runs of the folder have in common with this one."""
     root = planned.options.root
@@ -211,7 +226,7 @@ def _request(planned: PlannedRun, trainer: Trainer) -> dict[str, Any]:
         "method_name": entry.title,
         "seed": entry.trainer.seed,
         "settings": dataclasses.asdict(trainer.config),
-        "model": dataclasses.asdict(recipe.model),
+        "model": recipe.model.as_record(),
         "split": split.record,
         "deviations": planned.deviations,
         "class_counts": split.train.class_counts().tolist(),

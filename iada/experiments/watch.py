@@ -56,4 +56,5 @@ class Watch:
 
     def _load(self, state: dict[str, Any]) -> None:
         self.terms.load_state_dict(state["terms"])
-        self.epsilon.load_state_dict(state["epsilon"])
+        missing = {name: torch.zeros_like(v) for name, v in self.epsilon.state_dict().items()}
+        self.epsilon.load_state_dict(missing | state["epsilon"])  # of versions that counted less

@@ -25,7 +25,12 @@ LIBRARIES = ("torchvision", "timm", "transformers")
 
 
 def build_backbone(
-    name: str, num_classes: int, *, pretrained: bool = False, image_size: int = 224
+    name: str,
+    num_classes: int,
+    *,
+    pretrained: bool = False,
+    weights: str = "",
+    image_size: int = 224,
 ) -> tuple[nn.Module, nn.Linear]:
     """A backbone by name, and a linear head for `num_classes`.
 
@@ -35,6 +40,7 @@ def build_backbone(
             that AutoModelForSequenceClassification loads, such as distilbert-base-uncased.
         pretrained: the library's own weights, which it downloads where it does not have them yet.
             A folder of transformers has its weights anyway, and False starts from new ones.
+        weights: of torchvision's pretrained ones which, as "IMAGENET1K_V1"; "" takes its newest.
         image_size: height and width of the images, for architectures that depend on it.
 
     Raises:
@@ -62,13 +68,16 @@ def build_backbone(
         ids = torch.ones(1, 4, dtype=torch.int64)
         example: Any = {"input_ids": ids, "attention_mask": ids.clone()}
     else:
-        model = _vision(module, library, model_name, num_classes, pretrained)
+        chosen = weights or "DEFAULT" if pretrained else None
+        model = _vision(module, library, model_name, num_classes, chosen)
         example = torch.zeros(1, 3, image_size, image_size)
     return split_classifier(model, example, num_classes)
 
 
-def _vision(module: Any, library: str, name: str, num_classes: int, pretrained: bool) -> nn.Module:
-    """A pretrained one keeps its classes: `split_classifier` gives it a new head."""
+def _vision(
+    module: Any, library: str, name: str, num_classes: int, weights: str | None
+) -> nn.Module:
+    """One with weights keeps their classes: `split_classifier` gives it a new head."""
     if library == "torchvision":
         known = module.models.list_models(module=module.models)  # classifiers only
     else:
@@ -78,10 +87,14 @@ def _vision(module: Any, library: str, name: str, num_classes: int, pretrained: 
         wanted = f"a model of {library}" + (f", such as {', '.join(close)}" if close else "")
         remedy = f"see {library}'s list_models()"
         raise complain("backbone", wanted, repr(name), remedy)
-    options: dict[str, Any] = {} if pretrained else {"num_classes": num_classes}
+    options: dict[str, Any] = {} if weights else {"num_classes": num_classes}
     if library == "timm":
-        return module.create_model(name, pretrained=pretrained, **options)
-    return module.models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+        return module.create_model(name, pretrained=bool(weights), **options)
+    try:
+        return module.models.get_model(name, weights=weights, **options)
+    except (ValueError, KeyError) as error:
+        known = ", ".join(module.models.get_model_weights(name).__members__)
+        raise complain("weights", f"one of {known}", repr(weights), "or leave it out") from error
 
 
 def _transformer(module: Any, path: str, num_classes: int, pretrained: bool) -> nn.Module:

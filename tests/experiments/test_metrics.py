@@ -46,6 +46,17 @@ def test_agrees_with_scikit_learn():
     assert found.metrics["worst_group"] is None
 
 
+def test_post_hoc_adjustment_takes_log_pi_off_the_logits():
+    logits, labels = draw()
+    predicted = (logits - torch.log(torch.tensor(COUNTS))).argmax(dim=1)
+    found = measure(logits, labels, COUNTS).metrics
+    assert found["posthoc_top1"] == sklearn_metrics.accuracy_score(labels, predicted)
+    want = sklearn_metrics.precision_score(labels, predicted, average="macro", zero_division=0)
+    assert found["posthoc_precision"] == pytest.approx(want, abs=1e-12)
+    assert found["posthoc_top1"] != found["top1"]
+    assert measure(logits, labels, [0, *COUNTS[1:]]).metrics["posthoc_top1"] is not None
+
+
 def test_precision_is_over_the_classes_that_have_samples():
     # Class 1 is never predicted, class 2 is predicted but has no sample, class 3 is neither.
     logits, labels = hits([(0, 0), (0, 0), (0, 2), (1, 0), (1, 0)], 4)

@@ -19,9 +19,16 @@ from iada.experiments.datasets.civilcomments import MEMBERS
 from iada.experiments.epsilon_log import EpsilonLog
 from iada.experiments.experiment import Limits, first_of_each, make_split, read_parts
 from iada.experiments.first_phase import FOLDER as FIRST_PHASES
-from iada.experiments.listing import comparison
+from iada.experiments.listing import comparison, derived_records, published_figures
 from iada.experiments.metrics import METRICS
-from iada.experiments.recipe import load, names, parse_change, shortened, table_name
+from iada.experiments.recipe import (
+    DerivedEntry,
+    load,
+    names,
+    parse_change,
+    shortened,
+    table_name,
+)
 from iada.experiments.records import read_records
 from iada.meta.step_result import MetaStep
 from iada.training.first_phase import can_share, first_phase_config
@@ -47,6 +54,7 @@ def test_every_row_of_the_tables_has_a_recipe():
         *(f"table{place}" for place in range(2, 8)),
         "figure6",
         "afr-table1",
+        "uniform-noise",
         "controls",
         "digits",
     }
@@ -63,11 +71,15 @@ def test_every_recipe_is_whole(name):
     assert recipe.needs
     assert set(recipe.metrics) <= set(METRICS)
     assert len({entry.title for entry in recipe.methods}) == len(recipe.methods)
-    figures = [entry.published for entry in recipe.methods]
+    keys = {entry.key for entry in recipe.methods}
+    figures = [entry.published for entry in (*recipe.methods, *recipe.derived.values())]
+    for entry in recipe.derived.values():
+        assert entry.of in keys
+        assert {*entry.metrics.values(), *entry.metrics} <= set(METRICS)
     for published in (*figures, *recipe.published.values()):
         assert set(published) <= set(recipe.metrics)
         assert all(20 < value < 100 for value in published.values())
-    if not name.startswith(("figure", "digits")):
+    if not name.startswith(("figure", "digits", "uniform-noise")):
         assert any(figures)
     for entry in recipe.methods:
         assert entry.trainer.ce_epochs < entry.trainer.epochs
@@ -94,6 +106,37 @@ def test_every_recipe_is_whole(name):
 def test_published_figures(name, method, metric, percent):
     own = {entry.key: entry for entry in load(name).methods}
     assert own[method].published[metric] == percent
+
+
+def test_what_recipes_owe_to_the_sources():
+    """Settings that the quoted figures were made with, each with its source in the recipe."""
+    for protocol in ("alt", "clt", "glt"):
+        recipe = load(f"table4/imagenet-{protocol}")
+        assert recipe.model.image_size == 112
+        quoted = {c.key: c.trainer for c in recipe.methods if "momentum 0" in c.title}
+        assert set(quoted) == {"ce-without-momentum", "ldam-drw", "logit-adjustment"}
+        assert {trainer.momentum for trainer in quoted.values()} == {0.0}
+        assert quoted["ldam-drw"].reweight_from == 0.8
+        assert recipe.derived["la-post-hoc"].of == "ce-without-momentum"
+    assert load("table4/imagenet-clt").derived["la-post-hoc"].published["top1"] == 46.53
+    inat = load("table3/inat2018")
+    assert inat.model.frozen
+    assert inat.scenario["meta_in_train"]
+    for row in ("celeba", "cmnist", "waterbirds"):
+        model = load(f"table6/{row}").model
+        assert (model.pretrained, model.weights) == (True, "IMAGENET1K_V1")
+        assert model.augment == "none"
+    ldam = {c.key: c.trainer for c in load("table2/cifar10-100").methods}["ldam-drw"]
+    assert (ldam.warmup_epochs, ldam.weight_decay) == (5.0, 2e-4)
+    uniform = load("uniform-noise/cifar10-40")
+    assert uniform.model.backbone == "wrn-28-10"
+    assert {(c.trainer.epochs, c.trainer.milestones) for c in uniform.methods} == {(60, (50, 55))}
+
+
+def test_the_model_in_a_digest_is_that_of_before_there_were_choices():
+    names = {"backbone", "pretrained", "augment", "image_size"}
+    assert set(load("table2/cifar10-100").model.as_record()) == names
+    assert set(load("table3/inat2018").model.as_record()) == {*names, "frozen"}
 
 
 def test_ablations_leave_out_one_term_each():
@@ -286,6 +329,43 @@ def test_meta_images_as_training_images(images, tmp_path):
     assert "meta" not in records["ce-with-meta"]["split"]["from"]
 
 
+def test_a_frozen_backbone_stays_as_its_file_has_it(images, tmp_path, capsys):
+    def command(out, *changes):
+        words = [*ROW[: ROW.index("--set")], "--data", str(images), "--epochs", "2"]
+        words += ["--out", str(tmp_path / out), "--methods", "ce", "meta-iada"]
+        return main([*words, "--set", *SMALLER, *changes])
+
+    def state(out, method):
+        path = tmp_path / out / "table2/cifar10-100" / method / "seed0/checkpoint.pt"
+        return path, torch.load(path, weights_only=True)
+
+    frozen = ("model.frozen=true", "trainer.scope=head")
+    assert command("trained") == 0
+    assert command("frozen", *frozen) == 2
+    assert "model.weights: expected a file" in capsys.readouterr().err
+    file, trained = state("trained", "ce")
+    assert command("frozen", *frozen, f"model.weights={file}") == 0
+    for method in ("ce", "meta-iada"):
+        _, after = state("frozen", method)
+        for name, value in trained["backbone"].items():  # BatchNorm's statistics too
+            assert torch.equal(after["backbone"][name], value)
+        assert not torch.equal(after["head"]["weight"], trained["head"]["weight"])
+
+
+def test_a_derived_row_is_read_off_a_methods_runs():
+    derived = {"post-hoc": DerivedEntry("Post-hoc LA", "ce", {"top1": "posthoc_top1"}, {"top1": 9})}
+    recipe = replace(load("table2/cifar10-100"), derived=derived)
+    figures = {"top1": 0.5, "posthoc_top1": 0.75}
+    record = {"experiment": recipe.name, "method": "ce", "seed": 0, "last": figures}
+    record |= {"best": figures, "best_epoch": 3, "best_by": "test_top1"}
+    (row,) = derived_records(recipe, [record])
+    assert (row["method"], row["last"], row["seed"]) == ("post-hoc", {"top1": 0.75}, 0)
+    assert published_figures([recipe])[recipe.name, "Post-hoc LA"] == {"top1": 9}
+    shown = {line[:11].strip(): line.split() for line in comparison(recipe, [record]).splitlines()}
+    assert shown["Post-hoc LA"][-3:] == ["75.00", "75.00", "9.00"]
+    assert shown["CE"][-3:-1] == ["50.00", "50.00"]
+
+
 def test_controls_share_one_first_phase():
     arms = {c.key: c for c in load("controls/cifar10-100").methods}
     deferred = [arm for arm in arms.values() if arm.trainer.ce_epochs]
@@ -447,6 +527,9 @@ def test_epsilon_is_counted_by_class_and_label():
     assert sum(found["histogram_clean"]) == 3
     assert found["histogram_flipped"][0] == 1
     json.dumps(found)
+    again = MetaStep(torch.zeros(()), torch.zeros(()), torch.tensor([0.2]))
+    counts(type("Run", (), {"epoch": 9}), (None, labels[:1], torch.arange(1)), again)
+    assert counts.mean_epsilon().tolist() == pytest.approx([0.35, -0.5, 0.5, -0.2, -1.0])
 
 
 def test_the_command_on_a_page_is_the_whole_one():

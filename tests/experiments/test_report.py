@@ -387,6 +387,20 @@ def test_parts_of_epsilon(sketch, tmp_path):
     assert "adversarial-share" not in names([record])
 
 
+def test_an_untrained_network_is_the_control(sketch):
+    record = make_record("meta-iada")
+    control = make_record("meta-iada", method_name="Ω untrained")
+    control["settings"] = record["settings"] | {"perturbation": "untrained"}
+    control["epsilon"] = record["epsilon"] | {"share_clean": 0.52, "share_flipped": 0.48}
+    record["settings"] |= {"perturbation": "learned"}
+    found = names([record, control])
+    assert "owe nothing to learning" in found["adversarial-share"].caption
+    assert found["adversarial-share"].alt.count("from 26.0") == 2
+    assert "52.0 % of the visits with a right label" in found["clean-flipped"].caption
+    assert "48.0 % with a flipped one" in found["clean-flipped"].caption
+    assert "Control" not in found["clean-flipped-1"].caption
+
+
 def test_many_classes_and_one_class_without_samples(sketch, tmp_path):
     record = make_record("meta-iada", classes=100)
     record["confusion"][7] = [0] * 100

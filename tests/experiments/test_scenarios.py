@@ -231,6 +231,23 @@ def test_data_without_a_test_part_is_tested_on_validation():
     assert as_given(parts, meta_per_class=0).meta is None
 
 
+def test_meta_images_may_stay_in_train():
+    """As MetaSAug's code has it for iNaturalist, whose smallest classes have two images."""
+    parts = {"train": balanced(4, 2), "validation": balanced(4, 3, 1)}
+    options = {"meta_per_class": 2, "meta_from": "train", "meta_in_train": True}
+    split = as_given(parts, **options)
+    assert split.train.class_counts().tolist() == [2] * 4
+    assert split.meta.class_counts().tolist() == [2] * 4
+    assert torch.equal(split.rows["meta"], split.rows["train"])
+    assert split.record["parameters"]["meta_in_train"]
+    with pytest.raises(ValueError, match="with_meta: .* one that is among them already"):
+        split.with_meta_in_train()
+    with pytest.raises(ValueError, match="meta_in_train: expected .* meta_from='validation'"):
+        as_given(parts, meta_in_train=True)
+    with pytest.raises(ValueError, match="class 'class0': expected at least 3"):
+        as_given(parts, meta_per_class=2, meta_from="train")
+
+
 def clustered(sizes, classes=2, seed=0):
     """Features in clear clusters, and each sample's cluster."""
     clusters = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).repeat(

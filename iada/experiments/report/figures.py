@@ -61,10 +61,13 @@ def draw_all(
     add("sensitivity", _sensitivity, variants, headline)
     add("confusion", _confusion, main)
     add("curves", _curves, main)
-    for number, variant in enumerate([variant for variant in main if variant.has("epsilon")]):
+    with_epsilon = [variant for variant in main if variant.has("epsilon")]
+    untrained = [v for v in with_epsilon if setting(v.records[0], "perturbation") == "untrained"]
+    for number, variant in enumerate(with_epsilon):
         ending = f"-{number}" if number else ""
-        add(f"adversarial-share{ending}", _adversarial_share, variant)
-        add(f"clean-flipped{ending}", _clean_against_flipped, variant)
+        control = [] if variant in untrained else untrained[:1]
+        add(f"adversarial-share{ending}", _adversarial_share, [variant, *control])
+        add(f"clean-flipped{ending}", _clean_against_flipped, variant, control)
     add("terms", _terms, main)
     add("surrogate", _surrogate, main)
     add("spectrum", _spectra, main)
@@ -173,31 +176,39 @@ def _groups(name: str, title: str, variants: Sequence[Variant]) -> Picture | Non
     return bars(name, caption, names, _series(variants, row))
 
 
-def _adversarial_share(name: str, title: str, variant: Variant) -> Picture | None:
-    rows = [r for r in variant.has("epsilon") if r["epsilon"].get("class_share")]
+def _adversarial_share(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+    """Of the first variant, beside that of its control if there is one."""
+    rows = [r for r in variants[0].has("epsilon") if r["epsilon"].get("class_share")]
     if not rows:
         return None
     order = _by_size(rows[0], len(rows[0]["epsilon"]["class_share"]))
-    series = _series([variant], lambda r: (r.get("epsilon") or {}).get("class_share"))
+    series = _series(variants, lambda r: (r.get("epsilon") or {}).get("class_share"))
     if not series:
         return None
     names = _class_names(rows[0]) or [f"C{index + 1}" for index in range(len(order))]
     caption = (
-        f"Share of adversarial samples (ε > 0) in each class late in training, {variant.label}, "
-        f"{title}: the paper's Fig. 3. Classes run from most to fewest training images."
+        f"Share of adversarial samples (ε > 0) in each class late in training, "
+        f"{variants[0].label}, {title}: the paper's Fig. 3. Classes run from most to fewest "
+        "training images."
     )
+    if len(variants) > 1:
+        caption += f" Beside it {variants[1].label}, whose shares owe nothing to learning."
     ordered = [Series(one.label, one.style, one.values[:, order]) for one in series]
     ordered_names = [names[index] for index in order]
     return bars(name, caption, ordered_names, ordered, "adversarial (%)", height=2.6)
 
 
-def _clean_against_flipped(name: str, title: str, variant: Variant) -> Picture | None:
-    logs = [
-        record["epsilon"]
-        for record in variant.has("epsilon")
-        if record["epsilon"].get("share_flipped") is not None
-        and record["epsilon"].get("share_clean") is not None
-    ]
+def _label_logs(variant: Variant) -> list[Mapping[str, Any]]:
+    """What ε did by right and wrong label, of the runs that know which are wrong."""
+    keys = ("share_flipped", "share_clean")
+    logs = [record["epsilon"] for record in variant.has("epsilon")]
+    return [log for log in logs if all(log.get(key) is not None for key in keys)]
+
+
+def _clean_against_flipped(
+    name: str, title: str, variant: Variant, control: Sequence[Variant]
+) -> Picture | None:
+    logs = _label_logs(variant)
     if not logs:
         return None
     shares = 100 * np.array([[log["share_clean"], log["share_flipped"]] for log in logs])
@@ -209,6 +220,16 @@ def _clean_against_flipped(name: str, title: str, variant: Variant) -> Picture |
         f"ε of samples with right and with flipped labels late in training, {variant.label}, "
         f"{title}: the paper's Fig. 4. ε < 0 is anti-adversarial."
     )
+    for other in control:
+        if logs := _label_logs(other):
+            right, wrong = (
+                100 * np.mean([log[key] for log in logs])
+                for key in ("share_clean", "share_flipped")
+            )
+            caption += (
+                f" Control: of {other.label}, {right:.1f} % of the visits with a right label are "
+                f"adversarial and {wrong:.1f} % with a flipped one."
+            )
     return epsilon_by_label(name, caption, shares, clean, flipped)
 
 

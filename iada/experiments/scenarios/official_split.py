@@ -32,6 +32,7 @@ def as_given(
     *,
     meta_per_class: int = 10,
     meta_from: str = "validation",
+    meta_in_train: bool = False,
     seed: int = 0,
 ) -> Split:
     """The parts as they were read, less a meta set of `meta_per_class` images a class (0: none).
@@ -39,20 +40,32 @@ def as_given(
     They come out of the validation images, or the training images, which keep one of each class
     at least. A data set without a test part (iNaturalist 2018) is tested on what is left of its
     validation part, and has no validation set then.
+
+    meta_in_train: images that come out of the training images stay there too, as MetaSAug's code
+    has it for iNaturalist (Li et al., 2021), whose smallest classes have two images.
     """
     check_count("meta_per_class", meta_per_class, 0)
     source = _source(parts, meta_from) if meta_per_class else None
-    request = {
+    request: dict[str, Any] = {
         "scenario": "given",
         "parameters": {"meta_per_class": meta_per_class, "meta_from": meta_from},
         "seed": seed,
     }
+    if meta_in_train:
+        if meta_from != "train":
+            expected = "meta images out of the training images to stay there"
+            got = f"meta_from={meta_from!r}"
+            raise complain("meta_in_train", expected, got, "pass meta_from='train'")
+        request["parameters"] |= {"meta_in_train": True}
     if source is None:
         return _split(parts, meta_from, None, request)
-    spare = 1 if meta_from == "train" or "test" not in parts else 0
+    all_used = meta_in_train or (meta_from == "validation" and "test" in parts)
+    spare = 0 if all_used else 1
     rng = np.random.default_rng(seed)
     names = source.class_names
     chosen = pick_evenly(source.labels, names, meta_per_class, rng, "class", spare)
+    if meta_in_train:
+        chosen = chosen._replace(left=all_rows(source))
     return _split(parts, meta_from, chosen, request)
 
 

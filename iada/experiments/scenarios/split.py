@@ -52,7 +52,8 @@ class Split:
         train_labels: the training labels with noise; the others are the data set's own.
         """
         chosen = {name: piece for name, piece in pieces.items() if piece is not None}
-        _check_apart(chosen)
+        shared = request["parameters"].get("meta_in_train", False)
+        _check_apart({n: piece for n, piece in chosen.items() if n != "meta" or not shared})
         record = {
             **request,
             "from": {name: part for name, (part, _) in chosen.items()},
@@ -92,9 +93,11 @@ class Split:
         where it comes from another part of the data set than the training samples.
         """
         source = self.record["from"]
-        if self.meta is None or source["meta"] != source["train"]:
+        inside = self.record["parameters"].get("meta_in_train", False)
+        if self.meta is None or source["meta"] != source["train"] or inside:
             got = "none" if self.meta is None else f"one from {source['meta']!r}"
-            expected = "a meta set from the part of the training samples"
+            got = "one that is among them already" if inside else got
+            expected = "a meta set from the part of the training samples, and apart from these"
             raise complain("with_meta", expected, got, "leave with_meta out")
         rows = {name: piece for name, piece in self.rows.items() if name != "meta"}
         rows["train"] = torch.cat([self.rows["train"], self.rows["meta"]])

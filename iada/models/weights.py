@@ -1,0 +1,76 @@
+"""Weights of a file in a backbone and its head."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iada.utils.checks import complain
+
+
+def load_weights(backbone: nn.Module, head: nn.Linear, path: str | Path) -> bool:
+    """Load a state dict into `backbone`, and into `head` where the file has one of its shape.
+
+    The file is what `torch.save` wrote of a state dict, or of nested dicts with one inside: a
+    checkpoint of `iada.Trainer`, a first phase, one of DistributedDataParallel ("module." before
+    each name), cRT's. It is read without running code. BatchNorm's number of batches may be absent.
+
+    Returns whether the head was loaded. Raises ValueError for a file that cannot be read or has
+    not all weights of the backbone; nothing is changed then.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes can fail in any way
+        got = str(error).splitlines()[0] if str(error) else type(error).__name__
+        remedy = "pass what torch.save wrote of a state dict"
+        raise complain(str(path), "a file of weights", got, remedy) from error
+    tensors = dict(_named_tensors(content, ""))
+    state = _state_of(backbone, tensors)
+    if state is None:
+        first = next(iter(backbone.state_dict()))
+        got = f"{len(tensors)} tensors, not all that begin or end as {first!r}"
+        raise complain(str(path), "the weights of this backbone", got, "pass its own file")
+    backbone.load_state_dict(state, strict=False)
+    weights = [
+        name
+        for name, tensor in tensors.items()
+        if name.endswith("weight") and tensor.shape == head.weight.shape
+    ]
+    bias = tensors.get(f"{weights[0].removesuffix('weight')}bias") if len(weights) == 1 else None
+    if len(weights) != 1 or (bias is None) != (head.bias is None):
+        return False
+    with torch.no_grad():
+        head.weight.copy_(tensors[weights[0]])
+        if bias is not None:
+            head.bias.copy_(bias)
+    return True
+
+
+def _named_tensors(content: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(content, Tensor):
+        yield prefix.removesuffix("."), content
+    elif isinstance(content, Mapping):
+        for name, value in content.items():
+            yield from _named_tensors(value, f"{prefix}{name}.")
+
+
+def _state_of(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The backbone's state among tensors whose names have one and the same prefix more."""
+    shapes = {name: value.shape for name, value in backbone.state_dict().items()}
+    needed = [name for name in shapes if not name.endswith("num_batches_tracked")]
+    for wrapper in ("", "model."):  # `split_classifier` keeps the model under this name
+        inner = needed[0].removeprefix(wrapper)
+        for candidate in tensors:
+            if candidate != inner and not candidate.endswith(f".{inner}"):
+                continue
+            prefix = candidate.removesuffix(inner)
+            state = {
+                name: tensors[key]
+                for name in shapes
+                if (key := prefix + name.removeprefix(wrapper)) in tensors
+            }
+            if all(name in state and state[name].shape == shapes[name] for name in needed):
+                return state
+    return None
