@@ -35,7 +35,7 @@ import iada
 from bench.memory import peak_bytes
 from bench.timing import interleave, ratio
 from iada.models import cifar_resnet
-from iada.training.acceleration import Whole
+from iada.training.acceleration import SingleGraph
 from iada_kernels.environment import environment, headline
 
 CLASSES = 10
@@ -161,7 +161,7 @@ def step_of(name: str, mode: str) -> Callable[[], object]:
     backbone, head = case.backbone(), nn.Linear(case.width, CLASSES)
     if mode in COMPILED:
         functorch_config.donated_buffer = False  # the engine keeps a graph for a second backward
-        backbone = Whole(backbone)
+        backbone = SingleGraph(backbone)
         backbone.compile(dynamic=False)
     parameters = [*backbone.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4)

@@ -164,7 +164,7 @@ class MetaState(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Last epoch's values for the characteristics; before a checkpoint of this step."""
         if state.global_step % len(options["train_dataloader"]) == 0:
-            self.trainer.meta.memory.end_epoch()
+            self.trainer.meta.end_epoch()
 
 
 class Texts(Dataset):

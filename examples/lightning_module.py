@@ -27,28 +27,25 @@ class MetaIADAModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.backbone, self.head = backbone, head
-        self.class_counts = class_counts
-        self.meta: iada.MetaIADA | None = None
-        self.former: dict[str, Any] | None = None
+        parameters = [*backbone.parameters(), *head.parameters()]
+        optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+        # A module: .to(), checkpoints and resuming take Ω, its optimizer, Σ and the memory along.
+        self.meta = iada.MetaIADA(backbone, head, optimizer, class_counts, alpha=0.1)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """SGD with a cosine schedule, stepped below."""
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-        epochs = self.trainer.max_epochs or 1
+        """The classifier's optimizer, with a cosine schedule, stepped below."""
+        optimizer, epochs = self.meta.optimizer, self.trainer.max_epochs or 1
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_train_start(self) -> None:
-        """The model is on its device by now, and a checkpoint was read."""
+        """Steps go through Lightning's optimizer, which counts them."""
         if str(self.trainer.precision).startswith("16"):
             raise ValueError(
                 "precision: expected '32-true' or 'bf16-mixed', got '16-mixed'; its "
                 "scaler would not see the losses: pass precision='bf16-mixed'"
             )
-        optimizer = self.optimizers()  # Lightning's wrapper: it counts the steps
-        self.meta = iada.MetaIADA(self.backbone, self.head, optimizer, self.class_counts, alpha=0.1)
-        if self.former is not None:
-            self.meta.load_state_dict(self.former)
+        self.meta.optimizer = self.optimizers()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One iteration of Algorithm 1."""
@@ -58,7 +55,7 @@ class MetaIADAModule(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Last epoch's values for the characteristics, and the learning rate."""
-        self.meta.memory.end_epoch()
+        self.meta.end_epoch()
         self.lr_schedulers().step()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -66,15 +63,6 @@ class MetaIADAModule(L.LightningModule):
         inputs, labels = batch
         hit = self.head(self.backbone(inputs)).argmax(dim=1) == labels
         self.log("accuracy", hit.float().mean())
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Ω, its optimizer, Σ and the memory go along."""
-        if self.meta is not None:
-            checkpoint["meta_iada"] = self.meta.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Kept until `on_train_start`."""
-        self.former = checkpoint.get("meta_iada")
 
 
 def make_set(counts: list[int], centres: torch.Tensor) -> TensorDataset:

@@ -4,7 +4,8 @@ Zhou et al., "Boosting Model Resilience via Implicit Adversarial Data Augmentati
 """
 
 from iada.meta.meta_iada import MetaIADA
-from iada.meta.step_result import MetaStep
+from iada.meta.method import MetaStep, Method
+from iada.methods.meta_iada import MetaIADAOptions
 from iada.nn.characteristics import TrainingMemory, characteristics
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.divergence import check_divergence
@@ -25,7 +26,9 @@ __all__ = [
     "IADALoss",
     "Indexed",
     "MetaIADA",
+    "MetaIADAOptions",
     "MetaStep",
+    "Method",
     "PerturbationNet",
     "TensorData",
     "Trainer",

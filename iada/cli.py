@@ -16,10 +16,12 @@ from iada.experiments import recipe as recipes
 from iada.experiments.command import add_paper
 from iada.experiments.demo import add_demo
 from iada.experiments.experiment import Limits, make_split, read_parts
+from iada.methods.options import CovarianceOptions, MetaStepSettings
+from iada.methods.registry import METHODS
 from iada.models import mlp
-from iada.training.config import TrainerConfig, check_fields, read_toml
+from iada.training.config import TrainerConfig
 from iada.training.trainer import Trainer
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 from iada.utils.distributed import (
     by_first,
     current_group,
@@ -29,6 +31,7 @@ from iada.utils.distributed import (
     told_by_first,
 )
 from iada.utils.loading import TensorData
+from iada.utils.settings import check_settings, from_table, read_toml
 from iada_kernels.version import __version__
 
 PARTS = ("train", "meta", "validation", "test")
@@ -50,7 +53,7 @@ class DataConfig:
     path: str = ""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -61,19 +64,23 @@ class ModelConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_settings(self)
         if not self.hidden or min(self.hidden) < 1:
-            raise complain("hidden", "widths from 1", repr(self.hidden), "as in [128, 64]")
+            raise argument_error("hidden", "widths from 1", repr(self.hidden), "as in [128, 64]")
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise complain(
+            raise argument_error(
                 "device", "a torch device", f"{self.device!r} ({reason})", "try 'cpu'"
             ) from error
 
 
-SECTIONS = {"data": DataConfig, "model": ModelConfig, "trainer": TrainerConfig}
+SECTIONS = {
+    "data": from_table(DataConfig),
+    "model": from_table(ModelConfig),
+    "trainer": TrainerConfig.from_settings,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,7 +116,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "train",
         help="train by a TOML configuration",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="\n\n".join(f"{kind.__doc__}" for kind in SECTIONS.values()),
+        description=_settings_help(),
         epilog="Ctrl-C finishes the step and leaves a checkpoint; --resume goes on from it.\n"
         "With several processes: torchrun --nproc-per-node 2 -m iada train --config run.toml",
     )
@@ -118,6 +125,14 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
     parser.set_defaults(run=_train)
+
+
+def _settings_help() -> str:
+    """What a configuration may hold: the sections, and of [trainer] each method's options."""
+    sections = [f"{kind.__doc__}" for kind in (DataConfig, ModelConfig, TrainerConfig)]
+    bases = MetaStepSettings, CovarianceOptions
+    methods = [f"method = {name!r}: {kind.__doc__}" for name, kind in METHODS.items()]
+    return "\n\n".join([*sections, *methods, *(f"{kind.__doc__}" for kind in bases)])
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -153,7 +168,7 @@ def _train_here(options: argparse.Namespace) -> int:
     accuracy = trainer.class_accuracy(parts["test"])
     balanced = float(accuracy.nanmean())
     result = {
-        "config": dataclasses.asdict(config),
+        "config": config.settings(),
         "history": trainer.history,
         "data": dataclasses.asdict(data),
         "model": dataclasses.asdict(model),
@@ -170,7 +185,7 @@ def _train_here(options: argparse.Namespace) -> int:
 def _check_fresh(folder: Path) -> None:
     if (folder / "checkpoint.pt").exists():
         remedy = "add --resume, or move it"
-        raise complain("--out", "a folder without a checkpoint", str(folder), remedy)
+        raise argument_error("--out", "a folder without a checkpoint", str(folder), remedy)
 
 
 def _say_nothing(text: str) -> None:
@@ -181,14 +196,18 @@ def _load_data(data: DataConfig, folder: Path) -> dict[str, TensorData]:
     if data.kind == "digits":
         return _load_digits(data.scenario)
     if data.kind != "npz":
-        raise complain("[data] kind", "'digits' or 'npz'", repr(data.kind), "choose one of them")
+        raise argument_error(
+            "[data] kind", "'digits' or 'npz'", repr(data.kind), "choose one of them"
+        )
     return _load_npz(folder / data.path)
 
 
 def _load_digits(scenario: str) -> dict[str, TensorData]:
     rows = [name.removeprefix("digits/") for name in recipes.names() if name.startswith("digits/")]
     if scenario not in rows:
-        raise complain("[data] scenario", f"one of {', '.join(rows)}", repr(scenario), "pass one")
+        raise argument_error(
+            "[data] scenario", f"one of {', '.join(rows)}", repr(scenario), "pass one"
+        )
     recipe = recipes.load(f"digits/{scenario}")
     split = make_split(recipe, read_parts(recipe, None, Limits()), seed=0)
     parts = {name: getattr(split, name) for name in PARTS}
@@ -212,17 +231,19 @@ def _load_npz(path: Path) -> dict[str, TensorData]:
             continue
         missing = sorted(set(keys) - names)
         if missing:
-            raise complain(str(path), ", ".join(keys), f"no {missing[0]}", "add the array")
+            raise argument_error(str(path), ", ".join(keys), f"no {missing[0]}", "add the array")
         inputs, labels = (np.asarray(arrays[key]) for key in keys)
         if inputs.ndim < 2 or inputs.dtype.kind not in "fiu" or not np.isfinite(inputs).all():
             got = f"{inputs.dtype} of shape {inputs.shape}"
             remedy = "mend the array; NaN and infinity are not allowed"
-            raise complain(f"{path} {keys[0]}", "finite numbers (N, ...)", got, remedy)
+            raise argument_error(f"{path} {keys[0]}", "finite numbers (N, ...)", got, remedy)
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels < 0).any():
             got = f"{labels.dtype} of shape {labels.shape}, or negative ones"
-            raise complain(f"{path} {keys[1]}", "class indices (N,) from 0", got, "mend the array")
+            raise argument_error(
+                f"{path} {keys[1]}", "class indices (N,) from 0", got, "mend the array"
+            )
         if len(inputs) != len(labels) or not len(inputs):
-            raise complain(
+            raise argument_error(
                 f"{path} {part}",
                 "as many labels as inputs, at least one",
                 f"{len(inputs)} inputs and {len(labels)} labels",
@@ -231,7 +252,7 @@ def _load_npz(path: Path) -> dict[str, TensorData]:
         if parts and inputs.shape[1:] != parts["train"].inputs.shape[1:]:
             shape = tuple(parts["train"].inputs.shape[1:])
             got = f"{inputs.shape[1:]}"
-            raise complain(
+            raise argument_error(
                 f"{path} {keys[0]}", f"samples of shape {shape}, as in train", got, "mend it"
             )
         parts[part] = TensorData(

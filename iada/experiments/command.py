@@ -18,8 +18,7 @@ from iada.experiments.progress import Series
 from iada.experiments.recipe import Recipe
 from iada.experiments.records import RECORD, read_records
 from iada.experiments.run import RunOptions, plan, run
-from iada.training.config import SINGLE_PROCESS
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 from iada.utils.distributed import by_first, current_group, launched_group, rank_of
 from iada.utils.files import check_writable
 
@@ -73,19 +72,19 @@ def _paper(options: argparse.Namespace) -> int:
         _say(listing([recipes.load(name) for name in recipes.names()], known))
         return 0
     if options.table is None:
-        raise complain("--table", "a table of the papers", "none", "pass one, or --list")
+        raise argument_error("--table", "a table of the papers", "none", "pass one, or --list")
     unbundled = [recipe for recipe in _chosen(options) if recipe.data["reader"] not in BUNDLED]
     if options.data is None and unbundled:
         needs = "; ".join(dict.fromkeys(recipe.needs for recipe in unbundled))
-        raise complain("--data", f"a path ({needs})", "none", "pass where the data set lies")
+        raise argument_error("--data", f"a path ({needs})", "none", "pass where the data set lies")
     for name in ("seeds", "evaluate_every"):
         if getattr(options, name) < 1:
             text = f"--{name.replace('_', '-')}"
-            raise complain(text, "at least 1", str(getattr(options, name)), "raise it")
+            raise argument_error(text, "at least 1", str(getattr(options, name)), "raise it")
     for name in ("epochs", "train_limit", "test_limit", "workers", "seed"):
         if (getattr(options, name) or 0) < 0:
             text = f"--{name.replace('_', '-')}"
-            raise complain(text, "0 or more", str(getattr(options, name)), "raise it")
+            raise argument_error(text, "0 or more", str(getattr(options, name)), "raise it")
     limits = Limits(options.epochs, options.train_limit, options.test_limit, tuple(options.changes))
     run_options = RunOptions(
         options.out,
@@ -119,7 +118,9 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         got = f"{name!r} ({str(error).splitlines()[0]})"
-        raise complain("--device", "a torch device", got, "leave it out, or pass cpu") from error
+        raise argument_error(
+            "--device", "a torch device", got, "leave it out, or pass cpu"
+        ) from error
 
 
 def _check_one_data_set(chosen: Sequence[Recipe]) -> None:
@@ -128,15 +129,20 @@ def _check_one_data_set(chosen: Sequence[Recipe]) -> None:
     if len(kinds) > 1:
         rows = ", ".join(recipe.row for recipe in chosen)
         expected = "rows of one data set, as --data is one path"
-        raise complain("--row", expected, f"all of {rows}", "pass one of these")
+        raise argument_error("--row", expected, f"all of {rows}", "pass one of these")
 
 
 def _check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
     """All that the options name can be trained by several processes."""
-    alone = [c.key for r in chosen for c in r.methods if c.trainer.method in SINGLE_PROCESS]
+    alone = [
+        c.key
+        for r in chosen
+        for c in r.methods
+        if c.trainer.method and c.trainer.method.single_process
+    ]
     if alone:
         several = [c.key for c in chosen[0].methods if c.key not in alone]
-        raise complain(
+        raise argument_error(
             "--methods",
             "those that several processes can train together",
             f"{', '.join(dict.fromkeys(alone))}, which one process trains",
@@ -144,7 +150,9 @@ def _check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
         )
     if device.index is not None:
         remedy = f"pass {device.type}: each process takes the device of its LOCAL_RANK"
-        raise complain("--device", "a kind of device for several processes", str(device), remedy)
+        raise argument_error(
+            "--device", "a kind of device for several processes", str(device), remedy
+        )
 
 
 def _say(text: str) -> None:
@@ -160,7 +168,7 @@ def _chosen(options: argparse.Namespace) -> list[Recipe]:
     if options.row is not None:
         if f"{table}/{options.row}" not in rows:
             known = ", ".join(name.split("/")[1] for name in rows)
-            raise complain("--row", f"one of {known}", repr(options.row), "see --list")
+            raise argument_error("--row", f"one of {known}", repr(options.row), "see --list")
         rows = [f"{table}/{options.row}"]
     changes: dict[str, dict[str, Any]] = {}
     for text in options.changes:
@@ -176,7 +184,9 @@ def _with_methods(recipe: Recipe, methods: list[str] | None) -> Recipe:
     for key in methods:
         if key not in by_key:
             known = ", ".join(by_key)
-            raise complain("--methods", f"some of {known}", repr(key), f"see {recipe.name}.toml")
+            raise argument_error(
+                "--methods", f"some of {known}", repr(key), f"see {recipe.name}.toml"
+            )
     return replace(recipe, methods=tuple(by_key[key] for key in dict.fromkeys(methods)))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iada.meta.step_result import MetaStep
+from iada.meta.method import MetaStep
 from iada.training.measures import HISTOGRAM_BINS, epsilon_bins
 
 LAST_EPOCHS = 0.2  # of the run, counted: forty of 200, as in Fig. 3 and 4

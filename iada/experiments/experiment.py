@@ -26,7 +26,7 @@ from iada.experiments.datasets import (
 from iada.experiments.recipe import MethodEntry, Recipe, shortened
 from iada.experiments.scenarios import SCENARIOS, Split, colored_mnist
 from iada.models import build_backbone
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 from iada.utils.evaluate import outputs
 
 NORMALISATIONS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "digits": ((0.0,), (1.0,))}
@@ -72,12 +72,12 @@ def read_parts(recipe: Recipe, path: Path | None, limits: Limits) -> Parts:
     name, colored = options.pop("reader"), options.pop("colored", False)
     reader = READERS[name]
     if name not in BUNDLED and (path is None or not path.exists()):
-        raise complain("--data", recipe.needs, f"nothing at {path}", "pass where it lies")
+        raise argument_error("--data", recipe.needs, f"nothing at {path}", "pass where it lies")
     known = list(inspect.signature(reader).parameters)[1:]
     for key in options:
         if key not in known:
             wanted = f"one of reader, colored, {', '.join(known)}"
-            raise complain(f"[data] {key}", wanted, repr(key), "rename or remove it")
+            raise argument_error(f"[data] {key}", wanted, repr(key), "rename or remove it")
     parts = reader(path, **options)
     if colored:
         parts = colored_mnist(parts)
@@ -104,7 +104,7 @@ def make_split(recipe: Recipe, parts: Parts, seed: int) -> Split:
     for key in options:
         if key not in known:
             wanted = f"one of {', '.join(list(known)[1:])}"
-            raise complain(f"[scenario] {key}", wanted, repr(key), "rename or remove it")
+            raise argument_error(f"[scenario] {key}", wanted, repr(key), "rename or remove it")
     if clustering is not None:
         source = parts[options.get("meta_from", "validation")]
         options["features"] = _features(clustering, source, recipe.model.image_size)
@@ -131,9 +131,10 @@ class Views:
 def make_views(recipe: Recipe, entry: MethodEntry, split: Split, device: torch.device) -> Views:
     """Normalised images or tokens; images in memory lie on the device."""
     config, plain_from = entry.trainer, None
-    if config.method == "afr":
+    last_epochs, _ = config.last_stage
+    if last_epochs:
         steps = -(-len(split.train) // config.batch_size)
-        plain_from = steps * (config.epochs - config.finetune_epochs)
+        plain_from = steps * (config.epochs - last_epochs)
     view = _view(recipe, split.train, plain_from, device)
     augment = recipe.model.augment if recipe.model.augment != "none" else None
     return Views(
@@ -155,7 +156,9 @@ def _view(
         tokenizer = load_tokenizer(folder)
         return lambda piece, augment: TextView(piece, tokenizer)
     if recipe.model.augment == "autoaugment-cutout":
-        raise complain("augment", "'none' or 'crop-flip'", "image files", "it is for small images")
+        raise argument_error(
+            "augment", "'none' or 'crop-flip'", "image files", "it is for small images"
+        )
     size, options = recipe.model.image_size, FILE_OPTIONS.get(recipe.data["reader"], {})
     return lambda piece, augment: FileView(piece, augment is not None, size, **options)
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from iada.training.measures import number_or_none
 from iada.utils.checks import (
+    argument_error,
     check_finite,
     check_float,
     check_label_values,
     check_labels,
     check_sizes,
     check_tensor,
-    complain,
 )
 
 MANY, FEW = 100, 20  # training images of a class: more than MANY, fewer than FEW
@@ -191,7 +191,7 @@ def _check(logits: Tensor, labels: Tensor, class_counts: Tensor | Sequence[int])
     check_float("logits", logits, "a floating-point tensor (N, C)", (None, None))
     if logits.numel() == 0:
         shape = f"shape {tuple(logits.shape)}"
-        raise complain("logits", "at least one row and one class", shape, "pass a test set")
+        raise argument_error("logits", "at least one row and one class", shape, "pass a test set")
     check_labels(labels, len(logits))
     check_label_values(labels.long(), logits.shape[1], None)
     check_finite("logits", logits, "look for what overflowed in the model")
@@ -205,7 +205,9 @@ def _check_range(name: str, values: Tensor, size: int) -> None:
     low, high = values.aminmax()
     if low < 0 or high >= size:
         got = f"numbers from {int(low)} to {int(high)}"
-        raise complain(name, f"numbers in [0, {size})", got, "name every group in group_names")
+        raise argument_error(
+            name, f"numbers in [0, {size})", got, "name every group in group_names"
+        )
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

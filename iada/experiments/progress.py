@@ -8,6 +8,7 @@ from typing import Any
 
 from iada.experiments.metrics import METRICS
 from iada.experiments.recipe import MethodEntry, Recipe
+from iada.methods.options import MetaStepSettings
 from iada.training.config import TrainerConfig
 from iada.training.first_phase import can_share, first_phase_config
 
@@ -69,14 +70,8 @@ class Series:
 
 def _step_cost(config: TrainerConfig) -> float:
     """Of a step of the method, in plain ones."""
-    learns = config.covariance_lr > 0
-    if config.method == "meta-iada":
-        learns = learns or config.perturbation == "learned"
-    elif config.method == "meta-weight-net":
-        learns = True
-    elif config.method != "metasaug":
-        learns = False
-    if not learns:
+    method = config.method
+    if not isinstance(method, MetaStepSettings) or not method.meta_learns:
         return 1.0
-    cost = META_STEP if config.scope == "full" else HEAD_META_STEP
-    return 1 + (cost - 1) / config.interval
+    cost = META_STEP if method.scope == "full" else HEAD_META_STEP
+    return 1 + (cost - 1) / method.interval

@@ -14,8 +14,10 @@ from typing import Any
 from iada.experiments.datasets import READERS
 from iada.experiments.metrics import METRICS
 from iada.experiments.scenarios import SCENARIOS
-from iada.training.config import METHODS, TrainerConfig, check_fields
-from iada.utils.checks import complain
+from iada.methods.registry import METHODS
+from iada.training.config import TrainerConfig
+from iada.utils.checks import argument_error
+from iada.utils.settings import check_settings
 
 AUGMENTS = ("none", "crop-flip", "autoaugment-cutout")
 Figures = dict[str, float]
@@ -41,10 +43,10 @@ class ModelSettings:
     frozen: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_settings(self)
         if self.augment not in AUGMENTS:
             wanted = " or ".join(map(repr, AUGMENTS))
-            raise complain("augment", wanted, repr(self.augment), "pass one of these")
+            raise argument_error("augment", wanted, repr(self.augment), "pass one of these")
 
     def as_record(self) -> dict[str, Any]:
         """For records and digests; a later field enters only where it is not what it was before."""
@@ -131,7 +133,7 @@ def table_name(table: str) -> str:
     for candidate in (wanted, f"table{wanted}", wanted.replace("afr-", "afr-table")):
         if candidate in tables:
             return candidate
-    raise complain("--table", f"one of {', '.join(tables)}", repr(table), "see --list")
+    raise argument_error("--table", f"one of {', '.join(tables)}", repr(table), "see --list")
 
 
 def load(name: str, changes: dict[str, dict[str, Any]] | None = None) -> Recipe:
@@ -142,7 +144,7 @@ def load(name: str, changes: dict[str, dict[str, Any]] | None = None) -> Recipe:
     own setting would undo, too.
     """
     if name not in names():
-        raise complain("recipe", f"one of {', '.join(names())}", repr(name), "see --list")
+        raise argument_error("recipe", f"one of {', '.join(names())}", repr(name), "see --list")
     sections = _sections(name)
     for section, values in (changes or {}).items():
         methods = {f"methods.{key}": key for key in sections["methods"]}
@@ -155,8 +157,13 @@ def load(name: str, changes: dict[str, dict[str, Any]] | None = None) -> Recipe:
             sections[section] = {**sections.get(section, {}), **values}
         else:
             wanted = f"data, scenario, model, trainer, {', '.join(methods)}"
-            raise complain(f"section {section}", wanted, repr(section), "rename it")
-    return _build(name, sections)
+            raise argument_error(f"section {section}", wanted, repr(section), "rename it")
+    recipe = _build(name, sections)
+    for key in (changes or {}).get("trainer", {}):
+        if not any(key in entry.trainer.settings() for entry in recipe.methods):
+            expected = f"a setting of one of {', '.join(sections['methods'])}"
+            raise argument_error(f"trainer.{key}", expected, "one that none has", "leave it out")
+    return recipe
 
 
 def _check_own(section: str, values: dict[str, Any]) -> None:
@@ -164,7 +171,7 @@ def _check_own(section: str, values: dict[str, Any]) -> None:
     for key in values:
         if key in ("title", "published", "method", "with_meta"):
             wanted = "a setting of the trainer"
-            raise complain(f"{section}.{key}", wanted, repr(key), "choose another")
+            raise argument_error(f"{section}.{key}", wanted, repr(key), "choose another")
 
 
 def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) -> None:
@@ -172,7 +179,7 @@ def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) ->
     for key in values:
         overriding = [name for name, settings in methods.items() if key in settings]
         if overriding:
-            raise complain(
+            raise argument_error(
                 f"trainer.{key}",
                 "a setting that all methods of this recipe share",
                 f"one that {', '.join(overriding)} set for themselves",
@@ -185,14 +192,16 @@ def _build(name: str, sections: dict[str, Any]) -> Recipe:
     unknown = set(sections) - {"experiment", "data", "scenario", "model", "trainer", "methods"}
     unknown -= {"published", "derived"}
     if unknown:
-        raise complain(f"{name} [{min(unknown)}]", "a known section", "another", "rename it")
+        raise argument_error(f"{name} [{min(unknown)}]", "a known section", "another", "rename it")
     for metric in about["metrics"]:
         if metric not in METRICS:
-            raise complain(f"{name} metrics", f"some of {', '.join(METRICS)}", metric, "mend it")
+            raise argument_error(
+                f"{name} metrics", f"some of {', '.join(METRICS)}", metric, "mend it"
+            )
     for section, key, known in (("scenario", "name", SCENARIOS), ("data", "reader", READERS)):
         if sections[section][key] not in known:
             got = repr(sections[section][key])
-            raise complain(
+            raise argument_error(
                 f"{name} [{section}] {key}", f"one of {', '.join(known)}", got, "mend it"
             )
     try:
@@ -227,8 +236,11 @@ def _method_entry(key: str, values: dict[str, Any], shared: dict[str, Any]) -> M
     with_meta = settings.pop("with_meta", False)
     settings.setdefault("method", key)
     if settings["method"] not in METHODS:
-        raise complain(f"[methods.{key}] method", f"one of {', '.join(METHODS)}", key, "add method")
-    return MethodEntry(key, title, TrainerConfig(**{**shared, **settings}), published, with_meta)
+        raise argument_error(
+            f"[methods.{key}] method", f"one of {', '.join(METHODS)}", key, "add method"
+        )
+    config = TrainerConfig.from_settings(settings, shared)
+    return MethodEntry(key, title, config, published, with_meta)
 
 
 def _sections(name: str) -> dict[str, Any]:
@@ -266,7 +278,7 @@ def shortened(config: TrainerConfig, epochs: int) -> TrainerConfig:
         config,
         epochs=epochs,
         ce_epochs=min(epochs - 1, round(config.ce_epochs * share)),
-        finetune_epochs=max(1, round(config.finetune_epochs * share)),
+        method=config.method and config.method.shortened(share),
         milestones=tuple(mark for mark in marks if mark < epochs),
         warmup_epochs=config.warmup_epochs * share,
     )
@@ -280,7 +292,7 @@ def parse_change(text: str) -> tuple[str, str, Any]:
     target, equals, value = text.partition("=")
     section, dot, key = target.strip().rpartition(".")
     if not (equals and dot and key):
-        raise complain("--set", "section.key=value", repr(text), "as in scenario.ratio=50")
+        raise argument_error("--set", "section.key=value", repr(text), "as in scenario.ratio=50")
     try:
         return section, key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

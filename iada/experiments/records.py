@@ -1,13 +1,12 @@
 """Records of runs: one JSON file each, read again by the settings that decide the result."""
 
-import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from iada.training.config import TrainerConfig
-from iada.utils.checks import complain
+from iada.training.config import with_defaults
+from iada.utils.checks import argument_error
 from iada.utils.files import atomic_write
 
 Record = dict[str, Any]
@@ -47,7 +46,7 @@ def previous_record(path: Path, request: Mapping[str, Any]) -> Record:
     record = renamed(_content(path))
     for name, value in request.items():
         if name not in ("title", "method_name") and not _agrees(record, name, value):
-            raise complain(
+            raise argument_error(
                 str(path.parent),
                 "no run, or one with the same settings",
                 f"one with another {name}",
@@ -79,12 +78,13 @@ def _content(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         got, remedy = f"a damaged file ({error})", "delete it: the run goes on or is made again"
-        raise complain(str(path), "a run's record", got, remedy) from error
+        raise argument_error(str(path), "a run's record", got, remedy) from error
 
 
 def _agrees(record: Mapping[str, Any], name: str, value: Any) -> bool:
     """Whether a record has this value; a setting that its version did not know had its default."""
     known = record.get(name)
     if name == "settings" and isinstance(known, dict):
-        known = {**json.loads(json.dumps(dataclasses.asdict(TrainerConfig()))), **known}
+        known = json.loads(json.dumps(with_defaults(known)))
+        return all(known.get(key) == setting for key, setting in value.items())
     return known == value

@@ -21,7 +21,7 @@ from iada.experiments.watch import Watch
 from iada.models import build_backbone, load_weights
 from iada.training.first_phase import can_share, first_phase_config
 from iada.training.trainer import CHECKPOINT, Trainer
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 from iada.utils.distributed import by_first, current_group, gather_objects, size_of
 from iada.utils.files import check_writable
 from iada.utils.lock import folder_lock
@@ -95,7 +95,7 @@ def _run(planned: PlannedRun) -> dict[str, Any]:
     request = _request(planned, trainer)
     if any(other != request for other in gather_objects(request, trainer.group)):
         remedy = "start all processes on the same files, or one process alone"
-        raise complain("--data", "the same split on every process", "several", remedy)
+        raise argument_error("--data", "the same split on every process", "several", remedy)
     finished = by_first(lambda: _begin(planned, request), trainer.group)
     if finished is not None:
         return finished
@@ -187,7 +187,7 @@ def build_trainer(planned: PlannedRun) -> tuple[Trainer, Views, Watch]:
 def _build_model(model: ModelSettings, num_classes: int) -> tuple[nn.Module, nn.Linear]:
     if model.frozen and not (model.pretrained or model.weights):
         remedy = "pass --set model.weights=FILE, or model.frozen=false"
-        raise complain("model.weights", "a file, as the backbone is frozen", "none", remedy)
+        raise argument_error("model.weights", "a file, as the backbone is frozen", "none", remedy)
     backbone, head = build_backbone(
         model.backbone,
         num_classes,
@@ -225,7 +225,7 @@ def _request(planned: PlannedRun, trainer: Trainer) -> dict[str, Any]:
         "method": entry.key,
         "method_name": entry.title,
         "seed": entry.trainer.seed,
-        "settings": dataclasses.asdict(trainer.config),
+        "settings": trainer.config.settings(),
         "model": recipe.model.as_record(),
         "split": split.record,
         "deviations": planned.deviations,

@@ -50,7 +50,7 @@ def estimate(planned: PlannedRun) -> Estimate:
             if step == WARM_UP:
                 start = _now(device)
             trainer.batch = step % steps
-            batch = trainer.speed.laid_out(to_device(tuple(next(served)), device))
+            batch = trainer.acceleration.to_memory_format(to_device(tuple(next(served)), device))
             trainer.step_on(batch, None if plain else trainer.meta_batch(), not plain)
         seconds.append((_now(device) - start) / TIMED)
     count = min(len(split.test), 4 * config.batch_size)

@@ -46,7 +46,7 @@ class RandomState:
             before.restore()
 
 
-class Passes:
+class BackbonePasses:
     """Runs the backbone, all three kinds of passes in the autocast mode that `step` was called in.
 
     Attributes:
@@ -69,27 +69,27 @@ class Passes:
         with full_precision(self.device):
             yield
 
-    def first(self, inputs: Any) -> Tensor:
+    def forward_and_update_buffers(self, inputs: Any) -> Tensor:
         """The one pass that moves the backbone's buffers: BatchNorm's running statistics."""
         with self._modes():
             return self.backbone(inputs)
 
-    def other(self, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward_frozen(self, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """With copies of the buffers, and with these parameters; random state moves on."""
         buffers = {name: buffer.clone() for name, buffer in self.backbone.named_buffers()}
         with self._modes():
             return functional_call(self.backbone, {**buffers, **(parameters or {})}, (inputs,))
 
-    def again(
+    def forward_replayed(
         self, inputs: Any, random_state: RandomState, parameters: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """As `other`, with the random draws of the pass that started from `random_state`."""
+        """As `forward_frozen`, with the draws of the pass that started from `random_state`."""
         with random_state.replayed():
-            return self.other(inputs, parameters)
+            return self.forward_frozen(inputs, parameters)
 
     @staticmethod
     @contextlib.contextmanager
-    def moved(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    def substituted(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
         """While inside, parameters have other values, without a trace in any graph.
 
         Unlike the parameters of a functional call these stay for the backward pass, in which

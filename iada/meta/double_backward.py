@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iada.meta.backbone_passes import Passes
-from iada.meta.learner import Rows, check_meta_loss
+from iada.meta.backbone_passes import BackbonePasses
+from iada.meta.learner import ShardedBatch, check_meta_loss
 from iada.meta.virtual_step import VirtualStep
 
 
@@ -22,9 +22,9 @@ def double_backward(
     trained: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     virtual: VirtualStep,
-    passes: Passes,
+    passes: BackbonePasses,
     head: nn.Linear,
-    meta_rows: Rows,
+    meta_rows: ShardedBatch,
 ) -> tuple[Tensor, list[Tensor]]:
     """CE on the meta batch at φ̄, and its gradients by `wanted`, zeros where it has none.
 
@@ -39,7 +39,9 @@ def double_backward(
         parameter: value for parameter, (value, _) in virtual.take(optimizer, gradients).items()
     }
     named = passes.backbone.named_parameters()
-    features = passes.other(meta_rows.inputs, {name: moved[p] for name, p in named if p in moved})
+    features = passes.forward_frozen(
+        meta_rows.inputs, {name: moved[p] for name, p in named if p in moved}
+    )
     weight = moved.get(head.weight, head.weight)
     bias = None if head.bias is None else moved.get(head.bias, head.bias)
     meta_loss = F.cross_entropy(F.linear(features.to(weight.dtype), weight, bias), meta_rows.labels)

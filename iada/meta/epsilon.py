@@ -1,135 +1,137 @@
-"""The strengths ε of a batch: learned by the perturbation network Ω, or one number for all."""
+"""ε of each sample: by the perturbation network Ω, which learns (Eq. 8), or a constant."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from iada.meta.learner import Rows, linear
+from iada.meta.epsilon_scale import EpsilonScale
+from iada.meta.hypergradient import ForwardPass
+from iada.meta.learner import linear
 from iada.nn.characteristics import PROPORTION, TrainingMemory, characteristics
+from iada.nn.class_covariance import ClassCovariance
 from iada.nn.perturbation_net import PerturbationNet
 
 
-class LearnedStrengths:
-    """ε(f, Ω), and Ω's optimizer.
+class Observed(NamedTuple):
+    """What Eq. 6 takes beside features and head.
+
+    characteristics: that Ω sees, (N, 15); (N, 0) for a constant ε. unit: of ε, (N) or a number,
+    which no derivative passes through. sigma: Σ.
+    """
+
+    characteristics: Tensor
+    unit: Tensor | float
+    sigma: Tensor
+
+
+class SampleEpsilon(nn.Module):
+    """ε = u tanh(…) by Ω, or u times a constant; 0 is None throughout, which spares kernels work.
 
     Args:
-        perturbation, optimizer: Ω, and by what it learns.
-        log_prior: log π, (C), a part of f.
+        perturbation: the network Ω, or a number in its place.
+        optimizer: of Ω's parameters; its state is in `state_dict`.
+        scale: the unit u.
+        log_prior: log π, (C).
         scaler: a GradScaler, enabled or not.
-        log_proportion: log π_y in place of π_y among the characteristics.
+        log_proportion: Ω sees log π_y in the place of π_y.
     """
+
+    log_prior: Tensor
 
     def __init__(
         self,
-        perturbation: PerturbationNet,
-        optimizer: torch.optim.Optimizer,
+        perturbation: PerturbationNet | float,
+        optimizer: torch.optim.Optimizer | None,
+        scale: EpsilonScale,
         log_prior: Tensor,
         scaler: torch.amp.GradScaler,
         log_proportion: bool = False,
     ) -> None:
-        self.perturbation, self.optimizer = perturbation, optimizer
-        self.log_prior, self.scaler = log_prior, scaler
+        super().__init__()
+        self.register_module("perturbation", None)
+        self.value = 0.0
+        if isinstance(perturbation, nn.Module):
+            self.perturbation = perturbation
+        else:
+            self.value = float(perturbation)
+        self.optimizer, self.scale, self.scaler = optimizer, scale, scaler
         self.log_proportion = log_proportion
+        self.register_buffer("log_prior", log_prior, persistent=False)
+
+    def trained(self) -> list[Tensor]:
+        """Ω's parameters that learn."""
+        return [p for p in self.parameters() if p.requires_grad]
 
     @torch.no_grad()
-    def traits(
-        self, features: Tensor, head: nn.Linear, rows: Rows, memory: TrainingMemory
-    ) -> Tensor:
-        """The characteristics f of the whole batch, (N, 15); the memory takes it in."""
+    def observe(
+        self,
+        forward: ForwardPass,
+        head: nn.Linear,
+        memory: TrainingMemory,
+        covariance: ClassCovariance,
+    ) -> Observed:
+        """The characteristics f of the whole batch, which the memory takes in, and ε's unit."""
+        features, rows = forward.global_features, forward.rows
+        sigma = covariance.covariance
+        unit = self.scale.at(sigma, rows.labels)
+        if self.perturbation is None:
+            return Observed(features[:, :0], unit, sigma)
         logits = linear(features, head.weight, head.bias)
-        traits = characteristics(
+        values = characteristics(
             features, logits, rows.labels, head.weight, self.log_prior, memory, rows.index
         )
-        memory.record(traits[:, 0], traits[:, 1], rows.labels, rows.index)
+        memory.record(values[:, 0], values[:, 1], rows.labels, rows.index)
         if self.log_proportion:
-            traits[:, PROPORTION] = self.log_prior[rows.labels].to(traits.dtype)
-        return traits
+            values[:, PROPORTION] = self.log_prior[rows.labels].to(values.dtype)
+        return Observed(values, unit, sigma)
 
-    def differentiable(self, traits: Tensor) -> Tensor:
+    def differentiable(self, observed: Observed) -> Tensor | None:
         """ε (N), with its graph; moves the running statistics of Ω's BatchNorm."""
+        if self.perturbation is None:
+            return self.values(observed)
         with torch.enable_grad():
-            return self.perturbation(traits)
+            return _in_units(self.perturbation(observed.characteristics), observed.unit)
 
     @torch.no_grad()
-    def values(self, traits: Tensor, moves_buffers: bool) -> Tensor:
+    def values(self, observed: Observed, moves_buffers: bool = True) -> Tensor | None:
         """ε (N); the running statistics of Ω's BatchNorm move once an iteration."""
+        values = observed.characteristics
+        if self.perturbation is None:
+            if not self.value:
+                return None
+            return _in_units(values.new_full((len(values),), self.value), observed.unit)
         if moves_buffers:
-            return self.perturbation(traits)
+            return _in_units(self.perturbation(values), observed.unit)
         buffers = {name: buffer.clone() for name, buffer in self.perturbation.named_buffers()}
-        return functional_call(self.perturbation, buffers, (traits,))
-
-    def parameters(self) -> list[Tensor]:
-        """Those of Ω that are trained."""
-        return [p for p in self.perturbation.parameters() if p.requires_grad]
+        return _in_units(functional_call(self.perturbation, buffers, (values,)), observed.unit)
 
     def learn(self, epsilon: Tensor | None, grad: Tensor | None, scale: Any) -> None:
         """Eq. 8, from ε with its graph and the meta loss's gradient by it, (N)."""
-        if not self.parameters():
-            return
-        assert epsilon is not None
-        assert grad is not None
-        self.step(torch.autograd.grad(epsilon, self.parameters(), grad.to(epsilon.dtype)), scale)
+        trained = self.trained()
+        if trained:
+            assert epsilon is not None
+            assert grad is not None
+            self.step(torch.autograd.grad(epsilon, trained, grad.to(epsilon.dtype)), scale)
 
     def step(self, grads: Sequence[Tensor], scale: Any) -> None:
-        """Eq. 8, from the gradients by `parameters`; scale: the scaler's factor."""
-        if not grads:
-            return
-        for parameter, grad in zip(self.parameters(), grads, strict=True):
-            parameter.grad = grad * scale
-        self.scaler.step(self.optimizer)
+        """Eq. 8, from the gradients by `trained`; scale: the scaler's factor."""
+        if grads and self.optimizer is not None:
+            for parameter, grad in zip(self.trained(), grads, strict=True):
+                parameter.grad = grad * scale
+            self.scaler.step(self.optimizer)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Ω and its optimizer."""
-        return {
-            "perturbation": self.perturbation.state_dict(),
-            "perturbation_optimizer": self.optimizer.state_dict(),
-        }
+    def get_extra_state(self) -> dict[str, Any]:
+        """The state of Ω's optimizer."""
+        return {} if self.optimizer is None else self.optimizer.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; further entries are left alone."""
-        self.perturbation.load_state_dict(state["perturbation"])
-        self.optimizer.load_state_dict(state["perturbation_optimizer"])
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `get_extra_state`."""
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state)
 
 
-class ConstantStrengths:
-    """The same ε for every sample, with the calls of `LearnedStrengths`; nothing is learned.
-
-    0 is no perturbation: ε is then None throughout, which spares the kernels its terms.
-    """
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def traits(
-        self, features: Tensor, head: nn.Linear, rows: Rows, memory: TrainingMemory
-    ) -> Tensor:
-        """The features: their number and dtype are all that matters here."""
-        return features.detach()
-
-    def differentiable(self, traits: Tensor) -> Tensor | None:
-        """ε (N), without a graph."""
-        return self.values(traits, True)
-
-    def values(self, traits: Tensor, moves_buffers: bool) -> Tensor | None:
-        """ε (N)."""
-        return traits.new_full((len(traits),), self.value) if self.value else None
-
-    def parameters(self) -> list[Tensor]:
-        """None."""
-        return []
-
-    def learn(self, epsilon: Tensor | None, grad: Tensor | None, scale: Any) -> None:
-        """Nothing."""
-
-    def step(self, grads: Sequence[Tensor], scale: Any) -> None:
-        """Nothing."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+def _in_units(epsilon: Tensor, unit: Tensor | float) -> Tensor:
+    return epsilon if isinstance(unit, float) and unit == 1.0 else epsilon * unit

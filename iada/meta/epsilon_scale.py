@@ -1,4 +1,4 @@
-"""The unit that the strengths ε are measured in."""
+"""The unit that the ε is measured in."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error, check_choice
 
 EPSILON_UNITS = ("feature", "class-deviation")
 
@@ -26,10 +26,8 @@ class EpsilonScale:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.factor) and self.factor > 0):
             remedy = "epsilon=0.0 is without a perturbation"
-            raise complain("epsilon_scale", "a number above 0", repr(self.factor), remedy)
-        if self.unit not in EPSILON_UNITS:
-            wanted = f"one of {', '.join(map(repr, EPSILON_UNITS))}"
-            raise complain("epsilon_unit", wanted, repr(self.unit), "pass one of these")
+            raise argument_error("epsilon_scale", "a number above 0", repr(self.factor), remedy)
+        check_choice("epsilon_unit", self.unit, EPSILON_UNITS)
 
     @torch.no_grad()
     def at(self, covariance: Tensor, labels: Tensor) -> Tensor | float:
@@ -38,10 +36,3 @@ class EpsilonScale:
             return self.factor
         variances = covariance.diagonal(dim1=1, dim2=2) if covariance.dim() == 3 else covariance
         return self.factor * variances.mean(dim=1).clamp(min=0).sqrt()[labels]
-
-
-def scaled_epsilon(epsilon: Tensor | None, scale: Tensor | float) -> Tensor | None:
-    """ε (N) in units of the features, with its graph; None stays None."""
-    if epsilon is None or (isinstance(scale, float) and scale == 1.0):
-        return epsilon
-    return epsilon * scale

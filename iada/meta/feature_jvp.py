@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iada.meta.backbone_passes import Passes, RandomState
-from iada.meta.graph_jvp import FUSED_ATTENTION, Opaque, graph_order, graph_tangent
+from iada.meta.backbone_passes import BackbonePasses, RandomState
+from iada.meta.graph_jvp import FUSED_ATTENTION, Opaque, graph_jvp, graph_order
 
 log = logging.getLogger("iada")
 
@@ -17,8 +17,8 @@ GRAPH, DIFFERENCES = "graph", "finite-difference"
 Directions = Mapping[Tensor, Tensor]
 
 
-class FeatureTangent:
-    """The features' Jacobian-vector product, by the best way that the backbone allows.
+class FeatureJVP:
+    """The features' Jacobian-vector product, by the best mode that the backbone allows.
 
     - "graph": read off the training pass's graph (`iada.meta.graph_jvp`): exact, without a further
       forward;
@@ -30,8 +30,8 @@ class FeatureTangent:
     for a spectral norm they are wrong.
     """
 
-    def __init__(self, passes: Passes, way: str = GRAPH) -> None:
-        self.passes, self.way = passes, way
+    def __init__(self, passes: BackbonePasses, mode: str = GRAPH) -> None:
+        self.passes, self.mode = passes, mode
 
     @torch.no_grad()
     def __call__(
@@ -40,7 +40,7 @@ class FeatureTangent:
         """ḣ (N, A), None if no feature depends on what moves.
 
         Args:
-            features: of the training batch at φ, with their graph where the way is "graph".
+            features: of the training batch at φ, with their graph where the mode is "graph".
             inputs, random_state: what they were computed from.
             directions: v of each parameter that moves.
         """
@@ -54,20 +54,20 @@ class FeatureTangent:
     def _tangent(
         self, features: Tensor, inputs: Any, random_state: RandomState, directions: Directions
     ) -> Tensor | None:
-        if self.way == GRAPH:
+        if self.mode == GRAPH:
             try:
-                return graph_tangent(features, directions)
+                return graph_jvp(features, directions)
             except Opaque as reason:
                 opaque = reason
             if opaque.node in FUSED_ATTENTION:  # a dropout mask that only the kernel knows
                 self.passes.math_attention = True
                 log.info("attention with dropout runs by its formula from the next step on")
                 return self._by_differences(inputs, random_state, directions)
-            self.way = DIFFERENCES
+            self.mode = DIFFERENCES
             layer = _layer_of(
                 opaque.node,
                 self.passes.backbone,
-                lambda: self.passes.again(inputs, random_state),
+                lambda: self.passes.forward_replayed(inputs, random_state),
             )
             log.warning(
                 "hypergradient by finite differences, not exact: no forward-mode derivative in "
@@ -90,7 +90,7 @@ class FeatureTangent:
         for signed in (step, -step):
             steps = {parameter: signed * v for parameter, v in directions.items()}
             moved = self._named(steps, lambda p, v: p.detach() + v.to(p.dtype))
-            ends.append(self.passes.again(inputs, random_state, moved).to(dtype))
+            ends.append(self.passes.forward_replayed(inputs, random_state, moved).to(dtype))
         return (ends[0] - ends[1]) / (2 * step)
 
     def _named(

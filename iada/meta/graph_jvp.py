@@ -59,7 +59,7 @@ def graph_order(output: Tensor) -> list[tuple[Any, Edges]]:
 
 
 @torch.no_grad()
-def graph_tangent(output: Tensor, directions: Mapping[Tensor, Tensor]) -> Tensor | None:
+def graph_jvp(output: Tensor, directions: Mapping[Tensor, Tensor]) -> Tensor | None:
     """ẏ (like `output`) for parameters that move along `directions`; None if it does not depend.
 
     Call it before the graph is freed. Raises `Opaque` where the graph does not say.

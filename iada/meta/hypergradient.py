@@ -7,12 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iada.meta.backbone_passes import Passes, RandomState
-from iada.meta.feature_jvp import GRAPH, FeatureTangent
-from iada.meta.learner import HeadGradients, Learner, Rows, check_meta_loss, linear
-from iada.meta.virtual_step import VirtualStep
+from iada.meta.backbone_passes import BackbonePasses, RandomState
+from iada.meta.feature_jvp import GRAPH, FeatureJVP
+from iada.meta.learner import HeadGradients, Learner, ShardedBatch, check_meta_loss, linear
+from iada.meta.options import MetaStepOptions
 from iada.utils.distributed import gather_rows
 from iada_kernels.contract import HeadTangents
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """The training batch's way through the backbone.
+
+    random_state: from which features were computed. features: this process's, with their graph.
+    global_features: of the whole batch, (N, A), detached.
+    """
+
+    rows: ShardedBatch
+    random_state: RandomState
+    features: Tensor
+    global_features: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,41 +46,29 @@ class MetaGradient:
 
 @dataclass(frozen=True)
 class MetaPasses:
-    """The backbone's part of a meta step; scope and low_memory as in `MetaIADA`."""
+    """The backbone's part of a meta step."""
 
     learner: Learner
-    passes: Passes
-    tangent: FeatureTangent
-    virtual: VirtualStep
-    scope: str
-    low_memory: bool
+    passes: BackbonePasses
+    feature_jvp: FeatureJVP
+    options: MetaStepOptions
 
     def run(
-        self,
-        features: Tensor,
-        head_gradients: HeadGradients,
-        rows: Rows,
-        random_state: RandomState,
-        meta_rows: Rows,
+        self, forward: ForwardPass, head_gradients: HeadGradients, meta_rows: ShardedBatch
     ) -> MetaGradient:
-        """Eq. 7 and the meta loss.
-
-        Args:
-            features: this process's of the training batch, with their graph.
-            head_gradients: of the training loss of the whole batch.
-            random_state: from which the features were computed.
-        """
-        learner, full = self.learner, self.scope == "full"
+        """Eq. 7 and the meta loss, from the gradients of the training loss of the whole batch."""
+        features, rows, random_state = forward.features, forward.rows, forward.random_state
+        learner, full = self.learner, self.options.scope == "full"
         head = learner.classifier.head
         own = [p for p in learner.trained() if full or p is head.weight or p is head.bias]
-        repeat = self.low_memory and full
+        repeat = self.options.low_memory and full
         gradients = learner.gradients(features, head_gradients, rows, own, not repeat)
-        moved = self.virtual.take(learner.optimizer, learner.unscaled(gradients))
+        moved = self.options.virtual.take(learner.optimizer, learner.unscaled(gradients))
         del gradients
         slopes = {parameter: slope for parameter, (_, slope) in moved.items()}
         values = {parameter: value for parameter, (value, _) in moved.items()}
         del moved
-        with self.passes.moved(values):
+        with self.passes.substituted(values):
             meta_loss, found = self._meta_loss(list(values), meta_rows)
         if not learner.scaler.is_enabled():  # which expects overflows, and skips their steps
             check_meta_loss(meta_loss)
@@ -76,26 +78,26 @@ class MetaPasses:
         below: dict[Tensor, Tensor] = {
             p: directions[p] for p in learner.classifier.backbone.parameters() if p in directions
         }
-        first = repeat and self.tangent.way == GRAPH
+        first = repeat and self.feature_jvp.mode == GRAPH
         if first:
-            features = self.passes.again(rows.inputs, random_state)
+            features = self.passes.forward_replayed(rows.inputs, random_state)
         tangent = None
         if full and below:
-            tangent = self.tangent(features, rows.inputs, random_state, below)
+            tangent = self.feature_jvp(features, rows.inputs, random_state, below)
         if repeat and not first:
-            features = self.passes.again(rows.inputs, random_state)
+            features = self.passes.forward_replayed(rows.inputs, random_state)
         if tangent is not None:
             dtype = head_gradients.features.dtype
             tangent = gather_rows(tangent, rows.counts, learner.group).to(dtype)
         return MetaGradient(meta_loss, self._tangents(directions, tangent), features)
 
     def _meta_loss(
-        self, moved: Sequence[Tensor], rows: Rows
+        self, moved: Sequence[Tensor], rows: ShardedBatch
     ) -> tuple[Tensor, dict[Tensor, Tensor]]:
         """CE on the meta batch, and its gradients by the parameters `moved`, scaled."""
         learner = self.learner
-        with torch.set_grad_enabled(self.scope == "full"):
-            features = self.passes.other(rows.inputs)
+        with torch.set_grad_enabled(self.options.scope == "full"):
+            features = self.passes.forward_frozen(rows.inputs)
         value, grads = learner.head_gradients(
             lambda h, w, b: F.cross_entropy(linear(h, w, b), rows.labels),
             learner.gather(features, rows),

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from iada.meta.graph_jvp import graph_order
 from iada.utils.checks import (
+    argument_error,
     check_label_values,
     check_labels,
     check_tensor,
-    complain,
     values_are_checked,
 )
 from iada.utils.distributed import (
@@ -35,7 +35,7 @@ from iada.utils.distributed import (
 
 
 @dataclass(frozen=True)
-class Rows:
+class ShardedBatch:
     """One batch: this process's inputs, everybody's labels (N) int64 and places in the data (N).
 
     counts: rows of each process. own: this one's among the N.
@@ -73,14 +73,14 @@ class Classifier(nn.Module):
 
 def check_classifier(backbone: nn.Module, head: nn.Module) -> None:
     if not isinstance(head, nn.Linear):
-        raise complain(
+        raise argument_error(
             "head",
             "the classifier's last layer, an nn.Linear",
             f"a {type(head).__name__}",
             "split the model into a backbone that returns features and its last nn.Linear",
         )
     if not isinstance(head.weight, nn.Parameter):
-        raise complain(
+        raise argument_error(
             "head",
             "an nn.Linear whose weight is a parameter",
             "a parametrized one",
@@ -115,7 +115,7 @@ class Learner:
         """Of the processes that share each batch."""
         return self._group()
 
-    def rows(self, name: str, batch: Any, num_samples: int) -> Rows:
+    def shard_batch(self, name: str, batch: Any, num_samples: int) -> ShardedBatch:
         """A batch, checked: (inputs, labels) or (inputs, labels, index)."""
         if not isinstance(batch, list | tuple) or len(batch) < 2:
             raise _no_batch(name, batch)
@@ -132,7 +132,7 @@ class Learner:
             if index is not None and num_samples and len(index):
                 low, high = index.aminmax()
                 if low < 0 or high >= num_samples:
-                    raise complain(
+                    raise argument_error(
                         f"{name} index",
                         f"places in [0, {num_samples}), the memory's num_samples",
                         f"{int(low)} to {int(high)}",
@@ -140,9 +140,9 @@ class Learner:
                     )
         rank = rank_of(self.group)
         start = sum(counts[:rank])
-        return Rows(inputs, labels, index, counts, slice(start, start + counts[rank]))
+        return ShardedBatch(inputs, labels, index, counts, slice(start, start + counts[rank]))
 
-    def gather(self, features: Tensor, rows: Rows) -> Tensor:
+    def gather(self, features: Tensor, rows: ShardedBatch) -> Tensor:
         """The features of the whole batch, detached, in the precision of the head's mathematics."""
         weight = self.classifier.head.weight
         dtype = torch.promote_types(features.dtype, weight.dtype)
@@ -185,7 +185,7 @@ class Learner:
         self,
         features: Tensor,
         head_gradients: HeadGradients,
-        rows: Rows,
+        rows: ShardedBatch,
         parameters: Sequence[Tensor],
         retain: bool = False,
     ) -> dict[Tensor, Tensor]:
@@ -202,7 +202,7 @@ class Learner:
             own = head_gradients.features[rows.own]
             # A mean over the processes, weighted by rows, is to give the sum.
             own = own * (self.scale() * (len(rows.labels) / max(1, len(own))))
-            grads = self._down(features, below, own.to(features.dtype), retain)
+            grads = self._backbone_gradients(features, below, own.to(features.dtype), retain)
             found = {p: g.contiguous() for p, g in zip(below, grads, strict=True) if g is not None}
             average(found.values(), rows.counts, self.group)
         head = self.classifier.head
@@ -215,7 +215,7 @@ class Learner:
                 found[parameter] = grad if parameter not in found else found[parameter] + grad
         return found
 
-    def _down(
+    def _backbone_gradients(
         self, features: Tensor, parameters: Sequence[Tensor], grad: Tensor, retain: bool
     ) -> Sequence[Tensor | None]:
         if self._reentrant is None:
@@ -260,8 +260,8 @@ class Learner:
         inverse = 1.0 / self.scale()
         return {parameter: grad * inverse for parameter, grad in gradients.items()}
 
-    def descend(
-        self, features: Tensor, head_gradients: HeadGradients, rows: Rows, clip_norm: float
+    def apply_gradients(
+        self, features: Tensor, head_gradients: HeadGradients, rows: ShardedBatch, clip_norm: float
     ) -> None:
         """One step of the optimizer, its gradient clipped to `clip_norm` unless that is 0.
 
@@ -293,7 +293,7 @@ def _no_batch(name: str, batch: Any) -> ValueError:
             "pass one from iada.endless(meta_loader); only a step before which needs_meta_batch "
             "is False (interval > 1) goes without"
         )
-    return complain(name, "(inputs, labels) or (inputs, labels, index)", got, remedy)
+    return argument_error(name, "(inputs, labels) or (inputs, labels, index)", got, remedy)
 
 
 def linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -305,7 +305,7 @@ def linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def check_meta_loss(value: Tensor) -> None:
     """Finite, where values are checked."""
     if values_are_checked(value.device) and not torch.isfinite(value):
-        raise complain(
+        raise argument_error(
             "meta_batch",
             "a finite cross-entropy after the virtual step",
             str(float(value)),

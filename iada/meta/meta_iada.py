@@ -31,17 +31,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iada.meta.backbone_passes import Passes, RandomState
+from iada.meta.bilevel import BilevelMethod
 from iada.meta.closed_form_step import closed_form_step, inverse_rate, relative_change
 from iada.meta.double_backward import double_backward
-from iada.meta.epsilon import ConstantStrengths, LearnedStrengths
-from iada.meta.epsilon_scale import EpsilonScale, scaled_epsilon
-from iada.meta.feature_jvp import DIFFERENCES, GRAPH, FeatureTangent
-from iada.meta.hypergradient import MetaPasses
-from iada.meta.learner import Classifier, HeadGradients, Learner, Rows, check_classifier, linear
-from iada.meta.modes import ORACLE, check_modes, check_not_oracle
-from iada.meta.plain import plain_step
-from iada.meta.step_result import MetaStep
+from iada.meta.epsilon import Observed, SampleEpsilon
+from iada.meta.epsilon_scale import EpsilonScale
+from iada.meta.hypergradient import ForwardPass
+from iada.meta.learner import HeadGradients, ShardedBatch, linear
+from iada.meta.method import HeadLoss
+from iada.meta.options import DOUBLE_BACKWARD, MetaStepOptions
 from iada.meta.virtual_step import VirtualStep
 from iada.nn.characteristics import TrainingMemory, loss_and_margin
 from iada.nn.class_covariance import ClassCovariance
@@ -54,7 +52,7 @@ from iada.utils.distributed import Group
 from iada_kernels.contract import LossInputs
 
 
-class MetaIADA:
+class MetaIADA(BilevelMethod):
     """Learns the classifier φ, the perturbation network Ω and the covariances Σ together.
 
     >>> meta = iada.MetaIADA(backbone, head, optimizer, class_counts)
@@ -123,6 +121,13 @@ class MetaIADA:
             the backbone see their process's rows.
     """
 
+    covariance: ClassCovariance
+    log_prior: Tensor
+    class_weights: Tensor | None
+    held: Tensor
+    projections: Tensor
+    covariance_change: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -157,63 +162,62 @@ class MetaIADA:
         scaler: torch.amp.GradScaler | None = None,
         process_group: Group = None,
     ) -> None:
-        check_classifier(backbone, head)
-        scales = scaler is not None and scaler.is_enabled()
-        check_modes(hypergradient, scope, interval)
-        if low_memory or process_group is not None or scales:
-            check_not_oracle(hypergradient)
+        super().__init__(
+            backbone,
+            head,
+            optimizer,
+            MetaStepOptions(
+                hypergradient,
+                scope,
+                interval,
+                low_memory,
+                VirtualStep(virtual_momentum, virtual_weight_decay),
+            ),
+            clip_norm=clip_norm,
+            scaler=scaler,
+            process_group=process_group,
+        )
+        scaler = self._learner.scaler
+        if low_memory or process_group is not None or scaler.is_enabled():
+            remedy = "leave these out: double backward is the oracle of the other two"
+            self.options.refuse_double_backward("with low_memory, process_group or scaler", remedy)
+        self._passes.math_attention = hypergradient == DOUBLE_BACKWARD
         num_classes, width = head.weight.shape
         device, dtype = head.weight.device, torch.promote_types(torch.float32, head.weight.dtype)
-        self.classifier = Classifier(backbone, head)
-        self.optimizer = optimizer
-        self.log_prior = log_class_prior(class_counts, num_classes).to(device, dtype)
-        self.class_weights = None if class_weights is None else class_weights.to(device, dtype)
-        self.covariance = covariance or ClassCovariance(num_classes, width).to(device, dtype)
-        self.memory = memory or TrainingMemory(num_classes).to(device, dtype)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        log_prior = log_class_prior(class_counts, num_classes).to(**place)
+        self.register_buffer("log_prior", log_prior, persistent=False)
+        weights = None if class_weights is None else class_weights.to(**place)
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.covariance = covariance or ClassCovariance(num_classes, width, **place)
+        self.memory = memory or TrainingMemory(num_classes, **place)
+        self._num_samples = len(self.memory.samples)
         self.alpha, self.beta = alpha, beta
         self.covariance_lr = covariance_lr
         self.rate_free_perturbation = rate_free_perturbation
         self.rate_free_covariance = rate_free_covariance
-        self._epsilon_scale = EpsilonScale(epsilon_scale, epsilon_unit)
         self.persistent, self.project = persistent, project
         self.keep_semidefinite = keep_semidefinite
-        self.clip_norm = clip_norm
-        self.held = torch.zeros((), dtype=torch.int64, device=device)
-        self.projections = torch.zeros((), dtype=torch.int64, device=device)
-        self.hypergradient, self.scope, self.interval = hypergradient, scope, interval
-        scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-        self.perturbation: PerturbationNet | None = None
-        self._strengths: LearnedStrengths | ConstantStrengths
+        network: PerturbationNet | float = 0.0 if epsilon is None else epsilon
         if epsilon is None:
-            self.perturbation = perturbation or PerturbationNet().to(device, dtype)
-            adam = perturbation_optimizer or torch.optim.Adam(
-                self.perturbation.parameters(), lr=1e-3
+            network = perturbation or PerturbationNet(**place)
+            perturbation_optimizer = perturbation_optimizer or torch.optim.Adam(
+                network.parameters(), lr=1e-3
             )
-            self._strengths = LearnedStrengths(
-                self.perturbation, adam, self.log_prior, scaler, log_proportion
-            )
-        else:
-            self._strengths = ConstantStrengths(epsilon)
-        self._learner = Learner(self.classifier, optimizer, scaler, process_group)
-        self._virtual = VirtualStep(virtual_momentum, virtual_weight_decay)
-        self._virtual.check(optimizer)
-        self._passes = Passes(backbone, device)
-        self._passes.math_attention = hypergradient == ORACLE
-        self._tangent = FeatureTangent(
-            self._passes, GRAPH if hypergradient == "jvp" else DIFFERENCES
+        scale = EpsilonScale(epsilon_scale, epsilon_unit)
+        self.epsilon = SampleEpsilon(
+            network, perturbation_optimizer, scale, log_prior, scaler, log_proportion
         )
-        self._meta_passes = MetaPasses(
-            self._learner, self._passes, self._tangent, self._virtual, scope, low_memory
-        )
-        self._steps = 0
-        self._meta_loss = torch.full((), torch.nan, dtype=dtype, device=device)
-        self.covariance_change = torch.full((), torch.nan, dtype=dtype, device=device)
+        counter = torch.zeros((), dtype=torch.int64, device=device)
+        self.register_buffer("held", counter)
+        self.register_buffer("projections", counter.clone())
+        self.register_buffer("covariance_change", torch.full((), torch.nan, **place))
         self._change_measured = False
 
     @property
-    def head(self) -> nn.Linear:
-        """The classifier's last layer."""
-        return self.classifier.head
+    def perturbation(self) -> PerturbationNet | None:
+        """The network Ω."""
+        return self.epsilon.perturbation
 
     @property
     def needs_meta_batch(self) -> bool:
@@ -221,68 +225,27 @@ class MetaIADA:
 
         None does where there is nothing to learn: a constant or frozen Ω, and covariance_lr 0.
         """
-        if not self.covariance_lr and not self._strengths.parameters():
-            return False
-        return self._steps % self.interval == 0
+        learns = bool(self.covariance_lr or self.epsilon.trained())
+        return learns and super().needs_meta_batch
 
-    def meta_steps(self, count: int) -> Sequence[bool]:
-        """Which of the next `count` steps make a meta step."""
-        return [step % self.interval == 0 for step in range(self._steps, self._steps + count)]
-
-    def step(self, batch: Sequence[Any], meta_batch: Sequence[Any] | None = None) -> MetaStep:
-        """One iteration of Algorithm 1.
-
-        Args:
-            batch: (inputs, labels) or (inputs, labels, index), index (N) the samples' places in
-                the training set.
-            meta_batch: (inputs, labels), of any size; not looked at unless `needs_meta_batch`.
-        """
-        rows = self._learner.rows("batch", batch, len(self.memory.samples))
-        meta_rows = None
-        if self.needs_meta_batch:
-            meta_rows = self._learner.rows("meta_batch", meta_batch, 0)
-        with self._passes.own_autocast():
-            random_state = RandomState.now(self._passes.device)
-            features = self._passes.first(rows.inputs)
-            whole = self._learner.gather(features, rows)
-            self.covariance.update_gathered(whole, rows.labels)
-            traits = self._strengths.traits(whole, self.classifier.head, rows, self.memory)
-            sigma = self.covariance.covariance
-            scale = self._epsilon_scale.at(sigma, rows.labels)
-            if meta_rows is not None:
-                former = None if self._change_measured else sigma.clone()
-                features, sigma = self._meta_step(
-                    features, whole, traits, scale, rows, random_state, meta_rows
-                )
-                if former is not None:
-                    self.covariance_change.copy_(relative_change(sigma, former))
-                    self._change_measured = True
-            epsilon = self._strengths.values(traits, moves_buffers=meta_rows is None)
-            epsilon = scaled_epsilon(epsilon, scale)
-            loss, grads = self._head_gradients(whole, rows, sigma, epsilon)
-            self._learner.descend(features, grads, rows, self.clip_norm)
-        self._steps += 1
-        return MetaStep(loss, self._meta_loss, epsilon)
+    def observe(self, forward: ForwardPass) -> Observed:
+        """Σ takes in the batch; the characteristics that Ω sees."""
+        self.covariance.update_gathered(forward.global_features, forward.rows.labels)
+        return self.epsilon.observe(forward, self.head, self.memory, self.covariance)
 
     def cross_entropy_step(self, batch: Sequence[Any]) -> Tensor:
         """One iteration of the first phase (Algorithm 1, lines 2–5): plain CE. The loss, detached.
 
         Records losses and margins for the characteristics; Σ is left to the second phase.
         """
-        rows = self._learner.rows("batch", batch, len(self.memory.samples))
+        rows = self._learner.shard_batch("batch", batch, len(self.memory.samples))
 
         def mean_loss(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             losses, margin = loss_and_margin(linear(features, weight, bias), rows.labels)
             self.memory.record(losses.detach(), margin.detach(), rows.labels, rows.index)
             return losses.mean()
 
-        return plain_step(self._learner, self._passes, rows, mean_loss, self.clip_norm)
-
-    def begin_epoch(
-        self, epoch: int, order: Sequence[list[int]], first_step: int
-    ) -> Sequence[list[int]]:
-        """The rows as they are."""
-        return order
+        return self._supervised_step(rows, mean_loss)
 
     def end_epoch(self) -> None:
         """To be called after each epoch: its losses and margins become the last epoch's."""
@@ -294,68 +257,55 @@ class MetaIADA:
         """FloatingPointError if training has diverged; see `iada.check_divergence`."""
         check_divergence(self.head, self.covariance, self.alpha)
 
-    def learned(self) -> list[Tensor]:
-        """Σ and Ω: what must stay finite beside the classifier."""
-        return [self.covariance.covariance, *self._strengths.parameters()]
+    def get_extra_state(self) -> dict[str, Any]:
+        """Where the iterations stand."""
+        return {**super().get_extra_state(), "change_measured": self._change_measured}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Ω, its optimizer, Σ with its statistics, the memory, and where the engine stands.
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `get_extra_state`."""
+        super().set_extra_state(state)
+        self._change_measured = state["change_measured"]
 
-        Not the classifier, its optimizer, nor the scaler: they are the caller's.
-        """
-        return {
-            **self._strengths.state_dict(),
-            "covariance": self.covariance.state_dict(),
-            "memory": self.memory.state_dict(),
-            "held": self.held,
-            "projections": self.projections,
-            "steps": self._steps,
-            "meta_loss": self._meta_loss,
-            "covariance_change": self.covariance_change,
-            "change_measured": self._change_measured,
-            "way": self._tangent.way,
-            "math_attention": self._passes.math_attention,
-        }
+    def meta_step(
+        self, forward: ForwardPass, observed: Observed, meta_rows: ShardedBatch
+    ) -> tuple[Tensor, Observed]:
+        """Eq. 7 to 9: moves Ω and Σ."""
+        former = None if self._change_measured else observed.sigma.clone()
+        epsilon = self.epsilon.differentiable(observed)
+        if self.options.hypergradient == DOUBLE_BACKWARD:
+            features = forward.features
+            sigma = self._by_double_backward(forward, epsilon, meta_rows)
+        else:
+            features, sigma = self._by_closed_form(forward, epsilon, meta_rows)
+        sigma = self._keep(sigma)
+        if former is not None:
+            self.covariance_change.copy_(relative_change(sigma, former))
+            self._change_measured = True
+        return features, observed._replace(sigma=sigma)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self._strengths.load_state_dict(state)
-        self.covariance.load_state_dict(state["covariance"])
-        self.memory.load_state_dict(state["memory"])
-        self.held.copy_(state.get("held", self.held))
-        self.projections.copy_(state["projections"])
-        self._steps = state["steps"]
-        self._meta_loss = state["meta_loss"].to(self._meta_loss)
-        self.covariance_change.copy_(state.get("covariance_change", self.covariance_change))
-        self._change_measured = state.get("change_measured", False)
-        self._tangent.way = state["way"]
-        self._passes.math_attention = state["math_attention"]
+    def training_gradients(
+        self, forward: ForwardPass, observed: Observed, after_meta_step: bool
+    ) -> tuple[Tensor, HeadGradients, Tensor | None]:
+        """Eq. 10's, with the new Ω and Σ."""
+        epsilon = self.epsilon.values(observed, moves_buffers=not after_meta_step)
+        return *self._head_gradients(forward, observed.sigma, epsilon), epsilon
 
-    def _meta_step(
-        self,
-        features: Tensor,
-        whole: Tensor,
-        traits: Tensor,
-        scale: Tensor | float,
-        rows: Rows,
-        random_state: RandomState,
-        meta_rows: Rows,
+    def _by_closed_form(
+        self, forward: ForwardPass, epsilon: Tensor | None, meta_rows: ShardedBatch
     ) -> tuple[Tensor, Tensor]:
-        """Eq. 7 to 9: moves Ω and Σ. The features to go on with, and the Σ that Eq. 10 takes."""
-        epsilon = scaled_epsilon(self._strengths.differentiable(traits), scale)
-        if self.hypergradient == ORACLE:
-            return features, self._by_double_backward(features, epsilon, rows, meta_rows)
-        strengths = None if epsilon is None else epsilon.detach()
-        _, grads = self._head_gradients(whole, rows, self.covariance.covariance, strengths)
-        found = self._meta_passes.run(features, grads, rows, random_state, meta_rows)
-        self._meta_loss = found.meta_loss
+        """Eq. 7 to 9 by the head's closed forms: the features to go on with, and Σ."""
+        head, sigma = self.head, self.covariance.covariance
+        constant = None if epsilon is None else epsilon.detach()
+        _, gradients = self._head_gradients(forward, sigma, constant)
+        meta = self._meta_passes.run(forward, gradients, meta_rows)
+        self._meta_loss = meta.meta_loss
         inputs = LossInputs(
-            whole,
-            self.head.weight.detach(),
-            None if self.head.bias is None else self.head.bias.detach(),
-            rows.labels,
-            self.covariance.covariance,
-            strengths,
+            forward.global_features,
+            head.weight.detach(),
+            None if head.bias is None else head.bias.detach(),
+            forward.rows.labels,
+            sigma,
+            constant,
             self.log_prior,
         )
         scaled = self._learner.scaler.is_enabled()
@@ -363,34 +313,34 @@ class MetaIADA:
             inputs,
             alpha=float(self.alpha),
             beta=float(self.beta),
-            tangents=found.tangents,
+            tangents=meta.tangents,
             class_weights=self.class_weights,
             covariance_lr=self._covariance_step_size(),
             in_place=self.persistent and not (scaled or self.keep_semidefinite),
             skip_overflow=scaled,
         )
         if grad_epsilon is not None and self.rate_free_perturbation:
-            grad_epsilon = grad_epsilon * inverse_rate(self.optimizer, self.head.weight)
-        self._strengths.learn(epsilon, grad_epsilon, self._learner.scale())
-        return found.features, self._keep(sigma)
+            grad_epsilon = grad_epsilon * inverse_rate(self.optimizer, head.weight)
+        self.epsilon.learn(epsilon, grad_epsilon, self._learner.scale())
+        return meta.features, sigma
 
     def _by_double_backward(
-        self, features: Tensor, epsilon: Tensor | None, rows: Rows, meta_rows: Rows
+        self, forward: ForwardPass, epsilon: Tensor | None, meta_rows: ShardedBatch
     ) -> Tensor:
-        """Eq. 7 to 9 by the oracle; the Σ that Eq. 10 takes."""
-        head = self.classifier.head
+        """Eq. 7 to 9 by the oracle: Σ."""
+        head, features = self.head, forward.features
         trained = self._learner.trained()
-        if self.scope == "head":
+        if self.options.scope == "head":
             trained = [p for p in trained if p is head.weight or p is head.bias]
             features = features.detach()
         sigma = self.covariance.covariance.clone().requires_grad_()
-        loss = self._loss(features, head.weight, head.bias, rows.labels, sigma, epsilon)
+        loss = self._loss(sigma, epsilon, forward.rows.labels)(features, head.weight, head.bias)
         self._meta_loss, (grad_sigma, *grads) = double_backward(
             loss,
-            [sigma, *self._strengths.parameters()],
+            [sigma, *self.epsilon.trained()],
             trained,
             self.optimizer,
-            self._virtual,
+            self.options.virtual,
             self._passes,
             head,
             meta_rows,
@@ -398,10 +348,10 @@ class MetaIADA:
         if self.rate_free_perturbation:
             factor = inverse_rate(self.optimizer, head.weight)
             grads = [grad * factor for grad in grads]
-        self._strengths.step(grads, self._learner.scale())
+        self.epsilon.step(grads, self._learner.scale())
         if sigma.dim() == 3:
             grad_sigma = (grad_sigma + grad_sigma.mT) / 2
-        return self._keep(sigma.detach() - self._covariance_step_size() * grad_sigma)
+        return sigma.detach() - self._covariance_step_size() * grad_sigma
 
     def _covariance_step_size(self) -> float:
         """η₂ of Eq. 9, or η₂/η₁."""
@@ -423,24 +373,15 @@ class MetaIADA:
         return sigma
 
     def _head_gradients(
-        self, whole: Tensor, rows: Rows, sigma: Tensor, epsilon: Tensor | None
+        self, forward: ForwardPass, sigma: Tensor, epsilon: Tensor | None
     ) -> tuple[Tensor, HeadGradients]:
         """Eq. 6 and its gradients by features and head."""
-        return self._learner.head_gradients(
-            lambda h, w, b: self._loss(h, w, b, rows.labels, sigma, epsilon), whole
-        )
+        loss = self._loss(sigma, epsilon, forward.rows.labels)
+        return self._learner.head_gradients(loss, forward.global_features)
 
-    def _loss(
-        self,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        sigma: Tensor,
-        epsilon: Tensor | None,
-    ) -> Tensor:
-        """Eq. 6 over the batch, () with its graph."""
-        return fused_loss(
+    def _loss(self, sigma: Tensor, epsilon: Tensor | None, labels: Tensor) -> HeadLoss:
+        """Eq. 6 over the batch as a function of the features and the head."""
+        return lambda features, weight, bias: fused_loss(
             features,
             weight,
             bias,

@@ -36,6 +36,7 @@ Where the paper is silent or contradicts itself:
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from iada.methods.cmo import CMO, ForegroundPool, Paste
+from iada.methods.cmo import CMO, CMOOptions, ForegroundPool, Paste, pasting_arguments
+from iada.methods.options import MethodRun
 from iada.nn.functional import fused_loss
 from iada.nn.priors import log_class_prior
 from iada.utils.loading import batches, to_device
 from iada.utils.seeds import seed_of
+from iada.utils.settings import setting
 
 THRESHOLD = 0.8
 SHARE = 0.25  # of the second stage's steps
@@ -137,6 +140,9 @@ class AFR(CMO):
         others: as in `CMO`; the first stage lasts from first_epoch to finetune_epoch.
     """
 
+    attacked: Tensor
+    unit: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -160,8 +166,8 @@ class AFR(CMO):
         )
         self._begin_categories()
         deviation = torch.as_tensor(getattr(train_set, "deviation", 1.0)).to(weight.device, dtype)
-        self.unit = 1 / deviation.view(-1, 1, 1)
-        self.attacked = torch.zeros(len(self.labels), dtype=torch.bool)
+        self.register_buffer("unit", 1 / deviation.view(-1, 1, 1), persistent=False)
+        self.register_buffer("attacked", torch.zeros(len(self.labels), dtype=torch.bool))
         self.prepared_epoch = -1
 
     def begin_epoch(
@@ -219,7 +225,7 @@ class AFR(CMO):
     def _renew_pool(self) -> None:
         """All samples, and after them the copies."""
         rows = np.arange(len(self.labels))
-        rows = np.concatenate([rows, self.attacked.nonzero()[:, 0].numpy()])
+        rows = np.concatenate([rows, self.attacked.nonzero()[:, 0].cpu().numpy()])
         self.pool = ForegroundPool(self.labels.numpy()[rows], rows)
 
     def _adversarial(self, places: np.ndarray) -> Sequence[int]:
@@ -240,23 +246,33 @@ class AFR(CMO):
         )
         return inputs.index_copy(0, places, moved.to(inputs.dtype))
 
-    def learned(self) -> list[Tensor]:
-        """The layer of 2C categories."""
-        return [*self.categories.parameters()]
+    def get_extra_state(self) -> dict[str, Any]:
+        """When the attacker was made."""
+        return {"prepared_epoch": self.prepared_epoch}
 
-    def state_dict(self) -> dict[str, Any]:
-        """The attacker, its categories, and which samples have a copy."""
-        return {
-            "attacker": self.attacker.state_dict(),
-            "categories": self.categories.state_dict(),
-            "attacked": self.attacked,
-            "prepared_epoch": self.prepared_epoch,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.attacker.load_state_dict(state["attacker"])
-        self.categories.load_state_dict(state["categories"])
-        self.attacked.copy_(state["attacked"])
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `get_extra_state`, after the buffers are loaded."""
         self.prepared_epoch = state["prepared_epoch"]
         self._renew_pool()
+
+
+@dataclass(frozen=True)
+class AFROptions(CMOOptions):
+    """AFR (Zhang et al., VISAPP 2024).
+
+    finetune_epochs: the last epochs, AFR's second stage.
+    finetune_lr: lr at its start, from which it falls to 0 as a cosine.
+    """
+
+    finetune_epochs: int = setting(50, least=1)
+    finetune_lr: float = setting(0.01, above=0)
+
+    def build(self, run: MethodRun) -> AFR:
+        epoch = run.epochs - self.finetune_epochs
+        return AFR(train_set=run.train_set, finetune_epoch=epoch, **pasting_arguments(run))
+
+    def last_stage(self) -> tuple[int, float]:
+        return self.finetune_epochs, self.finetune_lr
+
+    def shortened(self, share: float) -> "AFROptions":
+        return replace(self, finetune_epochs=max(1, round(self.finetune_epochs * share)))

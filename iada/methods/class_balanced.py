@@ -1,5 +1,6 @@
 """Class-Balanced CE and Focal: losses weighted by the effective number of samples."""
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -7,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iada.meta.learner import linear
-from iada.methods.head_loss import FirstOrder
+from iada.methods.head_loss import HeadLossMethod
+from iada.methods.options import MethodOptions, MethodRun
 from iada.nn.priors import class_balanced_weights
+from iada.utils.settings import setting
 
 
-class ClassBalanced(FirstOrder):
+class ClassBalanced(HeadLossMethod):
     """(1/n) Σ ω_y (1 − p_y)^γ CE(z, y), with p = softmax(z) and ω by `class_balanced_weights`.
 
     Cui et al., CVPR 2019: γ = 0 is their CB-CE. Their focal term is on C sigmoids; this is the
@@ -21,8 +24,10 @@ class ClassBalanced(FirstOrder):
     Args:
         class_beta: β of the weights.
         focal_gamma: γ.
-        others: as in `FirstOrder`.
+        others: as in `HeadLossMethod`.
     """
+
+    class_weights: Tensor
 
     def __init__(
         self,
@@ -37,7 +42,7 @@ class ClassBalanced(FirstOrder):
     ) -> None:
         super().__init__(backbone, head, optimizer, class_counts, **options)
         weights = class_balanced_weights(class_counts, class_beta)
-        self.class_weights = weights.to(self.log_prior)
+        self.register_buffer("class_weights", weights.to(self.log_prior), persistent=False)
         self.focal_gamma = focal_gamma
 
     def loss(self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -51,3 +56,26 @@ class ClassBalanced(FirstOrder):
             tiny = torch.finfo(rest.dtype).tiny
             losses = losses * rest.clamp(min=tiny) ** self.focal_gamma
         return (losses * self.class_weights[labels]).mean()
+
+
+@dataclass(frozen=True)
+class ClassBalancedOptions(MethodOptions):
+    """Class-Balanced CE (Cui et al., CVPR 2019).
+
+    class_beta: β of the class-balanced weights.
+    """
+
+    class_beta: float = setting(0.9999, least=0, below=1)
+
+    def build(self, run: MethodRun) -> ClassBalanced:
+        return ClassBalanced(class_counts=run.class_counts, **asdict(self), **run.arguments)
+
+
+@dataclass(frozen=True)
+class FocalOptions(ClassBalancedOptions):
+    """Class-Balanced Focal.
+
+    focal_gamma: γ.
+    """
+
+    focal_gamma: float = setting(1.0, least=0)

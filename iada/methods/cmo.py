@@ -11,14 +11,17 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iada.methods.head_loss import FirstOrder
-from iada.utils.checks import check_label_values, complain
+from iada.meta.method import MetaStep
+from iada.methods.head_loss import HeadLossMethod
+from iada.methods.options import MethodOptions, MethodRun
+from iada.utils.checks import argument_error, check_label_values
+from iada.utils.loading import labels_of
 from iada.utils.seeds import seed_of
 
 SHARE = 0.5  # of the steps
@@ -64,14 +67,14 @@ class ForegroundPool:
         return np.minimum(places, len(self.rows) - 1)
 
 
-class CMO(FirstOrder):
+class CMO(HeadLossMethod):
     """See above. Beside each row of such a step another one is loaded: twice the data, one pass.
 
     Args:
         labels: of the training set, (N).
         first_epoch, last_epoch: of the run, between which it takes place.
         seed: of all draws, which depend on the step alone and so on no stop.
-        options: as in `FirstOrder`, without process_group.
+        options: as in `HeadLossMethod`, without process_group.
     """
 
     def __init__(
@@ -124,7 +127,9 @@ class CMO(FirstOrder):
         """Which of the foregrounds are to be attacked: none."""
         return ()
 
-    def step(self, batch: Sequence[Any], meta_batch: Sequence[Any] | None = None) -> Tensor:
+    def step(
+        self, batch: Sequence[Any], meta_batch: Sequence[Any] | None = None
+    ) -> Tensor | MetaStep:
         """The loss of the mixed images, or of the images as they are; detached."""
         plan = self._plans.popleft()
         if plan is None:
@@ -132,7 +137,7 @@ class CMO(FirstOrder):
         inputs, labels = batch[0], batch[1]
         if not isinstance(inputs, Tensor) or inputs.dim() != 4:
             got = f"shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else "no tensor"
-            raise complain("inputs", "images (N, channels, H, W)", got, "take another method")
+            raise argument_error("inputs", "images (N, channels, H, W)", got, "take another method")
         count = len(labels) // 2
         foreground = self._foreground(inputs[count:], labels[count:], plan)
         height, width = inputs.shape[2:]
@@ -140,15 +145,43 @@ class CMO(FirstOrder):
         mixed = inputs[:count].clone()
         mixed[:, :, rows, columns] = foreground[:, :, rows, columns]
         rest = 1.0 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
-        batch_rows = self._learner.rows("batch", (mixed, labels[:count]), 0)
+        batch_rows = self._learner.shard_batch("batch", (mixed, labels[:count]), 0)
         others = labels[count:].long()
 
         def loss(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             own = self.loss(features, weight, bias, batch_rows.labels)
             return rest * own + (1.0 - rest) * self.loss(features, weight, bias, others)
 
-        return self._descend(batch_rows, loss)
+        return self._supervised_step(batch_rows, loss)
 
     def _foreground(self, inputs: Tensor, labels: Tensor, plan: Paste) -> Tensor:
         """What is pasted, (N, channels, H, W)."""
         return inputs
+
+
+@dataclass(frozen=True)
+class CMOOptions(MethodOptions):
+    """CMO with Balanced Softmax (Park et al., CVPR 2022); no options."""
+
+    single_process: ClassVar[bool] = True
+    own_cross_entropy: ClassVar[bool] = True
+
+    @property
+    def counts_epochs(self) -> bool:
+        return True
+
+    def build(self, run: MethodRun) -> CMO:
+        return CMO(last_epoch=run.epochs, **pasting_arguments(run))
+
+
+def pasting_arguments(run: MethodRun) -> dict[str, Any]:
+    """What CMO and AFR take of a run. Raises ValueError for several processes, or no labels."""
+    if run.group is not None:
+        remedy = "start one process, or take another method"
+        raise argument_error("method", "one process for cmo and afr", "several", remedy)
+    labels = labels_of(run.train_set)
+    if labels is None:
+        expected = "an attribute `labels`, a tensor (N), for the methods cmo and afr"
+        raise argument_error("train_set", expected, "none", "add it to the data set")
+    own = {"class_counts": run.class_counts, "labels": labels, "seed": run.seed}
+    return {**run.arguments, **own, "first_epoch": run.ce_epochs}

@@ -10,14 +10,17 @@ the weighted sum is divided by the sum of the weights.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iada.methods.head_loss import FirstOrder
+from iada.methods.head_loss import HeadLossMethod
+from iada.methods.options import MethodOptions, MethodRun
 from iada.nn.priors import checked_counts, class_balanced_weights
+from iada.utils.settings import setting
 
 SCALE, MAX_MARGIN = 30.0, 0.5
 
@@ -41,14 +44,17 @@ def cosine_logits(features: Tensor, weight: Tensor) -> Tensor:
     return SCALE * F.linear(F.normalize(features), F.normalize(weight))
 
 
-class LDAM(FirstOrder):
+class LDAM(HeadLossMethod):
     """See above. The head's bias is not used and stays as it is; evaluation goes by the cosines.
 
     Args:
         class_beta: β of the weights after re-weighting sets in.
         reweight_epoch: from which epoch on that is; 160 of 200 in the paper.
-        others: as in `FirstOrder`.
+        others: as in `HeadLossMethod`.
     """
+
+    class_weights: Tensor
+    margins: Tensor
 
     def __init__(
         self,
@@ -63,9 +69,10 @@ class LDAM(FirstOrder):
     ) -> None:
         super().__init__(backbone, head, optimizer, class_counts, **options)
         margins = checked_counts(class_counts) ** -0.25
-        self.margins = (margins * (MAX_MARGIN / margins.max())).to(self.log_prior)
+        margins = (margins * (MAX_MARGIN / margins.max())).to(self.log_prior)
+        self.register_buffer("margins", margins, persistent=False)
         weights = class_balanced_weights(class_counts, class_beta)
-        self.class_weights = weights.to(self.log_prior)
+        self.register_buffer("class_weights", weights.to(self.log_prior), persistent=False)
         self.reweight_epoch = reweight_epoch
         self.reweights = False
 
@@ -94,3 +101,29 @@ class LDAM(FirstOrder):
     ) -> Tensor:
         """CE of the cosines: what evaluation goes by is trained before the margins come, too."""
         return F.cross_entropy(cosine_logits(features, weight.to(features.dtype)), labels)
+
+
+@dataclass(frozen=True)
+class LDAMOptions(MethodOptions):
+    """LDAM-DRW (Cao et al., NeurIPS 2019).
+
+    class_beta: β of the class-balanced weights.
+    reweight_from: fraction of the epochs after which classes are weighed; 160 of 200.
+    """
+
+    own_cross_entropy: ClassVar[bool] = True
+    class_beta: float = setting(0.9999, least=0, below=1)
+    reweight_from: float = setting(0.8, least=0, most=1)
+
+    @property
+    def counts_epochs(self) -> bool:
+        return True
+
+    def build(self, run: MethodRun) -> LDAM:
+        epoch = round(self.reweight_from * run.epochs)
+        return LDAM(
+            class_counts=run.class_counts,
+            class_beta=self.class_beta,
+            reweight_epoch=epoch,
+            **run.arguments,
+        )

@@ -10,7 +10,7 @@ from torch import nn
 
 from iada.models.small import cifar_resnet, mlp, wide_resnet
 from iada.models.split import split_classifier
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 
 BUILT_IN: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet8": (lambda: cifar_resnet(8), 64),
@@ -49,13 +49,13 @@ def build_backbone(
     """
     if name in BUILT_IN:
         if pretrained:
-            raise complain("pretrained", "False", "True", f"there are no weights for {name}")
+            raise argument_error("pretrained", "False", "True", f"there are no weights for {name}")
         build, width = BUILT_IN[name]
         return build(), nn.Linear(width, num_classes)
     library, _, model_name = name.partition("/")
     if library not in LIBRARIES or not model_name:
         known = ", ".join([*BUILT_IN, *(f"{library}/NAME" for library in LIBRARIES)])
-        raise complain("backbone", f"one of {known}", repr(name), "pass one of these")
+        raise argument_error("backbone", f"one of {known}", repr(name), "pass one of these")
     try:
         module = importlib.import_module(library)
     except ModuleNotFoundError as error:
@@ -86,7 +86,7 @@ def _vision(
         close = [other for other in known if name.lower() in other.lower()][:5]
         wanted = f"a model of {library}" + (f", such as {', '.join(close)}" if close else "")
         remedy = f"see {library}'s list_models()"
-        raise complain("backbone", wanted, repr(name), remedy)
+        raise argument_error("backbone", wanted, repr(name), remedy)
     options: dict[str, Any] = {} if weights else {"num_classes": num_classes}
     if library == "timm":
         return module.create_model(name, pretrained=bool(weights), **options)
@@ -94,7 +94,9 @@ def _vision(
         return module.models.get_model(name, weights=weights, **options)
     except (ValueError, KeyError) as error:
         known = ", ".join(module.models.get_model_weights(name).__members__)
-        raise complain("weights", f"one of {known}", repr(weights), "or leave it out") from error
+        raise argument_error(
+            "weights", f"one of {known}", repr(weights), "or leave it out"
+        ) from error
 
 
 def _transformer(module: Any, path: str, num_classes: int, pretrained: bool) -> nn.Module:
@@ -106,7 +108,7 @@ def _transformer(module: Any, path: str, num_classes: int, pretrained: bool) -> 
         return kind.from_config(config)
     except (OSError, ValueError) as error:
         place = "a folder" if Path(path).exists() else "nothing at this path"
-        raise complain(
+        raise argument_error(
             "backbone",
             "transformers/PATH, PATH with config.json of a sequence classifier",
             f"{place}: {str(error).splitlines()[0]}",

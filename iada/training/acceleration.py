@@ -11,10 +11,10 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
 from iada.training.config import TrainerConfig
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 
 
-class Whole(nn.Module):
+class SingleGraph(nn.Module):
     """torch.compile takes a bare nn.Sequential layer by layer, and this in one graph."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -26,7 +26,7 @@ class Whole(nn.Module):
         return self.inner(inputs)
 
 
-class Speed:
+class Acceleration:
     """The options of a run, applied to its backbone, batches and passes.
 
     float16 is not offered: its narrow range needs a scaled loss in every method.
@@ -38,7 +38,7 @@ class Speed:
         self.device = device
         if self.dtype is not None and not torch.amp.is_autocast_available(device.type):
             got = f"{config.autocast!r} on {device.type}"
-            raise complain("autocast", "a device that has it", got, "pass 'none'")
+            raise argument_error("autocast", "a device that has it", got, "pass 'none'")
 
     def prepare(self, backbone: nn.Module) -> nn.Module:
         """The backbone as the method is to run it, with the same parameters."""
@@ -48,9 +48,9 @@ class Speed:
             return backbone
         # Meta-IADA goes down a pass's graph twice, which donated buffers do not allow.
         functorch_config.donated_buffer = False
-        return torch.compile(Whole(backbone), dynamic=False)  # type: ignore[return-value]
+        return torch.compile(SingleGraph(backbone), dynamic=False)  # type: ignore[return-value]
 
-    def laid_out(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    def to_memory_format(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """A batch with its images, (N, C, H, W), as the backbone has its weights."""
         inputs = batch[0]
         if self.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:

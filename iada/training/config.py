@@ -1,37 +1,17 @@
 """What a training run is: one frozen dataclass, also readable from TOML."""
 
 import dataclasses
-import math
-import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from iada.meta.epsilon_scale import EPSILON_UNITS
-from iada.meta.modes import HYPERGRADIENTS, SCOPES
-from iada.nn.class_covariance import STRUCTURES
-from iada.utils.checks import complain
+from iada.methods.options import MethodOptions
+from iada.methods.registry import METHODS
+from iada.utils.checks import argument_error
+from iada.utils.settings import check_settings, setting
 
-METHODS = (
-    "ce",
-    "cb-ce",
-    "cb-focal",
-    "ldam-drw",
-    "logit-adjustment",
-    "isda",
-    "metasaug",
-    "meta-weight-net",
-    "meta-iada",
-    "cmo",
-    "afr",
-)
-SINGLE_PROCESS = ("cmo", "afr")
-STAGED = ("ldam-drw", "cmo", "afr")  # what they do depends on how far the run is
-AFTER_CE = ("metasaug", "meta-iada")  # published with a phase of plain CE before them
-PERTURBATIONS = ("learned", "untrained", "constant")
-PERTURBATION_INITS = ("default", "zero")
 SCHEDULES = ("constant", "cosine", "multistep")
 UNITS = ("epoch", "step")
 AUTOCASTS = ("none", "bfloat16")
@@ -42,37 +22,22 @@ OPTIMIZERS = sorted(
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     if name not in ("Optimizer", "LBFGS")
 )
-LEAST = {
-    "epochs": 1,
-    "ce_epochs": 0,
-    "batch_size": 1,
-    "meta_batch_size": 1,
-    "interval": 1,
-    "checkpoint_every": 1,
-    "momentum": 0,
-    "weight_decay": 0,
-    "alpha": 0,
-    "covariance_lr": 0,
-    "perturbation_weight_decay": 0,
-    "perturbation_hidden": 1,
-    "clip_norm": 0,
-    "loss_limit": 0,
-    "warmup_epochs": 0,
-    "class_beta": 0,
-    "focal_gamma": 0,
-    "reweight_from": 0,
-    "finetune_epochs": 1,
-}
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
     """Settings of `iada.Trainer`, with the paper's values for CIFAR-LT as defaults.
 
+    >>> iada.TrainerConfig(method="logit-adjustment", epochs=20)
+    >>> iada.TrainerConfig(method=iada.MetaIADAOptions(interval=4), epochs=20)
+    >>> iada.TrainerConfig.from_settings({"method": "meta-iada", "interval": 4, "epochs": 20})
+
     Two defaults are not the paper's, so that a first run on other data trains: clip_norm and
     keep_semidefinite. The published runs (`iada.experiments`) have neither.
 
-    method: one of METHODS; docs/training.md has what each minimises, its source and its cost.
+    method: a name in `iada.methods.registry.METHODS`, with its options at their defaults; or the
+    options, an object that says which method it is; docs/training.md has what each minimises, its
+    source and its cost. None where `Trainer` is given a method of your own.
     epochs: T2 of Algorithm 1, in epochs.  ce_epochs: T1, the epochs of plain CE before the method;
     by default four fifths of epochs (160 of 200) for Meta-IADA and MetaSAug, 0 for the others,
     which are published without.
@@ -85,28 +50,6 @@ class TrainerConfig:
     warmup_epochs: lr rises linearly from a hundredth over so many epochs (parts of one with
     schedule_each "step"), then the schedule begins; milestones count from the start of the run.
     schedule_each: "epoch" or "step": how often lr moves.
-    alpha, beta: of Eq. 6.  alpha_ramp: alpha rises linearly from 0 over the method's epochs, as
-    in ISDA.
-    perturbation_lr: Adam's on Ω (η₂ of Eq. 8), or on Meta-Weight-Net's network.
-    perturbation_weight_decay: Adam's too; 5e-4 to 1e-4 in sibling codes.
-    perturbation_hidden: units of Ω's hidden layer.  perturbation_init: "default", or "zero" for
-    ε = 0 at the start.
-    covariance_lr: η₂ of Eq. 9; MetaSAug's published value is 0.1. With 0, and no Ω to be learned,
-    there is no meta step: an iteration costs what a plain one does.
-    epsilon_scale, epsilon_unit, log_proportion, rate_free_perturbation, rate_free_covariance: see
-    `MetaIADA`.
-    structure: of the covariance, "full" or "diag".
-    perturbation: of Meta-IADA, "learned"; "untrained": Ω keeps its initial values; or "constant":
-    ε is `epsilon` for all samples. Ablations
-    are alpha = 0 (without generalization), constant 0 (without robustness), beta = 0 (without
-    fairness) and scope = "head".
-    class_beta: β of the class-balanced weights (cb-ce, cb-focal, ldam-drw, metasaug).
-    focal_gamma: γ of cb-focal.
-    reweight_from: share of the epochs after which ldam-drw weighs its classes; 160 of 200.
-    finetune_epochs: the last epochs, AFR's second stage.  finetune_lr: lr at its start, from which
-    it falls to 0 as a cosine; `schedule` is the first stage's.
-    persistent, keep_semidefinite, project, hypergradient, scope, interval, low_memory: see
-    `MetaIADA`.
     clip_norm: largest norm of the classifier's gradient, 0 for no clipping.
     loss_limit: a loss or meta loss of so many times the phase's first one, or log C if that is
     more, ends the run as diverged; 0 for no limit.
@@ -118,133 +61,120 @@ class TrainerConfig:
     so that "jvp" goes over to finite differences.
     """
 
-    method: str = "meta-iada"
-    epochs: int = 200
-    ce_epochs: int = None  # type: ignore[assignment]  # a number once it is built
-    batch_size: int = 100
-    meta_batch_size: int = 100
-    optimizer: str = "SGD"
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    method: MethodOptions | None = setting("meta-iada", checked=False)  # options once it is built
+    epochs: int = setting(200, least=1)
+    ce_epochs: int = setting(None, least=0)  # a number once it is built
+    batch_size: int = setting(100, least=1)
+    meta_batch_size: int = setting(100, least=1)
+    optimizer: str = setting("SGD", choices=OPTIMIZERS)
+    lr: float = setting(0.1, above=0)
+    momentum: float = setting(0.9, least=0, below=1)
+    weight_decay: float = setting(5e-4, least=0)
     optimizer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    schedule: str = "multistep"
-    milestones: tuple[int, ...] = None  # type: ignore[assignment]  # likewise
-    gamma: float = 0.01
-    warmup_epochs: float = 0.0
-    schedule_each: str = "epoch"
-    alpha: float = 0.5
-    beta: float = 1.0
-    alpha_ramp: bool = False
-    perturbation_lr: float = 1e-3
-    perturbation_weight_decay: float = 0.0
-    perturbation_hidden: int = 100
-    perturbation_init: str = "default"
-    covariance_lr: float = 1e-3
-    rate_free_perturbation: bool = False
-    rate_free_covariance: bool = False
-    structure: str = "full"
-    perturbation: str = "learned"
-    epsilon: float = 0.0
-    epsilon_scale: float = 1.0
-    epsilon_unit: str = "feature"
-    log_proportion: bool = False
-    class_beta: float = 0.9999
-    focal_gamma: float = 1.0
-    reweight_from: float = 0.8
-    finetune_epochs: int = 50
-    finetune_lr: float = 0.01
-    persistent: bool = True
-    keep_semidefinite: bool = True
-    project: bool = False
-    hypergradient: str = "jvp"
-    scope: str = "full"
-    interval: int = 1
-    low_memory: bool = False
-    clip_norm: float = 1.0
-    loss_limit: float = 1e3
+    schedule: str = setting("multistep", choices=SCHEDULES)
+    milestones: tuple[int, ...] = setting(None)  # likewise
+    gamma: float = setting(0.01, above=0)
+    warmup_epochs: float = setting(0.0, least=0)
+    schedule_each: str = setting("epoch", choices=UNITS)
+    clip_norm: float = setting(1.0, least=0)
+    loss_limit: float = setting(1e3, least=0)
     seed: int = 0
-    checkpoint_every: int = 1
-    autocast: str = "none"
+    checkpoint_every: int = setting(1, least=1)
+    autocast: str = setting("none", choices=AUTOCASTS)
     channels_last: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        choices = {
-            "method": METHODS,
-            "schedule": SCHEDULES,
-            "schedule_each": UNITS,
-            "structure": STRUCTURES,
-            "perturbation": PERTURBATIONS,
-            "perturbation_init": PERTURBATION_INITS,
-            "epsilon_unit": EPSILON_UNITS,
-            "hypergradient": HYPERGRADIENTS,
-            "scope": SCOPES,
-            "optimizer": OPTIMIZERS,
-            "autocast": AUTOCASTS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                wanted = f"one of {', '.join(map(repr, allowed))}"
-                raise complain(name, wanted, repr(getattr(self, name)), "pass one of these")
-        self._fill_in()
-        for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise complain(name, f"at least {least}", repr(getattr(self, name)), "raise it")
-        for name in ("lr", "perturbation_lr", "gamma", "finetune_lr", "epsilon_scale"):
-            if getattr(self, name) <= 0:
-                raise complain(name, "above 0", repr(getattr(self, name)), "raise it")
-        for name, usual in {"momentum": 0.9, "class_beta": 0.9999}.items():
-            if getattr(self, name) >= 1:
-                raise complain(name, "below 1", repr(getattr(self, name)), f"{usual} is usual")
-        if self.reweight_from > 1:
-            raise complain("reweight_from", "a share", repr(self.reweight_from), "0.8 is usual")
-        if self.epsilon and self.perturbation != "constant":
-            remedy = "set perturbation too"
-            expected = f"0 with a perturbation that is {self.perturbation}"
-            raise complain("epsilon", expected, repr(self.epsilon), remedy)
+        object.__setattr__(self, "method", _options_of(self.method))
+        check_settings(self)
+        stage, _ = self.last_stage
+        if self.ce_epochs is None:
+            fraction = 0.0 if self.method is None else self.method.ce_fraction
+            object.__setattr__(self, "ce_epochs", int(fraction * self.epochs + 1e-9))
+        if self.milestones is None:
+            before = self.epochs - stage
+            marks = {4 * before // 5, 9 * before // 10} if self.schedule == "multistep" else set()
+            object.__setattr__(self, "milestones", tuple(sorted(m for m in marks if m > 0)))
         twice = {"lr", "momentum", "weight_decay"} & set(self.optimizer_options)
         if twice:
             name = min(twice)
             remedy = f"set {name} itself"
-            raise complain("optimizer_options", "other arguments than lr", repr(name), remedy)
+            raise argument_error("optimizer_options", "other arguments than lr", repr(name), remedy)
         if self.warmup_epochs >= self.epochs:
             expected = f"less than epochs={self.epochs}"
-            raise complain("warmup_epochs", expected, repr(self.warmup_epochs), "lower it")
+            raise argument_error("warmup_epochs", expected, repr(self.warmup_epochs), "lower it")
         if any(milestone < 1 for milestone in self.milestones):
-            raise complain("milestones", "epochs from 1", repr(self.milestones), "remove others")
+            raise argument_error(
+                "milestones", "epochs from 1", repr(self.milestones), "remove others"
+            )
         if self.schedule == "multistep" and any(mark >= self.epochs for mark in self.milestones):
-            raise complain(
+            raise argument_error(
                 "milestones",
                 f"epochs below epochs={self.epochs}, else lr never falls there",
                 repr(self.milestones),
                 "lower them, or leave them out for 80 and 90 % of epochs",
             )
         if self.ce_epochs > self.epochs:
-            raise complain(
+            raise argument_error(
                 "ce_epochs",
                 f"at most epochs={self.epochs}",
                 repr(self.ce_epochs),
                 "set it too: it is the part of epochs that trains with plain CE first",
             )
-        if self.method == "afr" and self.finetune_epochs > self.epochs - self.ce_epochs:
-            raise complain(
+        if stage > self.epochs - self.ce_epochs:
+            raise argument_error(
                 "finetune_epochs",
                 f"at most epochs - ce_epochs = {self.epochs - self.ce_epochs}",
-                repr(self.finetune_epochs),
+                repr(stage),
                 "set it too: it is the last part of epochs",
             )
 
-    def _fill_in(self) -> None:
-        """What was left to the method and the number of epochs."""
-        if self.ce_epochs is None:
-            share = 4 * self.epochs // 5 if self.method in AFTER_CE else 0
-            object.__setattr__(self, "ce_epochs", share)
-        if self.milestones is None:
-            own = self.epochs - (self.finetune_epochs if self.method == "afr" else 0)
-            marks = {4 * own // 5, 9 * own // 10} if self.schedule == "multistep" else set()
-            object.__setattr__(self, "milestones", tuple(sorted(m for m in marks if m > 0)))
+    @classmethod
+    def from_settings(
+        cls, settings: Mapping[str, Any], shared: Mapping[str, Any] | None = None
+    ) -> "TrainerConfig":
+        """From one flat table, as in TOML: the run's settings and its method's options.
+
+        Args:
+            settings: by name; one that neither the run nor its method has is an error.
+            shared: of several methods: options that this one does not have are left out.
+        """
+        values = {**(shared or {}), **settings}
+        method = _options_of(values.pop("method", "meta-iada"))
+        own = _field_names(cls)
+        options = [] if method is None else _field_names(type(method))
+        elsewhere = {name for kind in METHODS.values() for name in _field_names(kind)}
+        for key in [*values]:
+            if key in own or key in options:
+                continue
+            if key in settings or key not in elsewhere:
+                raise _unknown_setting(key, _name_of(method), own + options)
+            del values[key]
+        chosen = {key: values.pop(key) for key in options if key in values}
+        if method is not None and chosen:
+            method = dataclasses.replace(method, **chosen)
+        return cls(method=method, **values)
+
+    def settings(self) -> dict[str, Any]:
+        """The inverse: one flat table of plain values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        options = {} if self.method is None else dataclasses.asdict(self.method)
+        return {**values, "method": self.method_name, **options}
+
+    @property
+    def method_name(self) -> str | None:
+        """In METHODS; the options' class where it is not there; None for a method of your own."""
+        return _name_of(self.method)
+
+    def alpha_at(self, epoch: int) -> float | None:
+        """α of `epoch`; None for a method without."""
+        done, own = epoch - self.ce_epochs + 1, max(1, self.epochs - self.ce_epochs)
+        return None if self.method is None else self.method.alpha_at(done / own)
+
+    @property
+    def last_stage(self) -> tuple[int, float]:
+        """See `MethodOptions`."""
+        return (0, 0.0) if self.method is None else self.method.last_stage()
 
 
 def check_same_run(config: TrainerConfig, former: dict[str, Any]) -> None:
@@ -256,12 +186,12 @@ def check_same_run(config: TrainerConfig, former: dict[str, Any]) -> None:
     free = {"checkpoint_every", "loss_limit"}
     if config.schedule != "multistep":
         free.add("milestones")
-    if config.schedule != "cosine" and not config.alpha_ramp and config.method not in STAGED:
+    if config.schedule != "cosine" and not (config.method and config.method.counts_epochs):
         free.add("epochs")
-    former = {**dataclasses.asdict(TrainerConfig()), **former}
-    for name, value in dataclasses.asdict(config).items():
+    former = with_defaults(former)
+    for name, value in config.settings().items():
         if name not in free and former.get(name) != value:
-            raise complain(
+            raise argument_error(
                 f"checkpoint's {name}",
                 f"{value!r} as in this run's settings",
                 repr(former.get(name)),
@@ -269,64 +199,39 @@ def check_same_run(config: TrainerConfig, former: dict[str, Any]) -> None:
             )
 
 
-def check_fields(config: Any) -> None:
-    """Each field of a frozen dataclass has the type of its default; numbers are finite.
-
-    An int stands for a float, and a list for a tuple of the default's kind. None stands for a
-    default that is filled in later, of the field's own type.
-    """
-    for field in dataclasses.fields(config):
-        value, default = getattr(config, field.name), field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if default is None:
-            if value is None:
-                continue
-            default = 0 if field.type is int else ()
-        remedy = f"see {type(config).__name__}.{field.name}"
-        if isinstance(default, tuple):
-            if not isinstance(value, list | tuple) or any(type(item) is not int for item in value):
-                raise complain(field.name, "a list of integers", repr(value), remedy)
-            object.__setattr__(config, field.name, tuple(value))
-        elif isinstance(default, float) and type(value) in (int, float):
-            if not math.isfinite(value):
-                raise complain(field.name, "a finite number", repr(value), remedy)
-            object.__setattr__(config, field.name, float(value))
-        elif type(value) is not type(default):
-            wanted = f"a value of type {type(default).__name__}"
-            raise complain(field.name, wanted, repr(value), remedy)
+def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings, and the defaults of those that its version did not know."""
+    fields = list(dataclasses.fields(TrainerConfig))
+    if settings["method"] in METHODS:
+        fields += dataclasses.fields(METHODS[settings["method"]])
+    defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return {**defaults, **settings}
 
 
-def read_toml(path: Path, sections: dict[str, type]) -> dict[str, Any]:
-    """A TOML file as one dataclass a section; a section or key that is not known is an error.
+def _options_of(method: MethodOptions | str | None) -> MethodOptions | None:
+    if isinstance(method, str) and method in METHODS:
+        return METHODS[method]()
+    if method is None or isinstance(method, MethodOptions):
+        return method
+    expected = f"one of {', '.join(map(repr, METHODS))}, or a method's options"
+    raise argument_error("method", expected, repr(method), "pass one of these")
 
-    Raises ValueError naming the file, the section and the key, and OSError if it cannot be read.
-    """
-    with open(path, "rb") as file:
-        try:
-            tables = tomllib.load(file)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: expected TOML, got {error}; mend that line") from error
-    built = {}
-    for section in tables:
-        if section not in sections:
-            known = ", ".join(f"[{name}]" for name in sections)
-            raise complain(f"{path} [{section}]", known, "another section", "rename or remove it")
-    for section, kind in sections.items():
-        values = tables.get(section, {})
-        if not isinstance(values, dict):
-            raise complain(f"{path} [{section}]", "a table", repr(values), f"write [{section}]")
-        known_keys = [field.name for field in dataclasses.fields(kind)]
-        for key in values:
-            if key not in known_keys:
-                raise complain(
-                    f"{path} [{section}] {key}",
-                    f"one of {', '.join(known_keys)}",
-                    "an unknown key",
-                    "rename or remove it",
-                )
-        try:
-            built[section] = kind(**values)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} [{section}] {error}") from error
-    return built
+
+def _name_of(method: MethodOptions | None) -> str | None:
+    if method is None:
+        return None
+    names = {kind: name for name, kind in METHODS.items()}
+    return names.get(type(method), type(method).__name__)
+
+
+def _field_names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _unknown_setting(key: str, method: str | None, known: list[str]) -> ValueError:
+    having = [name for name, kind in METHODS.items() if key in _field_names(kind)]
+    if having:
+        got, remedy = f"one of {', '.join(having)}", "remove it, or choose such a method"
+        return argument_error(key, f"a setting of the method {method!r}", got, remedy)
+    expected = f"one of {', '.join(known)}"
+    return argument_error(key, expected, "an unknown key", "rename or remove it")

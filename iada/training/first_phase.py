@@ -14,26 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iada.methods.meta_iada import MetaSAugOptions
 from iada.training.config import TrainerConfig
 from iada.training.trainer import Trainer
 from iada.utils import seeds
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 from iada.utils.distributed import rank_of
 from iada.utils.files import atomic_write
 
 FORMAT = "iada-first-phase-1"
-# Their epochs of CE are those of the bare classifier: LDAM has a head of its own, and CMO and AFR
-# count the epochs of the run.
-SHARING = (
-    "ce",
-    "cb-ce",
-    "cb-focal",
-    "logit-adjustment",
-    "isda",
-    "metasaug",
-    "meta-weight-net",
-    "meta-iada",
-)
 # All settings that these epochs depend on, beside ce_epochs; files are known by a digest of them. A
 # new one enters it only where it is not what it was before there was a choice.
 SETTINGS = (
@@ -59,7 +48,8 @@ SETTINGS = (
 def can_share(config: TrainerConfig) -> bool:
     """Whether the run begins with epochs of CE that do not depend on what comes after them."""
     return (
-        config.method in SHARING
+        config.method is not None
+        and not config.method.own_cross_entropy
         and config.schedule != "cosine"
         and config.warmup_epochs < config.ce_epochs
     )
@@ -74,11 +64,9 @@ def first_phase_config(config: TrainerConfig) -> TrainerConfig:
         chosen |= {"gamma": 0.1, "schedule": "constant"}
     # Of the methods, this one keeps losses and margins without drawing random numbers of its own.
     return TrainerConfig(
-        method="metasaug",
+        method=MetaSAugOptions(covariance_lr=0.0, structure="diag"),
         epochs=config.ce_epochs,
         ce_epochs=config.ce_epochs,
-        covariance_lr=0.0,
-        structure="diag",
         **chosen,
     )
 
@@ -117,7 +105,7 @@ def start_from(trainer: Trainer, state: dict[str, Any]) -> None:
     """
     if state["epoch"] > trainer.config.ce_epochs:
         expected = f"at most ce_epochs={trainer.config.ce_epochs} epochs"
-        raise complain("first phase", expected, str(state["epoch"]), "take another file")
+        raise argument_error("first phase", expected, str(state["epoch"]), "take another file")
     names, moments = _names(trainer), state["optimizer"]
     try:
         trainer.backbone.load_state_dict(state["backbone"])
@@ -128,7 +116,7 @@ def start_from(trainer: Trainer, state: dict[str, Any]) -> None:
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         remedy = "take the file of the same backbone and head"
-        raise complain("first phase", "the model of this run", reason, remedy) from error
+        raise argument_error("first phase", "the model of this run", reason, remedy) from error
     optimizer = trainer.optimizer.state_dict()
     optimizer["state"] = {
         place: moments[name] for place, name in enumerate(names) if name in moments
@@ -167,10 +155,14 @@ def load_first_phase(path: Path) -> dict[str, Any]:
     except Exception as error:  # foreign bytes can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         got = f"a file that cannot be read ({reason})"
-        raise complain(str(path), "a first phase", got, "delete it, it is made anew") from error
+        raise argument_error(
+            str(path), "a first phase", got, "delete it, it is made anew"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise complain(str(path), f"format {FORMAT!r}", repr(found), "delete it, it is made anew")
+        raise argument_error(
+            str(path), f"format {FORMAT!r}", repr(found), "delete it, it is made anew"
+        )
     return state
 
 

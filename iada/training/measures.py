@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iada.meta.step_result import MetaStep
+from iada.meta.method import MetaStep
 from iada.nn.class_covariance import ClassCovariance
 from iada.utils.distributed import Group, add_up
 

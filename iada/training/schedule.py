@@ -1,4 +1,4 @@
-"""The optimizer of the classifier and how its learning rate, and alpha, change."""
+"""The optimizer of the classifier and how its learning rate changes."""
 
 import inspect
 import math
@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from iada.training.config import TrainerConfig
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 
 WARMUP_START = 0.01  # share of lr that warm-up starts from
 
@@ -28,7 +28,7 @@ def build_optimizer(
     unknown = [name for name in config.optimizer_options if name not in known]
     if unknown:
         taken = ", ".join(name for name in known if name not in ("params", *common))
-        raise complain(
+        raise argument_error(
             "optimizer_options", f"some of {taken}", repr(unknown[0]), "rename or remove it"
         )
     try:
@@ -47,11 +47,11 @@ def build_schedule(
 ) -> lr_scheduler.LRScheduler:
     """Warm-up, then `config.schedule`; to be stepped once an epoch or, on demand, once a step.
 
-    AFR's second stage has a cosine of its own. steps: of one epoch.
+    A last stage, as AFR's second, has a cosine of its own. steps: of one epoch.
     """
     unit = steps if config.schedule_each == "step" else 1
-    own_epochs = config.epochs - (config.finetune_epochs if config.method == "afr" else 0)
-    warmup, total = round(config.warmup_epochs * unit), own_epochs * unit
+    last_epochs, last_lr = config.last_stage
+    warmup, total = round(config.warmup_epochs * unit), (config.epochs - last_epochs) * unit
     if config.schedule == "cosine":
         main: lr_scheduler.LRScheduler = lr_scheduler.CosineAnnealingLR(
             optimizer, max(1, total - warmup)
@@ -66,8 +66,8 @@ def build_schedule(
     if warmup:
         rise = lr_scheduler.LinearLR(optimizer, WARMUP_START, total_iters=warmup)
         parts, ends = [rise, main], [warmup]
-    if config.method == "afr":
-        length, share = config.finetune_epochs * unit, config.finetune_lr / config.lr
+    if last_epochs:
+        length, share = last_epochs * unit, last_lr / config.lr
 
         def fall(step: int) -> float:
             return share * (1 + math.cos(math.pi * min(step, length) / length)) / 2
@@ -75,11 +75,3 @@ def build_schedule(
         parts.append(lr_scheduler.LambdaLR(optimizer, fall))
         ends.append(total)
     return lr_scheduler.SequentialLR(optimizer, parts, ends) if ends else main
-
-
-def alpha_at(config: TrainerConfig, epoch: int) -> float:
-    """α of `epoch`: constant, or on demand rising linearly over the method's own epochs."""
-    if not config.alpha_ramp:
-        return config.alpha
-    share = (epoch - config.ce_epochs + 1) / max(1, config.epochs - config.ce_epochs)
-    return config.alpha * max(0.0, share)

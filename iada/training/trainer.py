@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from iada.meta.step_result import MetaStep
-from iada.methods.base import Method
+from iada.meta.method import MetaStep, Method
+from iada.methods.options import MethodRun
 from iada.nn.divergence import sign_of_divergence
-from iada.training.acceleration import Speed
-from iada.training.build_method import build_method
+from iada.training.acceleration import Acceleration
 from iada.training.checkpoint import (
     load_checkpoint,
     load_parts,
@@ -28,9 +27,9 @@ from iada.training.interrupt import stop_flag
 from iada.training.logs import measured, open_logs
 from iada.training.measures import EpochMeasures, PhaseTimes, number_or_none
 from iada.training.meta_stream import MetaStream
-from iada.training.schedule import alpha_at, build_optimizer, build_schedule
+from iada.training.schedule import build_optimizer, build_schedule
 from iada.utils import seeds as random_state
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 from iada.utils.distributed import (
     Group,
     GroupReference,
@@ -54,7 +53,7 @@ CHECKPOINT = "checkpoint.pt"
 
 
 class Trainer:
-    """Trains a backbone and a linear head by one of `iada.training.config.METHODS`.
+    """Trains a backbone and a linear head by one of `iada.methods.registry.METHODS`, or your own.
 
     >>> trainer = iada.Trainer(backbone, head, train_set, meta_set, config, folder="runs/a")
     >>> trainer.fit()
@@ -81,6 +80,8 @@ class Trainer:
         num_workers: of the loaders of training, meta set and evaluation, each; data in memory is
             read without.
         tensorboard: write the log for TensorBoard too, into `folder`.
+        method: an `iada.Method` of your own, built with this backbone and head, whose optimizer
+            the schedule of `config` then moves; with `TrainerConfig(method=None)`.
 
     A stopped run goes on bit for bit on a CPU: the order of the data follows from the seed, as does
     what a data set draws from the global generators of torch, Python and numpy for each sample,
@@ -111,16 +112,19 @@ class Trainer:
         progress: bool | str = False,
         num_workers: int = 0,
         tensorboard: bool = False,
+        method: Method | None = None,
     ) -> None:
         if not isinstance(head, nn.Linear):
             got = f"a {type(head).__name__}"
-            raise complain("head", "an nn.Linear", got, "split the model before its last layer")
+            raise argument_error(
+                "head", "an nn.Linear", got, "split the model before its last layer"
+            )
         named = {"train_set": train_set, "meta_set": meta_set, "validation_set": validation_set}
         for name, dataset in named.items():
             if dataset is not None:
                 check_dataset(name, dataset)
         if tensorboard and folder is None:
-            raise complain("folder", "one for TensorBoard's files", "None", "pass a folder")
+            raise argument_error("folder", "one for TensorBoard's files", "None", "pass a folder")
         self.config = config
         self.backbone, self.head = backbone, head
         self.train_set, self.meta_set = train_set, meta_set
@@ -138,15 +142,15 @@ class Trainer:
         broadcast([*backbone.parameters(), *backbone.buffers(), *head.parameters()], self.group)
         if class_counts is None:
             class_counts = count_classes(train_set, head.out_features)
-        self.speed = Speed(config, self._device)
-        stepped = self.speed.prepare(backbone)
-        self.optimizer = build_optimizer(self._parameters(), config)
+        self.acceleration = Acceleration(config, self._device)
+        if method is None:
+            method = self._build_method(class_counts)
+        else:
+            self._check_own(method)
+        self.method, self.optimizer = method, method.optimizer
         self.scheduler = build_schedule(self.optimizer, config, self._steps)
-        self.method: Method = build_method(
-            config, stepped, head, self.optimizer, class_counts, train_set, self.group
-        )
         if meta_set is None and self.method.needs_meta_batch:
-            raise complain(
+            raise argument_error(
                 "meta_set", "a small clean data set", "None", "pass one, or choose another method"
             )
         self._meta_stream: MetaStream | None = None
@@ -157,6 +161,37 @@ class Trainer:
         self._measures = self._new_measures()
         self._times = PhaseTimes()
         self._owns_checkpoint = False
+
+    def _build_method(self, class_counts: Tensor) -> Method:
+        config = self.config
+        if config.method is None:
+            remedy = "pass one, or set TrainerConfig's"
+            raise argument_error("method", "one where the config has none", "None", remedy)
+        stepped = self.acceleration.prepare(self.backbone)
+        run = MethodRun(
+            stepped,
+            self.head,
+            build_optimizer(self._parameters(), config),
+            class_counts,
+            self.train_set,
+            config.epochs,
+            config.ce_epochs,
+            config.seed,
+            config.clip_norm,
+            self.group,
+        )
+        return config.method.build(run)
+
+    def _check_own(self, method: Method) -> None:
+        """A method of the caller's trains this classifier, and the config names no other."""
+        if self.config.method is not None:
+            got = repr(self.config.method_name)
+            remedy = "set TrainerConfig(method=None), and ce_epochs if plain CE is to come first"
+            raise argument_error("config.method", "None beside a method of your own", got, remedy)
+        parts = method.classifier
+        if parts.backbone is not self.backbone or parts.head is not self.head:
+            remedy = "build it from the same two modules"
+            raise argument_error("method", "one of this backbone and head", "another's", remedy)
 
     @property
     def group(self) -> Group:
@@ -208,7 +243,7 @@ class Trainer:
         path = self.folder / CHECKPOINT
         if (path.exists() or previous(path).exists()) and not self._owns_checkpoint:
             remedy = "call resume() first, or move it"
-            raise complain("folder", "no checkpoint of another run", str(self.folder), remedy)
+            raise argument_error("folder", "no checkpoint of another run", str(self.folder), remedy)
 
     def _run_epoch(
         self, stopped: Callable[[], bool], write: Callable[[dict[str, Any]], None]
@@ -218,7 +253,9 @@ class Trainer:
         order = epoch_order(len(self.train_set), config.batch_size, config.seed, epoch)  # type: ignore[arg-type]
         rest: Sequence[list[int]] = order[self.batch :]
         meta_phase = not self.plain_phase
-        self.method.alpha = alpha_at(config, epoch)
+        alpha = config.alpha_at(epoch)
+        if alpha is not None:
+            self.method.alpha = alpha
         if not self.backbone.training:  # else parts that were put into eval mode stay there
             self.backbone.train()
         if self.batch == 0 and epoch in (0, config.ce_epochs):
@@ -245,7 +282,7 @@ class Trainer:
     def step_on(self, batch: Any, meta_batch: Any, meta_phase: bool) -> None:
         """One step of the method, or of plain CE before it."""
         try:
-            with self.speed.autocast():
+            with self.acceleration.autocast():
                 if meta_phase:
                     result = self.method.step(batch, meta_batch)
                 else:
@@ -316,7 +353,7 @@ class Trainer:
 
     def class_accuracy(self, dataset: Dataset, batch_size: int = 512) -> Tensor:
         """Accuracy of each class on `dataset`, (C) float64; NaN for a class without samples."""
-        with self.speed.autocast():
+        with self.acceleration.autocast():
             return class_accuracy(
                 self.backbone, self.method.head, dataset, batch_size, self.num_workers
             )
@@ -325,7 +362,7 @@ class Trainer:
         self, dataset: Dataset, batch_size: int = 512, rows: Tensor | None = None
     ) -> Outputs:
         """Features, logits and labels of `dataset` on the CPU, of all samples or of these rows."""
-        with self.speed.autocast():
+        with self.acceleration.autocast():
             return outputs(
                 self.backbone, self.method.head, dataset, batch_size, self.num_workers, rows
             )
@@ -358,7 +395,7 @@ class Trainer:
         """Everything that decides how the run goes on, the random state of all ranks included."""
         random = random_state.capture(self._device)
         return {
-            "config": dataclasses.asdict(self.config),
+            "config": self.config.settings(),
             **{name: part.state_dict() for name, part in self._parts().items()},
             "epoch": self.epoch,
             "batch": self.batch,
@@ -411,13 +448,16 @@ class Trainer:
                 self.num_workers,
             )
         batch = next(self._meta_stream)
-        return self.speed.laid_out(to_device(tuple(batch), self._device))
+        return self.acceleration.to_memory_format(to_device(tuple(batch), self._device))
 
     def _loader(self, dataset: Dataset, order: Sequence[list[int]]) -> Iterator[tuple[Any, ...]]:
         """This rank's part of each batch, the first one for the next step; on the device."""
         own = [rows[own_part(len(rows), self.group)] for rows in order]
         loader = batches(dataset, own, self.num_workers, self.config.seed, self._step)
-        return (self.speed.laid_out(to_device(tuple(batch), self._device)) for batch in loader)
+        return (
+            self.acceleration.to_memory_format(to_device(tuple(batch), self._device))
+            for batch in loader
+        )
 
     def _new_measures(self) -> EpochMeasures:
         dtype = torch.promote_types(torch.float32, self.head.weight.dtype)

@@ -8,8 +8,8 @@ import torch
 
 import iada
 from iada.cli import SECTIONS
-from iada.training.config import read_toml
 from iada.training.schedule import build_optimizer, build_schedule
+from iada.utils.settings import read_toml
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

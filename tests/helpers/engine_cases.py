@@ -92,7 +92,7 @@ def make_batches(name="mlp", dtype=torch.float64, rows=12, meta_rows=7):
 
 
 def hypergradients(meta, batch, meta_batch, seed=5):
-    """{"omega": dΩ in a row, "covariance": dΣ} of one step, which is taken."""
+    """{"omega": dΩ in a row, "covariance": dΣ} of one step, which is taken; no Ω, no dΩ."""
     torch.manual_seed(seed)
     with torch.no_grad():
         features = copy.deepcopy(meta.classifier.backbone)(batch[0])
@@ -100,9 +100,12 @@ def hypergradients(meta, batch, meta_batch, seed=5):
     streamed.update(features, batch[1])
     torch.manual_seed(seed)
     meta.step(batch, meta_batch)
-    omega = [p.grad.reshape(-1).clone() for p in meta.perturbation.parameters()]
     moved = streamed.covariance - meta.covariance.covariance
-    return {"omega": torch.cat(omega), "covariance": moved / meta.covariance_lr}
+    found = {"covariance": moved / meta.covariance_lr}
+    if meta.perturbation is not None:
+        omega = [p.grad.reshape(-1).clone() for p in meta.perturbation.parameters()]
+        found["omega"] = torch.cat(omega)
+    return found
 
 
 def relative(found, expected):

@@ -60,7 +60,7 @@ def make_trainer(
     if batch_norm:
         backbone.insert(1, torch.nn.BatchNorm1d(8, dtype=dtype))
     backbone.append(torch.nn.Dropout(dropout))
-    config = iada.TrainerConfig(**{**SETTINGS, **settings})
+    config = iada.TrainerConfig.from_settings({**SETTINGS, **settings})
     return iada.Trainer(
         backbone,
         head,

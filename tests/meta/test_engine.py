@@ -89,7 +89,7 @@ def test_virtual_momentum_is_that_of_sgd(settings):
         group.update(settings)
     for _ in range(2):  # without buffers, and with
         gradients = {p: torch.randn_like(p) for p in meta.classifier.parameters()}
-        taken = meta._virtual.take(meta.optimizer, gradients)
+        taken = meta.options.virtual.take(meta.optimizer, gradients)
         for p, grad in gradients.items():
             p.grad = grad
         meta.optimizer.step()
@@ -123,7 +123,7 @@ def test_any_optimizer(optimizer):
     found = []
     for hypergradient in ("jvp", "double-backward"):
         meta = make_engine("conv", hypergradient=hypergradient)
-        meta.optimizer = meta._learner.optimizer = optimizer(meta.classifier.parameters(), lr=0.01)
+        meta._learner.optimizer = optimizer(meta.classifier.parameters(), lr=0.01)
         found.append(hypergradients(meta, *make_batches("conv")))
     assert max(relative(*found).values()) < 1e-8
 

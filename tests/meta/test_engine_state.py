@@ -169,7 +169,7 @@ def test_autocast(name, options):
         result = meta.step(*batches)
         assert torch.is_autocast_enabled("cpu")
     assert result.loss.dtype == torch.float32
-    assert meta._tangent.way == "graph"
+    assert meta._feature_jvp.mode == "graph"
     assert all(p.dtype == torch.float32 for p in meta.classifier.parameters())
     torch.testing.assert_close(result.meta_loss, expected.meta_loss, rtol=0.1, atol=0)
 

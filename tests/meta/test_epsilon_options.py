@@ -200,7 +200,7 @@ def test_bad_units_are_named(options, name):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         make_engine("mlp", **options)
     with pytest.raises(ValueError, match=f"^{name}: expected"):
-        iada.TrainerConfig(**options)
+        iada.TrainerConfig.from_settings(options)
 
 
 def test_settings_reach_the_engine():
@@ -220,15 +220,15 @@ def test_settings_reach_the_engine():
     data = iada.TensorData(torch.randn(12, 4), torch.arange(12) % 3)
 
     def method(**changes):
-        config = iada.TrainerConfig(**{**settings, **changes})
+        config = iada.TrainerConfig.from_settings({**settings, **changes})
         return iada.Trainer(torch.nn.Identity(), torch.nn.Linear(4, 3), data, data, config).method
 
     engine = method()
     assert engine.perturbation.hidden.out_features == 7
     assert not engine.perturbation.strength.weight.any()
-    assert engine._strengths.optimizer.param_groups[0]["weight_decay"] == 0.01
-    assert engine._strengths.log_proportion
-    assert engine._epsilon_scale == EpsilonScale(0.1, "class-deviation")
+    assert engine.epsilon.optimizer.param_groups[0]["weight_decay"] == 0.01
+    assert engine.epsilon.log_proportion
+    assert engine.epsilon.scale == EpsilonScale(0.1, "class-deviation")
     assert engine.rate_free_perturbation
     assert engine.rate_free_covariance
     assert engine.needs_meta_batch

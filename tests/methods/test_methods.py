@@ -140,7 +140,12 @@ def test_ldam_is_evaluated_by_cosines():
     cosine = F.normalize(data.inputs) @ F.normalize(head.weight).T
     settings = {"method": "ldam-drw", "epochs": 1, "ce_epochs": 0}
     trainer = iada.Trainer(
-        nn.Identity(), head, data, None, iada.TrainerConfig(**settings), class_counts=COUNTS
+        nn.Identity(),
+        head,
+        data,
+        None,
+        iada.TrainerConfig.from_settings(settings),
+        class_counts=COUNTS,
     )
     assert isinstance(trainer.method.head, CosineLinear)
     torch.testing.assert_close(trainer.method.head(data.inputs), 30 * cosine)

@@ -10,8 +10,8 @@ from torch import nn
 import iada
 from iada.experiments.experiment import Limits, make_split, read_parts
 from iada.experiments.recipe import load
+from iada.methods.registry import METHODS
 from iada.models import mlp
-from iada.training.config import METHODS
 from tests.helpers.training import differences
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -48,9 +48,8 @@ def make_trainer(split, method, folder=None, observe=None, **settings):
     backbone, head = conv() if method in PASTING else mlp(64, (128, 64), 10)
     backbone.append(nn.Dropout(0.1))
     common = {"epochs": 14, "ce_epochs": 0, "batch_size": 32, "schedule": "cosine", "alpha": 0.1}
-    config = iada.TrainerConfig(
-        method=method, clip_norm=1.0, **{**common, **OWN.get(method, {}), **settings}
-    )
+    own = {"method": method, **OWN.get(method, {}), **settings}
+    config = iada.TrainerConfig.from_settings(own, common)
     train, meta = served(split.train, method), served(split.meta, method)
     return iada.Trainer(backbone, head, train, meta, config, folder=folder, observe=observe)
 
@@ -140,4 +139,4 @@ def test_epochs_of_a_staged_method_are_not_free(split, tmp_path, method):
 )
 def test_settings_are_checked(settings, name):
     with pytest.raises(ValueError, match=rf"^{name}: expected .* got .*; "):
-        iada.TrainerConfig(**settings)
+        iada.TrainerConfig.from_settings(settings)

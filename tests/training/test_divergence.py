@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import iada
+from iada.methods.registry import METHODS
 from iada.training.checkpoint import load_checkpoint
-from iada.training.config import METHODS, check_same_run
+from iada.training.config import check_same_run
 from iada.training.divergence import LossWatch
 from tests.helpers.training import CLASSES, make_trainer
 
@@ -20,7 +21,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_epochs_alone_make_a_run():
     for epochs in (1, 2, 3, 200):
         for method in METHODS:
-            config = iada.TrainerConfig(method=method, epochs=epochs, finetune_epochs=1)
+            config = iada.TrainerConfig.from_settings(
+                {"method": method, "epochs": epochs}, {"finetune_epochs": 1}
+            )
             assert config.ce_epochs < epochs
             assert all(0 < mark < epochs for mark in config.milestones)
     config = iada.TrainerConfig()
@@ -34,7 +37,7 @@ def test_plain_epochs_follow_the_method(method):
     config = iada.TrainerConfig(method=method, epochs=100)
     assert config.ce_epochs == (80 if method in ("metasaug", "meta-iada") else 0)
     assert iada.TrainerConfig(method=method, epochs=100, ce_epochs=7).ce_epochs == 7
-    assert dataclasses.asdict(config)["ce_epochs"] == config.ce_epochs
+    assert config.settings()["ce_epochs"] == config.ce_epochs
 
 
 @pytest.mark.parametrize("milestones", [(160, 180), (100,), (5, 120)])
@@ -45,7 +48,7 @@ def test_milestones_that_never_come_are_refused(milestones):
 
 
 def test_a_run_goes_on_with_what_its_defaults_came_to():
-    former = dataclasses.asdict(iada.TrainerConfig(epochs=10))
+    former = iada.TrainerConfig(epochs=10).settings()
     check_same_run(iada.TrainerConfig(epochs=10, ce_epochs=8, milestones=(8, 9)), former)
     with pytest.raises(ValueError, match="checkpoint's ce_epochs: expected 16"):
         check_same_run(iada.TrainerConfig(epochs=20), former)

@@ -18,9 +18,8 @@ def make(method, **options):
     labels = torch.arange(24) % CLASSES
     images = torch.randn(24, 3, 8, 8) + labels.view(-1, 1, 1, 1)
     data = iada.TensorData(images, labels)
-    config = iada.TrainerConfig(
-        method=method, epochs=2, ce_epochs=1, batch_size=12, meta_batch_size=8, lr=0.05, **options
-    )
+    settings = {"epochs": 2, "ce_epochs": 1, "batch_size": 12, "meta_batch_size": 8, "lr": 0.05}
+    config = iada.TrainerConfig.from_settings({"method": method, **settings}, options)
     meta = data if method == "meta-iada" else None
     trainer = iada.Trainer(
         cifar_resnet(8, 4), nn.Linear(16, CLASSES), data, meta, config, measure=measure

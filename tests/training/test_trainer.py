@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import iada
+from iada.methods.registry import METHODS
 from iada.models import mlp
 from iada.training.checkpoint import load_checkpoint, save_checkpoint
-from iada.training.config import METHODS
 from iada.utils.loading import WithIndex, batches, epoch_order, stream_order
 
 SMALL = {
@@ -34,7 +34,7 @@ def make_trainer(folder=None, train_set=None, **settings):
     torch.manual_seed(0)
     backbone, head = mlp(8, (16,), 3)
     backbone.append(torch.nn.Dropout(0.2))
-    config = iada.TrainerConfig(**{**SMALL, **settings})
+    config = iada.TrainerConfig.from_settings({**SMALL, **settings})
     meta_set = make_data(15, seed=1)
     data = make_data() if train_set is None else train_set
     counts = torch.tensor([20, 20, 20])
@@ -105,10 +105,12 @@ def test_resume_refuses_another_run_and_changes_nothing(tmp_path, other):
 
 def test_a_setting_that_the_former_run_did_not_know_had_its_default():
     state = make_trainer().state_dict()
-    del state["config"]["class_beta"]
+    del state["config"]["covariance_lr"]
     make_trainer().load_state_dict(state)
-    with pytest.raises(ValueError, match=r"checkpoint's class_beta: expected 0\.5 .* got 0\.9999"):
-        make_trainer(class_beta=0.5).load_state_dict(state)
+    with pytest.raises(
+        ValueError, match=r"checkpoint's covariance_lr: expected 0\.5 .* got 0\.001"
+    ):
+        make_trainer(covariance_lr=0.5).load_state_dict(state)
 
 
 def test_resume_refuses_another_model(tmp_path):
@@ -165,7 +167,7 @@ def test_half_precision_models_train():
     backbone, head = mlp(8, (16,), 3, torch.bfloat16)
     data = make_data()
     half = iada.TensorData(data.inputs.bfloat16(), data.labels)
-    iada.Trainer(backbone, head, half, half, iada.TrainerConfig(**SMALL)).fit()
+    iada.Trainer(backbone, head, half, half, iada.TrainerConfig.from_settings(SMALL)).fit()
     assert head.weight.dtype == torch.bfloat16
 
 
@@ -245,7 +247,7 @@ def test_inputs_may_be_a_dict():
         def forward(self, inputs):
             return super().forward(inputs["ids"] * inputs["mask"])
 
-    config = iada.TrainerConfig(**{**SMALL, "epochs": 2, "ce_epochs": 1, "lr": 0.001})
+    config = iada.TrainerConfig.from_settings({**SMALL, "epochs": 2, "ce_epochs": 1, "lr": 0.001})
     counts = torch.tensor([4, 4, 4])
     trainer = iada.Trainer(
         Backbone(4, 5), torch.nn.Linear(5, 3), Tokens(), Tokens(), config, class_counts=counts
@@ -255,7 +257,7 @@ def test_inputs_may_be_a_dict():
 
 def test_arguments_are_checked():
     backbone, head = mlp(8, (16,), 3)
-    config = iada.TrainerConfig(**SMALL)
+    config = iada.TrainerConfig.from_settings(SMALL)
     with pytest.raises(ValueError, match="meta_set: expected a small clean data set, got None"):
         iada.Trainer(backbone, head, make_data(), None, config)
     with pytest.raises(ValueError, match="class_counts: expected samples of each class"):
@@ -284,7 +286,7 @@ def test_arguments_are_checked():
 )
 def test_settings_are_checked(key, value):
     with pytest.raises(ValueError, match=rf"{key}: expected .* got .*; "):
-        iada.TrainerConfig(**{key: value})
+        iada.TrainerConfig.from_settings({key: value})
 
 
 def test_alpha_ramp_reaches_alpha():
@@ -364,7 +366,7 @@ def test_the_engine_s_settings_reach_it(settings):
     trainer = make_trainer(method="meta-iada", epochs=8, **settings)
     trainer.fit()
     for name, value in settings.items():
-        assert getattr(trainer.config, name) == value
+        assert trainer.config.settings()[name] == value
     assert trainer.class_accuracy(make_data(seed=2)).mean() > 0.8
     plain = make_trainer(method="meta-iada", epochs=8)
     plain.fit()
@@ -391,4 +393,4 @@ def test_meta_batches_are_loaded_for_meta_steps_alone():
 @pytest.mark.parametrize(("name", "value"), [("hypergradient", "exact"), ("scope", "all")])
 def test_unknown_settings_of_the_engine_are_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected one of"):
-        iada.TrainerConfig(**{name: value})
+        iada.TrainerConfig.from_settings({name: value})

@@ -223,7 +223,7 @@ def test_what_an_accelerator_did_last_is_seen_at_the_end(monkeypatch):
 
 def rates(steps=1, **settings):
     """The learning rate of each step of a run of `steps` steps an epoch."""
-    config = iada.TrainerConfig(**{**SETTINGS, **settings})
+    config = iada.TrainerConfig.from_settings({**SETTINGS, **settings})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
     schedule = build_schedule(optimizer, config, steps)
     seen = []

@@ -17,7 +17,7 @@ from iada.experiments.datasets.files import (
 )
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.datasets.waterbirds import grouped_parts
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 
 CLASSES = ("not blond", "blond")
 GROUPS = tuple(f"{hair}, {sex}" for hair in CLASSES for sex in ("female", "male"))
@@ -45,12 +45,12 @@ def read_celeba(path: str | os.PathLike) -> dict[str, Labelled]:
     for line, name, hair, male in _attributes(attributes):
         where = at_line(attributes, line)
         if name not in splits:
-            raise complain(where, f"an image of {partition.name}", name, DAMAGED)
+            raise argument_error(where, f"an image of {partition.name}", name, DAMAGED)
         check_image_file(images / name, where)
         rows.append((images / name, hair, male, splits.pop(name)))
     if splits:
         expected = f"attributes of the {len(rows) + len(splits)} images of {partition.name}"
-        raise complain(str(attributes), expected, f"none of {next(iter(splits))}", DAMAGED)
+        raise argument_error(str(attributes), expected, f"none of {next(iter(splits))}", DAMAGED)
     return grouped_parts(rows, CLASSES, GROUPS, attributes)
 
 
@@ -66,10 +66,10 @@ def _splits(file: Path) -> dict[str, int]:
     for line, fields in rows:
         where = at_line(file, line)
         if len(fields) != 2:
-            raise complain(where, "an image and its part", " ".join(fields), DAMAGED)
+            raise argument_error(where, "an image and its part", " ".join(fields), DAMAGED)
         name, split = fields
         if name in part_of_image:
-            raise complain(where, "each image once", f"{name} again", DAMAGED)
+            raise argument_error(where, "each image once", f"{name} again", DAMAGED)
         part_of_image[name] = integer(split, range(3), "a part, 0, 1 or 2", where)
     return part_of_image
 
@@ -83,7 +83,7 @@ def _attributes(file: Path) -> Iterator[tuple[int, str, int, int]]:
     ):
         where = at_line(file, line)
         if name in seen:
-            raise complain(where, "each image once", f"{name} again", DAMAGED)
+            raise argument_error(where, "each image once", f"{name} again", DAMAGED)
         seen.add(name)
         signs = [
             integer(value, (-1, 0, 1), f"{column}, 1 or -1", where)
@@ -105,14 +105,16 @@ def _text_rows(file: Path, wanted: list[str]) -> Iterator[tuple[int, str, list[s
     absent = [name for name in wanted if name not in columns]
     if absent:
         where = at_line(file, 2)
-        raise complain(where, f"attributes with {', '.join(wanted)}", f"no {absent[0]}", DAMAGED)
+        raise argument_error(
+            where, f"attributes with {', '.join(wanted)}", f"no {absent[0]}", DAMAGED
+        )
     if len(lines) - 2 != count:
         expected = f"{count} images, as its first line says"
-        raise complain(str(file), expected, str(len(lines) - 2), DAMAGED)
+        raise argument_error(str(file), expected, str(len(lines) - 2), DAMAGED)
     positions = [columns.index(name) + 1 for name in wanted]
     for number, line in enumerate(lines[2:], 3):
         fields = line.split()
         if len(fields) != len(columns) + 1:
             expected = f"an image and {len(columns)} attributes"
-            raise complain(at_line(file, number), expected, f"{len(fields)} fields", DAMAGED)
+            raise argument_error(at_line(file, number), expected, f"{len(fields)} fields", DAMAGED)
         yield number, fields[0], [fields[position] for position in positions]

@@ -12,7 +12,7 @@ from iada.experiments.datasets.images import open_image, pixels
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.datasets.memory_view import IMAGENET, Normalisation
 from iada.experiments.datasets.view import View
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 
 _FINE = 2**30  # steps of a draw that stands for a real number in [0, 1)
 _TRIES = 10
@@ -44,11 +44,15 @@ class FileView(View):
         normalise: Normalisation = IMAGENET,
     ) -> None:
         if isinstance(data.inputs, Tensor) or (len(data) and isinstance(data.inputs[0], str)):
-            raise complain("data", "image files", "others", "use MemoryView or TextView")
+            raise argument_error("data", "image files", "others", "use MemoryView or TextView")
         if shape not in SHAPES:
-            raise complain("shape", f"one of {', '.join(SHAPES)}", repr(shape), "pass one of these")
+            raise argument_error(
+                "shape", f"one of {', '.join(SHAPES)}", repr(shape), "pass one of these"
+            )
         if not 0 < scale[0] <= scale[1] <= 1:
-            raise complain("scale", "0 < low ≤ high ≤ 1", repr(scale), "pass shares of the area")
+            raise argument_error(
+                "scale", "0 < low ≤ high ≤ 1", repr(scale), "pass shares of the area"
+            )
         self.files, self.labels = data.inputs, data.labels
         self.augments, self.size, self.shape, self.scale = augment, size, shape, scale
         self.mean, self.deviation = (torch.tensor(values).view(-1, 1, 1) for values in normalise)

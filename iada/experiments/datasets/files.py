@@ -1,7 +1,7 @@
 """What every reader asks of files: that they are there, whole, and in the form that is expected.
 
 Each fault is told by file and line, before anything is handed out. A file that is not there is a
-FileNotFoundError, one that is damaged a ValueError; both carry the message of `complain`.
+FileNotFoundError, one that is damaged a ValueError; both carry the message of `argument_error`.
 """
 
 import csv
@@ -9,7 +9,7 @@ import os
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 
 DAMAGED = "mend the file, or fetch it again"
 
@@ -17,7 +17,7 @@ DAMAGED = "mend the file, or fetch it again"
 def missing(path: Path, expected: str, remedy: str) -> FileNotFoundError:
     """The error for a path that should hold `expected` and does not."""
     got = "nothing" if not path.exists() else "something else"
-    return FileNotFoundError(str(complain(str(path), expected, got, remedy)))
+    return FileNotFoundError(str(argument_error(str(path), expected, got, remedy)))
 
 
 def at_line(path: Path, line: int) -> str:
@@ -48,7 +48,7 @@ def bytes_of(path: Path) -> bytes:
         raise missing(path, "a file", "fetch it, or pass the folder that holds it")
     content = path.read_bytes()
     if not content:
-        raise complain(str(path), "a file with content", "an empty one", DAMAGED)
+        raise argument_error(str(path), "a file with content", "an empty one", DAMAGED)
     return content
 
 
@@ -59,7 +59,7 @@ def lines_of(path: Path) -> list[str]:
         return content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise complain(at_line(path, line), "UTF-8 text", "other bytes", DAMAGED) from error
+        raise argument_error(at_line(path, line), "UTF-8 text", "other bytes", DAMAGED) from error
 
 
 def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -71,7 +71,7 @@ def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
             header = next(reader, [])
             absent = [name for name in columns if name not in header]
             if absent:
-                raise complain(
+                raise argument_error(
                     at_line(path, 1),
                     f"a header with {', '.join(columns)}",
                     f"none of {', '.join(absent)}",
@@ -81,14 +81,16 @@ def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
             for row in reader:
                 where = at_line(path, reader.line_num)
                 if len(row) != len(header):
-                    raise complain(where, f"{len(header)} fields", str(len(row)), DAMAGED)
+                    raise argument_error(where, f"{len(header)} fields", str(len(row)), DAMAGED)
                 found += 1
                 yield reader.line_num, dict(zip(header, row, strict=True))
             if not found:
-                raise complain(str(path), "rows below the header", "none", DAMAGED)
+                raise argument_error(str(path), "rows below the header", "none", DAMAGED)
         except (csv.Error, UnicodeDecodeError) as error:
             where = at_line(path, reader.line_num + 1)
-            raise complain(where, "comma-separated UTF-8 text", str(error), DAMAGED) from error
+            raise argument_error(
+                where, "comma-separated UTF-8 text", str(error), DAMAGED
+            ) from error
 
 
 def integer(text: str, allowed: Container[int], expected: str, where: str) -> int:
@@ -96,9 +98,9 @@ def integer(text: str, allowed: Container[int], expected: str, where: str) -> in
     try:
         value = int(text)
     except ValueError:
-        raise complain(where, expected, repr(text), DAMAGED) from None
+        raise argument_error(where, expected, repr(text), DAMAGED) from None
     if value not in allowed:
-        raise complain(where, expected, str(value), DAMAGED)
+        raise argument_error(where, expected, str(value), DAMAGED)
     return value
 
 
@@ -107,9 +109,9 @@ def number(text: str, expected: str, where: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise complain(where, expected, repr(text), DAMAGED) from None
+        raise argument_error(where, expected, repr(text), DAMAGED) from None
     if not 0 <= value <= 1:
-        raise complain(where, expected, text, DAMAGED)
+        raise argument_error(where, expected, text, DAMAGED)
     return value
 
 
@@ -119,7 +121,9 @@ def check_image_file(path: Path, where: str) -> None:
         size = path.stat().st_size
     except OSError:
         remedy = "put the image there, or pass the folder of the images"
-        text = str(complain(where, f"an image at {path}", "no such file", remedy))
+        text = str(argument_error(where, f"an image at {path}", "no such file", remedy))
         raise FileNotFoundError(text) from None
     if not size:
-        raise complain(where, f"an image at {path}", "an empty file", "fetch that image again")
+        raise argument_error(
+            where, f"an image at {path}", "an empty file", "fetch that image again"
+        )

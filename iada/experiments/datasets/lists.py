@@ -15,7 +15,7 @@ from iada.experiments.datasets.files import (
     missing,
 )
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 
 ENDINGS = {"train": "_train.txt", "validation": "_val.txt", "test": "_test.txt"}
 
@@ -54,7 +54,9 @@ def _one_list(folder: Path, ending: str) -> Path | None:
     found = sorted(folder.glob(f"*{ending}"))
     if len(found) > 1:
         got = ", ".join(file.name for file in found)
-        raise complain(str(folder), f"one *{ending}", got, "keep one data set's lists in a folder")
+        raise argument_error(
+            str(folder), f"one *{ending}", got, "keep one data set's lists in a folder"
+        )
     return found[0] if found else None
 
 
@@ -69,11 +71,11 @@ def _entries(file: Path, root: Path, num_classes: int | None) -> tuple[list[Path
         where = at_line(file, number)
         fields = line.rsplit(maxsplit=1)
         if len(fields) != 2:
-            raise complain(where, expected, repr(line), DAMAGED)
+            raise argument_error(where, expected, repr(line), DAMAGED)
         name, label = fields[0].strip(), fields[1]
         if name in seen:
             got = f"{name} of line {seen[name]} again"
-            raise complain(where, "each image once", got, "take one of the lines away")
+            raise argument_error(where, "each image once", got, "take one of the lines away")
         seen[name] = number
         labels.append(integer(label, allowed, expected, where))
         paths.append(root / name)

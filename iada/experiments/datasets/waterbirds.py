@@ -15,7 +15,7 @@ from iada.experiments.datasets.files import (
     rows_of,
 )
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 
 CLASSES = ("landbird", "waterbird")
 PLACES = ("land", "water")
@@ -52,7 +52,7 @@ def grouped_parts(
     for number, part in enumerate(SPLITS):
         in_part = [row for row in rows if row[3] == number]
         if not in_part:
-            raise complain(str(file), f"rows of {part} (split {number})", "none", DAMAGED)
+            raise argument_error(str(file), f"rows of {part} (split {number})", "none", DAMAGED)
         labels = torch.tensor([label for _, label, _, _ in in_part])
         attributes = torch.tensor([attribute for _, _, attribute, _ in in_part])
         paths = [path for path, *_ in in_part]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from iada.nn.class_covariance import ClassCovariance
 from iada.utils.autocast import full_precision
-from iada.utils.checks import check_finite, check_label_values, check_loss_arguments, complain
+from iada.utils.checks import argument_error, check_finite, check_label_values, check_loss_arguments
 from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.torch_ops.loss import perturbation_sign
 
@@ -56,7 +56,9 @@ class SurrogateGap:
         if not (counts > 0).all():
             absent = int(self.classes[(counts <= 0).nonzero()[0, 0]])
             remedy = "count the data that the model was trained on"
-            raise complain("class_counts", "samples of each class", f"0 of class {absent}", remedy)
+            raise argument_error(
+                "class_counts", "samples of each class", f"0 of class {absent}", remedy
+            )
         weight = self.rows / counts
         weight = weight / weight.sum()
         return {
@@ -183,12 +185,14 @@ def _check_values(
     samples: int,
 ) -> None:
     if len(features) == 0:
-        raise complain("features", "at least one row", "none", "pass the features of some samples")
+        raise argument_error(
+            "features", "at least one row", "none", "pass the features of some samples"
+        )
     if alpha < 0:
         remedy = "αΣ is a covariance: pass the α of training"
-        raise complain("alpha", "0 or more", repr(alpha), remedy)
+        raise argument_error("alpha", "0 or more", repr(alpha), remedy)
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
-        raise complain("samples", "an int from 2", repr(samples), "1000 is usual")
+        raise argument_error("samples", "an int from 2", repr(samples), "1000 is usual")
     check_label_values(labels, len(weight), None)
     for name, tensor in (("features", features), ("weight", weight), ("covariance", covariance)):
         check_finite(name, tensor, "look for what diverged in training")

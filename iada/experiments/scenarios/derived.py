@@ -8,7 +8,7 @@ from torch import Tensor
 
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.scenarios.sampling import check_count, part_of, pick_evenly
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 
 CLASSES = ("0-4", "5-9")
 COLOURS = ("red", "green")
@@ -31,10 +31,10 @@ def colored_mnist(
     channels: 3 (red, green and an empty blue, for models made for pictures) or 2 (red and green).
     """
     if channels not in (2, 3):
-        raise complain("channels", "2 or 3", repr(channels), "pass 3 for a usual image model")
+        raise argument_error("channels", "2 or 3", repr(channels), "pass 3 for a usual image model")
     digits = part_of(parts, "train")
     if not isinstance(digits.inputs, Tensor) or digits.inputs.shape[1] != 1:
-        raise complain(
+        raise argument_error(
             "parts", "MNIST's digits (N, 1, 28, 28)", "others", "read them by read_mnist"
         )
     rng = np.random.default_rng(seed)
@@ -67,7 +67,7 @@ def hold_out(
     check_count("per_class", per_class)
     if name in parts or name not in ("validation", "test"):
         expected = "'validation' or 'test', whichever there is none of"
-        raise complain("name", expected, repr(name), "use the part that there is")
+        raise argument_error("name", expected, repr(name), "use the part that there is")
     train = part_of(parts, "train")
     rng = np.random.default_rng(seed)
     off, kept = pick_evenly(train.labels, train.class_names, per_class, rng, "class", spare=1)

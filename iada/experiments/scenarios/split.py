@@ -15,7 +15,7 @@ from torch import Tensor
 
 from iada.experiments.datasets.files import DAMAGED, bytes_of
 from iada.experiments.datasets.labelled import Labelled, joined
-from iada.utils.checks import complain
+from iada.utils.checks import argument_error
 from iada.utils.files import atomic_write
 
 PIECES = ("train", "meta", "validation", "test")
@@ -98,7 +98,7 @@ class Split:
             got = "none" if self.meta is None else f"one from {source['meta']!r}"
             got = "one that is among them already" if inside else got
             expected = "a meta set from the part of the training samples, and apart from these"
-            raise complain("with_meta", expected, got, "leave with_meta out")
+            raise argument_error("with_meta", expected, got, "leave with_meta out")
         rows = {name: piece for name, piece in self.rows.items() if name != "meta"}
         rows["train"] = torch.cat([self.rows["train"], self.rows["meta"]])
         train = joined(self.train, self.meta)
@@ -134,20 +134,22 @@ class Split:
             record = json.loads(bytes_of(record_file))
             wanted = record["parts"]
         except (ValueError, KeyError, TypeError) as error:
-            raise complain(str(record_file), "a split's record", f"{error!r}", DAMAGED) from error
+            raise argument_error(
+                str(record_file), "a split's record", f"{error!r}", DAMAGED
+            ) from error
         have = {name: fingerprint(part) for name, part in parts.items()}
         if have != wanted:
             other = [name for name in {*have, *wanted} if have.get(name) != wanted.get(name)]
             remedy = "pass the data that the split was made of, or make it anew"
             expected = "the data set that the split was made of"
-            raise complain(
+            raise argument_error(
                 str(record_file), expected, f"another {', '.join(sorted(other))}", remedy
             )
         arrays = _arrays(Path(folder) / ROWS)
         labels = arrays.pop("train_labels", None)
         if set(arrays) != set(record["from"]):
             got = ", ".join(sorted(arrays)) or "none"
-            raise complain(str(Path(folder) / ROWS), "the record's pieces", got, DAMAGED)
+            raise argument_error(str(Path(folder) / ROWS), "the record's pieces", got, DAMAGED)
         return cls._built(parts, arrays, record, labels)
 
 
@@ -169,7 +171,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name].astype(np.int64)) for name in arrays.files}
     except Exception as error:  # zipfile, zlib and numpy each have errors of their own
-        raise complain(str(path), "a split's rows", f"{error!r}", DAMAGED) from error
+        raise argument_error(str(path), "a split's rows", f"{error!r}", DAMAGED) from error
 
 
 def _check_apart(pieces: Mapping[str, tuple[str, Tensor]]) -> None:
@@ -179,4 +181,6 @@ def _check_apart(pieces: Mapping[str, tuple[str, Tensor]]) -> None:
         seen[part] = torch.cat([seen.get(part, rows.new_empty(0)), rows])
     for part, rows in seen.items():
         if len(rows.unique()) != len(rows):
-            raise complain(part, "each sample in one piece", "some in two", "mend the scenario")
+            raise argument_error(
+                part, "each sample in one piece", "some in two", "mend the scenario"
+            )

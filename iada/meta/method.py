@@ -1,0 +1,156 @@
+"""What a trainer drives: a classifier with its optimizer, one step a batch, and a state."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iada.meta.backbone_passes import BackbonePasses
+from iada.meta.learner import Classifier, Learner, ShardedBatch, check_classifier
+from iada.nn.class_covariance import ClassCovariance
+from iada.nn.functional import fused_loss
+from iada.utils.distributed import Group
+
+HeadLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class MetaStep:
+    """What one iteration did, as detached tensors: reading one waits for its device.
+
+    loss: Eq. 10's loss before its step, (). meta_loss: CE at φ̄, (), of the last meta step where
+    this iteration had none. epsilon: ε of Eq. 10, (N); None without a perturbation. All of the
+    whole batch where processes share it.
+    """
+
+    loss: Tensor
+    meta_loss: Tensor
+    epsilon: Tensor | None
+
+
+class Method(nn.Module):
+    """Trains a backbone and a head, one step of their optimizer a batch.
+
+    Subclasses give `loss`, or a `step` of their own. What a method keeps beside the classifier (Σ,
+    a network, statistics) is in its parameters, buffers and extra state, so that `state_dict`,
+    `.to()` and checkpoints carry it. Backbone, head, optimizer and scaler stay the caller's: they
+    are no submodules.
+
+    Args:
+        backbone: module from inputs to features (N, A).
+        head: the last layer, nn.Linear(A, C).
+        optimizer: any torch optimizer over the parameters of both.
+        clip_norm: largest norm of the gradient, 0 for no clipping.
+        scaler: torch.amp.GradScaler for float16.
+        process_group: ranks that share every batch, each with its rows: `iada.utils.distributed`.
+
+    Attributes:
+        alpha: of Eq. 6, to be set before each epoch; methods without that term leave it unread.
+        covariance: Σ, if the method keeps one.
+    """
+
+    covariance: ClassCovariance | None
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Linear,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float = 0.0,
+        scaler: torch.amp.GradScaler | None = None,
+        process_group: Group = None,
+    ) -> None:
+        check_classifier(backbone, head)
+        super().__init__()
+        device = head.weight.device
+        self.alpha, self.clip_norm = 0.0, clip_norm
+        self.register_module("covariance", None)
+        scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+        self._learner = Learner(Classifier(backbone, head), optimizer, scaler, process_group)
+        self._passes = BackbonePasses(backbone, device)
+
+    @property
+    def classifier(self) -> Classifier:
+        """Backbone and head, the caller's."""
+        return self._learner.classifier
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of backbone and head, the caller's; a wrapper of it may be set in its place."""
+        return self._learner.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self._learner.optimizer = optimizer
+
+    @property
+    def head(self) -> nn.Linear:
+        """From features to the logits that an evaluation goes by."""
+        return self.classifier.head
+
+    @property
+    def needs_meta_batch(self) -> bool:
+        """Whether the next `step` looks at its meta batch."""
+        return False
+
+    def meta_steps(self, count: int) -> Sequence[bool]:
+        """Which of the next `count` steps will look at theirs, so that it can be loaded ahead."""
+        return [False] * count
+
+    def begin_epoch(
+        self, epoch: int, order: Sequence[list[int]], first_step: int
+    ) -> Sequence[list[int]]:
+        """Called before the steps of each epoch of the method's own, and when one goes on.
+
+        Args:
+            epoch: of the run, from 0.
+            order: rows of the training set for each step still to come in this epoch.
+            first_step: of these, in the run.
+
+        Returns the rows to be loaded for each of these steps: as they are, or more of them if the
+        method wants further samples beside them.
+        """
+        return order
+
+    def step(
+        self, batch: Sequence[Any], meta_batch: Sequence[Any] | None = None
+    ) -> Tensor | MetaStep:
+        """One step on (inputs, labels, ...); its loss (), or a `MetaStep`, detached."""
+        rows = self._learner.shard_batch("batch", batch, 0)
+        return self._supervised_step(rows, lambda h, w, b: self.loss(h, w, b, rows.labels))
+
+    def cross_entropy_step(self, batch: Sequence[Any]) -> Tensor:
+        """One step of plain CE, before the method's own epochs; its loss (), detached."""
+        rows = self._learner.shard_batch("batch", batch, 0)
+        return self._supervised_step(rows, lambda h, w, b: self.cross_entropy(h, w, b, rows.labels))
+
+    def loss(self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        """The method's loss () of the head on features (N, A), labels (N)."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has neither `loss` nor a `step` of its own"
+        )
+
+    def cross_entropy(
+        self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    ) -> Tensor:
+        """The loss () of the epochs of plain CE."""
+        return fused_loss(features, weight, bias, labels)
+
+    def end_epoch(self) -> None:
+        """Called after each epoch, those of plain CE too."""
+
+    def learned(self) -> list[Tensor]:
+        """What must stay finite beside the parameters of backbone and head."""
+        sigma = [] if self.covariance is None else [self.covariance.covariance]
+        return [*sigma, *self.parameters()]
+
+    def _supervised_step(self, rows: ShardedBatch, loss: HeadLoss) -> Tensor:
+        """One step on a loss of the whole batch's features, weight and bias; detached."""
+        with self._passes.own_autocast():
+            features = self._passes.forward_and_update_buffers(rows.inputs)
+            value, grads = self._learner.head_gradients(loss, self._learner.gather(features, rows))
+            self._learner.apply_gradients(features, grads, rows, self.clip_norm)
+        return value

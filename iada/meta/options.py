@@ -1,0 +1,35 @@
+"""How a meta step is computed: the choices that the bilevel methods offer."""
+
+from dataclasses import dataclass
+
+from iada.meta.virtual_step import VirtualStep
+from iada.utils.checks import argument_error, check_choice
+
+DOUBLE_BACKWARD = "double-backward"
+HYPERGRADIENTS = ("jvp", "finite-difference", DOUBLE_BACKWARD)
+SCOPES = ("full", "head")
+
+
+@dataclass(frozen=True)
+class MetaStepOptions:
+    """`MetaIADA` has what each means and costs."""
+
+    hypergradient: str = "jvp"
+    scope: str = "full"
+    interval: int = 1
+    low_memory: bool = False
+    virtual: VirtualStep = VirtualStep()
+
+    def __post_init__(self) -> None:
+        check_choice("hypergradient", self.hypergradient, HYPERGRADIENTS)
+        check_choice("scope", self.scope, SCOPES)
+        interval = self.interval
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            remedy = "1 is every iteration"
+            raise argument_error("interval", "a positive int", repr(interval), remedy)
+
+    def refuse_double_backward(self, allowed: str, remedy: str) -> None:
+        """Raises ValueError for double backward, which does without what the other two can have."""
+        if self.hypergradient == DOUBLE_BACKWARD:
+            expected = f"'jvp' or 'finite-difference' {allowed}"
+            raise argument_error("hypergradient", expected, repr(DOUBLE_BACKWARD), remedy)

@@ -1,0 +1,141 @@
+"""What every method's options have: how they are built into a method, and how a run treats it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from iada.meta.method import Method
+from iada.meta.options import HYPERGRADIENTS, SCOPES, MetaStepOptions
+from iada.nn.class_covariance import STRUCTURES, ClassCovariance
+from iada.utils.distributed import Group, broadcast
+from iada.utils.settings import check_settings, setting
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """What a method is built for.
+
+    backbone, head, optimizer: what it trains, and by what. class_counts: training samples of each
+    class, (C). epochs, ce_epochs, seed, clip_norm: of the run. group: of the processes that share
+    each batch.
+    """
+
+    backbone: nn.Module
+    head: nn.Linear
+    optimizer: torch.optim.Optimizer
+    class_counts: Tensor
+    train_set: Dataset
+    epochs: int
+    ce_epochs: int
+    seed: int
+    clip_norm: float
+    group: Group
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What every method takes, by name."""
+        names = ("backbone", "head", "optimizer", "clip_norm")
+        return {name: getattr(self, name) for name in names} | {"process_group": self.group}
+
+    def placed(self, module: Module) -> Module:
+        """On the head's device, in its precision or float32, and the same on every rank."""
+        weight = self.head.weight
+        module = module.to(weight.device, torch.promote_types(torch.float32, weight.dtype))
+        broadcast([*module.parameters(), *module.buffers()], self.group)
+        return module
+
+    def covariance(self, structure: str) -> ClassCovariance:
+        """A new Σ."""
+        return self.placed(
+            ClassCovariance(self.head.out_features, self.head.in_features, structure)
+        )
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """A method's own settings; a subclass adds them as fields and gives `build`.
+
+    ce_fraction: of the epochs, plain CE before the method, where `ce_epochs` is not given.
+    single_process: it cannot share batches between processes.
+    own_cross_entropy: its epochs of plain CE are not those of the bare classifier.
+    """
+
+    ce_fraction: ClassVar[float] = 0.0
+    single_process: ClassVar[bool] = False
+    own_cross_entropy: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def build(self, run: MethodRun) -> Method:
+        """The method for this run."""
+        raise NotImplementedError
+
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether what the method does depends on how far the run is."""
+        return False
+
+    @property
+    def meta_learns(self) -> bool:
+        """Whether steps of the method learn from the meta set, which is what they cost."""
+        return False
+
+    def alpha_at(self, progress: float) -> float | None:
+        """α at this share of the method's own epochs; None for a method without."""
+        return None
+
+    def last_stage(self) -> tuple[int, float]:
+        """The last epochs that have a schedule of their own, from this learning rate to 0."""
+        return 0, 0.0
+
+    def shortened(self, share: float) -> "MethodOptions":
+        """The options in a run of `share` of the epochs."""
+        return self
+
+
+@dataclass(frozen=True)
+class CovarianceOptions(MethodOptions):
+    """Of the methods with the α term of Eq. 6.
+
+    alpha: of Eq. 6.  alpha_ramp: alpha rises linearly from 0 over the method's epochs, as in ISDA.
+    structure: of the covariance, "full" or "diag".
+    """
+
+    alpha: float = setting(0.5, least=0)
+    alpha_ramp: bool = False
+    structure: str = setting("full", choices=STRUCTURES)
+
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether alpha rises."""
+        return self.alpha_ramp
+
+    def alpha_at(self, progress: float) -> float:
+        """Constant, or on demand rising linearly."""
+        return self.alpha * max(0.0, progress) if self.alpha_ramp else self.alpha
+
+
+@dataclass(frozen=True)
+class MetaStepSettings(MethodOptions):
+    """Of the bilevel methods.
+
+    hypergradient, scope, interval, low_memory: see `MetaIADA`.
+    """
+
+    hypergradient: str = setting("jvp", choices=HYPERGRADIENTS)
+    scope: str = setting("full", choices=SCOPES)
+    interval: int = setting(1, least=1)
+    low_memory: bool = False
+
+    @property
+    def meta_step(self) -> MetaStepOptions:
+        """As `MetaIADA` and others take them."""
+        names = [field.name for field in dataclasses.fields(MetaStepSettings)]
+        return MetaStepOptions(**{name: getattr(self, name) for name in names})
