@@ -126,7 +126,7 @@ def exact(shape: Shape, problem: Problem, state: State) -> tuple[dict[str, Tenso
             total += grad
         value = value + loss.detach()
         with torch.no_grad():
-            inputs = replace(inputs, labels=_target(shape, problem)[part])
+            inputs = inputs._replace(labels=_target(shape, problem)[part])
             largest = max(largest, _largest(reference.adjusted_logits(inputs, options)))
     found = dict(zip(("loss", *GRADIENTS), (value, *grads), strict=True))
     state_after = {"covariance": covariance, "mean": mean, "count": count}

@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ def _step(shape: Shape, problem: Problem, state: State) -> Callable[[], object]:
     passes = triton_backend()
     covariance, mean, count = (t.clone() for t in (state.covariance, state.mean, state.count))
     stream = ClassStatistics(mean, count)
-    inputs = replace(problem.loss_inputs(), covariance=covariance)
+    inputs = problem.loss_inputs()._replace(covariance=covariance)
     options = LossOptions(ALPHA, BETA, shape.ignore_index, "mean")
     one = torch.ones((), device=covariance.device)
 

@@ -4,19 +4,18 @@ A backend is a module with the functions of `Backend`. Callers have checked shap
 devices before; a backend checks nothing and changes no tensor it is given, but those that it is
 named to update.
 
-The tensors of a record are handed to operators and autograd in one order, that of its fields:
-`tensors()` gives them so, and the constructor takes them back: `LossInputs(*inputs.tensors())`.
+Records are tuples: operators and autograd take their fields in order, `*inputs`, and the
+constructor takes them back.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class LossInputs:
+class LossInputs(NamedTuple):
     """The tensors of Eq. 6. None stands for a term that is absent."""
 
     features: Tensor  # (N, A)
@@ -27,15 +26,10 @@ class LossInputs:
     epsilon: Tensor | None  # (N)
     log_prior: Tensor | None  # (C)
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The seven tensors in the order of the fields."""
-        head = (self.features, self.weight, self.bias, self.labels)
-        return (*head, self.covariance, self.epsilon, self.log_prior)
-
     @property
     def compute_dtype(self) -> torch.dtype:
         """float64 if any tensor is, else float32: the dtype of the loss and of what leads to it."""
-        for tensor in self.tensors():
+        for tensor in self:
             if tensor is not None and tensor.dtype == torch.float64:
                 return torch.float64
         return torch.float32
@@ -46,8 +40,7 @@ class LossInputs:
         return self.covariance is not None and self.covariance.dim() == 3
 
 
-@dataclass(frozen=True)
-class LossOptions:
+class LossOptions(NamedTuple):
     """The numbers of Eq. 6, and how the losses of the rows become one."""
 
     alpha: float = 0.5  # weight of the quadratic term
@@ -57,13 +50,12 @@ class LossOptions:
     label_smoothing: float = 0.0  # share of the target that all classes have; by torch_ops alone
 
     def values(self) -> tuple[float, float, int, str]:
-        """The four in the order of the fields."""
-        return self.alpha, self.beta, self.ignore_index, self.reduction
+        """Those that operators take: all but the label smoothing."""
+        return self[:4]
 
 
-@dataclass(frozen=True)
-class LossNeeds:
-    """Which gradients are asked for."""
+class LossNeeds(NamedTuple):
+    """Which gradients are asked for, in the order of `LossGradients`."""
 
     features: bool
     weight: bool
@@ -71,11 +63,6 @@ class LossNeeds:
     covariance: bool
     epsilon: bool
     log_prior: bool
-
-    def flags(self) -> list[bool]:
-        """The six in the order of the fields, which is that of `LossGradients`."""
-        head = [self.features, self.weight, self.bias]
-        return [*head, self.covariance, self.epsilon, self.log_prior]
 
 
 @dataclass
@@ -103,17 +90,12 @@ class ClassStatistics:
     count: Tensor  # n (C) int64
 
 
-@dataclass(frozen=True)
-class HeadTangents:
+class HeadTangents(NamedTuple):
     """A direction in which features and head move, in the compute dtype; None for 0."""
 
     features: Tensor | None  # ḣ (N, A)
     weight: Tensor  # V (C, A)
     bias: Tensor | None  # v_b (C)
-
-    def tensors(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """The three in the order of the fields."""
-        return self.features, self.weight, self.bias
 
 
 class Backend(Protocol):

@@ -17,6 +17,7 @@ from iada_kernels.native import library
 
 PACKAGES = ("iada", "iada_kernels")
 BACKENDS = ("torch", "native", "triton")
+BEST = {"cpu": "native", "cuda": "triton"}  # by the kind of device; torch for all others
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -38,36 +39,35 @@ def select_backend(
 
     Raises ValueError for an unknown name and RuntimeError for a backend that cannot serve.
     """
-    if name is None and options is not None and options.label_smoothing:
-        return torch_ops
-    if name is None:
-        best = _best(device)
-        if _why_not(best, device, dtype):
-            if dtype in DTYPES:  # else there is nothing to install
-                _warn_once(best, device.type)
-            return torch_ops
-        return _module(best)
-    if name not in BACKENDS:
+    if name is not None and name not in BACKENDS:
         raise ValueError(
             f"backend: expected None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}; "
             "pass one of these"
         )
-    reason = _why_not(name, device, dtype)
-    if not reason and name != "torch" and options is not None and options.label_smoothing:
+    chosen = name or BEST.get(device.type, "torch")
+    reason = _why_not(chosen, device, dtype)
+    smoothed = options is not None and options.label_smoothing and chosen != "torch"
+    if smoothed and not reason:
         reason = "label_smoothing is served by torch operators"
     if not reason:
-        return _module(name)
-    raise RuntimeError(
-        f"backend: {name!r} cannot serve tensors on {device}: {reason}; "
-        "use backend=None or backend='torch'"
-    )
+        if chosen == "triton":
+            return triton_backend()
+        return native if chosen == "native" else torch_ops
+    if name is not None:
+        raise RuntimeError(
+            f"backend: {name!r} cannot serve tensors on {device}: {reason}; "
+            "use backend=None or backend='torch'"
+        )
+    if dtype in DTYPES and not smoothed:  # else there is nothing to install
+        _warn_once(chosen, device.type)
+    return torch_ops
 
 
 def served_by(name: str | None, device: torch.device) -> str:
     """What serves, for tables and records: "native avx512", or "torch operators" and why."""
     reason = ""
     if name is None:
-        name = _best(device)
+        name = BEST.get(device.type, "torch")
         reason = _why_not(name, device, torch.float32)
     if name == "torch" or reason:
         return f"torch operators ({name}: {reason})" if reason else "torch operators"
@@ -81,45 +81,24 @@ def triton_backend() -> Backend:
     return triton
 
 
-def _module(name: str) -> Backend:
-    if name == "triton":
-        return triton_backend()
-    return native if name == "native" else torch_ops
-
-
-def _best(device: torch.device) -> str:
-    return {"cpu": "native", "cuda": "triton"}.get(device.type, "torch")
-
-
 def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why this backend cannot serve, or nothing."""
+    if name == "torch":
+        return ""
     if name == "native":
-        return _why_not_native(device, dtype)
-    return _why_not_triton(device, dtype) if name == "triton" else ""
-
-
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
-    if not HAS_TRITON:
+        if not native.is_available():
+            return library.WHY_MISSING
+        if device.type != "cpu":
+            return "it computes on CPUs only"
+    elif not HAS_TRITON:
         return "triton is not installed"
-    if device.type == "cpu" and not INTERPRETED:
+    elif device.type == "cpu" and not INTERPRETED:
         return (
             "its kernels run on GPUs, and on CPUs only with TRITON_INTERPRET=1 in the environment"
         )
-    if device.type not in ("cpu", "cuda"):
+    elif device.type not in ("cpu", "cuda"):
         return "it computes on NVIDIA and AMD GPUs only"
-    if dtype not in DTYPES:
-        return f"it reads no features of {dtype}"
-    return ""
-
-
-def _why_not_native(device: torch.device, dtype: torch.dtype) -> str:
-    if not native.is_available():
-        return library.WHY_MISSING
-    if device.type != "cpu":
-        return "it computes on CPUs only"
-    if dtype not in DTYPES:
-        return f"it reads no features of {dtype}"
-    return ""
+    return "" if dtype in DTYPES else f"it reads no features of {dtype}"
 
 
 _warned: set[str] = set()

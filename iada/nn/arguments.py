@@ -5,7 +5,6 @@ leading dimensions, the checks, probabilities as labels, weights of rows, logits
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -54,7 +53,7 @@ def loss_of_rows(
     """
     leading = None
     if isinstance(inputs.covariance, ClassCovariance):
-        inputs = replace(inputs, covariance=inputs.covariance.covariance)
+        inputs = inputs._replace(covariance=inputs.covariance.covariance)
     soft = _is_soft(inputs)
     if isinstance(inputs.features, Tensor) and inputs.features.dim() != 2:
         leading = inputs.features.shape[:-1]
@@ -81,22 +80,22 @@ def _hard_label_loss(
     group: Group,
 ) -> Tensor:
     if inputs.labels.dtype != torch.int64:
-        inputs = replace(inputs, labels=inputs.labels.long())
+        inputs = inputs._replace(labels=inputs.labels.long())
     if type(options.alpha) is int or type(options.beta) is int:
-        options = replace(options, alpha=float(options.alpha), beta=float(options.beta))
+        options = options._replace(alpha=float(options.alpha), beta=float(options.beta))
     weighted = extras.class_weight is not None or extras.row_weight is not None
     reduction = options.reduction
     with full_precision(inputs.features.device):
         if weighted:
             weights = _row_weights(inputs, options, extras)
-            losses = compute(inputs, replace(options, reduction="none"))
+            losses = compute(inputs, options._replace(reduction="none"))
             weights = weights.to(losses.dtype)
             if group is None or reduction == "none":
                 return _reduce(losses, weights, reduction)
             return _share(torch.linalg.vecdot(losses, weights), weights.sum(), reduction, group)
         if group is None or reduction == "none":
             return compute(inputs, options)
-        total = compute(inputs, replace(options, reduction="sum"))
+        total = compute(inputs, options._replace(reduction="sum"))
         rows = inputs.labels.ne(options.ignore_index).sum()
         return _share(total, rows, reduction, group)
 
@@ -176,7 +175,7 @@ def _soft_target_loss(inputs: LossInputs, options: LossOptions, extras: Extras) 
     expected = f"probabilities ({count}, {num_classes}) of the classes, or class indices ({count},)"
     check_float("labels", inputs.labels, expected, (count, num_classes))
     indices = torch.zeros(count, dtype=torch.int64, device=inputs.labels.device)
-    check_loss_arguments(replace(inputs, labels=indices), options)
+    check_loss_arguments(inputs._replace(labels=indices), options)
     if extras.class_weight is not None:
         _check_weights("class_weight", extras.class_weight, num_classes, inputs.features)
     with full_precision(inputs.features.device):
@@ -229,5 +228,5 @@ def _flat(inputs: LossInputs, extras: Extras, soft: bool) -> tuple[LossInputs, E
     if not soft:
         labels = cast(Tensor, flat["labels"])
     features = features.reshape(-1, features.shape[-1])
-    inputs = replace(inputs, features=features, labels=labels, epsilon=flat["epsilon"])
+    inputs = inputs._replace(features=features, labels=labels, epsilon=flat["epsilon"])
     return inputs, extras._replace(row_weight=flat["row_weight"])

@@ -74,7 +74,7 @@ def fused_loss(
 
     def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
         passes = select_backend(backend, inputs.features.device, inputs.features.dtype, options)
-        return IADALossFunction.apply(options, passes, None, lender(owner), *inputs.tensors())
+        return IADALossFunction.apply(options, passes, None, lender(owner), *inputs)
 
     inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)  # type: ignore[arg-type]
     options = LossOptions(alpha, beta, ignore_index, reduction, label_smoothing)

@@ -110,7 +110,7 @@ class IADALoss(nn.Module):
             if self.training:
                 state.settle()
                 stream = ClassStatistics(state.mean, state.count)
-            return IADALossFunction.apply(options, passes, stream, lender(state), *inputs.tensors())
+            return IADALossFunction.apply(options, passes, stream, lender(state), *inputs)
 
         return loss_of_rows(compute, inputs, options, extras, streams=self.training)
 
@@ -129,8 +129,7 @@ class IADALoss(nn.Module):
                 state.update(
                     features, inputs.labels, ignore_index=ignore_index, backend=self.backend
                 )
-                tensors = inputs.tensors()
-                return IADALossFunction.apply(options, passes, None, lender(state), *tensors)
+                return IADALossFunction.apply(options, passes, None, lender(state), *inputs)
 
             checks.enter_context(others_told(group))
             return loss_of_rows(compute, inputs, options, extras, streams=True, group=group)

@@ -40,7 +40,7 @@ def hypergradient(
     dtype = inputs.compute_dtype
     grad_epsilon, residual, curvature = _hypergradient(
         *operator_inputs(inputs, dtype),
-        *(contiguous_as(tensor, dtype) for tensor in tangents.tensors()),
+        *(contiguous_as(tensor, dtype) for tensor in tangents),
         options.alpha,
         options.beta,
         options.ignore_index,

@@ -108,8 +108,7 @@ def loss_backward(
         options.ignore_index,
         needed,
     )
-    flags = needs.flags()
-    return LossGradients(*[g if flag else None for g, flag in zip(gradients, flags, strict=True)])
+    return LossGradients(*[g if need else None for g, need in zip(gradients, needs, strict=True)])
 
 
 def is_dense(inputs: LossInputs) -> bool:
@@ -118,7 +117,7 @@ def is_dense(inputs: LossInputs) -> bool:
 
 
 def operator_inputs(inputs: LossInputs, dtype: torch.dtype) -> list[Tensor | None]:
-    """`inputs.tensors()` as the operators read them: contiguous, in the compute dtype `dtype`.
+    """`inputs` as the operators read them: contiguous, in the compute dtype `dtype`.
 
     Features keep their own; blocks of them are converted where they are read.
     """

@@ -18,6 +18,6 @@ def arguments_fit(inputs: LossInputs, ignore_index: int, streams: bool) -> bool:
     if not library.is_available():
         return False
     try:
-        return _arguments_fit(*inputs.tensors(), ignore_index, streams)
+        return _arguments_fit(*inputs, ignore_index, streams)
     except (RuntimeError, TypeError):  # not tensors, or not on a CPU
         return False

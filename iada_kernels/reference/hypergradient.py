@@ -5,8 +5,6 @@ of L̇, the derivative of L along v. Seen from the head, v is (ḣ, V, v_b): ḣ
 product of the features, V and v_b the parts of W and b.
 """
 
-from dataclasses import replace
-
 import torch
 from einops import einsum
 from torch import Tensor
@@ -33,7 +31,7 @@ def directional_derivative(
         logits = inputs.features @ weight.T
         logits = logits if inputs.bias is None else logits + inputs.bias
         sign = perturbation_sign(logits, weight, target)
-    logits = adjusted_logits(replace(inputs, labels=target), options, sign)
+    logits = adjusted_logits(inputs._replace(labels=target), options, sign)
     residual = logits.softmax(dim=1) - torch.nn.functional.one_hot(target, len(weight))
     perturbed = inputs.features
     if epsilon is not None and sign is not None:
@@ -61,7 +59,7 @@ def hypergradient(
         None if t is None else t.detach().requires_grad_()
         for t in (inputs.covariance, inputs.epsilon)
     )
-    inputs = replace(inputs, covariance=covariance, epsilon=epsilon)
+    inputs = inputs._replace(covariance=covariance, epsilon=epsilon)
     derivative = directional_derivative(inputs, options, tangents, sign)
     present = [leaf for leaf in (epsilon, covariance) if leaf is not None]
     gradients = iter(torch.autograd.grad(derivative, present))

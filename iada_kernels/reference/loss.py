@@ -1,7 +1,5 @@
 """The IADA loss, Eq. 6, with N·C·A temporaries and no rearrangement; shapes as in `LossInputs`."""
 
-from dataclasses import replace
-
 import torch
 from einops import einsum
 from torch import Tensor
@@ -57,7 +55,7 @@ def iada_loss(inputs: LossInputs, options: LossOptions, sign: Tensor | None = No
     """CE(z̃, y) of Eq. 6. The mean is over the rows that are not ignored; over none it is 0."""
     valid = inputs.labels != options.ignore_index
     target = torch.where(valid, inputs.labels, 0)
-    adjusted = adjusted_logits(replace(inputs, labels=target), options, sign)
+    adjusted = adjusted_logits(inputs._replace(labels=target), options, sign)
     log_probability = adjusted.log_softmax(dim=1)
     share = options.label_smoothing
     losses = -(1 - share) * log_probability.gather(1, target[:, None])[:, 0]

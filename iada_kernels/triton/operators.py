@@ -38,7 +38,7 @@ def loss_forward(
         return _loss.loss_forward(inputs, options, needs, stream)
     if stream is not None:
         update_statistics(_update, inputs, options, stream)
-    loss, *saved = _forward(inputs.tensors(), *options.values(), needs.flags())
+    loss, *saved = _forward(list(inputs), *options.values(), list(needs))
     return loss, saved
 
 
@@ -48,7 +48,7 @@ def loss_backward(
     """See `contract.Backend`."""
     if not isinstance(saved, list):
         return _loss.loss_backward(inputs, options, saved, grad_loss, needs)
-    arguments = (inputs.tensors(), *options.values(), saved, grad_loss, needs.flags())
+    arguments = (list(inputs), *options.values(), saved, grad_loss, list(needs))
     return LossGradients(*map(_present, _backward(*arguments)))
 
 
@@ -76,7 +76,7 @@ def hypergradient(
     """See `contract.Backend`."""
     if not torch.compiler.is_compiling():
         return _hypergradient.hypergradient(inputs, options, tangents, needs_covariance)
-    arguments = (inputs.tensors(), *options.values(), *tangents.tensors(), needs_covariance)
+    arguments = (list(inputs), *options.values(), *tangents, needs_covariance)
     grad_epsilon, *sums = _hypergradient_operator(*arguments)
     return _present(grad_epsilon), (sums, options.alpha) if needs_covariance else None
 
@@ -172,7 +172,7 @@ def _run_step(
 def _records(
     tensors: Sequence[Tensor | None], *numbers: float | int | str
 ) -> tuple[LossInputs, LossOptions]:
-    """The inverse of `inputs.tensors()` and `options.values()`."""
+    """The inverse of `list(inputs)` and `options.values()`."""
     return LossInputs(*tensors), LossOptions(*numbers)  # type: ignore[arg-type]
 
 

@@ -114,18 +114,17 @@ def fuzz_hypergradient(draw: Draw, backend: str, device: torch.device) -> list[J
     )
     step = draw.choice((1.0, -0.1))
     ours, unchanged = _by_backend(problem, tangents, step, backend, device)
-    directions = tangents.tensors()
     exact, *nudged = (
-        exact_hypergradient(problem, directions, nudge, dtype) for nudge in (None, *[draw] * NUDGES)
+        exact_hypergradient(problem, tangents, nudge, dtype) for nudge in (None, *[draw] * NUDGES)
     )
     for found in (exact, *nudged):
         if sigma is not None:
             found["covariance"] = step * found["covariance"]
     cast = problem.map(lambda t: t.to(dtype))
-    ways = [_derivatives(cast, directions, step)]
+    ways = [_derivatives(cast, tangents, step)]
     for _ in range(2):
         orders = [draw.permutation(n) for n in (len(problem.labels), *problem.weight.shape)]
-        ways.append(_in_another_order(cast, directions, step, orders))
+        ways.append(_in_another_order(cast, tangents, step, orders))
     for way in ways:  # the step is taken in the dtype of Σ
         if sigma is not None:
             way["covariance"] = way["covariance"].to(sigma.dtype)
@@ -148,7 +147,7 @@ def _by_backend(
 ) -> tuple[Found, bool]:
     p = problem.to(device)
     kept = [(t, t.clone()) for t in p.tensors()]
-    moved = (None if t is None else t.to(device) for t in tangents.tensors())
+    moved = (None if t is None else t.to(device) for t in tangents)
     tangents = HeadTangents(*moved)
     inputs, options = p.records()
     passes = select_backend(backend, device, p.features.dtype)

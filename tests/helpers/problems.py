@@ -54,7 +54,7 @@ class Problem:
 
     def records(self) -> tuple[LossInputs, LossOptions]:
         """As a backend and the reference take it."""
-        values = {f.name: getattr(self, f.name) for f in fields(LossInputs)}
+        values = {name: getattr(self, name) for name in LossInputs._fields}
         values["labels"] = self.labels.long()
         return LossInputs(**values), LossOptions(**self.options)
 

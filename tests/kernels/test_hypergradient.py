@@ -31,7 +31,7 @@ def tangents_of(problem, features=True, bias=True):
 
 def by_reference(problem, tangents, sign=None):
     """{"epsilon": ∂L̇/∂ε, "covariance": ∂L̇/∂Σ}, those that there are, in float64."""
-    tangents = HeadTangents(*(None if t is None else t.double() for t in tangents.tensors()))
+    tangents = HeadTangents(*(None if t is None else t.double() for t in tangents))
     epsilon, covariance = reference.hypergradient(*problem.double().records(), tangents, sign)
     return present(epsilon=epsilon, covariance=covariance)
 
@@ -60,11 +60,11 @@ def test_the_definition_is_the_derivative_of_the_loss(structure, reduction):
     sign = sign_argument(problem).sign()
 
     def loss(features, weight, bias):
-        moved = dataclasses.replace(inputs, features=features, weight=weight, bias=bias)
+        moved = inputs._replace(features=features, weight=weight, bias=bias)
         return reference.iada_loss(moved, options, sign)
 
     moving = (problem.features, problem.weight, problem.bias)
-    _, expected = torch.func.jvp(loss, moving, tangents.tensors())
+    _, expected = torch.func.jvp(loss, moving, tuple(tangents))
     found = reference.directional_derivative(inputs, options, tangents)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 

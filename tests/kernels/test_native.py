@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -240,7 +239,7 @@ def test_labels_out_of_range_are_refused_by_the_operator_itself():
     given = cast(inputs(6, 3, 4, ignored=0.0), torch.float32)
     labels = given.labels.clone()
     labels[2] = 3
-    broken = replace(given, labels=labels)
+    broken = given._replace(labels=labels)
     options, needs = LossOptions(0.5, 1.0, -100, "mean"), LossNeeds(*[False] * 6)
     stream = ClassStatistics(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64))
     before = given.covariance.clone()
@@ -282,7 +281,7 @@ def hypergradients(backend, given, reduction="mean"):
 def test_hypergradient(shape, structure, dtype, scale):
     exact = inputs(*shape, "full" if structure == "asymmetric" else structure, scale=scale)
     if structure == "asymmetric":
-        exact = replace(exact, covariance=exact.covariance.triu())
+        exact = exact._replace(covariance=exact.covariance.triu())
     given = cast(exact, dtype)
     logits = exact.features @ exact.weight.T
     largest = distance(torch.zeros(()), logits)
@@ -335,8 +334,8 @@ def test_characteristics_of_masked_logits():
 def test_loss_and_update_in_one_call(shape, structure, dtype):
     """The same bits as the update and then the loss."""
     given = cast(inputs(*shape, structure), dtype)
-    given = replace(
-        given, covariance=given.covariance.to(torch.promote_types(dtype, torch.float32))
+    given = given._replace(
+        covariance=given.covariance.to(torch.promote_types(dtype, torch.float32))
     )
     options, needs = LossOptions(0.5, 1.0, -100, "mean"), LossNeeds(*[True] * 6)
     classes, width = given.weight.shape
@@ -345,7 +344,7 @@ def test_loss_and_update_in_one_call(shape, structure, dtype):
         sigma = given.covariance.clone()
         mean = torch.ones(classes, width, dtype=sigma.dtype)
         stream = ClassStatistics(mean, torch.arange(classes))
-        held = replace(given, covariance=sigma)
+        held = given._replace(covariance=sigma)
         if apart:
             native.covariance_update(sigma, mean, stream.count, held.features, held.labels)
         version = sigma._version

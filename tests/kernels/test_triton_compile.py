@@ -70,7 +70,6 @@ def test_every_kernel_compiles_and_fits(architecture, tmp_path):
 # The backward pass of one loss, which has a kernel for each set of gradients: every pair, and all.
 GRADIENTS = """
 import itertools, sys
-from dataclasses import fields
 from bench.launches import _inputs, _meta, _options
 from bench.offline import compiling_for
 from bench.resources import figures_of
@@ -79,7 +78,7 @@ from iada_kernels.contract import LossNeeds
 from iada_kernels.dispatch import triton_backend
 from iada_kernels.triton.launch import recording
 architecture, shape = sys.argv[1], SHAPES[sys.argv[2]]
-names = [field.name for field in fields(LossNeeds)]
+names = LossNeeds._fields
 passes, inputs, options, known = triton_backend(), _inputs(shape), _options(shape), {}
 with compiling_for(architecture):
     for wanted in [*itertools.combinations(names, 2), names]:
