@@ -43,9 +43,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from iada.methods.cmo import CMO, CMOOptions, ForegroundPool, Paste, pasting_arguments
+from iada.methods.cmo import CMO, CMOOptions, ForegroundPool, Paste
 from iada.methods.options import MethodRun
 from iada.nn.functional import fused_loss
 from iada.nn.priors import log_class_prior
@@ -133,39 +132,28 @@ class AFR(CMO):
     """See above.
 
     Args:
-        train_set: what is embedded. If it has an attribute `deviation`, the numbers that pixels in
-            [0, 1] were divided by, one a channel, the attack's step is 1/255 divided by them;
-            otherwise the inputs are taken to be in [0, 1] themselves.
+        run: as in `CMO`. Its training set is what is embedded. If that has an attribute
+            `deviation`, the numbers that pixels in [0, 1] were divided by, one a channel, the
+            attack's step is 1/255 divided by them; otherwise the inputs are taken to be in [0, 1].
         finetune_epoch: first epoch of the second stage.
-        others: as in `CMO`; the first stage lasts from first_epoch to finetune_epoch.
     """
 
     attacked: Tensor
     unit: Tensor
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        head: nn.Linear,
-        optimizer: torch.optim.Optimizer,
-        class_counts: Tensor,
-        *,
-        train_set: Dataset,
-        finetune_epoch: int,
-        **options: Any,
-    ) -> None:
-        options["last_epoch"] = finetune_epoch
-        super().__init__(backbone, head, optimizer, class_counts, **options)
-        self.train_set, self.finetune_epoch = train_set, finetune_epoch
-        self.attacker = copy.deepcopy(backbone).eval().requires_grad_(False)
-        weight = head.weight
-        dtype = torch.promote_types(torch.float32, weight.dtype)
-        width, count = head.in_features, 2 * head.out_features
+    def __init__(self, run: MethodRun, finetune_epoch: int) -> None:
+        super().__init__(run, finetune_epoch)
+        assert run.train_set is not None
+        self.train_set, self.finetune_epoch = run.train_set, finetune_epoch
+        self.attacker = copy.deepcopy(run.backbone).eval().requires_grad_(False)
+        width, count = run.head.in_features, 2 * run.head.out_features
+        device = run.head.weight.device
         self.categories = nn.utils.skip_init(
-            nn.Linear, width, count, device=weight.device, dtype=dtype
+            nn.Linear, width, count, device=device, dtype=run.dtype
         )
         self._begin_categories()
-        deviation = torch.as_tensor(getattr(train_set, "deviation", 1.0)).to(weight.device, dtype)
+        deviation = torch.as_tensor(getattr(run.train_set, "deviation", 1.0))
+        deviation = deviation.to(device, run.dtype)
         self.register_buffer("unit", 1 / deviation.view(-1, 1, 1), persistent=False)
         self.register_buffer("attacked", torch.zeros(len(self.labels), dtype=torch.bool))
         self.prepared_epoch = -1
@@ -269,7 +257,7 @@ class AFROptions(CMOOptions):
 
     def build(self, run: MethodRun) -> AFR:
         epoch = run.epochs - self.finetune_epochs
-        return AFR(train_set=run.train_set, finetune_epoch=epoch, **pasting_arguments(run))
+        return AFR(run, epoch)
 
     def last_stage(self) -> tuple[int, float]:
         return self.finetune_epochs, self.finetune_lr

@@ -1,11 +1,10 @@
 """Class-Balanced CE and Focal: losses weighted by the effective number of samples."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from iada.meta.learner import linear
 from iada.methods.head_loss import HeadLossMethod
@@ -22,26 +21,18 @@ class ClassBalanced(HeadLossMethod):
     γ = 1. As in Cui et al. the weighted sum is divided by n, not by the sum of the weights.
 
     Args:
+        run: what it is built for.
         class_beta: β of the weights.
         focal_gamma: γ.
-        others: as in `HeadLossMethod`.
     """
 
     class_weights: Tensor
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        head: nn.Linear,
-        optimizer: torch.optim.Optimizer,
-        class_counts: Tensor,
-        *,
-        class_beta: float = 0.9999,
-        focal_gamma: float = 0.0,
-        **options: Any,
+        self, run: MethodRun, class_beta: float = 0.9999, focal_gamma: float = 0.0
     ) -> None:
-        super().__init__(backbone, head, optimizer, class_counts, **options)
-        weights = class_balanced_weights(class_counts, class_beta)
+        super().__init__(run)
+        weights = class_balanced_weights(run.class_counts, class_beta)
         self.register_buffer("class_weights", weights.to(self.log_prior), persistent=False)
         self.focal_gamma = focal_gamma
 
@@ -68,7 +59,7 @@ class ClassBalancedOptions(MethodOptions):
     class_beta: float = setting(0.9999, least=0, below=1)
 
     def build(self, run: MethodRun) -> ClassBalanced:
-        return ClassBalanced(class_counts=run.class_counts, **asdict(self), **run.arguments)
+        return ClassBalanced(run, **asdict(self))
 
 
 @dataclass(frozen=True)

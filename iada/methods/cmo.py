@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from iada.meta.method import MetaStep
 from iada.methods.head_loss import HeadLossMethod
@@ -71,29 +70,23 @@ class CMO(HeadLossMethod):
     """See above. Beside each row of such a step another one is loaded: twice the data, one pass.
 
     Args:
-        labels: of the training set, (N).
-        first_epoch, last_epoch: of the run, between which it takes place.
-        seed: of all draws, which depend on the step alone and so on no stop.
-        options: as in `HeadLossMethod`, without process_group.
+        run: what it is built for: one process, and a training set with its `labels`, (N). All
+            draws depend on its seed and the step alone, and so on no stop.
+        last_epoch: of the run, until which it takes place.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        head: nn.Linear,
-        optimizer: torch.optim.Optimizer,
-        class_counts: Tensor,
-        *,
-        labels: Tensor,
-        first_epoch: int = 0,
-        last_epoch: int = 200,
-        seed: int = 0,
-        **options: Any,
-    ) -> None:
-        super().__init__(backbone, head, optimizer, class_counts, beta=1.0, **options)
-        check_label_values(labels, head.out_features, None)
+    def __init__(self, run: MethodRun, last_epoch: int) -> None:
+        if run.group is not None:
+            remedy = "start one process, or take another method"
+            raise argument_error("method", "one process for cmo and afr", "several", remedy)
+        labels = labels_of(run.train_set)
+        if labels is None:
+            expected = "an attribute `labels`, a tensor (N), for the methods cmo and afr"
+            raise argument_error("train_set", expected, "none", "add it to the data set")
+        super().__init__(run, beta=1.0)
+        check_label_values(labels, run.head.out_features, None)
         self.labels = labels.cpu()
-        self.first_epoch, self.last_epoch, self.seed = first_epoch, last_epoch, seed
+        self.first_epoch, self.last_epoch, self.seed = run.ce_epochs, last_epoch, run.seed
         self.pool = ForegroundPool(self.labels.numpy(), np.arange(len(labels)))
         self._plans: deque[Paste | None] = deque()
 
@@ -171,17 +164,4 @@ class CMOOptions(MethodOptions):
         return True
 
     def build(self, run: MethodRun) -> CMO:
-        return CMO(last_epoch=run.epochs, **pasting_arguments(run))
-
-
-def pasting_arguments(run: MethodRun) -> dict[str, Any]:
-    """What CMO and AFR take of a run. Raises ValueError for several processes, or no labels."""
-    if run.group is not None:
-        remedy = "start one process, or take another method"
-        raise argument_error("method", "one process for cmo and afr", "several", remedy)
-    labels = labels_of(run.train_set)
-    if labels is None:
-        expected = "an attribute `labels`, a tensor (N), for the methods cmo and afr"
-        raise argument_error("train_set", expected, "none", "add it to the data set")
-    own = {"class_counts": run.class_counts, "labels": labels, "seed": run.seed}
-    return {**run.arguments, **own, "first_epoch": run.ce_epochs}
+        return CMO(run, run.epochs)

@@ -1,10 +1,8 @@
 """The methods that need no meta set: CE, Logit Adjustment and ISDA, all on `fused_loss`."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from iada.meta.method import Method
 from iada.methods.options import CovarianceOptions, MethodOptions, MethodRun
@@ -20,29 +18,24 @@ class HeadLossMethod(Method):
     Softmax); a covariance and beta 0 is ISDA, whose alpha is to be ramped.
 
     Args:
-        backbone, head, optimizer, class_counts: as in `MetaIADA`.
+        run: what it is built for.
         covariance: a `ClassCovariance`, or None.
         alpha, beta: of Eq. 6; plain attributes.
-        options: clip_norm, scaler and process_group of `Method`.
     """
 
     log_prior: Tensor
 
     def __init__(
         self,
-        backbone: nn.Module,
-        head: nn.Linear,
-        optimizer: torch.optim.Optimizer,
-        class_counts: Tensor,
+        run: MethodRun,
         *,
         covariance: ClassCovariance | None = None,
         alpha: float = 0.5,
         beta: float = 0.0,
-        **options: Any,
     ) -> None:
-        super().__init__(backbone, head, optimizer, **options)
-        device, dtype = head.weight.device, torch.promote_types(torch.float32, head.weight.dtype)
-        log_prior = log_class_prior(class_counts, head.out_features).to(device, dtype)
+        super().__init__(**run.arguments)
+        log_prior = log_class_prior(run.class_counts, run.head.out_features)
+        log_prior = log_prior.to(run.head.weight.device, run.dtype)
         self.register_buffer("log_prior", log_prior, persistent=False)
         self.covariance = covariance
         self.alpha, self.beta = alpha, beta
@@ -68,7 +61,7 @@ class CrossEntropyOptions(MethodOptions):
     """Plain cross-entropy; no options."""
 
     def build(self, run: MethodRun) -> HeadLossMethod:
-        return HeadLossMethod(class_counts=run.class_counts, **run.arguments)
+        return HeadLossMethod(run)
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ class LogitAdjustmentOptions(MethodOptions):
     beta: float = 1.0
 
     def build(self, run: MethodRun) -> HeadLossMethod:
-        return HeadLossMethod(class_counts=run.class_counts, beta=self.beta, **run.arguments)
+        return HeadLossMethod(run, beta=self.beta)
 
 
 @dataclass(frozen=True)
@@ -90,9 +83,4 @@ class ISDAOptions(CovarianceOptions):
 
     def build(self, run: MethodRun) -> HeadLossMethod:
         covariance = run.covariance(self.structure)
-        return HeadLossMethod(
-            class_counts=run.class_counts,
-            covariance=covariance,
-            alpha=self.alpha,
-            **run.arguments,
-        )
+        return HeadLossMethod(run, covariance=covariance, alpha=self.alpha)

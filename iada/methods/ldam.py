@@ -11,9 +11,8 @@ the weighted sum is divided by the sum of the weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,30 +47,22 @@ class LDAM(HeadLossMethod):
     """See above. The head's bias is not used and stays as it is; evaluation goes by the cosines.
 
     Args:
+        run: what it is built for.
         class_beta: β of the weights after re-weighting sets in.
         reweight_epoch: from which epoch on that is; 160 of 200 in the paper.
-        others: as in `HeadLossMethod`.
     """
 
     class_weights: Tensor
     margins: Tensor
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        head: nn.Linear,
-        optimizer: torch.optim.Optimizer,
-        class_counts: Tensor,
-        *,
-        class_beta: float = 0.9999,
-        reweight_epoch: int = 160,
-        **options: Any,
+        self, run: MethodRun, class_beta: float = 0.9999, reweight_epoch: int = 160
     ) -> None:
-        super().__init__(backbone, head, optimizer, class_counts, **options)
-        margins = checked_counts(class_counts) ** -0.25
+        super().__init__(run)
+        margins = checked_counts(run.class_counts) ** -0.25
         margins = (margins * (MAX_MARGIN / margins.max())).to(self.log_prior)
         self.register_buffer("margins", margins, persistent=False)
-        weights = class_balanced_weights(class_counts, class_beta)
+        weights = class_balanced_weights(run.class_counts, class_beta)
         self.register_buffer("class_weights", weights.to(self.log_prior), persistent=False)
         self.reweight_epoch = reweight_epoch
         self.reweights = False
@@ -121,9 +112,4 @@ class LDAMOptions(MethodOptions):
 
     def build(self, run: MethodRun) -> LDAM:
         epoch = round(self.reweight_from * run.epochs)
-        return LDAM(
-            class_counts=run.class_counts,
-            class_beta=self.class_beta,
-            reweight_epoch=epoch,
-            **run.arguments,
-        )
+        return LDAM(run, self.class_beta, epoch)

@@ -23,7 +23,6 @@ from iada.meta.hypergradient import ForwardPass
 from iada.meta.learner import HeadGradients, ShardedBatch, linear
 from iada.meta.options import MetaStepOptions
 from iada.methods.options import MetaStepSettings, MethodRun
-from iada.utils.distributed import Group
 from iada.utils.settings import setting
 from iada_kernels.contract import HeadTangents
 
@@ -60,28 +59,17 @@ class MetaWeightNet(BilevelMethod):
     """See above.
 
     Args:
+        run: what it is built for.
+        options: of the meta step; of the hypergradients not "double-backward".
         weight_net: V; on the head's device and in its precision, float32 at least.
         weight_lr: Adam's on Θ, 1e-3 in the paper.
-        others: as in `MetaIADA`; of the hypergradients not "double-backward".
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        head: nn.Linear,
-        optimizer: torch.optim.Optimizer,
-        *,
-        weight_net: WeightNet,
-        weight_lr: float = 1e-3,
-        options: MetaStepOptions | None = None,
-        clip_norm: float = 0.0,
-        process_group: Group = None,
+        self, run: MethodRun, options: MetaStepOptions, weight_net: WeightNet, weight_lr: float
     ) -> None:
-        options = options or MetaStepOptions()
         options.refuse_double_backward("for Meta-Weight-Net", "leave it at 'jvp'")
-        super().__init__(
-            backbone, head, optimizer, options, clip_norm=clip_norm, process_group=process_group
-        )
+        super().__init__(options=options, **run.arguments)
         self.weight_net = weight_net
         self.weight_optimizer = torch.optim.Adam(
             weight_net.parameters(), lr=weight_lr, weight_decay=WEIGHT_DECAY
@@ -157,9 +145,5 @@ class MetaWeightNetOptions(MetaStepSettings):
         return True
 
     def build(self, run: MethodRun) -> MetaWeightNet:
-        return MetaWeightNet(
-            weight_net=run.placed(WeightNet()),
-            weight_lr=self.perturbation_lr,
-            options=self.meta_step,
-            **run.arguments,
-        )
+        network = run.placed(WeightNet())
+        return MetaWeightNet(run, self.meta_step, network, self.perturbation_lr)

@@ -22,20 +22,20 @@ class MethodRun:
     """What a method is built for.
 
     backbone, head, optimizer: what it trains, and by what. class_counts: training samples of each
-    class, (C). epochs, ce_epochs, seed, clip_norm: of the run. group: of the processes that share
-    each batch.
+    class, (C). train_set: of which some methods need the labels, and AFR the inputs. epochs,
+    ce_epochs, seed, clip_norm: of the run. group: of the processes that share each batch.
     """
 
     backbone: nn.Module
     head: nn.Linear
     optimizer: torch.optim.Optimizer
     class_counts: Tensor
-    train_set: Dataset
-    epochs: int
-    ce_epochs: int
-    seed: int
-    clip_norm: float
-    group: Group
+    train_set: Dataset | None = None
+    epochs: int = 1
+    ce_epochs: int = 0
+    seed: int = 0
+    clip_norm: float = 0.0
+    group: Group = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -43,10 +43,14 @@ class MethodRun:
         names = ("backbone", "head", "optimizer", "clip_norm")
         return {name: getattr(self, name) for name in names} | {"process_group": self.group}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what a method keeps: the head's, float32 at least."""
+        return torch.promote_types(torch.float32, self.head.weight.dtype)
+
     def placed(self, module: Module) -> Module:
         """On the head's device, in its precision or float32, and the same on every rank."""
-        weight = self.head.weight
-        module = module.to(weight.device, torch.promote_types(torch.float32, weight.dtype))
+        module = module.to(self.head.weight.device, self.dtype)
         broadcast([*module.parameters(), *module.buffers()], self.group)
         return module
 

@@ -19,6 +19,7 @@ from iada.methods.afr import (
 from iada.methods.class_balanced import ClassBalanced
 from iada.methods.cmo import CMO, ForegroundPool, Paste
 from iada.methods.ldam import LDAM, CosineLinear
+from iada.methods.options import MethodRun
 from iada.nn.priors import class_balanced_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +42,7 @@ def make_rows(seed=1):
 def build(kind, head, **options):
     """The method over a backbone that hands its inputs through."""
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
-    return kind(nn.Identity(), head, optimizer, COUNTS, **options)
+    return kind(MethodRun(nn.Identity(), head, optimizer, COUNTS), **options)
 
 
 def agrees(method, head, expected, tolerance=1e-12):
@@ -185,7 +186,8 @@ def make_images(seed=1, rows=ROWS):
 
 def make_cmo(head, labels, **options):
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
-    return CMO(FirstRow(), head, optimizer, COUNTS, labels=labels, last_epoch=20, **options)
+    data = iada.TensorData(make_images(rows=len(labels)), labels)
+    return CMO(MethodRun(FirstRow(), head, optimizer, COUNTS, data, **options), last_epoch=20)
 
 
 def balanced_softmax(logits, labels):
@@ -217,7 +219,7 @@ def test_cmo_mixes_images_and_losses():
 
 def test_cmo_pastes_in_half_of_the_steps_between_its_epochs():
     _, labels = make_rows()
-    method = make_cmo(make_head(), labels, first_epoch=2)
+    method = make_cmo(make_head(), labels, ce_epochs=2)
     order = [[0, 1, 2]] * 200
     for epoch in (2, 5, 17, 19):
         assert method.begin_epoch(epoch, order, 0) == order
@@ -329,9 +331,8 @@ def make_afr(deviation=None):
     head = nn.Linear(4 * WIDTH, 2, dtype=torch.float64)
     head.weight.data = patterns[:2].flatten(1) + patterns[2:].flatten(1)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
-    counts = torch.bincount(labels)
-    options = {"train_set": data, "labels": labels, "finetune_epoch": 5}
-    return AFR(backbone, head, optimizer, counts, **options), data, tail
+    run = MethodRun(backbone, head, optimizer, torch.bincount(labels), data)
+    return AFR(run, finetune_epoch=5), data, tail
 
 
 def test_afr_prepares_every_ten_epochs_of_the_second_stage():

@@ -11,6 +11,7 @@ from torch.func import functional_call
 import iada
 from iada.meta.options import MetaStepOptions
 from iada.methods.meta_weight_net import MetaWeightNet, WeightNet
+from iada.methods.options import MethodRun
 from iada.nn.priors import class_balanced_weights
 from tests.helpers.engine_cases import (
     BACKBONES,
@@ -36,9 +37,8 @@ def make_weight_net(name, **options):
     ]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-3)
     weight_net = WeightNet().double()
-    return MetaWeightNet(
-        backbone, head, optimizer, weight_net=weight_net, options=MetaStepOptions(**options)
-    )
+    run = MethodRun(backbone, head, optimizer, torch.ones(CLASSES))
+    return MetaWeightNet(run, MetaStepOptions(**options), weight_net, 1e-3)
 
 
 def after_virtual_step(backbone, head, batch, loss, rates, head_only=False):
