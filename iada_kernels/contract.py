@@ -22,9 +22,9 @@ class LossInputs(NamedTuple):
     weight: Tensor  # (C, A)
     bias: Tensor | None  # (C)
     labels: Tensor  # (N) int64
-    covariance: Tensor | None  # (C, A, A), symmetric, or its diagonal (C, A)
-    epsilon: Tensor | None  # (N)
-    log_prior: Tensor | None  # (C)
+    covariance: Tensor | None = None  # (C, A, A), symmetric, or its diagonal (C, A)
+    epsilon: Tensor | None = None  # (N)
+    log_prior: Tensor | None = None  # (C)
 
     @property
     def compute_dtype(self) -> torch.dtype:

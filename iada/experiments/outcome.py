@@ -13,6 +13,7 @@ from iada.experiments.metrics import Measured, measure
 from iada.experiments.recipe import Recipe
 from iada.experiments.scenarios import Split
 from iada.training.trainer import Trainer
+from iada_kernels.contract import LossInputs
 
 MOST_EIGENVALUES = 6400  # kept in a record: all of 100 classes with 64 features
 GAP_ROWS = 500  # training samples that the surrogate is checked on
@@ -81,14 +82,14 @@ def covariance_diagnostics(
     rows = torch.arange(GAP_ROWS) * count // GAP_ROWS if count > GAP_ROWS else torch.arange(count)
     outputs = trainer.outputs(train, rows=rows)
     head = trainer.method.head
-    gap = surrogate_gap(
+    bias = None if head.bias is None else head.bias.detach().cpu()
+    inputs = LossInputs(
         outputs.features.float(),
         head.weight.detach().cpu(),
-        None if head.bias is None else head.bias.detach().cpu(),
+        bias,
         outputs.labels,
-        covariance=covariance.covariance.cpu(),
-        epsilon=None if epsilon is None else epsilon[rows].nan_to_num(0.0).float(),
-        alpha=float(trainer.method.alpha),
-        samples=200,
+        covariance.covariance.cpu(),
+        None if epsilon is None else epsilon[rows].nan_to_num(0.0).float(),
     )
+    gap = surrogate_gap(inputs, alpha=float(trainer.method.alpha), samples=200)
     return {"spectrum": spectrum(covariance).tolist(), "surrogate": gap.as_record()}

@@ -17,15 +17,16 @@ from iada.experiments.diagnostics import (
     surrogate_gap,
 )
 from iada.utils.evaluate import outputs
+from iada_kernels.contract import LossInputs
 from iada_kernels.reference import perturbation_sign
 from tests.helpers.problems import random_problem, reference_loss, target_of
 from tests.helpers.training import make_trainer
 
 
 def gap_of(problem, **options):
-    p = problem
-    given = {"covariance": p.covariance, "epsilon": p.epsilon, "alpha": p.options["alpha"]}
-    return surrogate_gap(p.features, p.weight, p.bias, p.labels, **(given | options))
+    inputs, given = problem.records()
+    inputs = inputs._replace(covariance=options.pop("covariance", inputs.covariance))
+    return surrogate_gap(inputs, **({"alpha": given.alpha} | options))
 
 
 def class_means(losses, labels):
@@ -88,9 +89,8 @@ def test_one_dimension_is_quadrature():
     labels = torch.tensor([0, 1, 2])
     sigma = torch.tensor([0.5, 1.5, 3.0], dtype=torch.float64)[:, None, None]
     epsilon = torch.tensor([0.4, -0.2, 0.0], dtype=torch.float64)
-    found = surrogate_gap(
-        features, weight, bias, labels, covariance=sigma, epsilon=epsilon, alpha=0.7, samples=50000
-    )
+    inputs = LossInputs(features, weight, bias, labels, sigma, epsilon)
+    found = surrogate_gap(inputs, alpha=0.7, samples=50000)
     points, weights = np.polynomial.hermite_e.hermegauss(120)
     weights = torch.from_numpy(weights / weights.sum())
     sign = perturbation_sign(features @ weight.T + bias, weight, labels)
@@ -148,15 +148,10 @@ def test_on_a_fitted_classifier():
     found = outputs(trainer.backbone, trainer.head, trainer.validation_set)
     head = trainer.head
     torch.testing.assert_close(found.logits, head(found.features).detach())
-    gap = surrogate_gap(
-        found.features,
-        head.weight,
-        head.bias,
-        found.labels,
-        covariance=trainer.method.covariance,
-        epsilon=torch.linspace(-0.5, 0.5, len(found.labels)),
-        alpha=0.2,
-    )
+    epsilon = torch.linspace(-0.5, 0.5, len(found.labels))
+    sigma = trainer.method.covariance.covariance
+    inputs = LossInputs(found.features, head.weight, head.bias, found.labels, sigma, epsilon)
+    gap = surrogate_gap(inputs, alpha=0.2)
     assert (gap.gap > -5 * gap.standard_error).all()
     assert gap.bound.isfinite().all()
 
@@ -202,17 +197,8 @@ def literal_terms(problem):
 
 
 def terms_of(problem):
-    p = problem
-    return regularization_terms(
-        p.features,
-        p.weight,
-        p.bias,
-        p.labels,
-        covariance=p.covariance,
-        epsilon=p.epsilon,
-        log_prior=p.log_prior,
-        ignore_index=p.options["ignore_index"],
-    )
+    inputs, options = problem.records()
+    return regularization_terms(inputs, options.ignore_index)
 
 
 @pytest.mark.parametrize("structure", ["full", "diag", None])
@@ -254,17 +240,8 @@ def test_terms_of_a_confident_sample_do_not_cancel():
     problem = random_problem(6, 3, 4, ignored=0.0)
     sure = nn.functional.one_hot(problem.labels, 3).double() @ torch.linalg.pinv(problem.weight).T
     features = 40 * sure  # a margin of about 40: 1 − q_y is 0 in float32, q_j is not
-    args = (problem.weight, problem.bias, problem.labels)
-    more = {"covariance": problem.covariance, "log_prior": problem.log_prior}
-    exact = regularization_terms(features, *args, **more)
-    single = regularization_terms(
-        features.float(),
-        args[0].float(),
-        args[1].float(),
-        args[2],
-        covariance=more["covariance"].float(),
-        log_prior=more["log_prior"].float(),
-    )
+    problem = dataclasses.replace(problem, features=features, epsilon=None)
+    exact, single = terms_of(problem), terms_of(problem.map(torch.Tensor.float))
     assert 0 < exact.generalization.max() < 1e-8
     assert single.generalization.dtype == torch.float32
     for have, want in zip(single, exact, strict=True):
@@ -297,18 +274,9 @@ def test_terms_log_is_the_mean_over_what_it_saw():
                 features = trainer.backbone(batch[0])
             trainer.backbone.train()
             head, method = trainer.head, trainer.method
-            sigma, prior = method.covariance, method.log_prior
-            seen.append(
-                regularization_terms(
-                    features,
-                    head.weight,
-                    head.bias,
-                    batch[1],
-                    covariance=sigma,
-                    epsilon=result.epsilon,
-                    log_prior=prior,
-                )
-            )
+            sigma, prior = method.covariance.covariance, method.log_prior
+            given = (features, head.weight, head.bias, batch[1], sigma, result.epsilon, prior)
+            seen.append(regularization_terms(LossInputs(*given)))
 
     log = Spy(every=1)
     make_trainer(observe=log, epochs=3).fit()

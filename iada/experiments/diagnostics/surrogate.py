@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iada.nn.class_covariance import ClassCovariance
 from iada.utils.autocast import full_precision
 from iada.utils.checks import argument_error, check_finite, check_label_values, check_loss_arguments
 from iada_kernels.contract import LossInputs, LossOptions
@@ -76,45 +75,32 @@ class SurrogateGap:
 
 @torch.no_grad()
 def surrogate_gap(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    *,
-    covariance: Tensor | ClassCovariance,
-    epsilon: Tensor | None = None,
-    alpha: float = 0.5,
-    samples: int = 1000,
-    seed: int = 0,
+    inputs: LossInputs, *, alpha: float = 0.5, samples: int = 1000, seed: int = 0
 ) -> SurrogateGap:
     """Monte-Carlo check of Eq. 2 ≤ Eq. 5 on the features of a fitted model.
 
     Computed in float64. Memory beside the arguments is bounded: CHUNK draws, and one class's Σ.
 
     Args:
-        features, weight, bias, labels, covariance, epsilon, alpha: as in `iada.fused_loss`; alpha
-            is not negative, and every label a class.
+        inputs: as of `iada.fused_loss`, with a covariance; every label is a class.
+        alpha: of Eq. 6, not negative.
         samples: draws of h̃ for each row, at least 2.
         seed: of the draws.
 
     Raises ValueError for an argument that does not fit.
     """
-    if isinstance(covariance, ClassCovariance):
-        covariance = covariance.covariance
-    inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, None)
     check_loss_arguments(inputs, LossOptions(alpha))
-    labels = labels.long()
-    _check_values(features, weight, labels, covariance, alpha, samples)
-    generator = torch.Generator(features.device).manual_seed(seed)
+    _check_values(inputs, alpha, samples)
+    assert inputs.covariance is not None
+    labels = inputs.labels.long()
+    generator = torch.Generator(labels.device).manual_seed(seed)
     found = []
-    with full_precision(features.device):
-        head = weight.double()
+    with full_precision(labels.device):
+        head = inputs.weight.double()
         for c in labels.unique().tolist():
             rows = (labels == c).nonzero()[:, 0]
-            h = features[rows].double()
-            shift = None if epsilon is None else epsilon[rows].double()
-            centre = _logit_differences(h, head, bias, labels[rows], shift)
-            factor, negative = _factor(head - head[c], covariance[c].double())
+            centre = _logit_differences(inputs, c, rows)
+            factor, negative = _factor(head - head[c], inputs.covariance[c].double())
             factor = factor * math.sqrt(alpha)
             bound = (centre + 0.5 * factor.square().sum(dim=1)).logsumexp(dim=1)
             mean, variance = _expected(centre, factor, samples, generator)
@@ -144,17 +130,15 @@ def _expected(
     return start + mean, variance.clamp(min=0)
 
 
-def _logit_differences(
-    features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, epsilon: Tensor | None
-) -> Tensor:
-    """(w_j − w_y)·(h + ε s) + b_j − b_y, (n, C), for rows of one class."""
-    offset = weight.new_zeros(len(weight)) if bias is None else bias.to(weight.dtype)
-    if epsilon is not None:
+def _logit_differences(inputs: LossInputs, label: int, rows: Tensor) -> Tensor:
+    """(w_j − w_y)·(h + ε s) + b_j − b_y, (n, C), for these rows, of one class."""
+    features, weight = inputs.features[rows].double(), inputs.weight.double()
+    offset = weight.new_zeros(len(weight)) if inputs.bias is None else inputs.bias.double()
+    if inputs.epsilon is not None:
         logits = features @ weight.T + offset
-        direction = perturbation_sign(logits, weight, labels[:, None])
-        features = features + epsilon[:, None] * direction
-    own = labels[0]
-    return features @ (weight - weight[own]).T + (offset - offset[own])
+        direction = perturbation_sign(logits, weight, rows.new_full((len(rows), 1), label))
+        features = features + inputs.epsilon[rows, None].double() * direction
+    return features @ (weight - weight[label]).T + (offset - offset[label])
 
 
 def _factor(difference: Tensor, sigma: Tensor) -> tuple[Tensor, float]:
@@ -176,23 +160,17 @@ def _factor(difference: Tensor, sigma: Tensor) -> tuple[Tensor, float]:
     return factor, float(values.clamp(max=0).abs().sum()) / total if total else 0.0
 
 
-def _check_values(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    covariance: Tensor,
-    alpha: float,
-    samples: int,
-) -> None:
-    if len(features) == 0:
-        raise argument_error(
-            "features", "at least one row", "none", "pass the features of some samples"
-        )
+def _check_values(inputs: LossInputs, alpha: float, samples: int) -> None:
+    if inputs.covariance is None:
+        raise argument_error("covariance", "Σ of each class", "None", "pass that of the training")
+    if len(inputs.features) == 0:
+        remedy = "pass the features of some samples"
+        raise argument_error("features", "at least one row", "none", remedy)
     if alpha < 0:
         remedy = "αΣ is a covariance: pass the α of training"
         raise argument_error("alpha", "0 or more", repr(alpha), remedy)
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
         raise argument_error("samples", "an int from 2", repr(samples), "1000 is usual")
-    check_label_values(labels, len(weight), None)
-    for name, tensor in (("features", features), ("weight", weight), ("covariance", covariance)):
-        check_finite(name, tensor, "look for what diverged in training")
+    check_label_values(inputs.labels.long(), len(inputs.weight), None)
+    for name in ("features", "weight", "covariance"):
+        check_finite(name, getattr(inputs, name), "look for what diverged in training")

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iada.meta.method import MetaStep
-from iada.nn.class_covariance import ClassCovariance
 from iada.utils.autocast import full_precision
 from iada.utils.checks import argument_error, check_loss_arguments
 from iada.utils.evaluate import evaluating
@@ -39,25 +38,14 @@ class Terms(NamedTuple):
 
 
 @torch.no_grad()
-def regularization_terms(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    *,
-    covariance: Tensor | ClassCovariance | None = None,
-    epsilon: Tensor | None = None,
-    log_prior: Tensor | None = None,
-    ignore_index: int = -100,
-) -> Terms:
-    """Table 1 for each sample; arguments as in `iada.fused_loss`, None for a term that is 0.
+def regularization_terms(inputs: LossInputs, ignore_index: int = -100) -> Terms:
+    """Table 1 for each sample; inputs as of `iada.fused_loss`, None for a term that is 0.
 
     Rows with `ignore_index` have 0. No temporary of size N·C·A, no host synchronisation.
     """
-    if isinstance(covariance, ClassCovariance):
-        covariance = covariance.covariance
-    inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)
     check_loss_arguments(inputs, LossOptions(ignore_index=ignore_index))
+    features, weight, bias, labels = inputs[:4]
+    covariance, epsilon, log_prior = inputs[4:]
     ignored = labels == ignore_index
     target = labels.long().masked_fill(ignored, 0)
     dtype = inputs.compute_dtype
@@ -118,15 +106,10 @@ class TermsLog:
         head, method = trainer.head, trainer.method
         with evaluating(trainer.backbone, head):
             features = trainer.backbone(inputs)
-        terms = regularization_terms(
-            features,
-            head.weight,
-            head.bias,
-            labels,
-            covariance=getattr(method, "covariance", None),
-            epsilon=result.epsilon if isinstance(result, MetaStep) else None,
-            log_prior=getattr(method, "log_prior", None),
-        )
+        covariance = None if method.covariance is None else method.covariance.covariance
+        epsilon = result.epsilon if isinstance(result, MetaStep) else None
+        given = LossInputs(features, head.weight, head.bias, labels, covariance, epsilon)
+        terms = regularization_terms(given._replace(log_prior=getattr(method, "log_prior", None)))
         rows = torch.full_like(terms.fairness[:1], len(labels))
         found = torch.cat([torch.stack([term.sum() for term in terms]), rows])
         before = self._sums.get(trainer.epoch)
