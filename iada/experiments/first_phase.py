@@ -14,7 +14,8 @@ from iada.training.first_phase import (
     save_first_phase,
     start_from,
 )
-from iada.training.trainer import CHECKPOINT, Trainer
+from iada.training.run_folder import CHECKPOINT
+from iada.training.trainer import Trainer
 from iada.utils.distributed import by_first
 from iada.utils.files import check_writable
 from iada.utils.lock import folder_lock

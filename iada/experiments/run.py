@@ -20,7 +20,8 @@ from iada.experiments.scenarios import Split
 from iada.experiments.watch import Watch
 from iada.models import build_backbone, load_weights
 from iada.training.first_phase import can_share, first_phase_config
-from iada.training.trainer import CHECKPOINT, Trainer
+from iada.training.run_folder import CHECKPOINT
+from iada.training.trainer import Trainer
 from iada.utils.checks import argument_error
 from iada.utils.distributed import by_first, current_group, gather_objects, size_of
 from iada.utils.files import check_writable

@@ -12,21 +12,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from iada.meta.method import MetaStep, Method
-from iada.methods.options import MethodRun
 from iada.nn.divergence import sign_of_divergence
 from iada.training.acceleration import Acceleration
-from iada.training.checkpoint import (
-    load_checkpoint,
-    load_parts,
-    previous,
-    save_checkpoint,
-)
+from iada.training.build_method import build_method, check_own_method
+from iada.training.checkpoint import load_parts
 from iada.training.config import TrainerConfig, check_same_run
 from iada.training.divergence import FINITE, LossWatch, all_finite, diverged
 from iada.training.interrupt import stop_flag
 from iada.training.logs import measured, open_logs
 from iada.training.measures import EpochMeasures, PhaseTimes, number_or_none
 from iada.training.meta_stream import MetaStream
+from iada.training.run_folder import RunFolder
 from iada.training.schedule import build_optimizer, build_schedule
 from iada.utils import seeds as random_state
 from iada.utils.checks import argument_error
@@ -35,7 +31,6 @@ from iada.utils.distributed import (
     GroupReference,
     any_rank,
     broadcast,
-    by_first,
     check_parts,
     check_unwrapped,
     current_group,
@@ -44,12 +39,8 @@ from iada.utils.distributed import (
     rank_of,
 )
 from iada.utils.evaluate import Outputs, class_accuracy, evaluating, outputs
-from iada.utils.files import check_writable, remove_leftovers
 from iada.utils.loading import batches, check_dataset, count_classes, epoch_order, to_device
-from iada.utils.lock import folder_lock
 from iada.utils.workers import lost_workers_named
-
-CHECKPOINT = "checkpoint.pt"
 
 
 class Trainer:
@@ -129,7 +120,7 @@ class Trainer:
         self.backbone, self.head = backbone, head
         self.train_set, self.meta_set = train_set, meta_set
         self.validation_set = validation_set
-        self.folder = None if folder is None else Path(folder)
+        self._run_folder = None if folder is None else RunFolder(Path(folder))
         self.observe, self.measure = observe, measure
         self.progress, self.num_workers = progress, num_workers
         self.tensorboard = tensorboard
@@ -144,9 +135,12 @@ class Trainer:
             class_counts = count_classes(train_set, head.out_features)
         self.acceleration = Acceleration(config, self._device)
         if method is None:
-            method = self._build_method(class_counts)
+            stepped = self.acceleration.prepare(backbone)
+            optimizer = build_optimizer(self._parameters(), config)
+            parts = (stepped, head, optimizer, class_counts, train_set)
+            method = build_method(config, *parts, self.group)
         else:
-            self._check_own(method)
+            check_own_method(method, config, backbone, head)
         self.method, self.optimizer = method, method.optimizer
         self.scheduler = build_schedule(self.optimizer, config, self._steps)
         if meta_set is None and self.method.needs_meta_batch:
@@ -160,38 +154,11 @@ class Trainer:
         self._first_loss: float | None = None  # of this phase
         self._measures = self._new_measures()
         self._times = PhaseTimes()
-        self._owns_checkpoint = False
 
-    def _build_method(self, class_counts: Tensor) -> Method:
-        config = self.config
-        if config.method is None:
-            remedy = "pass one, or set TrainerConfig's"
-            raise argument_error("method", "one where the config has none", "None", remedy)
-        stepped = self.acceleration.prepare(self.backbone)
-        run = MethodRun(
-            stepped,
-            self.head,
-            build_optimizer(self._parameters(), config),
-            class_counts,
-            self.train_set,
-            config.epochs,
-            config.ce_epochs,
-            config.seed,
-            config.clip_norm,
-            self.group,
-        )
-        return config.method.build(run)
-
-    def _check_own(self, method: Method) -> None:
-        """A method of the caller's trains this classifier, and the config names no other."""
-        if self.config.method is not None:
-            got = repr(self.config.method_name)
-            remedy = "set TrainerConfig(method=None), and ce_epochs if plain CE is to come first"
-            raise argument_error("config.method", "None beside a method of your own", got, remedy)
-        parts = method.classifier
-        if parts.backbone is not self.backbone or parts.head is not self.head:
-            remedy = "build it from the same two modules"
-            raise argument_error("method", "one of this backbone and head", "another's", remedy)
+    @property
+    def folder(self) -> Path | None:
+        """Where checkpoint.pt and log.csv are kept."""
+        return None if self._run_folder is None else self._run_folder.path
 
     @property
     def group(self) -> Group:
@@ -214,7 +181,7 @@ class Trainer:
         if rank > 0 and self._step == 0:  # else all ranks would draw the same dropout masks
             random_state.seed_all(random_state.seed_of(config.seed, rank), self._device)
         with stop_flag() as stopped, contextlib.ExitStack() as entered:
-            self._prepare_folder(entered)
+            self._enter_folder(entered)
             entered.callback(setattr, self, "_meta_stream", None)  # ends its workers
             places = (self.folder, self.tensorboard, self.progress) if rank == 0 else ()
             with open_logs(self.epoch, config.epochs, *places) as write:
@@ -227,23 +194,12 @@ class Trainer:
                         raise KeyboardInterrupt(f"stopped at epoch {self.epoch}{where}")
         return self.history
 
-    def _prepare_folder(self, entered: contextlib.ExitStack) -> None:
-        """Find out now whether a checkpoint can be written; `entered` keeps the folder's lock."""
-        if self.folder is None:
+    def _enter_folder(self, entered: contextlib.ExitStack) -> None:
+        if self._run_folder is None:
             return
-        by_first(lambda: self._enter(entered), self.group)
-        if not self._owns_checkpoint:
+        self._run_folder.enter(entered, self.group)
+        if not self._run_folder.has_our_checkpoint:
             self.save()
-
-    def _enter(self, entered: contextlib.ExitStack) -> None:
-        assert self.folder is not None
-        check_writable(self.folder)
-        entered.enter_context(folder_lock(self.folder))
-        remove_leftovers(self.folder / CHECKPOINT)
-        path = self.folder / CHECKPOINT
-        if (path.exists() or previous(path).exists()) and not self._owns_checkpoint:
-            remedy = "call resume() first, or move it"
-            raise argument_error("folder", "no checkpoint of another run", str(self.folder), remedy)
 
     def _run_epoch(
         self, stopped: Callable[[], bool], write: Callable[[dict[str, Any]], None]
@@ -369,26 +325,19 @@ class Trainer:
 
     def save(self) -> None:
         """Write checkpoint.pt into `folder`, all or nothing; nothing without a folder."""
-        if self.folder is None:
-            return
-        path, state = self.folder / CHECKPOINT, self.state_dict()
-        by_first(lambda: save_checkpoint(path, state), self.group)
-        self._owns_checkpoint = True
+        if self._run_folder is not None:
+            self._run_folder.save(self.state_dict(), self.group)
 
     def resume(self) -> bool:
         """Take up checkpoint.pt in `folder` if there is one; whether there was.
 
         Rank 0 reads it for all.
         """
-        if self.folder is None:
-            return False
-        path = self.folder / CHECKPOINT
-        begun = by_first(lambda: path.exists() or previous(path).exists(), self.group)
-        state = by_first(lambda: load_checkpoint(path) if begun else None, self.group)
-        if state is None:
+        state = None if self._run_folder is None else self._run_folder.load(self.group)
+        if self._run_folder is None or state is None:
             return False
         self.load_state_dict(state)
-        self._owns_checkpoint = True
+        self._run_folder.has_our_checkpoint = True
         return True
 
     def state_dict(self) -> dict[str, Any]:

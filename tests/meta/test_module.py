@@ -68,25 +68,23 @@ def make_data():
     return iada.TensorData(inputs, labels)
 
 
-def make_own(config, head=None):
+def make_own(config, head=None, folder=None):
     torch.manual_seed(0)
     backbone, data = nn.Linear(5, 4), make_data()
     head = head or nn.Linear(4, CLASSES)
     optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.1)
     method = Smoothed(backbone, head, optimizer)
-    return iada.Trainer(backbone, head, data, None, config, method=method), data
+    return iada.Trainer(backbone, head, data, None, config, folder=folder, method=method), data
 
 
 def test_a_method_of_ones_own_in_the_trainer(tmp_path):
     config = iada.TrainerConfig(method=None, epochs=4, batch_size=10)
-    trainer, data = make_own(config)
-    trainer.folder = tmp_path
+    trainer, data = make_own(config, folder=tmp_path)
     losses = [row["loss"] for row in trainer.fit()]
     assert trainer.config.ce_epochs == 0
     assert losses[-1] < 0.8 * losses[0]
     assert float(trainer.class_accuracy(data).mean()) > 0.8
-    resumed, _ = make_own(config)
-    resumed.folder = tmp_path
+    resumed, _ = make_own(config, folder=tmp_path)
     assert resumed.resume()
     for a, b in zip(trainer.backbone.parameters(), resumed.backbone.parameters(), strict=True):
         assert torch.equal(a, b)

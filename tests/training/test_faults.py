@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from iada.training.checkpoint import load_checkpoint, previous
-from iada.training.trainer import CHECKPOINT
+from iada.training.run_folder import CHECKPOINT
 from iada.utils.workers import lost_workers_named
 from tests.helpers.training import differences, make_trainer
 
