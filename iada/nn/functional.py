@@ -38,6 +38,10 @@ def fused_loss(
     value, gradients and errors as `eager_loss`; gradients flow to every floating tensor but the
     weights of rows, to any order.
 
+    Without a full Σ nothing of size N×C is held where that is large (above 2²⁴ and above N×A): on
+    torch operators, and so on CPUs; not by Triton, with label_smoothing or return_logits, under
+    torch.compile, or with create_graph=True.
+
     Args:
         features: last-layer features h, (…, A), float16, bfloat16, float32 or float64. N below is
             the number of rows, all leading dimensions together.

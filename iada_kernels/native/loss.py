@@ -30,6 +30,7 @@ from iada_kernels.native import library
 from iada_kernels.native.covariance import covariance_update
 from iada_kernels.native.fakes import BIAS, EPSILON, PRIOR, WEIGHT
 from iada_kernels.streaming import is_writable, mark_updated, update_statistics
+from iada_kernels.torch_ops.class_blocks import SavedRows
 from iada_kernels.torch_ops.loss import SavedLoss as TorchSavedLoss
 
 if library.is_available():
@@ -54,7 +55,7 @@ def loss_forward(
     options: LossOptions,
     needs: LossNeeds,
     stream: ClassStatistics | None = None,
-) -> tuple[Tensor, SavedLoss | TorchSavedLoss]:
+) -> tuple[Tensor, SavedLoss | TorchSavedLoss | SavedRows]:
     """The reduced loss and what `loss_backward` needs; a `stream` is updated first."""
     covariance, dtype = inputs.covariance, inputs.compute_dtype
     dense, fused_update = is_dense(inputs), False
@@ -83,12 +84,12 @@ def loss_forward(
 def loss_backward(
     inputs: LossInputs,
     options: LossOptions,
-    saved: SavedLoss | TorchSavedLoss,
+    saved: SavedLoss | TorchSavedLoss | SavedRows,
     grad_loss: Tensor,
     needs: LossNeeds,
 ) -> LossGradients:
     """The gradients asked for: of the features in their dtype, others in the compute dtype."""
-    if isinstance(saved, TorchSavedLoss):
+    if not isinstance(saved, SavedLoss):
         return torch_ops.loss_backward(inputs, options, saved, grad_loss, needs)
     needed = _bits(needs)
     residual, partial = saved

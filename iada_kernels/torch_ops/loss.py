@@ -7,7 +7,8 @@ With s the scale-free sign, T = sWᵀ, R the class table and D = softmax(z̃) �
     ∂ℓ/∂W  = Dᵀ(h + ε s) + (through R)                    ∂ℓ/∂log π = β Σ_i D_i
 
 Rows are taken in blocks, so that nothing of size N·A is allocated but the gradient of the
-features; one N×C tensor, D, is kept for the backward pass. No host synchronisation.
+features; one N×C tensor, D, is kept for the backward pass. Where that is large, `class_blocks`
+serves. No host synchronisation.
 """
 
 from dataclasses import dataclass
@@ -23,13 +24,16 @@ from iada_kernels.contract import (
     LossOptions,
 )
 from iada_kernels.streaming import update_statistics
+from iada_kernels.torch_ops import class_blocks
 from iada_kernels.torch_ops.blocking import blocks, is_one_block, join
+from iada_kernels.torch_ops.class_blocks import SavedRows
 from iada_kernels.torch_ops.covariance import covariance_update
 from iada_kernels.torch_ops.quadratic import (
     class_table,
     class_table_and_product,
     class_table_backward,
 )
+from iada_kernels.torch_ops.reduction import mean_divisor, reduced
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,12 @@ def loss_forward(
     options: LossOptions,
     needs: LossNeeds,
     stream: ClassStatistics | None = None,
-) -> tuple[Tensor, SavedLoss]:
+) -> tuple[Tensor, SavedLoss | SavedRows]:
     """The reduced loss and what `loss_backward` needs; a `stream` is updated first."""
     if stream is not None:
         update_statistics(covariance_update, inputs, options, stream)
+    if class_blocks.has_many_classes(inputs) and not options.label_smoothing:
+        return class_blocks.loss_forward(inputs, options, needs)
     weight, bias = _head(inputs)
     dtype = weight.dtype
     ignored = inputs.labels == options.ignore_index
@@ -91,9 +97,9 @@ def loss_forward(
         if inputs.epsilon is not None:
             grad_epsilons.append(torch.linalg.vecdot(d, sign_logits))
 
-    divisor = _divisor(ignored, options)
+    divisor = mean_divisor(ignored, options)
     # Not in place: compiled by torch 2.11, a result that was changed in place has no gradient.
-    value = _reduce(join(losses).masked_fill(ignored, 0.0), divisor, options)
+    value = reduced(join(losses).masked_fill(ignored, 0.0), divisor, options)
     grad_epsilon = join(grad_epsilons) if grad_epsilons else None
     return value, SavedLoss(target, join(residuals), grad_epsilon, sign, twice_product, divisor)
 
@@ -101,11 +107,13 @@ def loss_forward(
 def loss_backward(
     inputs: LossInputs,
     options: LossOptions,
-    saved: SavedLoss,
+    saved: SavedLoss | SavedRows,
     grad_loss: Tensor,
     needs: LossNeeds,
 ) -> LossGradients:
     """The gradients asked for: of the features in their dtype, others in the compute dtype."""
+    if isinstance(saved, SavedRows):
+        return class_blocks.loss_backward(inputs, options, saved, grad_loss, needs)
     weight, _ = _head(inputs)
     if saved.divisor is not None:
         grad_loss = grad_loss / saved.divisor
@@ -162,7 +170,7 @@ def loss_differentiable(inputs: LossInputs, options: LossOptions) -> Tensor:
         z = z + options.beta * inputs.log_prior.to(weight.dtype)
     losses = _cross_entropy(z.log_softmax(dim=1), target[:, None], options)
     losses = losses.masked_fill(ignored, 0.0)
-    return _reduce(losses, _divisor(ignored, options), options)
+    return reduced(losses, mean_divisor(ignored, options), options)
 
 
 def perturbation_sign(logits: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -198,18 +206,6 @@ def _cross_entropy(log_probability: Tensor, target: Tensor, options: LossOptions
     losses = -log_probability.gather(1, target)[:, 0]
     share = options.label_smoothing
     return losses if not share else (1 - share) * losses - share * log_probability.mean(dim=1)
-
-
-def _divisor(ignored: Tensor, options: LossOptions) -> Tensor | None:
-    if options.reduction != "mean":
-        return None
-    return (len(ignored) - ignored.sum()).clamp_(min=1)
-
-
-def _reduce(losses: Tensor, divisor: Tensor | None, options: LossOptions) -> Tensor:
-    if options.reduction == "none":
-        return losses
-    return losses.sum() if divisor is None else losses.sum() / divisor
 
 
 def _grad_features(inputs: LossInputs, residual: Tensor, weight: Tensor) -> Tensor:

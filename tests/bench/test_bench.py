@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import iada
-from bench import cpu
+from bench import classes, cpu
 from bench.__main__ import timed_row
 from bench.memory import peak_bytes
 from bench.shapes import IGNORED, SHAPES, make_problem
@@ -45,6 +45,14 @@ def test_a_row_of_the_table():
     row = timed_row("cifar10-r32", rounds=3)
     assert row["eager_by_fused"] > 0
     assert row["eager_ms"] > 0
+
+
+def test_the_sides_of_many_classes_have_the_same_gradients():
+    sides = classes.sides_of(samples=7, classes=30, width=5, chunk=3)
+    for ours, theirs in zip(sides["fused"](), sides["chunked"](), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert len(sides["epsilon"]()) == 3
+    assert len(sides["diag"]()) == 2
 
 
 @pytest.mark.skipif(not native.is_available(), reason="no native library here")

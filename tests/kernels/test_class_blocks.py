@@ -1,0 +1,204 @@
+"""The loss in tiles of rows × classes: the definition's value and gradients, and no N×C."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import iada
+from iada_kernels.torch_ops import class_blocks
+from tests.helpers.problems import (
+    REDUCTIONS,
+    TENSORS,
+    assert_same,
+    cotangent,
+    fused,
+    max_norm,
+    random_problem,
+    reference_loss,
+    value_and_gradients,
+)
+from tests.nn.test_loss import assert_error_within_ratio
+from tests.nn.test_loss_gradients import assert_derivatives, small_problem
+from tests.nn.test_memory import largest_output
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+STRUCTURES = (None, "diag")
+
+terms = st.fixed_dictionaries(
+    {
+        "rows": st.integers(0, 40),
+        "width": st.integers(1, 6),
+        "classes": st.integers(7, 40),
+        "structure": st.sampled_from(STRUCTURES),
+        "bias": st.booleans(),
+        "epsilon": st.booleans(),
+        "log_prior": st.booleans(),
+        "ignored": st.sampled_from([0.0, 0.25, 1.0]),
+        "reduction": st.sampled_from(REDUCTIONS),
+        "alpha": st.floats(-1, 2),
+        "beta": st.floats(-1, 2),
+        "seed": st.integers(0, 10**6),
+    }
+)
+dtypes = st.fixed_dictionaries(
+    {
+        name: st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+        for name in TENSORS
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    """Every N×C counts as large, and a tile has 11 rows and 11 classes; calls are counted."""
+    calls = []
+    forward = class_blocks.loss_forward
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return forward(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(class_blocks, "MOST_LOGITS", -1)
+        patch.setattr(class_blocks, "NARROW", 8)
+        patch.setattr("iada_kernels.torch_ops.blocking.BLOCK_ELEMENTS", 8 * 11)
+        patch.setattr(class_blocks, "loss_forward", counted)
+        yield calls
+
+
+@given(terms=terms)
+def test_the_definition(terms, tiles):
+    problem, before = random_problem(**terms), len(tiles)
+    kept = [tensor.clone() for tensor in problem.tensors()]
+    found = value_and_gradients(fused("torch"), problem)
+    assert_same(found, value_and_gradients(reference_loss, problem))
+    assert len(tiles) == before + 1
+    assert all(map(torch.equal, problem.tensors(), kept))
+
+
+@given(terms=terms, dtypes=dtypes)
+def test_mixed_dtypes_err_no_more_than_eager(terms, dtypes, tiles):
+    assert_error_within_ratio(random_problem(**terms, dtypes=dtypes), "torch", CPU)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_errs_no_more_than_eager(structure, dtype, tiles):
+    problem = random_problem(40, 90, 30, structure=structure, dtype=dtype)
+    assert_error_within_ratio(problem, "torch", CPU)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_finite_differences(structure, reduction, tiles):
+    problem = small_problem(4, 13, 3, structure=structure, reduction=reduction)
+    assert_derivatives(problem, "torch")
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("absent", ["bias", "epsilon", "log_prior"])
+def test_finite_differences_without_a_term(structure, absent, tiles):
+    problem = small_problem(4, 13, 3, structure=structure, **{absent: False})
+    assert_derivatives(problem, "torch")
+
+
+@pytest.mark.parametrize("wanted", TENSORS)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_each_gradient_by_itself(structure, wanted, tiles):
+    problem = random_problem(20, 30, 6, structure=structure)
+    if wanted not in problem.floating():
+        return
+
+    def only(loss_of):
+        leaves = problem.map(lambda t: t.detach().clone())
+        leaf = getattr(leaves, wanted).requires_grad_()
+        loss = loss_of(leaves)
+        return {wanted: torch.autograd.grad(loss, leaf, cotangent(loss))[0]}
+
+    assert_same(only(fused("torch")), only(reference_loss))
+
+
+@pytest.mark.parametrize("scale", [75.0, 450.0])
+def test_confident_samples_keep_their_digits(scale, tiles):
+    """1 − p_y is e⁻¹⁰ or e⁻⁶⁰: relative to themselves, loss and gradients are those of float64."""
+    labels, angle = torch.arange(12), torch.arange(12) * (torch.pi / 6)
+    weight = torch.stack([angle.cos(), angle.sin()], dim=1)
+
+    def results(dtype):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (scale * weight, weight)]
+        loss = iada.fused_loss(*leaves, None, labels, reduction="sum", backend="torch")
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    for found, wanted in zip(results(torch.float32), results(torch.float64), strict=True):
+        error = max_norm(found.double() - wanted) / max_norm(wanted)
+        # Logits of this size are known to eps · scale, and so are exponents; h_y − the mean of its
+        # neighbours in ∂ℓ/∂W is a seventh of h_y.
+        assert error < 16 * torch.finfo(torch.float32).eps * scale
+
+
+@pytest.mark.parametrize("kept", [17, 1])
+def test_classes_without_prior(kept, tiles):
+    """log π = −∞: a class takes no part, and costs its own rows an infinite loss."""
+    problem = random_problem(30, 20, 5, structure="diag", ignored=0.0, reduction="none")
+    problem.log_prior[kept:] = -torch.inf
+    problem.labels[:] = torch.arange(30) % kept
+    problem.labels[0] = 18
+    found = value_and_gradients(fused("torch"), problem)
+    wanted = value_and_gradients(reference_loss, problem)
+    assert found["loss"][0] == wanted["loss"][0] == torch.inf
+    for values in (found, wanted):
+        values["loss"] = values["loss"][1:]
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert_same(found, wanted)
+
+
+def test_a_second_backward_of_one_graph(tiles):
+    problem = random_problem(20, 30, 6, structure="diag").map(lambda t: t.requires_grad_())
+    loss, leaves = fused("torch")(problem), list(problem.floating().values())
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+# When, and what it holds -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_nothing_of_rows_by_classes(structure, monkeypatch, block_elements):
+    shape, terms = (200, 300, 8), {"dtype": torch.float32, "margin": 0.0, "structure": structure}
+    problem = random_problem(*shape, **terms)
+    block_elements(8 * 40)
+    monkeypatch.setattr(class_blocks, "MOST_LOGITS", 200 * 300)
+    assert largest_output(fused("torch"), problem).numel >= 200 * 300
+    monkeypatch.setattr(class_blocks, "MOST_LOGITS", 200 * 300 - 1)
+    monkeypatch.setattr(class_blocks, "NARROW", 8)
+    largest = largest_output(fused("torch"), problem)
+    assert largest.numel <= 300 * 8, largest.maker
+
+
+@pytest.mark.parametrize(
+    ("shape", "more", "served"),
+    [
+        ((20, 30, 6), {}, True),
+        ((19, 30, 6), {}, False),  # small enough for one N×C
+        ((60, 10, 12), {}, False),  # no more than the features
+        ((20, 30, 6), {"structure": "full"}, False),
+        ((20, 30, 6), {"label_smoothing": 0.1}, False),
+    ],
+)
+def test_when_it_serves(shape, more, served, tiles, monkeypatch):
+    monkeypatch.setattr(class_blocks, "MOST_LOGITS", 599)
+    problem, before = random_problem(*shape, **{"structure": "diag", **more}), len(tiles)
+    value_and_gradients(fused("torch"), problem)
+    assert len(tiles) - before == served
+
+
+def test_a_large_head_on_a_cpu_is_served_by_itself(tiles):
+    """Under backend=None too, native library or not."""
+    weight = torch.randn(2**15, 10, requires_grad=True)
+    before = len(tiles)
+    with torch.no_grad():
+        iada.fused_loss(torch.randn(2, 10), weight, None, torch.tensor([0, 7]))
+    assert len(tiles) == before + 1
