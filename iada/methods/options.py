@@ -67,7 +67,8 @@ class MethodOptions:
 
     ce_fraction: of the epochs, plain CE before the method, where `ce_epochs` is not given.
     single_process: it cannot share batches between processes.
-    own_cross_entropy: its epochs of plain CE are not those of the bare classifier.
+    own_cross_entropy: its epochs of plain CE are not those of other methods: of another head, or
+        counted into what comes later.
     """
 
     ce_fraction: ClassVar[float] = 0.0

@@ -172,6 +172,11 @@ class TrainerConfig:
         return None if self.method is None else self.method.alpha_at(done / own)
 
     @property
+    def schedule_spans_run(self) -> bool:
+        """Whether the rate of an epoch depends on how many there are."""
+        return self.schedule not in ("constant", "multistep")
+
+    @property
     def last_stage(self) -> tuple[int, float]:
         """See `MethodOptions`."""
         return (0, 0.0) if self.method is None else self.method.last_stage()
@@ -186,7 +191,7 @@ def check_same_run(config: TrainerConfig, former: dict[str, Any]) -> None:
     free = {"checkpoint_every", "loss_limit"}
     if config.schedule != "multistep":
         free.add("milestones")
-    if config.schedule != "cosine" and not (config.method and config.method.counts_epochs):
+    if not config.schedule_spans_run and not (config.method and config.method.counts_epochs):
         free.add("epochs")
     former = with_defaults(former)
     for name, value in config.settings().items():

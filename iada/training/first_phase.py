@@ -50,7 +50,7 @@ def can_share(config: TrainerConfig) -> bool:
     return (
         config.method is not None
         and not config.method.own_cross_entropy
-        and config.schedule != "cosine"
+        and not config.schedule_spans_run
         and config.warmup_epochs < config.ce_epochs
     )
 

@@ -38,7 +38,7 @@ if library.is_available():
     _forward_update = torch.ops.iada_native.loss_forward_update.default
     _backward = torch.ops.iada_native.loss_backward.default
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in operators.cpp
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in operators.hpp
 SUM = REDUCTIONS["sum"]
 LARGE_HEAD = 2**18  # elements of W: 1 MiB of float32, more than a core caches beside a block
 

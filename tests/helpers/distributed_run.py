@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py launches with torchrun: each rank runs all of it.
+"""What tests/training/test_distributed.py launches with torchrun: each rank runs all of it.
 
 Usage: distributed_run.py FOLDER METHOD...
 """

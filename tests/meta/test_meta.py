@@ -11,7 +11,6 @@ from torch import nn
 
 import iada
 from iada.nn.projection import nearest_positive_semidefinite, semidefinite_or_former
-from iada_kernels.reference import same_label_fraction
 from tests.helpers.problems import reference_loss_of_head
 
 COUNTS = torch.tensor([40, 20, 10])
@@ -255,87 +254,6 @@ def test_any_integer_labels():
 def test_head_must_be_linear():
     with pytest.raises(ValueError, match=r"^head: expected .*nn\.Linear"):
         iada.MetaIADA(nn.Identity(), nn.Sequential(nn.Linear(5, 3)), None, COUNTS)
-
-
-def test_perturbation_net():
-    net = iada.PerturbationNet()
-    shapes = [tuple(p.shape) for p in net.parameters()]
-    assert shapes == [(15,), (15,), (100, 15), (100,), (1, 100), (1,)]
-    epsilon = net(100 * torch.randn(8, 15))
-    assert epsilon.shape == (8,)
-    assert (epsilon.abs() <= 1).all()
-    alone = net(torch.randn(1, 15))  # BatchNorm by itself refuses a batch of one
-    assert alone.shape == (1,)
-    assert torch.isfinite(alone).all()
-    with pytest.raises(ValueError, match=r"characteristics: expected .*\(N, 15\)"):
-        net(torch.randn(8, 14))
-
-
-def test_characteristics_by_hand():
-    generator = torch.Generator().manual_seed(3)
-    h = torch.randn(9, 4, generator=generator, dtype=torch.float64)
-    w = torch.randn(3, 4, generator=generator, dtype=torch.float64)
-    z, y = h @ w.T, torch.arange(9) % 3
-    log_prior = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-    memory = iada.TrainingMemory(3, num_samples=20).double()
-    first_loss, first_margin = torch.rand(9).double(), torch.rand(9).double()
-    index = torch.arange(9) + 5
-    memory.record(first_loss, first_margin, y, index)
-    memory.end_epoch()
-    got = iada.characteristics(h, z, y, w, log_prior, memory, index, neighbours=2)
-    assert got.shape == (9, 15)
-    assert not got.requires_grad
-
-    p = z.softmax(dim=1)
-    for i in range(9):
-        c, others = int(y[i]), [j for j in range(3) if j != int(y[i])]
-        mine = y == c
-        loss, margin = -p[i, c].log(), p[i, c] - p[i, others].max()
-        cosines = F.cosine_similarity(h[i : i + 1], h)
-        cosines[i] = -2
-        nearest = cosines.topk(2).indices
-        expected = [
-            loss,
-            margin,
-            torch.linalg.norm(F.one_hot(y[i], 3) - p[i]),
-            h[i] @ w[c] / (h[i].norm() * w[c].norm()),
-            -(p[i] * p[i].log()).sum(),
-            log_prior[c].exp(),
-            first_loss[mine].mean(),
-            w[c].norm(),
-            loss - first_loss[mine].mean(),
-            margin - first_margin[mine].mean(),
-            p[i, c],
-            first_margin[mine].mean(),
-            loss - first_loss[i],
-            margin - first_margin[i],
-            (y[nearest] == c).double().mean(),
-        ]
-        torch.testing.assert_close(got[i], torch.stack(expected).double())
-
-
-def test_characteristics_without_memory_or_index():
-    h, w = torch.randn(4, 6), torch.randn(3, 6)
-    y, prior = torch.tensor([0, 1, 2, 0]), torch.zeros(3)
-    alone = iada.characteristics(h, h @ w.T, y, w, prior)
-    assert (alone[:, [6, 8, 9, 11, 12, 13]] == 0).all()
-    fresh = iada.characteristics(h, h @ w.T, y, w, prior, iada.TrainingMemory(3))
-    assert torch.equal(alone, fresh)
-    confident = iada.characteristics(h, 1e4 * (h @ w.T), y, w, prior)
-    assert torch.isfinite(confident).all()
-
-
-def test_a_class_not_seen_in_an_epoch_keeps_its_means():
-    memory = iada.TrainingMemory(2)
-    memory.record(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0]), torch.tensor([0, 1]))
-    memory.end_epoch()
-    memory.record(torch.tensor([5.0]), torch.tensor([0.5]), torch.tensor([0]))
-    memory.end_epoch()
-    assert memory.class_means.tolist() == [[5.0, 0.5], [3.0, 1.0]]
-
-
-def test_same_label_fraction_of_one_row_is_zero():
-    assert same_label_fraction(torch.randn(1, 3), torch.tensor([0]), 5).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("hypergradient", ["jvp", "double-backward"])
