@@ -1,4 +1,4 @@
-"""What `python -m iada` does: `demo`, `train` and `paper`."""
+"""What `python -m iada` does: `demo`, `train`, `paper` and `features`."""
 
 import argparse
 import dataclasses
@@ -16,6 +16,7 @@ from iada.experiments import recipe as recipes
 from iada.experiments.command import add_paper
 from iada.experiments.demo import add_demo
 from iada.experiments.experiment import Limits, make_split, read_parts
+from iada.experiments.features import add_features
 from iada.methods.options import CovarianceOptions, MetaStepSettings
 from iada.methods.registry import METHODS
 from iada.models import mlp
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_demo(commands)
     _add_train(commands)
     add_paper(commands)
+    add_features(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)

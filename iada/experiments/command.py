@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -170,10 +169,7 @@ def _chosen(options: argparse.Namespace) -> list[Recipe]:
             known = ", ".join(name.split("/")[1] for name in rows)
             raise argument_error("--row", f"one of {known}", repr(options.row), "see --list")
         rows = [f"{table}/{options.row}"]
-    changes: dict[str, dict[str, Any]] = {}
-    for text in options.changes:
-        section, key, value = recipes.parse_change(text)
-        changes.setdefault(section, {})[key] = value
+    changes = recipes.changes_of(options.changes)
     return [_with_methods(recipes.load(name, changes), options.methods) for name in rows]
 
 

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 
 from iada.experiments import recipe as recipes
 from iada.experiments.experiment import Limits, make_split, read_parts
-from iada.experiments.report.tables import overview_table
+from iada.experiments.metrics import paired
+from iada.experiments.report.tables import OURS, difference, overview_table
 from iada.experiments.report.variants import Variant, by_experiment, variants_of
 from iada.experiments.run import RunOptions, plan, run
 from iada.utils.checks import argument_error
@@ -24,7 +24,6 @@ from iada.utils.files import check_writable
 
 Record = dict[str, Any]
 ROWS = ("digits/long-tail", "digits/noise")
-OURS = "meta-iada"
 WITH_META_STEP = ("meta-weight-net", "meta-iada")  # the longest runs
 EVALUATE_EVERY = 5  # epochs
 RESULTS = "results.json"
@@ -158,8 +157,5 @@ def paired_differences(records: Sequence[Record]) -> list[str]:
 
 
 def _difference(ours: Variant, other: Variant) -> str:
-    scores = [{r["seed"]: 100 * r["last"]["top1"] for r in v.records} for v in (ours, other)]
-    gaps = [score - scores[1][seed] for seed, score in scores[0].items() if seed in scores[1]]
-    if len(gaps) < 2:
-        return f"{sum(gaps):+.1f}"
-    return f"{statistics.fmean(gaps):+.1f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.1f}"
+    gap = paired(ours.records, other.records, "top1")
+    return difference("top1", gap and gap._replace(p=None)) or "–"

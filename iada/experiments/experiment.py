@@ -17,6 +17,7 @@ from iada.experiments.datasets import (
     CIFAR100,
     IMAGENET,
     READERS,
+    FeatureView,
     FileView,
     Labelled,
     MemoryView,
@@ -145,9 +146,16 @@ def make_views(recipe: Recipe, entry: MethodEntry, split: Split, device: torch.d
     )
 
 
+def make_view(recipe: Recipe, data: Labelled, device: torch.device) -> Dataset:
+    """Normalised images or tokens without augmentation."""
+    return _view(recipe, data, None, device)(data, None)
+
+
 def _view(
     recipe: Recipe, data: Labelled, plain_from: int | None, device: torch.device
 ) -> Callable[[Labelled, str | None], Dataset]:
+    if isinstance(data.inputs, Tensor) and data.inputs.is_floating_point():
+        return lambda piece, augment: FeatureView(piece, device)
     if isinstance(data.inputs, Tensor):
         scale = NORMALISATIONS.get(recipe.data["reader"], CIFAR10 if _small(data) else IMAGENET)
         return lambda piece, augment: MemoryView(piece, scale, augment, plain_from, device)

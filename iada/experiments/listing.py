@@ -6,7 +6,7 @@ from iada.experiments.metrics import METRICS, mean_std
 from iada.experiments.recipe import DerivedEntry, MethodEntry, Recipe
 from iada.experiments.records import Record, deviations_of
 from iada.experiments.report.table import Cell, Table
-from iada.experiments.report.tables import percent
+from iada.experiments.report.tables import difference, paired_gaps, shown
 
 
 def listing(recipes: Sequence[Recipe], records: Sequence[Record]) -> str:
@@ -30,32 +30,39 @@ def listing(recipes: Sequence[Recipe], records: Sequence[Record]) -> str:
 
 def comparison(recipe: Recipe, records: Sequence[Record]) -> str:
     """A table: each method's figures, last and best epoch, with the published ones beside."""
-    shown = [(metric, epoch) for metric in recipe.metrics for epoch in ("last", "best")]
+    columns = [(metric, epoch) for metric in recipe.metrics for epoch in ("last", "best")]
     head = ["method", "seeds"]
-    for metric, epoch in shown:
+    for metric, epoch in columns:
         head.append(f"{METRICS[metric]}, {epoch}")
         if epoch == recipe.selection:
             head.append("published")
     rows = []
     records = [*records, *derived_records(recipe, records)]
+    by_method: dict[str, list[Record]] = {}
+    for record in records:
+        by_method.setdefault(record["method"], []).append(record)
+    gaps = paired_gaps({key: key for key in by_method}, by_method, recipe.metrics[0])
+    head += ["Meta-IADA less this, paired"] * bool(gaps)
     for key, entry in _entries(recipe).items():
-        runs = [record for record in records if record["method"] == key]
+        runs = by_method.get(key, [])
         if not runs and not entry.published:
             continue
         spreads = mean_std(runs)
         row = [Cell(entry.title), Cell(str(len(runs)) if runs else None)]
-        for metric, epoch in shown:
-            row.append(Cell(percent(spreads[epoch].get(metric))))
+        for metric, epoch in columns:
+            row.append(Cell(shown(metric, spreads[epoch].get(metric))))
             if epoch == recipe.selection:
                 row.append(_published(entry.published.get(metric)))
+        if gaps:
+            row.append(Cell(difference(recipe.metrics[0], gaps.get(key))))
         rows.append(row)
     for title, figures in recipe.published.items():
         row = [Cell(f"({title})"), Cell(None)]
-        for metric, epoch in shown:
+        for metric, epoch in columns:
             row.append(Cell(None))
             if epoch == recipe.selection:
                 row.append(_published(figures.get(metric)))
-        rows.append(row)
+        rows.append(row + [Cell(None)] * bool(gaps))
     return Table(head, rows).text()
 
 

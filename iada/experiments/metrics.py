@@ -10,9 +10,11 @@ CVPR 2019. Of the calibration error: Guo et al., "On Calibration of Modern Neura
 
 import statistics
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from iada.training.measures import number_or_none
@@ -40,6 +42,7 @@ METRICS = {
     "weighted_average": "Average, weighted",
     "worst_group": "Worst group",
     "ece": "Calibration error",
+    "nll": "NLL (nats)",
     "posthoc_top1": "Top-1, post-hoc LA",
     "posthoc_precision": "Precision, post-hoc LA",
 }
@@ -50,12 +53,27 @@ class Measured(NamedTuple):
 
     metrics: by the names in METRICS; "average", "weighted_average" and "worst_group" are None
     without groups. confusion: (C, C) counts, rows are true classes. group_accuracy: of each group,
-    by its name, None for one without samples; None without groups.
+    by its name, None for one without samples; None without groups. reliability: of each of
+    CALIBRATION_BINS bins of confidence, its "count" and mean "confidence" and "accuracy", None
+    without any.
     """
 
     metrics: dict[str, float | None]
     confusion: list[list[int]]
     group_accuracy: dict[str, float | None] | None
+    reliability: dict[str, list[Any]]
+
+
+class Paired(NamedTuple):
+    """Differences of two methods seed by seed: mean, standard error (None of one seed), p, seeds.
+
+    p: of Student's paired test, two-sided; None without a standard error, or without SciPy.
+    """
+
+    mean: float
+    error: float | None
+    p: float | None
+    seeds: int
 
 
 class Spread(NamedTuple):
@@ -109,6 +127,7 @@ def measure(
     metrics["few"] = _mean(accuracy[counts < FEW])
     metrics["precision"] = class_macro_precision(table)
     metrics["ece"] = calibration_error(logits, labels.to(logits.device))
+    metrics["nll"] = float(F.cross_entropy(logits.double(), labels.to(logits.device)))
     adjusted = posthoc_predictions(logits, counts)
     posthoc = confusion_matrix(adjusted, labels, num_classes)
     metrics["posthoc_top1"] = float(_ratio(posthoc.diagonal().sum(), posthoc.sum()))
@@ -129,7 +148,8 @@ def measure(
             metrics["weighted_average"] = _weighted(share, weights)
         names = list(group_names) or [str(group) for group in range(size)]
         by_group = dict(zip(names, map(number_or_none, share), strict=True))
-    return Measured(metrics, table.tolist(), by_group)
+    reliability = reliability_bins(logits, labels.to(logits.device))
+    return Measured(metrics, table.tolist(), by_group, reliability)
 
 
 def posthoc_predictions(logits: Tensor, class_counts: Tensor) -> Tensor:
@@ -158,11 +178,29 @@ def class_macro_precision(confusion: Tensor) -> float | None:
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = CALIBRATION_BINS) -> float:
     """Expected calibration error: Σ_b n_b/N |accuracy_b − confidence_b| over equal bins (l, u]."""
+    _, confidence, hits = _calibration_sums(logits, labels, bins)
+    return float((hits - confidence).abs().sum() / len(logits))
+
+
+def reliability_bins(
+    logits: Tensor, labels: Tensor, bins: int = CALIBRATION_BINS
+) -> dict[str, list[Any]]:
+    """What a reliability diagram shows: see `Measured`."""
+    count, confidence, hits = _calibration_sums(logits, labels, bins)
+    return {
+        "count": count.long().tolist(),
+        "confidence": [number_or_none(value) for value in confidence / count],
+        "accuracy": [number_or_none(value) for value in hits / count],
+    }
+
+
+def _calibration_sums(logits: Tensor, labels: Tensor, bins: int) -> Tensor:
+    """Of each bin its samples, their confidence and how many are right: (3, bins) float64."""
     confidence, predictions = logits.double().softmax(dim=1).max(dim=1)
     bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gap = (predictions == labels).double() - confidence
-    sums = gap.new_zeros(bins).index_add_(0, bin_of, gap)
-    return float(sums.abs().sum() / len(gap))
+    hits = (predictions == labels).double()
+    rows = torch.stack([torch.ones_like(hits), confidence, hits])
+    return rows.new_zeros(3, bins).index_add_(1, bin_of, rows)
 
 
 def mean_std(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Spread]]:
@@ -185,6 +223,39 @@ def spread(values: Sequence[float]) -> Spread:
     """Mean and standard deviation of at least one value."""
     std = statistics.stdev(values) if len(values) > 1 else None
     return Spread(statistics.fmean(values), std, len(values))
+
+
+def paired(
+    records: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], metric: str
+) -> Paired | None:
+    """The metric of runs less that of others of the same seeds, at the last epoch; None without."""
+    scores = [
+        {
+            r.get("seed", 0): value
+            for r in runs
+            if (value := (r.get("last") or {}).get(metric)) is not None
+        }
+        for runs in (records, others)
+    ]
+    seeds = [seed for seed in scores[0] if seed in scores[1]]
+    gaps = [scores[0][seed] - scores[1][seed] for seed in seeds]
+    if len(gaps) < 2:
+        return Paired(gaps[0], None, None, 1) if gaps else None
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    return Paired(
+        statistics.fmean(gaps), error, _student(statistics.fmean(gaps), error, len(gaps)), len(gaps)
+    )
+
+
+def _student(mean: float, error: float, count: int) -> float | None:
+    """Two-sided p of a mean of `count` values with this standard error."""
+    try:
+        stats: Any = import_module("scipy.stats")
+    except ImportError:  # comes with the extra "paper"
+        return None
+    if not error:
+        return float(mean == 0)
+    return 2 * float(stats.t.sf(abs(mean) / error, count - 1))
 
 
 def _check(logits: Tensor, labels: Tensor, class_counts: Tensor | Sequence[int]) -> None:

@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 
 from iada.experiments.datasets import Labelled
 from iada.experiments.diagnostics import TermsLog, spectrum, surrogate_gap
+from iada.experiments.epsilon_log import EpsilonLog
+from iada.experiments.label_issues import detection
 from iada.experiments.metrics import Measured, measure
 from iada.experiments.recipe import Recipe
 from iada.experiments.scenarios import Split
@@ -65,6 +67,15 @@ def curve(history: Sequence[Mapping[str, Any]], terms: TermsLog) -> list[dict[st
         }
         for row in history
     ]
+
+
+def epsilon_record(log: EpsilonLog) -> dict[str, Any] | None:
+    """What ε did, and how well it tells wrong labels from right ones where both are known."""
+    record, epsilon = log.as_record(), log.mean_epsilon()
+    if record is None or epsilon is None:
+        return record
+    known = detection(epsilon, log.wrong.cpu()) if log.noisy else None
+    return {**record, "label_issues": known}
 
 
 def covariance_diagnostics(

@@ -5,6 +5,7 @@
 
 import dataclasses
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -59,6 +60,7 @@ class MethodEntry:
     """One row of a table: a method with its settings, and the published figures in percent.
 
     with_meta: the meta set's images are training images too, and there is no meta set.
+    meta_per_class: of the meta set's images of each class, so many are used; 0 for all.
     """
 
     key: str
@@ -66,6 +68,7 @@ class MethodEntry:
     trainer: TrainerConfig
     published: Figures
     with_meta: bool = False
+    meta_per_class: int = 0
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) ->
 def _build(name: str, sections: dict[str, Any]) -> Recipe:
     about = sections["experiment"]
     unknown = set(sections) - {"experiment", "data", "scenario", "model", "trainer", "methods"}
-    unknown -= {"published", "derived"}
+    unknown -= {"published", "derived", "sweeps"}
     if unknown:
         raise argument_error(f"{name} [{min(unknown)}]", "a known section", "another", "rename it")
     for metric in about["metrics"]:
@@ -208,7 +211,7 @@ def _build(name: str, sections: dict[str, Any]) -> Recipe:
         model = ModelSettings(**sections.get("model", {}))
         methods = tuple(
             _method_entry(key, values, sections.get("trainer", {}))
-            for key, values in sections["methods"].items()
+            for key, values in _swept(sections["methods"], sections.get("sweeps", {})).items()
         )
         derived = {k: DerivedEntry(**values) for k, values in sections.get("derived", {}).items()}
     except (TypeError, ValueError) as error:
@@ -230,17 +233,34 @@ def _build(name: str, sections: dict[str, Any]) -> Recipe:
     )
 
 
+def _swept(
+    methods: dict[str, dict[str, Any]], sweeps: dict[str, dict[str, list[Any]]]
+) -> dict[str, dict[str, Any]]:
+    """The methods, and one more for each value of each setting that [sweeps.METHOD] lists.
+
+    "meta-iada-alpha-0.1" is meta-iada with alpha = 0.1.
+    """
+    arms = dict(methods)
+    for key, settings in sweeps.items():
+        for name, values in settings.items():
+            for value in values:
+                title = f"{methods[key]['title']}, {name} {value}"
+                arm = {"method": key, **methods[key], "title": title, name: value}
+                arms[f"{key}-{name.replace('_', '-')}-{value}"] = arm
+    return arms
+
+
 def _method_entry(key: str, values: dict[str, Any], shared: dict[str, Any]) -> MethodEntry:
     settings = dict(values)
     title, published = settings.pop("title"), settings.pop("published", {})
-    with_meta = settings.pop("with_meta", False)
+    meta = {n: settings.pop(n) for n in ("with_meta", "meta_per_class") if n in settings}
     settings.setdefault("method", key)
     if settings["method"] not in METHODS:
         raise argument_error(
             f"[methods.{key}] method", f"one of {', '.join(METHODS)}", key, "add method"
         )
     config = TrainerConfig.from_settings(settings, shared)
-    return MethodEntry(key, title, config, published, with_meta)
+    return MethodEntry(key, title, config, published, **meta)
 
 
 def _sections(name: str) -> dict[str, Any]:
@@ -297,6 +317,15 @@ def parse_change(text: str) -> tuple[str, str, Any]:
         return section, key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return section, key, value
+
+
+def changes_of(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """{section: {key: value}} of several such texts."""
+    changes: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        section, key, value = parse_change(text)
+        changes.setdefault(section, {})[key] = value
+    return changes
 
 
 def recipe_folder() -> Path:

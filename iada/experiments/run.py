@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from iada.experiments.datasets import Labelled
 from iada.experiments.experiment import Limits, Views, make_views, shorter
 from iada.experiments.first_phase import FOLDER, first_phase_digest, take_up_first_phase
-from iada.experiments.outcome import covariance_diagnostics, curve, last_and_best, measured_on
+from iada.experiments.outcome import (
+    covariance_diagnostics,
+    curve,
+    epsilon_record,
+    last_and_best,
+    measured_on,
+)
 from iada.experiments.recipe import MethodEntry, ModelSettings, Recipe
 from iada.experiments.records import RECORD, equal_run, previous_record, write_record
 from iada.experiments.scenarios import Split
@@ -69,6 +76,7 @@ def plan(
     deviations = limits.words(entry.trainer.epochs)
     entry = shorter(entry, limits)
     entry = dataclasses.replace(entry, trainer=dataclasses.replace(entry.trainer, seed=seed))
+    split = split.with_meta_limit(entry.meta_per_class) if entry.meta_per_class else split
     split = split.with_meta_in_train() if entry.with_meta else split
     return PlannedRun(recipe, entry, split, deviations, options)
 
@@ -119,7 +127,8 @@ def _run(planned: PlannedRun) -> dict[str, Any]:
             "confusion": last.confusion,
             "group_accuracy": last.group_accuracy,
             "curve": curve(trainer.history, watch.terms),
-            "epsilon": watch.epsilon.as_record(),
+            "reliability": last.reliability,
+            "epsilon": epsilon_record(watch.epsilon),
             **covariance_diagnostics(trainer, views.train, watch.epsilon.mean_epsilon()),
             # Of this call alone, where a run was interrupted.
             "seconds": None if resumed else seconds,
@@ -152,7 +161,7 @@ def build_trainer(planned: PlannedRun) -> tuple[Trainer, Views, Watch]:
     config, split, options = planned.entry.trainer, planned.split, planned.options
     views = make_views(planned.recipe, planned.entry, split, options.device)
     torch.manual_seed(config.seed)
-    backbone, head = _build_model(planned.recipe.model, split.train.num_classes)
+    backbone, head = build_model(planned.recipe.model, split.train)
     watch = Watch.of(split, config.epochs, options.device)
 
     def measures(trainer: Trainer) -> dict[str, float | None]:
@@ -185,13 +194,19 @@ def build_trainer(planned: PlannedRun) -> tuple[Trainer, Views, Watch]:
     return trainer, views, watch
 
 
-def _build_model(model: ModelSettings, num_classes: int) -> tuple[nn.Module, nn.Linear]:
+def build_model(model: ModelSettings, train: Labelled) -> tuple[nn.Module, nn.Linear]:
+    """Backbone and head for these training samples; "identity" is the backbone of features."""
+    if model.backbone == "identity":
+        if not isinstance(train.inputs, Tensor) or train.inputs.dim() != 2:
+            remedy = "pass data.reader=features, or another backbone"
+            raise argument_error("model.backbone", "features for 'identity'", "others", remedy)
+        return nn.Identity(), nn.Linear(train.inputs.shape[1], train.num_classes)
     if model.frozen and not (model.pretrained or model.weights):
         remedy = "pass --set model.weights=FILE, or model.frozen=false"
         raise argument_error("model.weights", "a file, as the backbone is frozen", "none", remedy)
     backbone, head = build_backbone(
         model.backbone,
-        num_classes,
+        train.num_classes,
         pretrained=model.pretrained,
         weights=model.weights if model.pretrained else "",
         image_size=model.image_size,

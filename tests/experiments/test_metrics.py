@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
 
-from iada.experiments.metrics import METRICS, calibration_error, mean_std, measure
+from iada.experiments.metrics import METRICS, calibration_error, mean_std, measure, paired
 
 COUNTS = [500, 101, 100, 20, 19, 3]
 
@@ -168,3 +168,39 @@ def test_mean_and_deviation_over_seeds():
     assert found["last"]["few"] == (0.5, None, 1)
     assert "ece" not in found["last"]
     assert mean_std([])["best"] == {}
+
+
+def test_likelihood_and_reliability():
+    logits, labels = draw()
+    found = measure(logits, labels, COUNTS)
+    probability = logits.double().softmax(dim=1)
+    want = sklearn_metrics.log_loss(labels, probability, labels=range(6))
+    assert found.metrics["nll"] == pytest.approx(want, abs=1e-12)
+    bins = found.reliability
+    assert sum(bins["count"]) == len(labels)
+    gaps = [
+        count * abs(accuracy - confidence)
+        for count, accuracy, confidence in zip(
+            *(bins[n] for n in ("count", "accuracy", "confidence")), strict=True
+        )
+        if count
+    ]
+    assert sum(gaps) / len(labels) == pytest.approx(found.metrics["ece"], abs=1e-12)
+    assert bins["accuracy"][0] is None  # none is less sure than one of six
+    json.dumps(bins)
+
+
+def test_paired_differences_are_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    scores = {"a": [0.7, 0.8, 0.75, 0.9], "b": [0.6, 0.78, 0.7, 0.8]}
+    one, other = (
+        [{"seed": seed, "last": {"top1": value}} for seed, value in enumerate(values)]
+        for values in scores.values()
+    )
+    found = paired(one, other[::-1], "top1")
+    assert found.mean == pytest.approx(np.mean(scores["a"]) - np.mean(scores["b"]))
+    assert found.p == pytest.approx(stats.ttest_rel(scores["a"], scores["b"]).pvalue)
+    assert paired(one[:3], [*other[1:], {"seed": 9, "last": {}}], "top1").seeds == 2
+    assert paired(one[:1], other, "top1") == (pytest.approx(0.1), None, None, 1)
+    assert paired(one[:1], other[1:], "top1") is None
+    assert paired(one, one, "top1").p == 1.0

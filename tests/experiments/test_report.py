@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from iada.experiments.report import charts, write_page
+from iada.experiments.report import charts, style, write_page
 from iada.experiments.report.charts import mean_and_spread
 from iada.experiments.report.figures import draw_all, main_variants
 from iada.experiments.report.style import HATCHES, PALETTE, Picture, series_styles
@@ -222,8 +222,9 @@ def test_page_is_whole_and_stands_alone(comparison):
 
 def test_table_has_last_best_and_published(comparison):
     _, page = comparison
-    assert page.row("CE") == ["CE", "71.00 ± 1.00", "71.50 ± 1.00", "80.00"]
-    assert page.row("Meta-IADA") == ["Meta-IADA", "83.00 ± 1.00", "83.50 ± 1.00", "83.00"]
+    ahead = "+12.0 ± 0.0 (p < 0.001)"  # seed by seed the same
+    assert page.row("CE") == ["CE", "71.00 ± 1.00", "71.50 ± 1.00", "80.00", ahead]
+    assert page.row("Meta-IADA") == ["Meta-IADA", "83.00 ± 1.00", "83.50 ± 1.00", "83.00", "–"]
     assert page.row("Logit Adjustment")[3] == "–"  # nothing published of it
     assert [row[0] for row in page.rows[1:5]] == list(METHODS.values())
 
@@ -233,6 +234,7 @@ def test_seeds_are_told(sketch, comparison, tmp_path):
     page = read(write_page(make_comparison()[:5], tmp_path))
     assert page.row("CE")[-1] == "3"
     assert page.row("Logit Adjustment")[-1] == "2"
+    assert "paired" not in page.text  # there is no Meta-IADA
 
 
 def test_best_is_bold(comparison):
@@ -385,6 +387,33 @@ def test_parts_of_epsilon(sketch, tmp_path):
     assert "clean-flipped" not in names([record])
     record["epsilon"] |= {"class_share": [None] * 10}
     assert "adversarial-share" not in names([record])
+
+
+def test_reliability_is_drawn_beside_the_diagonal(sketch):
+    bins = {"count": [0, 4, 8], "confidence": [None, 0.5, 0.9], "accuracy": [None, 0.25, 0.75]}
+    found = names([make_record("ce", reliability=bins), make_record("metasaug")])["reliability"]
+    assert "CE 25.0 at 50, 75.0 at 83.3" in found.alt
+    assert "nan" not in found.alt
+    assert "as sure as right 16.7 at 16.7" in found.alt
+
+
+def test_detection_of_wrong_labels_is_told(sketch):
+    record = make_record("meta-iada")
+    issues = {"auroc": 0.9, "precision": 0.8, "base_rate": 0.4}
+    record["epsilon"] = record["epsilon"] | {"label_issues": issues}
+    caption = names([record])["clean-flipped"].caption
+    assert "AUROC of 0.900" in caption
+    assert "80.0 % of the samples ranked first are wrong (40.0 % by chance)" in caption
+
+
+def test_many_series_leave_room_for_the_axes():
+    figure = Figure(figsize=(4, 3.3), layout="constrained")
+    axes = figure.subplots()
+    for number in range(25):
+        axes.plot([0, 1], label=f"a method with a long name, {number}")
+    style.legend(figure, axes)
+    figure.draw_without_rendering()
+    assert axes.get_position().height * figure.get_figheight() > 1
 
 
 def test_an_untrained_network_is_the_control(sketch):

@@ -11,6 +11,7 @@ from iada.experiments.datasets.celeba import read_celeba
 from iada.experiments.datasets.cifar import read_cifar10, read_cifar100
 from iada.experiments.datasets.civilcomments import read_civilcomments
 from iada.experiments.datasets.digits import read_digits
+from iada.experiments.datasets.features import FeatureView, read_features
 from iada.experiments.datasets.file_view import FileView
 from iada.experiments.datasets.folders import read_folder
 from iada.experiments.datasets.glt import read_glt
@@ -32,6 +33,7 @@ READERS: dict[str, Callable[..., dict[str, Labelled]]] = {
     "civilcomments": read_civilcomments,
     "glt": read_glt,
     "digits": read_digits,
+    "features": read_features,
 }
 BUNDLED = ("digits",)  # readers that need no path
 
@@ -41,6 +43,7 @@ __all__ = [
     "CIFAR100",
     "IMAGENET",
     "READERS",
+    "FeatureView",
     "FileView",
     "Labelled",
     "MemoryView",

@@ -16,7 +16,8 @@ from iada.utils.checks import argument_error, check_label_values, check_labels, 
 class Labelled(Dataset):
     """Samples, their labels and, where the data set has them, their groups; never changed.
 
-    inputs: images in memory, uint8 (N, C, H, W); or N paths of image files; or N texts.
+    inputs: images in memory, uint8 (N, C, H, W); or N paths of image files; or N texts; or
+    features (N, A) of a backbone that is not trained.
     labels: (N) int64 in [0, len(class_names)). groups: (N) int64 in [0, len(group_names)) or None.
     members: (N, M) bool or None, for sets of samples that overlap (CivilComments' identities by
     class), named by `member_names`.
@@ -34,11 +35,13 @@ class Labelled(Dataset):
         count = len(self.inputs)
         check_labels(self.labels, count)
         check_label_values(self.labels, len(self.class_names), None)
-        if isinstance(self.inputs, Tensor) and (
-            self.inputs.dtype != torch.uint8 or self.inputs.dim() != 4
+        if isinstance(self.inputs, Tensor) and (self.inputs.dtype, self.inputs.dim()) not in (
+            (torch.uint8, 4),
+            (torch.float32, 2),
         ):
             got = f"{self.inputs.dtype} {tuple(self.inputs.shape)}"
-            raise argument_error("inputs", "uint8 images (N, C, H, W)", got, "convert them")
+            expected = "uint8 images (N, C, H, W), or float32 features (N, A)"
+            raise argument_error("inputs", expected, got, "convert them")
         if self.groups is not None:
             check_sizes("groups", self.groups, f"a group ({count},) for each sample", (count,))
             known = (self.groups >= 0) & (self.groups < len(self.group_names))

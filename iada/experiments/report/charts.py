@@ -260,7 +260,7 @@ def _course(one: Series, positions: Sequence[float] | None) -> str:
     if positions is not None:
         pairs = zip(positions, mean, strict=True)
         return f"{one.label} " + ", ".join(
-            f"{value:.1f} at {position:g}" for position, value in pairs
+            f"{value:.1f} at {position:g}" for position, value in pairs if np.isfinite(value)
         )
     known = mean[np.isfinite(mean)]
     return f"{one.label} ends at {known[-1]:.3g}" if len(known) else f"{one.label} unknown"

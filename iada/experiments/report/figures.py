@@ -19,7 +19,7 @@ from iada.experiments.report.charts import (
     epsilon_by_label,
     spectra,
 )
-from iada.experiments.report.style import Picture, series_styles
+from iada.experiments.report.style import Picture, SeriesStyle, series_styles
 from iada.experiments.report.variants import (
     Record,
     Variant,
@@ -60,6 +60,7 @@ def draw_all(
     add("groups", _groups, main)
     add("sensitivity", _sensitivity, variants, headline)
     add("confusion", _confusion, main)
+    add("reliability", _reliability, main)
     add("curves", _curves, main)
     with_epsilon = [variant for variant in main if variant.has("epsilon")]
     untrained = [v for v in with_epsilon if setting(v.records[0], "perturbation") == "untrained"]
@@ -220,6 +221,16 @@ def _clean_against_flipped(
         f"ε of samples with right and with flipped labels late in training, {variant.label}, "
         f"{title}: the paper's Fig. 4. ε < 0 is anti-adversarial."
     )
+    known = [log["label_issues"] for log in logs if log.get("label_issues")]
+    if known:
+        auroc, precision, chance = (
+            np.mean([one[key] for one in known]) for key in ("auroc", "precision", "base_rate")
+        )
+        caption += (
+            f" As a detector of wrong labels a sample's mean ε has an AUROC of {auroc:.3f}, and "
+            f"{100 * precision:.1f} % of the samples ranked first are wrong ({100 * chance:.1f} % "
+            "by chance)."
+        )
     for other in control:
         if logs := _label_logs(other):
             right, wrong = (
@@ -287,6 +298,22 @@ def _confusion(name: str, title: str, variants: Sequence[Variant]) -> Picture | 
         return None
     caption = f"Confusion matrices at the last epoch, summed over seeds, {title}."
     return confusions(name, caption, matrices, _class_names(variants[0].records[0]))
+
+
+def _reliability(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+    series = _series(variants, lambda record: (record.get("reliability") or {}).get("accuracy"))
+    if not series:
+        return None
+    bins = max(one.values.shape[1] for one in series)
+    centres = [round(100 * (place + 0.5) / bins, 1) for place in range(bins)]
+    ideal = Series("as sure as right", SeriesStyle("#000000", dashes=":"), np.array([centres]))
+    axis = "confidence (%)"
+    caption = (
+        f"Reliability, {title}: accuracy of the test samples whose confidence lies in each of "
+        f"{bins} bins, at the last epoch. Below the dotted line a method is too sure."
+    )
+    panels, positions = {axis: [*series, ideal]}, {axis: centres}
+    return curves(name, caption, panels, ylabel="accuracy (%)", positions=positions)
 
 
 def _curves(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:

@@ -41,6 +41,7 @@ RC: dict[Any, Any] = {
     "figure.constrained_layout.w_pad": 0.1,
     "savefig.dpi": 160,
 }
+LEGEND_LINES = 4  # that a figure has room for
 WIDE, NARROW = 8.4, 4.0  # inches; on screen the text of both has about the size of the page's
 
 
@@ -118,4 +119,7 @@ def legend(figure: Any, axes: Any) -> None:
         return
     room = 11 * figure.get_figwidth() / (max(map(len, names)) + 5)  # characters of a line
     columns = max(1, min(len(names), int(room)))
+    lines = -(-len(names) // columns)
+    if lines > LEGEND_LINES:  # else nothing would be left of the axes
+        figure.set_figheight(figure.get_figheight() + 0.2 * (lines - LEGEND_LINES))
     figure.legend(handles, names, ncols=columns, loc="outside lower center", fontsize=9)

@@ -3,26 +3,28 @@
 import html
 from collections.abc import Mapping, Sequence
 
-from iada.experiments.metrics import METRICS, Spread
+from iada.experiments.metrics import METRICS, Paired, Spread, paired
 from iada.experiments.report.table import Cell, Table
 from iada.experiments.report.variants import Record, Variant, differing_settings
 
 # (experiment, method or method's name) → metric → percent
 Published = Mapping[tuple[str, str], Mapping[str, float]]
 SHOWN = ("processor", "capability", "device", "torch", "backend")  # of a machine
-LOWER_IS_BETTER = ("ece",)
+LOWER_IS_BETTER = ("ece", "nll")
+IN_NATS = ("nll",)
+OURS = "meta-iada"
 
 
 def headline_metrics(
     variants: Sequence[Variant], published: Sequence[Mapping[str, float]]
 ) -> list[str]:
     """The metrics to show first: those published, else the groups' or top-1, else any."""
-    shown = [m for m in METRICS if any(m in figures for figures in published)]
+    chosen = [m for m in METRICS if any(m in figures for figures in published)]
     measured = {m for v in variants for figures in v.figures.values() for m in figures}
-    if not shown:
+    if not chosen:
         preferred = ("average", "worst_group") if "worst_group" in measured else ("top1",)
-        shown = [m for m in preferred if m in measured]
-    return shown or [m for m in METRICS if m in measured][:1]
+        chosen = [m for m in preferred if m in measured]
+    return chosen or [m for m in METRICS if m in measured][:1]
 
 
 def published_of(
@@ -41,13 +43,17 @@ def headline_table(
 ) -> Table:
     """Last and best epoch side by side and the published figure, for each of `metrics`.
 
-    The number of seeds has a column where it is not the same for all.
+    The number of seeds has a column where it is not the same for all, and so has what Meta-IADA is
+    ahead of each other in the first metric, where both have two seeds in common or more.
     """
+    methods = {variant.label: variant.method for variant in variants}
+    gaps = paired_gaps(methods, {v.label: v.records for v in variants}, metrics[0])
     with_published = any(published)
     with_seeds = len({len(v.records) for v in variants}) > 1
     head = ["method"]
     for metric in metrics:
-        head += [f"{METRICS[metric]} (%), last epoch", "best epoch"]
+        unit = "" if metric in IN_NATS else " (%)"
+        head += [f"{METRICS[metric]}{unit}, last epoch", "best epoch"]
         head += ["published"] * with_published
     rows = []
     best = {metric: _best(variants, metric) for metric in metrics}
@@ -55,13 +61,17 @@ def headline_table(
         row = [Cell(variant.label)]
         for metric in metrics:
             last, peak = (variant.figures[epoch].get(metric) for epoch in ("last", "best"))
-            row += [Cell(percent(last), variant.label in best[metric]), Cell(percent(peak))]
+            bold = variant.label in best[metric]
+            row += [Cell(shown(metric, last), bold), Cell(shown(metric, peak))]
             if with_published:
                 row.append(Cell(f"{known[metric]:.2f}" if metric in known else None))
         if with_seeds:
             row.append(Cell(str(len(variant.records))))
+        if gaps:
+            row.append(Cell(difference(metrics[0], gaps.get(variant.label))))
         rows.append(row)
-    return Table(head + ["seeds"] * with_seeds, rows)
+    head += ["seeds"] * with_seeds + ["Meta-IADA less this, paired"] * bool(gaps)
+    return Table(head, rows)
 
 
 def details(variants: Sequence[Variant], metrics: Sequence[str]) -> str:
@@ -69,16 +79,16 @@ def details(variants: Sequence[Variant], metrics: Sequence[str]) -> str:
 
     Empty if all of them are among `metrics`, which are shown already.
     """
-    shown = [m for m in METRICS if any(m in v.figures["last"] for v in variants)]
-    if set(shown) <= set(metrics):
+    known = [m for m in METRICS if any(m in v.figures["last"] for v in variants)]
+    if set(known) <= set(metrics):
         return ""
     rows = []
     for variant in variants:
         last, best = variant.figures["last"], variant.figures["best"]
-        cells = (Cell(percent(last.get(m)), small=percent(best.get(m))) for m in shown)
+        cells = (Cell(shown(m, last.get(m)), small=shown(m, best.get(m))) for m in known)
         rows.append([Cell(variant.label), *cells])
-    table = Table(["method", *(METRICS[m] for m in shown)], rows).html()
-    note = "<p>In percent, at the last epoch; below, at the best one.</p>"
+    table = Table(["method", *(METRICS[m] for m in known)], rows).html()
+    note = "<p>In percent, NLL in nats, at the last epoch; below, at the best one.</p>"
     return f"<details><summary>All metrics</summary>{table}{note}</details>"
 
 
@@ -94,7 +104,8 @@ def overview_table(
         columns.append(
             {
                 variant.label: Cell(
-                    percent(variant.figures["last"].get(metric), decimals), variant.label in best
+                    shown(metric, variant.figures["last"].get(metric), decimals),
+                    variant.label in best,
                 )
                 for metric in metrics
                 for variant in part
@@ -139,16 +150,51 @@ def settings(variants: Sequence[Variant]) -> str:
         if name not in (*differing, "method", "seed")
     }
     common = ", ".join(f"{name} {value}" for name, value in same.items())
-    shown = Table(["method", *differing], rows).html() if differing else ""
-    return f"{shown}<p>For all: {html.escape(common)}.</p>" if common else shown
+    table = Table(["method", *differing], rows).html() if differing else ""
+    return f"{table}<p>For all: {html.escape(common)}.</p>" if common else table
 
 
-def percent(value: Spread | None, decimals: int = 2) -> str | None:
-    """Mean ± standard deviation, where there is one, in percent; None without a value."""
+def shown(metric: str, value: Spread | None, decimals: int = 2) -> str | None:
+    """Mean ± standard deviation, where there is one, in percent, NLL in nats; None without."""
     if value is None:
         return None
-    mean = f"{100 * value.mean:.{decimals}f}"
-    return mean if value.std is None else f"{mean} ± {100 * value.std:.{decimals}f}"
+    scale = unit_of(metric)
+    mean = f"{scale * value.mean:.{decimals}f}"
+    return mean if value.std is None else f"{mean} ± {scale * value.std:.{decimals}f}"
+
+
+def unit_of(metric: str) -> float:
+    """What a metric is multiplied by where it is shown."""
+    return 1.0 if metric in IN_NATS else 100.0
+
+
+def difference(metric: str, gap: Paired | None) -> str | None:
+    """Mean ± standard error of a paired difference, and p of Student's test."""
+    if gap is None:
+        return None
+    scale, decimals = unit_of(metric), 1 if unit_of(metric) > 1 else 2
+    text = f"{round(scale * gap.mean, 9):+.{decimals}f}"  # 4.95 stays 4.95 whatever it is made of
+    if gap.error is not None:
+        text += f" ± {scale * gap.error:.{decimals}f}"
+    if gap.p is not None:
+        text += f" (p {gap.p:.3f})" if gap.p >= 0.001 else " (p < 0.001)"
+    return text
+
+
+def paired_gaps(
+    methods: Mapping[str, str], records: Mapping[str, Sequence[Record]], metric: str
+) -> dict[str, Paired]:
+    """What Meta-IADA is ahead of each other row, seed by seed; empty without two common seeds.
+
+    methods, records: of each row, by its name. Empty too where Meta-IADA is there more than once.
+    """
+    ours = [name for name, method in methods.items() if method == OURS]
+    if len(ours) != 1:
+        return {}
+    gaps = {
+        n: paired(records[ours[0]], runs, metric) for n, runs in records.items() if n != ours[0]
+    }
+    return {name: gap for name, gap in gaps.items() if gap is not None and gap.error is not None}
 
 
 def _best(variants: Sequence[Variant], metric: str, decimals: int = 2) -> set[str]:

@@ -114,6 +114,19 @@ class Split:
             wrong = torch.cat([self.wrong, self.wrong.new_zeros(len(self.meta))])
         return replace(self, train=train, meta=None, wrong=wrong, rows=rows, record=record)
 
+    def with_meta_limit(self, each: int) -> "Split":
+        """The same with at most `each` meta samples of each class; all others are left unused."""
+        if self.meta is None:
+            raise argument_error("meta_per_class", "a meta set", "none", "leave meta_per_class out")
+        by_class = [
+            (self.meta.labels == c).nonzero()[:each, 0] for c in range(self.meta.num_classes)
+        ]
+        chosen = torch.cat(by_class).sort().values
+        meta = self.meta.subset(chosen)
+        rows = {**self.rows, "meta": self.rows["meta"][chosen]}
+        counts = {**self.record["class_counts"], "meta": meta.class_counts().tolist()}
+        return replace(self, meta=meta, rows=rows, record={**self.record, "class_counts": counts})
+
     def save(self, folder: str | os.PathLike) -> None:
         """Write `split.npz` (rows, noisy labels) and `split.json` (the record) into `folder`."""
         arrays: dict[str, Any] = {name: rows.numpy() for name, rows in self.rows.items()}

@@ -1,0 +1,89 @@
+"""Features of a backbone that is not trained any more: computed once, then read as a data set."""
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iada.experiments.datasets.files import DAMAGED, bytes_of
+from iada.experiments.datasets.labelled import Labelled, check_every_class
+from iada.experiments.datasets.view import View
+from iada.utils.checks import argument_error
+from iada.utils.files import atomic_write
+
+PARTS = ("train", "validation", "test")
+CLASSES, ABOUT = "class_names", "about"
+
+
+def write_features(
+    path: str | os.PathLike, parts: Mapping[str, Labelled], about: Mapping[str, Any]
+) -> None:
+    """One .npz with {part}_inputs (N, A) float32 and {part}_labels (N) of each part.
+
+    about: plain values, kept beside.
+    """
+    arrays: dict[str, Any] = {CLASSES: np.array(parts["train"].class_names)}
+    arrays[ABOUT] = np.array(json.dumps(about))
+    for name, part in parts.items():
+        arrays |= {f"{name}_inputs": part.inputs.numpy(), f"{name}_labels": part.labels.numpy()}  # type: ignore[union-attr]
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    with atomic_write(Path(path)) as file:
+        file.write(content.getvalue())
+
+
+def read_features(path: str | os.PathLike) -> dict[str, Labelled]:
+    """The parts of a file that `write_features` wrote, or of your own arrays by these names.
+
+    path: an .npz with train_inputs (N, A) of floats, train_labels (N), test_inputs, test_labels,
+    and the same for validation if there is one. class_names may be absent.
+    """
+    file = Path(path)
+    content = bytes_of(file)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+    except Exception as error:  # zipfile, zlib and numpy each have errors of their own
+        raise argument_error(str(file), "an .npz of features", f"{error!r}", DAMAGED) from error
+    for name in ("train_inputs", "train_labels", "test_inputs", "test_labels"):
+        if name not in arrays:
+            expected = f"arrays with {name}"
+            raise argument_error(
+                str(file), expected, ", ".join(arrays) or "none", "see iada features"
+            )
+    count = int(arrays["train_labels"].max()) + 1
+    names = tuple(map(str, arrays.get(CLASSES, range(count))))
+    parts = {}
+    for part in PARTS:
+        if f"{part}_inputs" in arrays:
+            inputs = torch.from_numpy(arrays[f"{part}_inputs"]).float()
+            labels = torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64))
+            parts[part] = Labelled(inputs, labels, names)
+            check_every_class(parts[part], part, file)
+    return parts
+
+
+class FeatureView(View):
+    """Features (N, A) float32 as they are, with labels and index; on the device."""
+
+    in_memory = True
+
+    def __init__(self, data: Labelled, device: torch.device | str) -> None:
+        if not isinstance(data.inputs, Tensor) or not data.inputs.is_floating_point():
+            raise argument_error(
+                "data", "features (N, A)", "others", "use MemoryView, FileView or TextView"
+            )
+        self.features, self.labels = data.inputs.to(device), data.labels.to(device)
+
+    def whole_batch(
+        self, seed: int, step: int, indices: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, labels and index of these samples: see `WholeBatches`. Nothing is drawn."""
+        rows = torch.as_tensor(indices, device=self.labels.device)
+        return self.features[rows], self.labels[rows], rows

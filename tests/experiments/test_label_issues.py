@@ -1,0 +1,56 @@
+"""ε as a detector of wrong labels, against scikit-learn."""
+
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from iada.experiments.epsilon_log import EpsilonLog
+from iada.experiments.label_issues import detection, label_issues
+from iada.experiments.outcome import epsilon_record
+from iada.meta.method import MetaStep
+
+
+@pytest.mark.parametrize("levels", [3, 1000])  # with and without equal values
+def test_detection_is_scikit_learns(levels):
+    generator = torch.Generator().manual_seed(levels)
+    wrong = torch.rand(200, generator=generator) < 0.3
+    epsilon = torch.randint(levels, (200,), generator=generator) / levels - 0.4 * wrong
+    found = detection(epsilon, wrong)
+    assert found["auroc"] == pytest.approx(roc_auc_score(wrong, -epsilon), abs=1e-12)
+    wanted = average_precision_score(wrong, -epsilon)
+    assert found["average_precision"] == pytest.approx(wanted, abs=1e-12)
+    assert found["base_rate"] == pytest.approx(float(wrong.double().mean()))
+    if levels == 1000:
+        count = int(wrong.sum())
+        first = wrong[label_issues(epsilon)[:count]].double().mean()
+        assert found["precision"] == pytest.approx(float(first), abs=1 / count)
+
+
+def test_what_equal_values_are_worth():
+    same = detection(torch.zeros(10), torch.arange(10) < 4)
+    assert same == {"auroc": 0.5, "average_precision": 0.4, "precision": 0.4, "base_rate": 0.4}
+    clear = detection(
+        torch.tensor([0.5, -0.5, 0.2, -0.1]), torch.tensor([False, True, False, True])
+    )
+    assert (clear["auroc"], clear["average_precision"], clear["precision"]) == (1.0, 1.0, 1.0)
+
+
+def test_samples_that_were_not_visited_are_left_out():
+    epsilon = torch.tensor([torch.nan, -0.5, 0.5])
+    assert label_issues(epsilon).tolist() == [1, 2, 0]
+    assert detection(epsilon, torch.tensor([True, True, False]))["auroc"] == 1.0
+    assert detection(epsilon, torch.tensor([True, False, False])) is None
+    with pytest.raises(ValueError, match="wrong: expected bool"):
+        detection(epsilon, torch.tensor([1, 0, 0]))
+
+
+def test_a_run_records_it_where_labels_are_known_to_be_wrong():
+    labels, wrong = torch.tensor([0, 0, 1]), torch.tensor([True, False, False])
+    result = MetaStep(torch.zeros(()), torch.zeros(()), torch.tensor([-0.5, 0.5, -0.7]))
+    trainer = type("Run", (), {"epoch": 9})
+    for noise in (wrong, None):
+        log = EpsilonLog(labels, noise, 2, epochs=10)
+        assert epsilon_record(log) is None
+        log(trainer, (None, labels, torch.arange(3)), result)
+        found = epsilon_record(log)["label_issues"]
+        assert found == (None if noise is None else detection(result.epsilon, wrong))
