@@ -23,55 +23,67 @@ class Work:
 # Written where they were read. What is only written counts once, like what is only read.
 IN_PLACE = {
     "group_rows_kernel": ("count",),
-    "moments_kernel": ("mean", "covariance"),
+    "moments_kernel": ("moments.mean", "covariance"),
     "softmax_kernel": ("z",),
     "curvature_kernel": ("tangent",),
     "variances_step_kernel": ("covariance",),
-    "single_launch_kernel": ("covariance", "mean", "count"),
+    "single_launch_kernel": ("terms.covariance", "statistics.mean", "statistics.n"),
 }
+_CLASS_PARTS = ("parts.weight", "parts.sums", "parts.covariance")
 # Their first axis is the class, and classes without rows are left alone.
 BY_CLASS = {
-    "moments_kernel": ("mean", "center", "shift", "covariance"),
-    "class_pass_kernel": ("covariance", "partials", "tangent_partials", "center", "shift"),
+    "moments_kernel": ("moments.mean", "moments.center", "moments.shift", "covariance"),
+    "class_pass_kernel": (
+        *("covariance", "partials.table", "partials.table_tangent"),
+        *("moments.center", "moments.shift"),
+    ),
     "class_pass_weight_kernel": ("covariance", "curvature"),
     "add_partials_kernel": ("partials", "table"),
     "variances_step_kernel": ("covariance",),
-    "single_launch_kernel": ("covariance", "mean", "part_weight", "part_sums", "part_covariance"),
-    "single_launch_backward_kernel": ("part_weight", "part_sums", "part_covariance"),
+    "single_launch_kernel": ("terms.covariance", "statistics.mean", "statistics.n", *_CLASS_PARTS),
+    "single_launch_backward_kernel": _CLASS_PARTS,
+}
+# Of a record that serves several kernels, what one of them leaves alone.
+UNREAD = {
+    "class_pass_kernel": ("moments.mean",),
+    "grad_variances_kernel": ("groups.batch_weight",),
+    "variances_step_kernel": ("groups.batch_weight",),
 }
 
 
-def _head(products: int, extra: str = "", extra_products: int = 0) -> Callable[..., float]:
-    """2·N·C·A for each product of the head; more where the argument `extra` is given."""
+def _head(products: int, diagonal_products: int = 0) -> Callable[..., float]:
+    """2·N·C·A for each product of the head; more of them for a diagonal Σ."""
 
     def count(a: dict[str, Any], present: int) -> float:
-        more = extra_products if extra and a.get(extra) is not None else 0
-        return 2.0 * (products + more) * a["N"] * a["C"] * a["A"]
+        is_diagonal = any(name.endswith("diagonal.variances") for name in a)
+        size = 2.0 * a["sizes.N"] * a["sizes.C"] * a["sizes.A"]
+        return (products + is_diagonal * diagonal_products) * size
 
     return count
 
 
 def _class_pass(a: dict[str, Any], present: int) -> float:
     """Σ is symmetric: each product with it, or onto it, is half of a full one."""
-    rows, square = 0 if a["features"] is None else len(a["features"]), float(a["A"]) ** 2
-    products = 2 if a["tangent"] is not None else 1
+    rows = len(a["samples.features"]) if "moments.mean" in a else 0
+    square = float(a["A"]) ** 2
+    products = 2 if a.get("head.tangent") is not None else 1
     total = rows * square
-    if a["TABLE"]:
+    if "partials.table" in a:
         total += products * present * a["C"] * square
-    if a["curvature"] is not None:
+    if "rank_c.curvature" in a:
         total += products * present * a["C"] * square
     return total
 
 
 def _single_launch(a: dict[str, Any], present: int) -> float:
-    n, c, width = a["N"], a["C"], a["A"]
+    n, c, width = (a[f"sizes.{axis}"] for axis in "NCA")
     head = 2.0 * n * c * width
-    parts = ("part_features", "part_weight")
-    products = 1 + 2 * (a["epsilon"] is not None) + sum(a[name] is not None for name in parts)
+    parts = ("parts.features", "parts.weight")
+    products = 1 + 2 * (a["samples.epsilon"] is not None) + sum(a[p] is not None for p in parts)
     total = products * head
-    if a["covariance"] is not None:
+    if a["terms.covariance"] is not None:
         total += 2.0 * present * c * width**2
-    if a["mean"] is not None:
+    if "statistics.mean" in a:
         total += 2.0 * n * width**2
     return total
 
@@ -79,25 +91,25 @@ def _single_launch(a: dict[str, Any], present: int) -> float:
 OPERATIONS: dict[str, Callable[[dict[str, Any], int], float]] = {
     "class_pass_kernel": _class_pass,
     "class_pass_weight_kernel": lambda a, present: 2.0 * present * a["C"] * a["A"] ** 2,
-    "logits_kernel": _head(1, "variances", 2),
+    "logits_kernel": _head(1, 2),
     "sign_kernel": _head(1),
     "grad_features_kernel": _head(1),
-    "grad_weight_kernel": _head(1, "variances", 1),
-    "grad_variances_kernel": _head(2),
-    "tangent_kernel": _head(2, "variances", 3),
+    "grad_weight_kernel": _head(1, 1),
+    "grad_variances_kernel": lambda a, present: 4.0 * len(a["residual"]) * a["C"] * a["A"],
+    "tangent_kernel": _head(2, 3),
     "grad_epsilon_kernel": _head(2),
-    "variances_step_kernel": _head(3),
+    "variances_step_kernel": lambda a, present: 6.0 * len(a["residual"]) * a["C"] * a["A"],
     "single_launch_kernel": _single_launch,
-    "characteristics_kernel": lambda a, present: 2.0 * a["N"] ** 2 * a["A"],
+    "characteristics_kernel": lambda a, present: 2.0 * a["sizes.N"] ** 2 * a["sizes.A"],
 }
 
 
 def work_of(launch: Launch, present: int) -> Work:
     """The least work of one launch on a batch that shows `present` classes."""
-    name, arguments = launch.kernel.fn.__name__, launch.arguments
+    name, arguments = launch.kernel.fn.__name__, launch.leaves()
     total = 0.0
     for argument, value in arguments.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and argument not in UNREAD.get(name, ()):
             size = float(value.numel() * value.element_size())
             if argument in BY_CLASS.get(name, ()):
                 size *= min(1.0, present / len(value))
@@ -109,6 +121,6 @@ def work_of(launch: Launch, present: int) -> Work:
 def _both_ways(name: str, argument: str, arguments: dict[str, Any]) -> bool:
     if (name, argument) == ("class_pass_kernel", "covariance"):
         return arguments["UPDATE"] in (1, 2)  # NONE only reads, OVERWRITE only writes
-    if name == "single_launch_kernel" and argument == "covariance":
-        return arguments["mean"] is not None
+    if name == "single_launch_kernel" and argument == "terms.covariance":
+        return "statistics.mean" in arguments
     return argument in IN_PLACE.get(name, ())

@@ -16,27 +16,17 @@ from torch import Tensor
 
 from iada_kernels.layout import unit_inner_stride
 from iada_kernels.triton.device import load_tile, softmax_sums, tile_axis
-from iada_kernels.triton.launch import (
-    compute_type,
-    current_configuration,
-    dot_precision,
-    launch,
-)
+from iada_kernels.triton.launch import current_configuration, launch
+from iada_kernels.triton.records import Sizes
 
 COLUMNS = 8
 
 
 @triton.jit
 def _inverse_norms(
-    features,
-    stride,
-    rows,
-    row_mask,
-    A,
-    BLOCK: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    features, stride, rows, row_mask, A,
+    BLOCK: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     total = tl.zeros([BLOCK], dtype=ACC)
     for first in range(0, A, BLOCK_A):
         offs_a = first + tl.arange(0, BLOCK_A)
@@ -65,10 +55,11 @@ def _take_best(similarity, same, count: tl.constexpr, best, best_same, K: tl.con
 
 @triton.jit
 def characteristics_kernel(
-    features, stride, logits, logits_stride, labels, weight, out, N, C, A, num_neighbours,
+    features, stride, logits, logits_stride, labels, weight, out, sizes, num_neighbours,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_M: tl.constexpr,
     K: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
+    N, C, A = sizes
     rows, row_mask = tile_axis(0, BLOCK_N, N)
     y = tl.load(labels + rows, mask=row_mask, other=0).to(tl.int32)
     label_z = tl.load(logits + rows.to(tl.int64) * logits_stride + y, mask=row_mask, other=0.0).to(
@@ -155,13 +146,11 @@ def characteristics(
     out = torch.empty(count, COLUMNS, dtype=dtype, device=features.device)
     k = max(0, min(neighbours, count - 1))
     launch(
-        characteristics_kernel,
-        (triton.cdiv(count, tile.rows),),
+        characteristics_kernel, (triton.cdiv(count, tile.rows),),
         features, features.stride(0), logits, logits.stride(0), labels.contiguous(),
-        weight.contiguous(), out, count, num_classes, weight.shape[1], k,
-        warps=tile.warps, stages=tile.stages,
+        weight.contiguous(), out, Sizes(count, num_classes, weight.shape[1]), k,
+        like=out, tile=tile,
         BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_A=tile.depth, BLOCK_M=tile.columns,
-        K=triton.next_power_of_2(max(k, 2)), ACC=compute_type(dtype),
-        DOT=dot_precision(configuration),
+        K=triton.next_power_of_2(max(k, 2)),
     )  # fmt: skip
     return out

@@ -24,6 +24,8 @@ covariance (C, A, A) · weight W and tangent V (C, A) · residual D and curvatur
 partials (C, P, C) with P = T(T+1)/2, T tiles along A. Classes without rows cost nothing.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -31,13 +33,9 @@ from torch import Tensor
 
 from iada_kernels.triton.config import Tile
 from iada_kernels.triton.device import load_tile, number
-from iada_kernels.triton.launch import (
-    compute_type,
-    current_configuration,
-    dot_precision,
-    launch,
-    split,
-)
+from iada_kernels.triton.launch import Number, current_configuration, launch, split
+from iada_kernels.triton.moments import Moments
+from iada_kernels.triton.records import Samples
 from iada_kernels.triton.rows import Groups
 
 NONE, STREAM, ACCUMULATE, OVERWRITE = 0, 1, 2, 3
@@ -51,9 +49,32 @@ _STREAM, _ACCUMULATE, _OVERWRITE = (
 )
 
 
+class HeadWeight(NamedTuple):
+    """W and the direction V in which it moves, (C, A) each; V None for 0."""
+
+    weight: Tensor | None
+    tangent: Tensor | None
+
+
+class Partials(NamedTuple):
+    """Parts (C, P, C) of R, and of Ṙ if there is a tangent; P of them a class."""
+
+    table: Tensor
+    table_tangent: Tensor | None
+    P: int
+
+
+class RankC(NamedTuple):
+    """What ACCUMULATE and OVERWRITE add: D (C, C), None without a tangent, G (C, C), scale."""
+
+    residual: Tensor | None
+    curvature: Tensor
+    scale: Number
+
+
 @triton.jit
 def _streamed(
-    s, features, stride, order, first, m, w, center, shift, left, right, A,
+    s, samples, order, m, w, center, shift, left, right, A,
     same, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Σ_ik after the streaming update, and the increment alone for its mirror."""
@@ -64,10 +85,10 @@ def _streamed(
     for k in range(0, m, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
         k_mask = at < m
-        rows = tl.load(order + first + at, mask=k_mask, other=0)
-        x = load_tile(features, rows, stride, left, k_mask, left_mask, ACC)
+        rows = tl.load(order + at, mask=k_mask, other=0)
+        x = load_tile(samples.features, rows, samples.stride, left, k_mask, left_mask, ACC)
         x = tl.where(k_mask[:, None], x - center_left[None, :], 0.0)
-        y = load_tile(features, rows, stride, right, k_mask, right_mask, ACC)
+        y = load_tile(samples.features, rows, samples.stride, right, k_mask, right_mask, ACC)
         y = tl.where(k_mask[:, None], y - center_right[None, :], 0.0)
         scatter = tl.dot(tl.trans(x), y, scatter, input_precision=DOT, out_dtype=ACC)
     shift_left = tl.load(shift + left, mask=left_mask, other=0.0)
@@ -80,32 +101,32 @@ def _streamed(
 
 @triton.jit
 def _rank_c_term(
-    weight, tangent, residual, curvature, c, left, right, C, A, same,
+    head, rank_c, c, left, right, C, A, same,
     BLOCK_A: tl.constexpr, BLOCK_J: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Tile ik of Σ_j [ D_cj sym(Δ_j Γ_jᵀ) + ½ G_cj Δ_j Δ_jᵀ ], Δ_j = w_j − w_c, Γ_j = V_j − V_c."""
     left_mask, right_mask = left < A, right < A
-    label_left = tl.load(weight + c * A + left, mask=left_mask, other=0.0)
-    label_right = tl.load(weight + c * A + right, mask=right_mask, other=0.0)
+    label_left = tl.load(head.weight + c * A + left, mask=left_mask, other=0.0)
+    label_right = tl.load(head.weight + c * A + right, mask=right_mask, other=0.0)
     term = tl.zeros([BLOCK_A, BLOCK_A], dtype=ACC)
     for start in range(0, C, BLOCK_J):
         offs_c = start + tl.arange(0, BLOCK_J)
         k_mask = offs_c < C
-        g = tl.load(curvature + c * C + offs_c, mask=k_mask, other=0.0)
-        p = load_tile(weight, offs_c, A, left, k_mask, left_mask, ACC) - label_left[None, :]
-        q = load_tile(weight, offs_c, A, right, k_mask, right_mask, ACC) - label_right[None, :]
+        g = tl.load(rank_c.curvature + c * C + offs_c, mask=k_mask, other=0.0)
+        p = load_tile(head.weight, offs_c, A, left, k_mask, left_mask, ACC) - label_left[None, :]
+        q = load_tile(head.weight, offs_c, A, right, k_mask, right_mask, ACC) - label_right[None, :]
         p = tl.where(k_mask[:, None], p, 0.0)
-        if tangent is None:
+        if head.tangent is None:
             scaled = 0.5 * g[:, None] * q
             term = tl.dot(tl.trans(p), scaled, term, input_precision=DOT, out_dtype=ACC)
         else:
-            d = tl.load(residual + c * C + offs_c, mask=k_mask, other=0.0)
-            dV = load_tile(tangent, offs_c, A, right, k_mask, right_mask, ACC)
-            dV -= tl.load(tangent + c * A + right, mask=right_mask, other=0.0).to(ACC)[None, :]
+            d = tl.load(rank_c.residual + c * C + offs_c, mask=k_mask, other=0.0)
+            dV = load_tile(head.tangent, offs_c, A, right, k_mask, right_mask, ACC)
+            dV -= tl.load(head.tangent + c * A + right, mask=right_mask, other=0.0).to(ACC)[None, :]
             scaled = 0.5 * (d[:, None] * dV + g[:, None] * q)
             term = tl.dot(tl.trans(p), scaled, term, input_precision=DOT, out_dtype=ACC)
-            dV = load_tile(tangent, offs_c, A, left, k_mask, left_mask, ACC)
-            dV -= tl.load(tangent + c * A + left, mask=left_mask, other=0.0).to(ACC)[None, :]
+            dV = load_tile(head.tangent, offs_c, A, left, k_mask, left_mask, ACC)
+            dV -= tl.load(head.tangent + c * A + left, mask=left_mask, other=0.0).to(ACC)[None, :]
             dV = tl.where(k_mask[:, None], 0.5 * d[:, None] * dV, 0.0)
             term = tl.dot(tl.trans(dV), q, term, input_precision=DOT, out_dtype=ACC)
     if same:
@@ -115,11 +136,8 @@ def _rank_c_term(
 
 @triton.jit
 def class_pass_kernel(
-    covariance, weight, tangent, size, partials, tangent_partials,
-    features, stride, order, start, batch_weight, center, shift,
-    residual, curvature, scale, scale_low,
-    C, A, P,
-    UPDATE: tl.constexpr, TABLE: tl.constexpr,
+    covariance, head, groups, partials, samples, moments, rank_c, C, A,
+    UPDATE: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +147,7 @@ def class_pass_kernel(
     if k > i:
         return
     c = tl.program_id(1).to(tl.int64)
-    m = tl.load(size + c)
+    m = tl.load(groups.size + c)
     if (m == 0) and (UPDATE != _OVERWRITE):
         return
     left, right = i * BLOCK_A + tl.arange(0, BLOCK_A), k * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -147,18 +165,18 @@ def class_pass_kernel(
             mirror = tl.trans(tl.load(mirror_ptrs, mask=tl.trans(mask), other=0.0).to(ACC))
 
     if UPDATE == _STREAM:
-        w = tl.load(batch_weight + c)
+        w = tl.load(groups.batch_weight + c)
         s, scatter = _streamed(
-            s, features, stride, order, tl.load(start + c), m, w,
-            center + c * A, shift + c * A, left, right, A, i == k, BLOCK_K, BLOCK_A, ACC, DOT,
+            s, samples, groups.order + tl.load(groups.start + c), m, w,
+            moments.center + c * A, moments.shift + c * A,
+            left, right, A, i == k, BLOCK_K, BLOCK_A, ACC, DOT,
         )  # fmt: skip
         mirror = (1 - w) * mirror + scatter
     if UPDATE >= _ACCUMULATE:
         if m > 0:
-            term = number(scale, scale_low, ACC) * _rank_c_term(
-                weight, tangent, residual, curvature, c, left, right, C, A, i == k,
-                BLOCK_A, BLOCK_J, ACC, DOT,
-            )  # fmt: skip
+            term = number(rank_c.scale, ACC) * _rank_c_term(
+                head, rank_c, c, left, right, C, A, i == k, BLOCK_A, BLOCK_J, ACC, DOT
+            )
             s += term
             mirror += term
     if UPDATE != 0:
@@ -166,31 +184,37 @@ def class_pass_kernel(
         if k < i:
             tl.store(mirror_ptrs, tl.trans(mirror), mask=tl.trans(mask))
 
-    if TABLE:
+    if partials is not None:
         both = s
         if k < i:
             both = s + mirror
-        label_left = tl.load(weight + c * A + left, mask=left < A, other=0.0)
-        label_right = tl.load(weight + c * A + right, mask=right < A, other=0.0)
-        partial = c * P + i * (i + 1) // 2 + k
+        label_left = tl.load(head.weight + c * A + left, mask=left < A, other=0.0)
+        label_right = tl.load(head.weight + c * A + right, mask=right < A, other=0.0)
+        partial = (c * partials.P + i * (i + 1) // 2 + k) * C
         for first in range(0, C, BLOCK_J):
             offs_c = first + tl.arange(0, BLOCK_J)
             k_mask = offs_c < C
-            p = load_tile(weight, offs_c, A, left, k_mask, left < A, ACC) - label_left[None, :]
-            q = load_tile(weight, offs_c, A, right, k_mask, right < A, ACC) - label_right[None, :]
-            product = tl.dot(p, both, input_precision=DOT, out_dtype=ACC)
-            tl.store(
-                partials + partial * C + offs_c, 0.5 * tl.sum(product * q, axis=1), mask=k_mask
+            p = load_tile(head.weight, offs_c, A, left, k_mask, left < A, ACC) - label_left[None, :]
+            q = (
+                load_tile(head.weight, offs_c, A, right, k_mask, right < A, ACC)
+                - label_right[None, :]
             )
-            if tangent is not None:
-                dV = load_tile(tangent, offs_c, A, right, k_mask, right < A, ACC)
-                dV -= tl.load(tangent + c * A + right, mask=right < A, other=0.0).to(ACC)[None, :]
+            product = tl.dot(p, both, input_precision=DOT, out_dtype=ACC)
+            form = 0.5 * tl.sum(product * q, axis=1)
+            tl.store(partials.table + partial + offs_c, form, mask=k_mask)
+            if head.tangent is not None:
+                dV = load_tile(head.tangent, offs_c, A, right, k_mask, right < A, ACC)
+                dV -= tl.load(head.tangent + c * A + right, mask=right < A, other=0.0).to(ACC)[
+                    None, :
+                ]
                 form = tl.sum(product * dV, axis=1)
-                dV = load_tile(tangent, offs_c, A, left, k_mask, left < A, ACC)
-                dV -= tl.load(tangent + c * A + left, mask=left < A, other=0.0).to(ACC)[None, :]
+                dV = load_tile(head.tangent, offs_c, A, left, k_mask, left < A, ACC)
+                dV -= tl.load(head.tangent + c * A + left, mask=left < A, other=0.0).to(ACC)[
+                    None, :
+                ]
                 product = tl.dot(dV, both, input_precision=DOT, out_dtype=ACC)
                 form += tl.sum(product * q, axis=1)
-                tl.store(tangent_partials + partial * C + offs_c, 0.5 * form, mask=k_mask)
+                tl.store(partials.table_tangent + partial + offs_c, 0.5 * form, mask=k_mask)
 
 
 @triton.jit
@@ -207,84 +231,55 @@ def add_partials_kernel(partials, table, size, C, P, BLOCK: tl.constexpr, ACC: t
 
 def stream_and_table(
     covariance: Tensor,
-    weight: Tensor | None,
+    head: HeadWeight | None,
     groups: Groups,
-    features: Tensor | None = None,
-    moments: tuple[Tensor, Tensor] | None = None,
-    tangent: Tensor | None = None,
+    samples: Samples | None = None,
+    moments: Moments | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The streaming update if `moments` (center, shift) are given; R and Ṙ (C, C) if `weight` is.
+    """The streaming update if `moments` are given; R and Ṙ (C, C) if a `head` is.
 
     Rows of R for classes without samples are not written. One launch, two if Σ has several tiles,
     three with Ṙ.
     """
-    center, shift = moments or (None, None)
     num_classes, width = covariance.shape[:2]
     tile = current_configuration(covariance.device).class_pass
     tiles = triton.cdiv(width, tile.rows)
     count = tiles * (tiles + 1) // 2
-    partials = tangent_partials = None
-    if weight is not None:
-        partials = covariance.new_empty(num_classes, count, num_classes)
-        tangent_partials = None if tangent is None else torch.empty_like(partials)
-    _launch(
-        tile, covariance, weight, tangent, groups, partials, tangent_partials,
-        features, center, shift, None, None, 0.0, count,
-        kind=NONE if moments is None else STREAM,
-    )  # fmt: skip
-    return _sum_partials(partials, groups), _sum_partials(tangent_partials, groups)
+    partials = None
+    if head is not None:
+        table = covariance.new_empty(num_classes, count, num_classes)
+        tangent = None if head.tangent is None else torch.empty_like(table)
+        partials = Partials(table, tangent, count)
+    update = NONE if moments is None else STREAM
+    _launch(tile, update, covariance, head, groups, partials, samples, moments, None)
+    if partials is None:
+        return None, None
+    return _sum_partials(partials.table, groups), _sum_partials(partials.table_tangent, groups)
 
 
 def rank_c_update(
     covariance: Tensor,
-    weight: Tensor,
+    head: HeadWeight,
     groups: Groups,
     curvature: Tensor,
-    tangent: Tensor | None = None,
     residual: Tensor | None = None,
     scale: float = 1.0,
     overwrite: bool = False,
 ) -> None:
     """Σ += scale (rank-C term), UPDATE = ACCUMULATE; or Σ = with `overwrite`. One launch."""
     tile = current_configuration(covariance.device).rank_c_update
-    _launch(
-        tile, covariance, weight, tangent, groups, None, None,
-        None, None, None, residual, curvature, scale, 0,
-        kind=OVERWRITE if overwrite else ACCUMULATE,
-    )  # fmt: skip
+    rank_c = RankC(residual, curvature, split(scale))
+    update = OVERWRITE if overwrite else ACCUMULATE
+    _launch(tile, update, covariance, head, groups, None, None, None, rank_c)
 
 
-def _launch(
-    tile: Tile,
-    covariance: Tensor,
-    weight: Tensor | None,
-    tangent: Tensor | None,
-    groups: Groups,
-    partials: Tensor | None,
-    tangent_partials: Tensor | None,
-    features: Tensor | None,
-    center: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    curvature: Tensor | None,
-    scale: float,
-    count: int,
-    kind: int,
-) -> None:
+def _launch(tile: Tile, update: int, covariance: Tensor, *records: tuple | None) -> None:
+    """`records` in the order of the kernel."""
     num_classes, width = covariance.shape[:2]
     launch(
-        class_pass_kernel,
-        (triton.cdiv(width, tile.rows) ** 2, num_classes),
-        covariance, weight, tangent, groups.size, partials, tangent_partials,
-        features, 0 if features is None else features.stride(0),
-        groups.order, groups.start, groups.batch_weight, center, shift,
-        residual, curvature, *split(scale),
-        num_classes, width, count,
-        warps=tile.warps, stages=tile.stages,
-        UPDATE=kind, TABLE=partials is not None,
-        BLOCK_A=tile.rows, BLOCK_J=tile.columns, BLOCK_K=tile.depth,
-        ACC=compute_type(covariance.dtype),
-        DOT=dot_precision(current_configuration(covariance.device)),
+        class_pass_kernel, (triton.cdiv(width, tile.rows) ** 2, num_classes),
+        covariance, *records, num_classes, width, like=covariance, tile=tile,
+        UPDATE=update, BLOCK_A=tile.rows, BLOCK_J=tile.columns, BLOCK_K=tile.depth,
     )  # fmt: skip
 
 
@@ -298,9 +293,7 @@ def _sum_partials(partials: Tensor | None, groups: Groups) -> Tensor | None:
     table = partials.new_empty(num_classes, num_classes)
     block = min(1024, triton.next_power_of_2(num_classes))
     launch(
-        add_partials_kernel,
-        (num_classes, triton.cdiv(num_classes, block)),
-        partials, table, groups.size, num_classes, count,
-        BLOCK=block, ACC=compute_type(partials.dtype),
+        add_partials_kernel, (num_classes, triton.cdiv(num_classes, block)),
+        partials, table, groups.size, num_classes, count, like=partials, BLOCK=block,
     )  # fmt: skip
     return table

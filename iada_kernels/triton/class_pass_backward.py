@@ -17,13 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.triton.device import load_labels, load_tile, number, store_tile, tile_axis
-from iada_kernels.triton.launch import (
-    compute_type,
-    current_configuration,
-    dot_precision,
-    launch,
-    split,
-)
+from iada_kernels.triton.launch import current_configuration, launch, split
+from iada_kernels.triton.records import Labels
 
 
 @triton.jit
@@ -73,7 +68,7 @@ def class_pass_weight_kernel(
 
 @triton.jit
 def class_sums_kernel(
-    residual, labels, row_scale, factor, factor_low, partials, N, C, ignore_index, rows_per_split,
+    residual, labels, row_scale, factor, partials, N, C, rows_per_split,
     SCALE_STRIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
@@ -86,34 +81,28 @@ def class_sums_kernel(
     for first in range(split_id * rows_per_split, end, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
         k_mask = rows < end
-        y, _ = load_labels(labels, rows, k_mask, ignore_index, C)
+        y, _ = load_labels(labels, rows, k_mask, C)
         g = tl.load(row_scale + rows * SCALE_STRIDE, mask=k_mask & (y >= 0), other=0.0)
         d = load_tile(residual, rows, C, offs_c, k_mask & (y >= 0), col_mask, ACC)
         same_class = tl.where(y[None, :] == classes[:, None], g[None, :], 0.0)
         total = tl.dot(same_class, d, total, input_precision=DOT, out_dtype=ACC)
-    total *= number(factor, factor_low, ACC)
+    total *= number(factor, ACC)
     partial = partials + split_id.to(tl.int64) * C * C
     store_tile(partial, classes, C, offs_c, row_mask, col_mask, total)
 
 
-def class_sums(
-    residual: Tensor, labels: Tensor, row_scale: Tensor, factor: float, ignore_index: int
-) -> Tensor:
+def class_sums(residual: Tensor, labels: Labels, row_scale: Tensor, factor: float) -> Tensor:
     """factor · Σ_{i: y_i = c} g_i D_ij, (C, C); `row_scale` g is (N) or (1). One launch, or two."""
     configuration = current_configuration(residual.device)
     tile, (count, num_classes) = configuration.class_sums, residual.shape
-    splits = max(1, triton.cdiv(count, configuration.split_rows))
+    rows_per_split = configuration.split_rows
+    splits = max(1, triton.cdiv(count, rows_per_split))
     partials = residual.new_empty(splits, num_classes, num_classes)
     launch(
-        class_sums_kernel,
-        (triton.cdiv(num_classes, tile.rows), triton.cdiv(num_classes, tile.columns), splits),
-        residual, labels, row_scale, *split(factor), partials, count, num_classes, ignore_index,
-        configuration.split_rows,
-        warps=tile.warps, stages=tile.stages,
-        SCALE_STRIDE=int(len(row_scale) > 1),
+        class_sums_kernel, (*tile.grid(num_classes, num_classes), splits),
+        residual, labels, row_scale, split(factor), partials, count, num_classes, rows_per_split,
+        like=residual, tile=tile, SCALE_STRIDE=int(len(row_scale) > 1),
         BLOCK_C=tile.rows, BLOCK_J=tile.columns, BLOCK_N=tile.depth,
-        ACC=compute_type(residual.dtype),
-        DOT=dot_precision(configuration),
     )  # fmt: skip
     return partials[0] if splits == 1 else partials.sum(dim=0)
 
@@ -123,17 +112,13 @@ def weight_partials(covariance: Tensor, weight: Tensor, curvature: Tensor, size:
     configuration = current_configuration(covariance.device)
     tile, (num_classes, width) = configuration.class_pass_weight, weight.shape
     items = num_classes * triton.cdiv(width, tile.depth)
-    blocks = triton.cdiv(num_classes, tile.rows) * triton.cdiv(width, tile.columns)
-    splits = max(1, min(items, configuration.programs // blocks))
+    rows, columns = tile.grid(num_classes, width)
+    splits = max(1, min(items, configuration.programs // (rows * columns)))
     partials = weight.new_empty(splits, num_classes, width)
     launch(
-        class_pass_weight_kernel,
-        (triton.cdiv(num_classes, tile.rows), triton.cdiv(width, tile.columns), splits),
+        class_pass_weight_kernel, (rows, columns, splits),
         covariance, weight, curvature, size, partials, num_classes, width,
         triton.cdiv(items, splits),
-        warps=tile.warps, stages=tile.stages,
-        BLOCK_J=tile.rows, BLOCK_A=tile.columns, BLOCK_K=tile.depth,
-        ACC=compute_type(weight.dtype),
-        DOT=dot_precision(configuration),
+        like=weight, tile=tile, BLOCK_J=tile.rows, BLOCK_A=tile.columns, BLOCK_K=tile.depth,
     )  # fmt: skip
     return partials

@@ -20,6 +20,10 @@ class Tile:
     warps: int = 4
     stages: int = 2
 
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many tiles a result of this size has along each axis."""
+        return -(-rows // self.rows), -(-columns // self.columns)
+
 
 @dataclass(frozen=True)
 class SingleLaunchLimits:
@@ -35,6 +39,7 @@ class SingleLaunchLimits:
     group: int  # labels read at a time
     columns: int  # elements of a gradient that a program of the backward pass sums
     warps: int = 8
+    stages: int = 1
 
 
 @dataclass(frozen=True)

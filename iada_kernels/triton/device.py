@@ -5,9 +5,9 @@ import triton.language as tl
 
 
 @triton.jit
-def number(high, low, ACC: tl.constexpr):
-    """A Python number given as two float32, in the compute dtype."""
-    return tl.cast(high, ACC) + tl.cast(low, ACC)
+def number(value, ACC: tl.constexpr):
+    """A Python number, which `launch.split` gave as two float32, in the compute dtype."""
+    return tl.cast(value.high, ACC) + tl.cast(value.low, ACC)
 
 
 @triton.jit
@@ -53,9 +53,61 @@ def softmax_sums(
 
 
 @triton.jit
-def load_labels(labels, rows, mask, ignore_index, C):
+def load_labels(labels, rows, mask, C):
     """(class or -1 where the row does not count, whether it should count but has no class)."""
-    y = tl.load(labels + rows, mask=mask, other=-1)
-    counts = mask & (y != ignore_index)
+    y = tl.load(labels.classes + rows, mask=mask, other=-1)
+    counts = mask & (y != labels.ignore_index)
     has_class = (y >= 0) & (y < C)
     return tl.where(counts & has_class, y, -1).to(tl.int32), counts & (has_class == 0)
+
+
+@triton.jit
+def sample_axis(labels, BLOCK_N: tl.constexpr, N, C):
+    """The samples of this program, which of them exist, and their classes as `load_labels` does."""
+    rows, row_mask = tile_axis(0, BLOCK_N, N)
+    y, no_class = load_labels(labels, rows, row_mask, C)
+    return rows, row_mask, y, no_class
+
+
+@triton.jit
+def load_epsilon(samples, rows, row_mask, ACC: tl.constexpr):
+    """ε of these rows, for `load_samples`; 0 where there is none."""
+    if samples.sign is None:
+        eps = 0.0
+    else:
+        eps = tl.load(samples.epsilon + rows, mask=row_mask, other=0.0).to(ACC)
+    return eps
+
+
+@triton.jit
+def load_samples(samples, eps, rows, columns, row_mask, column_mask, A, ACC: tl.constexpr):
+    """h + ε s as a tile in the compute dtype; with eps=None ε is read here."""
+    x = load_tile(samples.features, rows, samples.stride, columns, row_mask, column_mask, ACC)
+    if samples.sign is not None:
+        if eps is None:
+            eps = tl.load(samples.epsilon + rows, mask=row_mask, other=0.0).to(ACC)
+        x += eps[:, None] * load_tile(samples.sign, rows, A, columns, row_mask, column_mask, ACC)
+    return x
+
+
+@triton.jit
+def load_table(table, y, columns, row_mask, column_mask, ACC: tl.constexpr):
+    """R[y, columns] for each row, 0 where a row does not count."""
+    mask = row_mask & (y >= 0)
+    return load_tile(table.base, tl.maximum(y, 0), table.stride, columns, mask, column_mask, ACC)
+
+
+@triton.jit
+def onto_features(
+    base, rows, row_mask, weight, weight_stride, offs_a, col_mask, C,
+    BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, STEP: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """base[rows, :C] W, (rows, A)."""
+    total = tl.zeros([BLOCK_N, BLOCK_A], dtype=ACC)
+    for first in range(0, C, STEP):
+        offs_c = first + tl.arange(0, STEP)
+        d = load_tile(base, rows, C, offs_c, row_mask, offs_c < C, ACC)
+        w = load_tile(weight, offs_c, weight_stride, offs_a, offs_c < C, col_mask, ACC)
+        total = tl.dot(d, w, total, input_precision=DOT, out_dtype=ACC)
+    return total

@@ -13,58 +13,63 @@ would cancel; for a full Σ the class pass gives R (C, C).
 A row that does not count has D = 0 and ℓ = 0. A label that is no class makes its loss NaN.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.contract import LossInputs, LossOptions
-from iada_kernels.layout import contiguous_as, unit_inner_stride
+from iada_kernels.layout import contiguous_as
 from iada_kernels.triton.device import (
-    load_labels,
+    load_epsilon,
+    load_samples,
+    load_table,
     load_tile,
     number,
+    sample_axis,
     softmax_sums,
     store_tile,
     tile_axis,
 )
-from iada_kernels.triton.launch import (
-    compute_type,
-    current_configuration,
-    dot_precision,
-    launch,
-    split,
-)
+from iada_kernels.triton.launch import Number, current_configuration, launch, split
+from iada_kernels.triton.records import Diagonal, Labels, Samples, Sizes, Table
+
+
+class Terms(NamedTuple):
+    """What is added to z = h Wᵀ + b; alpha also weighs the quadratic term of a diagonal Σ."""
+
+    table: Table | None
+    alpha: Number
+    log_prior: Tensor | None
+    beta: Number
 
 
 @triton.jit
 def logits_kernel(
-    features, stride, weight, bias, labels, sign, epsilon, variances, weight_mean,
-    table, table_stride, log_prior, alpha, alpha_low, beta, beta_low, z, N, C, A, ignore_index,
+    samples, labels, weight, bias, diagonal, terms, z, sizes,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    rows, row_mask = tile_axis(0, BLOCK_N, N)
-    offs_c, col_mask = tile_axis(1, BLOCK_C, C)
-    y, _ = load_labels(labels, rows, row_mask, ignore_index, C)
+    N, C, A = sizes
+    rows, row_mask, y, _ = sample_axis(labels, BLOCK_N, N, C)
     label = tl.maximum(y, 0)
+    offs_c, col_mask = tile_axis(1, BLOCK_C, C)
+    eps = load_epsilon(samples, rows, row_mask, ACC)
     total = tl.zeros([BLOCK_N, BLOCK_C], dtype=ACC)
-    if sign is not None:
-        eps = tl.load(epsilon + rows, mask=row_mask, other=0.0).to(ACC)
-    if variances is not None:
+    if diagonal is not None:
         squares = tl.zeros([BLOCK_N, BLOCK_C], dtype=ACC)
         constant = tl.zeros([BLOCK_N], dtype=ACC)
     for first in range(0, A, BLOCK_A):
         offs_a = first + tl.arange(0, BLOCK_A)
         k_mask = offs_a < A
-        x = load_tile(features, rows, stride, offs_a, row_mask, k_mask, ACC)
-        if sign is not None:
-            x += eps[:, None] * load_tile(sign, rows, A, offs_a, row_mask, k_mask, ACC)
+        x = load_samples(samples, eps, rows, offs_a, row_mask, k_mask, A, ACC)
         w = load_tile(weight, offs_c, A, offs_a, col_mask, k_mask, ACC)
         total = tl.dot(x, tl.trans(w), total, input_precision=DOT, out_dtype=ACC)
-        if variances is not None:
-            mean_w = tl.load(weight_mean + offs_a, mask=k_mask, other=0.0)
-            sigma = load_tile(variances, label, A, offs_a, row_mask, k_mask, ACC)
+        if diagonal is not None:
+            mean_w = tl.load(diagonal.weight_mean + offs_a, mask=k_mask, other=0.0)
+            sigma = load_tile(diagonal.variances, label, A, offs_a, row_mask, k_mask, ACC)
             w_label = load_tile(weight, label, A, offs_a, row_mask, k_mask, ACC) - mean_w[None, :]
             w = tl.where(col_mask[:, None], w - mean_w[None, :], 0.0)
             squares = tl.dot(sigma, tl.trans(w * w), squares, input_precision=DOT, out_dtype=ACC)
@@ -73,28 +78,28 @@ def logits_kernel(
             constant += tl.sum(sigma * w_label, axis=1)
     if bias is not None:
         total += tl.load(bias + offs_c, mask=col_mask, other=0.0)[None, :]
-    if variances is not None:
+    if diagonal is not None:
         form = tl.where(offs_c[None, :] == y[:, None], 0.0, 0.5 * (squares + constant[:, None]))
-        total += number(alpha, alpha_low, ACC) * form
-    if table is not None:
-        form = load_tile(table, label, table_stride, offs_c, row_mask & (y >= 0), col_mask, ACC)
-        total += number(alpha, alpha_low, ACC) * form
-    if log_prior is not None:
-        prior = tl.load(log_prior + offs_c, mask=col_mask, other=0.0)
-        total += number(beta, beta_low, ACC) * prior[None, :]
+        total += number(terms.alpha, ACC) * form
+    if terms.table is not None:
+        form = load_table(terms.table, y, offs_c, row_mask, col_mask, ACC)
+        total += number(terms.alpha, ACC) * form
+    if terms.log_prior is not None:
+        prior = tl.load(terms.log_prior + offs_c, mask=col_mask, other=0.0)
+        total += number(terms.beta, ACC) * prior[None, :]
     store_tile(z, rows, C, offs_c, row_mask, col_mask, total)
 
 
 @triton.jit
 def sign_kernel(
-    z, weight, labels, sign, N, C, A, ignore_index,
+    z, weight, labels, sign, sizes,
     BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    rows, row_mask = tile_axis(0, BLOCK_N, N)
-    offs_a, col_mask = tile_axis(1, BLOCK_A, A)
-    y, _ = load_labels(labels, rows, row_mask, ignore_index, C)
+    N, C, A = sizes
+    rows, row_mask, y, _ = sample_axis(labels, BLOCK_N, N, C)
     label = tl.maximum(y, 0)
+    offs_a, col_mask = tile_axis(1, BLOCK_A, A)
     row_max = tl.full([BLOCK_N], float("-inf"), dtype=ACC)
     for first in range(0, C, BLOCK_C):
         offs_c = first + tl.arange(0, BLOCK_C)
@@ -123,11 +128,10 @@ def sign_kernel(
 
 @triton.jit
 def softmax_kernel(
-    z, labels, losses, N, C, ignore_index,
+    z, labels, losses, N, C,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    rows, row_mask = tile_axis(0, BLOCK_N, N)
-    y, wrong = load_labels(labels, rows, row_mask, ignore_index, C)
+    rows, row_mask, y, wrong = sample_axis(labels, BLOCK_N, N, C)
     z_label = tl.load(z + rows.to(tl.int64) * C + tl.maximum(y, 0), mask=row_mask, other=0.0)
     row_max, total = softmax_sums(z, rows, C, row_mask, C, BLOCK_N, BLOCK_C, ACC)
     loss = tl.where(y >= 0, tl.log(total) + (row_max - z_label), 0.0)
@@ -149,7 +153,7 @@ def softmax_kernel(
 
 @triton.jit
 def reduce_kernel(
-    losses, labels, loss, inv_count, N, ignore_index,
+    losses, labels, loss, inv_count, N,
     MEAN: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([BLOCK], dtype=ACC)
@@ -157,8 +161,8 @@ def reduce_kernel(
     for first in range(0, N, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         total += tl.load(losses + rows, mask=rows < N, other=0.0)
-        y = tl.load(labels + rows, mask=rows < N, other=0)
-        count += ((rows < N) & (y != ignore_index)).to(tl.int32)
+        y = tl.load(labels.classes + rows, mask=rows < N, other=0)
+        count += ((rows < N) & (y != labels.ignore_index)).to(tl.int32)
     inv = tl.cast(1.0, ACC)
     if MEAN:
         inv /= tl.maximum(tl.sum(count, axis=0), 1)
@@ -171,22 +175,20 @@ def adjusted_logits(
 ) -> tuple[Tensor, Tensor | None]:
     """z̃ (N, C) and s (N, A) int8; `weight` in the compute dtype, R (C, C) of a full Σ."""
     z = weight.new_empty(len(inputs.labels), len(weight))
-    if inputs.epsilon is None:
-        _logits(z, inputs, options, weight, None, table, True)
-        return z, None
-    _logits(z, inputs, options, weight, None, None, False)
-    sign = torch.empty(len(z), weight.shape[1], dtype=torch.int8, device=weight.device)
-    configuration = current_configuration(weight.device)
-    tile = configuration.sign
-    launch(
-        sign_kernel,
-        (triton.cdiv(len(z), tile.rows), triton.cdiv(weight.shape[1], tile.columns)),
-        z, weight, inputs.labels.contiguous(), sign, len(z), *weight.shape, options.ignore_index,
-        warps=tile.warps, stages=tile.stages,
-        BLOCK_N=tile.rows, BLOCK_A=tile.columns, BLOCK_C=tile.depth,
-        ACC=compute_type(weight.dtype), DOT=dot_precision(configuration),
-    )  # fmt: skip
-    _logits(z, inputs, options, weight, sign, table, True)
+    terms = Terms(None, split(options.alpha), None, split(options.beta))
+    sign = None
+    if inputs.epsilon is not None:
+        _logits(z, inputs, options, weight, None, None, terms)
+        sign = torch.empty(inputs.features.shape, dtype=torch.int8, device=weight.device)
+        tile = current_configuration(weight.device).sign
+        launch(
+            sign_kernel, tile.grid(*sign.shape),
+            z, weight, Labels.of(inputs, options), sign, Sizes.of(inputs),
+            like=weight, tile=tile, BLOCK_N=tile.rows, BLOCK_A=tile.columns, BLOCK_C=tile.depth,
+        )  # fmt: skip
+    log_prior = contiguous_as(inputs.log_prior, weight.dtype)
+    terms = terms._replace(table=Table.of(table), log_prior=log_prior)
+    _logits(z, inputs, options, weight, sign, Diagonal.of(inputs, weight), terms)
     return z, sign
 
 
@@ -196,55 +198,35 @@ def _logits(
     options: LossOptions,
     weight: Tensor,
     sign: Tensor | None,
-    table: Tensor | None,
-    adjusted: bool,
+    diagonal: Diagonal | None,
+    terms: Terms,
 ) -> None:
-    """z = hWᵀ + b, or z̃ with all its terms, into `z`."""
+    """(h + ε s) Wᵀ + b and the terms given, into `z`."""
     configuration = current_configuration(weight.device)
-    tile = configuration.logits
-    log_prior = variances = weight_mean = None
-    if adjusted:
-        log_prior = contiguous_as(inputs.log_prior, weight.dtype)
-        if inputs.covariance is not None and inputs.covariance.dim() == 2:
-            tile = configuration.diagonal_logits
-            variances = contiguous_as(inputs.covariance, weight.dtype)
-            weight_mean = weight.mean(dim=0)
-    features = unit_inner_stride(inputs.features)
+    tile = configuration.logits if diagonal is None else configuration.diagonal_logits
     launch(
-        logits_kernel,
-        (triton.cdiv(len(z), tile.rows), triton.cdiv(len(weight), tile.columns)),
-        features, features.stride(0), weight, contiguous_as(inputs.bias, weight.dtype),
-        inputs.labels.contiguous(), sign,
-        None if sign is None else contiguous_as(inputs.epsilon, weight.dtype),
-        variances, weight_mean, table, 0 if table is None else table.stride(0), log_prior,
-        *split(options.alpha), *split(options.beta), z,
-        len(z), *weight.shape, options.ignore_index,
-        warps=tile.warps, stages=tile.stages,
-        BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_A=tile.depth,
-        ACC=compute_type(weight.dtype), DOT=dot_precision(configuration),
+        logits_kernel, tile.grid(*z.shape),
+        Samples.of(inputs, sign), Labels.of(inputs, options), weight,
+        contiguous_as(inputs.bias, weight.dtype), diagonal, terms, z, Sizes.of(inputs),
+        like=weight, tile=tile, BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_A=tile.depth,
     )  # fmt: skip
 
 
-def reduce_losses(z: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | None]:
+def reduce_losses(z: Tensor, labels: Labels, reduction: str) -> tuple[Tensor, Tensor | None]:
     """The loss, (N) or (), and what the mean multiplies by, (1) or None; z becomes D in place."""
     configuration = current_configuration(z.device)
-    tile, (count, num_classes) = configuration.softmax, z.shape
-    acc = compute_type(z.dtype)
-    losses = z.new_empty(count)
+    tile, losses = configuration.softmax, z.new_empty(len(z))
     launch(
-        softmax_kernel,
-        (triton.cdiv(count, tile.rows),),
-        z, labels, losses, count, num_classes, options.ignore_index,
-        warps=tile.warps, stages=tile.stages,
-        BLOCK_N=tile.rows, BLOCK_C=tile.columns, ACC=acc,
+        softmax_kernel, (triton.cdiv(len(z), tile.rows),),
+        z, labels, losses, *z.shape,
+        like=z, tile=tile, BLOCK_N=tile.rows, BLOCK_C=tile.columns,
     )  # fmt: skip
-    if options.reduction == "none":
+    if reduction == "none":
         return losses, None
     loss, inv_count = z.new_empty(()), z.new_empty(1)
     launch(
-        reduce_kernel,
-        (1,),
-        losses, labels, loss, inv_count, count, options.ignore_index,
-        MEAN=options.reduction == "mean", BLOCK=configuration.group, ACC=acc,
+        reduce_kernel, (1,),
+        losses, labels, loss, inv_count, len(z),
+        like=z, MEAN=reduction == "mean", BLOCK=configuration.group,
     )  # fmt: skip
     return loss, inv_count

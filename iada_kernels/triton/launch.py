@@ -10,13 +10,14 @@ import contextvars
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from iada_kernels.triton.config import Configuration, configuration_for
+from iada_kernels.triton.config import Configuration, SingleLaunchLimits, Tile, configuration_for
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,18 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+
+    def leaves(self) -> dict[str, Any]:
+        """The arguments with records taken apart: {"sizes.N": 7, "weight": ..., "ACC": ...}."""
+        return dict(_leaves("", self.arguments))
+
+
+def _leaves(prefix: str, arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in arguments.items():
+        if isinstance(value, tuple) and hasattr(value, "_asdict"):
+            yield from _leaves(f"{prefix}{name}.", value._asdict())
+        else:
+            yield prefix + name, value
 
 
 @dataclass
@@ -59,13 +72,22 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     *arguments: Any,
-    warps: int = 4,
-    stages: int = 2,
+    like: Tensor,
+    tile: Tile | SingleLaunchLimits | None = None,
     **constants: Any,
 ) -> None:
-    """kernel[grid](*arguments, **constants); a grid with an empty axis is no launch."""
+    """kernel[grid](*arguments, **constants); a grid with an empty axis is no launch.
+
+    `tile` gives warps and stages, without one 4 and 2; `like` gives the device and the compute
+    dtype, from which the constants ACC and DOT follow, for kernels that have them.
+    """
     if 0 in grid:
         return
+    if "ACC" in kernel.arg_names:
+        constants["ACC"] = tl.float64 if like.dtype == torch.float64 else tl.float32
+    if "DOT" in kernel.arg_names:
+        constants["DOT"] = _dot_precision(current_configuration(like.device))
+    warps, stages = (4, 2) if tile is None else (tile.warps, tile.stages)
     current = _recording.get()
     if current is not None:
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
@@ -92,19 +114,21 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def dot_precision(configuration: Configuration) -> str:
+def _dot_precision(configuration: Configuration) -> str:
     """How float32 is multiplied: true float32 unless torch was told that less will do."""
     if torch.get_float32_matmul_precision() == "highest":
         return configuration.true_float32
     return configuration.fast_float32
 
 
-def compute_type(dtype: torch.dtype) -> tl.dtype:
-    """The kernels' name for the compute dtype, float32 or float64."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def split(number: float) -> tuple[float, float]:
+class Number(NamedTuple):
     """A double as two floats, because a kernel takes a Python number as float32."""
+
+    high: float
+    low: float
+
+
+def split(number: float) -> Number:
+    """`number` as a kernel takes it; `device.number` puts it together again."""
     high = ctypes.c_float(number).value
-    return high, number - high
+    return Number(high, number - high)

@@ -18,7 +18,6 @@ from iada_kernels.contract import (
     LossNeeds,
     LossOptions,
 )
-from iada_kernels.layout import unit_inner_stride
 from iada_kernels.streaming import (
     is_writable,
     mark_updated,
@@ -27,13 +26,14 @@ from iada_kernels.streaming import (
     write_back,
 )
 from iada_kernels.triton import single_launch, single_launch_backward
-from iada_kernels.triton.class_pass import rank_c_update, stream_and_table
+from iada_kernels.triton.class_loss import SavedParts
+from iada_kernels.triton.class_pass import HeadWeight, rank_c_update, stream_and_table
 from iada_kernels.triton.class_pass_backward import class_sums, weight_partials
 from iada_kernels.triton.head import adjusted_logits, reduce_losses
 from iada_kernels.triton.head_backward import grad_features, grad_variances, grad_weight
 from iada_kernels.triton.moments import update_moments
+from iada_kernels.triton.records import Labels, Samples, Sizes
 from iada_kernels.triton.rows import Groups, group_rows
-from iada_kernels.triton.single_launch import SavedParts
 
 
 class SavedLoss(NamedTuple):
@@ -61,25 +61,26 @@ def loss_forward(
         if state is not None:
             mark_updated(state)
         return result
-    weight, labels = inputs.weight.to(dtype).contiguous(), inputs.labels.contiguous()
+    weight, labels = inputs.weight.to(dtype).contiguous(), Labels.of(inputs, options)
     if stream is not None and state is not None and not is_writable(state, dtype):
         update_statistics(covariance_update, inputs, options, stream)
         stream = state = None
     full = inputs.has_full_covariance
-    groups = moments = table = None
+    groups = samples = moments = table = None
     if full or stream is not None or needs.covariance:
         count = None if stream is None else stream.count
-        groups = group_rows(labels, len(weight), options.ignore_index, count, dtype)
-    features = unit_inner_stride(inputs.features)
+        groups = group_rows(labels, count, weight)
     if stream is not None and groups is not None:
-        moments = update_moments(features, groups, stream.mean, None if full else sigma)
+        samples = Samples.plain(inputs.features)
+        moments = update_moments(samples, groups, stream.mean, None if full else sigma)
     if full and sigma is not None and groups is not None:
         sigma = sigma.to(dtype).contiguous()
-        table, _ = stream_and_table(sigma, weight, groups, features, moments)
+        head = HeadWeight(weight, None)
+        table, _ = stream_and_table(sigma, head, groups, samples, moments)
     if state is not None:
         mark_updated(state)
     z, sign = adjusted_logits(inputs, options, weight, table)
-    loss, inv_count = reduce_losses(z, labels, options)
+    loss, inv_count = reduce_losses(z, labels, options.reduction)
     return loss, SavedLoss(z, sign, inv_count, groups)
 
 
@@ -102,17 +103,16 @@ def loss_backward(
     grads = LossGradients()
     table_partials = None
     if full and groups is not None and (needs.weight or needs.covariance):
-        labels = inputs.labels.contiguous()
-        curvature = class_sums(
-            saved.residual, labels, row_scale, options.alpha, options.ignore_index
-        )
+        labels = Labels.of(inputs, options)
+        curvature = class_sums(saved.residual, labels, row_scale, options.alpha)
         assert sigma is not None
         if needs.weight:
             sigma = sigma.to(weight.dtype).contiguous()
             table_partials = weight_partials(sigma, weight, curvature, groups.size)
         if needs.covariance:
             grads.covariance = weight.new_empty(sigma.shape)
-            rank_c_update(grads.covariance, weight, groups, curvature, overwrite=True)
+            head = HeadWeight(weight, None)
+            rank_c_update(grads.covariance, head, groups, curvature, overwrite=True)
     diagonal = sigma is not None and not full
     dtype = inputs.features.dtype if needs.features else None
     if diagonal and needs.weight:
@@ -121,7 +121,7 @@ def loss_backward(
     feature_gradient = None
     if dtype is not None or sign is not None:
         feature_gradient, grads.epsilon = grad_features(
-            saved.residual, weight, row_scale, sign, dtype
+            Sizes.of(inputs), saved.residual, weight, row_scale, sign, dtype
         )
     if needs.features:
         grads.features = feature_gradient
@@ -146,11 +146,11 @@ def covariance_update(
     """One batch, in place on covariance (C, A, A) or (C, A), mean (C, A) and count (C) int64."""
     state = (covariance, mean, count)
     written = sigma, mean, count = writable(state, mean.dtype)
-    groups = group_rows(labels.contiguous(), len(mean), -1, count, mean.dtype)
-    features, full = unit_inner_stride(features), covariance.dim() == 3
-    moments = update_moments(features, groups, mean, None if full else sigma)
+    groups = group_rows(Labels(labels.contiguous(), -1), count, mean)
+    samples, full = Samples.plain(features), covariance.dim() == 3
+    moments = update_moments(samples, groups, mean, None if full else sigma)
     if full:
-        stream_and_table(sigma, None, groups, features, moments)
+        stream_and_table(sigma, None, groups, samples, moments)
     write_back(state, written)
 
 

@@ -10,67 +10,76 @@ features (N, A) any float · mean, center = μ′, shift (C, A) · covariance (C
 Classes without rows: nothing is read or written.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from iada_kernels.triton.device import load_tile
-from iada_kernels.triton.launch import compute_type, current_configuration, launch
+from iada_kernels.triton.device import load_tile, tile_axis
+from iada_kernels.triton.launch import current_configuration, launch
+from iada_kernels.triton.records import Samples
 from iada_kernels.triton.rows import Groups
 
 
 @triton.jit
 def class_mean(
-    features, stride, order, m, cols, col_mask,
+    samples, order, m, cols, col_mask,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The mean of features[order[:m], columns], with m > 0."""
+    """The mean of h[order[:m], columns], with m > 0."""
     total = tl.zeros([BLOCK_A], dtype=ACC)
     for k in range(0, m, BLOCK_M):
         at = k + tl.arange(0, BLOCK_M)
         rows = tl.load(order + at, mask=at < m, other=0)
-        total += tl.sum(load_tile(features, rows, stride, cols, at < m, col_mask, ACC), axis=0)
+        x = load_tile(samples.features, rows, samples.stride, cols, at < m, col_mask, ACC)
+        total += tl.sum(x, axis=0)
     rough = total / m
     total = tl.zeros([BLOCK_A], dtype=ACC)
     for k in range(0, m, BLOCK_M):
         at = k + tl.arange(0, BLOCK_M)
         rows = tl.load(order + at, mask=at < m, other=0)
-        x = load_tile(features, rows, stride, cols, at < m, col_mask, ACC)
+        x = load_tile(samples.features, rows, samples.stride, cols, at < m, col_mask, ACC)
         total += tl.sum(tl.where((at < m)[:, None], x - rough[None, :], 0.0), axis=0)
     return rough + total / m
 
 
+class Moments(NamedTuple):
+    """The mean μ, updated in place; μ′ of the batch and its shift from the old μ; (C, A) each."""
+
+    mean: Tensor
+    center: Tensor
+    shift: Tensor
+
+
 @triton.jit
 def moments_kernel(
-    features, stride, order, start, size, batch_weight, mean, center, shift, covariance, A,
+    samples, groups, moments, covariance, A,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
-    m = tl.load(size + c)
+    m = tl.load(groups.size + c)
     if m == 0:
         return
-    first = tl.load(start + c)
-    cols = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
-    col_mask = cols < A
-    batch_mean = class_mean(
-        features, stride, order + first, m, cols, col_mask, BLOCK_M, BLOCK_A, ACC
-    )
+    order = groups.order + tl.load(groups.start + c)
+    cols, col_mask = tile_axis(1, BLOCK_A, A)
+    batch_mean = class_mean(samples, order, m, cols, col_mask, BLOCK_M, BLOCK_A, ACC)
 
     offs = c.to(tl.int64) * A + cols
-    w = tl.load(batch_weight + c)
-    old = tl.load(mean + offs, mask=col_mask, other=0.0)
+    w = tl.load(groups.batch_weight + c)
+    old = tl.load(moments.mean + offs, mask=col_mask, other=0.0)
     mean_shift = batch_mean - old
     tl.debug_barrier()  # several threads may read what one of them writes now
-    tl.store(center + offs, batch_mean, mask=col_mask)
-    tl.store(shift + offs, mean_shift, mask=col_mask)
-    tl.store(mean + offs, old + w * mean_shift, mask=col_mask)
+    tl.store(moments.center + offs, batch_mean, mask=col_mask)
+    tl.store(moments.shift + offs, mean_shift, mask=col_mask)
+    tl.store(moments.mean + offs, old + w * mean_shift, mask=col_mask)
     if covariance is not None:
         total = tl.zeros([BLOCK_A], dtype=ACC)
         for k in range(0, m, BLOCK_M):
             at = k + tl.arange(0, BLOCK_M)
-            rows = tl.load(order + first + at, mask=at < m, other=0)
-            x = load_tile(features, rows, stride, cols, at < m, col_mask, ACC)
+            rows = tl.load(order + at, mask=at < m, other=0)
+            x = load_tile(samples.features, rows, samples.stride, cols, at < m, col_mask, ACC)
             x = tl.where((at < m)[:, None], x - batch_mean[None, :], 0.0)
             total += tl.sum(x * x, axis=0)
         sigma = tl.load(covariance + offs, mask=col_mask, other=0.0)
@@ -79,19 +88,15 @@ def moments_kernel(
 
 
 def update_moments(
-    features: Tensor, groups: Groups, mean: Tensor, covariance: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """μ in place, variances too if given; returns center and shift (C, A). One launch."""
-    tile = current_configuration(features.device).moments
+    samples: Samples, groups: Groups, mean: Tensor, covariance: Tensor | None
+) -> Moments:
+    """μ in place, variances (C, A) too if given. One launch."""
+    tile = current_configuration(mean.device).moments
     num_classes, width = mean.shape
-    center, shift = torch.empty_like(mean), torch.empty_like(mean)
+    moments = Moments(mean, torch.empty_like(mean), torch.empty_like(mean))
     launch(
-        moments_kernel,
-        (num_classes, triton.cdiv(width, tile.columns)),
-        features, features.stride(0), groups.order, groups.start, groups.size, groups.batch_weight,
-        mean, center, shift, covariance, width,
-        warps=tile.warps, stages=tile.stages,
-        BLOCK_M=tile.rows, BLOCK_A=tile.columns,
-        ACC=compute_type(mean.dtype),
+        moments_kernel, (num_classes, triton.cdiv(width, tile.columns)),
+        samples, groups, moments, covariance, width,
+        like=mean, tile=tile, BLOCK_M=tile.rows, BLOCK_A=tile.columns,
     )  # fmt: skip
-    return center, shift
+    return moments

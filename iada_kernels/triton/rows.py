@@ -16,11 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.triton.device import load_labels
-from iada_kernels.triton.launch import compute_type, current_configuration, launch
+from iada_kernels.triton.launch import current_configuration, launch
+from iada_kernels.triton.records import Labels
 
 
 @triton.jit
-def scan_rows(labels, order, c, N, C, ignore_index, BLOCK: tl.constexpr):
+def scan_rows(labels, order, c, N, C, BLOCK: tl.constexpr):
     """start and size of class c, whose `order` is stored; the numbers of valid and invalid labels.
 
     Threads that read `order` again wait for each other first.
@@ -28,33 +29,18 @@ def scan_rows(labels, order, c, N, C, ignore_index, BLOCK: tl.constexpr):
     before, counted, num_invalid = 0, 0, 0
     for first in range(0, N, BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        y, invalid_label = load_labels(labels, rows, rows < N, ignore_index, C)
+        y, invalid_label = load_labels(labels, rows, rows < N, C)
         before += tl.sum(((y >= 0) & (y < c)).to(tl.int32), axis=0)
         counted += tl.sum(((y >= 0) | invalid_label).to(tl.int32), axis=0)
         num_invalid += tl.sum(invalid_label.to(tl.int32), axis=0)
     position = before
     for first in range(0, N, BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        y, _ = load_labels(labels, rows, rows < N, ignore_index, C)
+        y, _ = load_labels(labels, rows, rows < N, C)
         same_class = (y == c).to(tl.int32)
         tl.store(order + position + tl.cumsum(same_class, axis=0) - 1, rows, mask=same_class != 0)
         position += tl.sum(same_class, axis=0)
     return before, position - before, counted, num_invalid
-
-
-@triton.jit
-def group_rows_kernel(
-    labels, start, size, order, batch_weight, count, N, C, ignore_index,
-    BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    c = tl.program_id(0)
-    before, m, _, _ = scan_rows(labels, order, c, N, C, ignore_index, BLOCK)
-    tl.store(start + c, before)
-    tl.store(size + c, m)
-    if count is not None:
-        n = tl.load(count + c)
-        tl.store(batch_weight + c, tl.cast(m, ACC) / tl.cast(tl.maximum(n + m, 1), ACC))
-        tl.store(count + c, n + m)
 
 
 class Groups(NamedTuple):
@@ -66,18 +52,29 @@ class Groups(NamedTuple):
     batch_weight: Tensor | None
 
 
-def group_rows(
-    labels: Tensor, num_classes: int, ignore_index: int, count: Tensor | None, dtype: torch.dtype
-) -> Groups:
-    """One launch; `count` is updated in place."""
-    start = labels.new_empty(num_classes, dtype=torch.int32)
-    size, order = torch.empty_like(start), labels.new_empty(len(labels), dtype=torch.int32)
-    batch_weight = None if count is None else labels.new_empty(num_classes, dtype=dtype)
+@triton.jit
+def group_rows_kernel(
+    labels, groups, count, N, C, BLOCK: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    c = tl.program_id(0)
+    before, m, _, _ = scan_rows(labels, groups.order, c, N, C, BLOCK)
+    tl.store(groups.start + c, before)
+    tl.store(groups.size + c, m)
+    if count is not None:
+        n = tl.load(count + c)
+        tl.store(groups.batch_weight + c, tl.cast(m, ACC) / tl.cast(tl.maximum(n + m, 1), ACC))
+        tl.store(count + c, n + m)
+
+
+def group_rows(labels: Labels, count: Tensor | None, like: Tensor) -> Groups:
+    """One launch; `count` is updated in place. `like` is (C, A) in the compute dtype."""
+    num_rows, num_classes = len(labels.classes), len(like)
+    start = labels.classes.new_empty(num_classes, dtype=torch.int32)
+    size, order = torch.empty_like(start), start.new_empty(num_rows)
+    groups = Groups(start, size, order, None if count is None else like.new_empty(num_classes))
+    block = current_configuration(like.device).group
     launch(
-        group_rows_kernel,
-        (num_classes,),
-        labels, start, size, order, batch_weight, count, len(labels), num_classes, ignore_index,
-        BLOCK=current_configuration(labels.device).group,
-        ACC=compute_type(dtype),
+        group_rows_kernel, (num_classes,),
+        labels, groups, count, num_rows, num_classes, like=like, BLOCK=block,
     )  # fmt: skip
-    return Groups(start, size, order, batch_weight)
+    return groups

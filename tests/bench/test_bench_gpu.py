@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ from bench.contestants import why_not_eager
 from bench.device import Ceilings, Stopwatch
 from bench.gpu_table import table
 from bench.kernel_times import matched
+from bench.launches import recorded
 from bench.shapes import SHAPES
-from bench.work import work_of
+from bench.work import OPERATIONS, work_of
 
 pytestmark = pytest.mark.slow
 CEILINGS = Ceilings(bytes=3e12, float32=5e13, tf32=3e14)
@@ -95,25 +95,48 @@ def test_profiled_kernels_are_matched_in_order():
     assert matched(events, ["b", "a", "a"], 3) is None
 
 
-def fake_launch(name, **arguments):
-    kernel = SimpleNamespace(fn=SimpleNamespace(__name__=name))
-    return SimpleNamespace(kernel=kernel, arguments=arguments)
+def launch_of(name, shape, part, place=0):
+    """A launch of the kernel `name` at a reference shape, on an sm_90."""
+    for found, launches in recorded(SHAPES[shape], "sm_90"):
+        named = [each for each in launches if each.kernel.fn.__name__ == name]
+        if found == part:
+            return named[place]
+    raise AssertionError(part)
 
 
 def test_work_of_the_class_pass():
-    sigma = torch.empty(10, 64, 64, device="meta")
-    sides = {"features": None, "tangent": None, "curvature": None, "C": 10, "A": 64}
-    read = fake_launch("class_pass_kernel", covariance=sigma, UPDATE=0, TABLE=True, **sides)
-    both = fake_launch("class_pass_kernel", covariance=sigma, UPDATE=1, TABLE=True, **sides)
-    assert work_of(read, present=5).bytes == 5 * 64 * 64 * 4
-    assert work_of(both, present=5).bytes == 2 * 5 * 64 * 64 * 4
-    assert work_of(both, present=5).float_operations == 5 * 10 * 64 * 64
+    both = launch_of("class_pass_kernel", "cifar10-wrn", "step")
+    read = launch_of("class_pass_kernel", "cifar10-wrn", "hypergradient")
+    sigma, partials = 5 * 640 * 640, 5 * 55 * 10
+    read_bytes, both_bytes = work_of(read, present=5).bytes, work_of(both, present=5).bytes
+    head, size, rows = 10 * 640, 10, 128
+    groups = 4 * (2 * size + rows)  # size, start, order
+    assert read_bytes == 4 * (sigma + 2 * partials + 2 * head) + groups
+    streamed = 4 * (rows * 640 + 2 * 5 * 640 + size)  # features, center and shift, batch weight
+    assert both_bytes == 4 * (2 * sigma + partials + head) + groups + streamed
+    assert work_of(read, present=5).float_operations == 2 * 5 * 10 * 640**2
+    assert work_of(both, present=5).float_operations == 128 * 640**2 + 5 * 10 * 640**2
 
 
 def test_work_of_logits():
-    given = {"features": torch.empty(8, 4), "z": torch.empty(8, 3), "N": 8, "C": 3, "A": 4}
-    found = work_of(fake_launch("logits_kernel", variances=None, **given), present=3)
-    assert (found.bytes, found.float_operations) == (4 * (8 * 4 + 8 * 3), 2 * 8 * 3 * 4)
+    given = launch_of("logits_kernel", "cifar10-wrn", "step")
+    n, c, a = 128, 10, 640
+    found = work_of(given, present=3)
+    labels = 8 * n
+    assert found.bytes == 4 * (n * a + n * c + c * a + c) + labels
+    assert found.float_operations == 2 * n * c * a
+    diagonal = work_of(launch_of("logits_kernel", "imagenet-diag", "step", 1), present=3)
+    assert diagonal.float_operations == 3 * 2 * 256 * 1000 * 2048
+
+
+@pytest.mark.parametrize("shape", ["cifar10-r32", "cifar10-wrn", "imagenet-diag"])
+def test_every_launch_has_its_work(shape):
+    for _, launches in recorded(SHAPES[shape], "sm_90"):
+        for each in launches:
+            work = work_of(each, present=3)
+            assert work.bytes > 0
+            products = each.kernel.fn.__name__ in OPERATIONS
+            assert (work.float_operations > 0) == products
 
 
 def test_three_tf32_products_make_one():

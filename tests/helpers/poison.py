@@ -1,6 +1,7 @@
 """Fresh memory full of NaN, so that a kernel that leaves an element unwritten fails its test."""
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,13 +9,13 @@ from torch import Tensor
 INTEGER = -3  # as a size: nothing to do; as an index: wrong
 
 
-def poison_fresh_memory(monkeypatch) -> None:
-    """Fill whatever the Python of `iada_kernels` allocates uninitialised."""
+def poison_fresh_memory(monkeypatch, seen: Callable[[Tensor], None] = lambda tensor: None) -> None:
+    """Fill whatever the Python of `iada_kernels` allocates uninitialised, and show it to `seen`."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, _filling(getattr(owner, name)))
+        monkeypatch.setattr(owner, name, _filling(getattr(owner, name), seen))
 
 
-def _filling(allocate):
+def _filling(allocate, seen):
     def allocate_and_fill(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
         if torch.compiler.is_compiling():  # a frame is nothing that can be traced
@@ -22,6 +23,7 @@ def _filling(allocate):
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith("iada_kernels."):
             tensor.fill_(torch.nan if tensor.is_floating_point() else INTEGER)
+            seen(tensor)
         return tensor
 
     return allocate_and_fill

@@ -1,0 +1,183 @@
+"""Seeded random calls of every pass, and the launches of each, recorded and not run.
+
+The subsets of gradients are taken in turn, so that 64 combinations have them all; sizes, dtypes,
+the structure of Σ, what is absent, the reduction and the precision of products are drawn.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iada_kernels.contract import (
+    ClassStatistics,
+    HeadTangents,
+    LossInputs,
+    LossNeeds,
+    LossOptions,
+)
+from iada_kernels.dispatch import triton_backend
+from iada_kernels.triton.launch import Launch, recording
+
+ROWS = (0, 1, 2, 7, 16, 33, 64, 127, 1024, 1025, 5000)
+CLASSES = (1, 2, 3, 10, 16, 33, 100, 128, 129, 1000)
+WIDTHS = (1, 2, 5, 16, 17, 40, 63, 64, 65, 128, 640, 2048)
+FLOATS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+NEEDS = [LossNeeds(*bits) for bits in itertools.product((False, True), repeat=6)]
+TERMS = ("bias", "epsilon", "log_prior")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One call. `terms` are those that are present; dtypes by name, as JSON holds them."""
+
+    rows: int
+    classes: int
+    width: int
+    features: str
+    weight: str
+    covariance: str
+    structure: str  # "full", "diag" or "none"
+    streams: bool
+    terms: tuple[str, ...]
+    needs: LossNeeds
+    reduction: str
+    matmul: str  # torch's float32 matmul precision
+    other: str  # the pass that is called beside the loss
+    neighbours: int
+
+    @property
+    def is_double(self) -> bool:
+        """Whether sums are float64."""
+        used = [self.features, self.weight]
+        if self.structure != "none":
+            used.append(self.covariance)
+        return "float64" in used
+
+    def described(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        wanted = [f.name for f in fields(LossNeeds) if getattr(self.needs, f.name)]
+        return asdict(self) | {"needs": wanted}
+
+
+def combinations(count: int, seed: int = 0) -> list[Combination]:
+    """The first `count` of the sequence of this seed."""
+    draw = random.Random(seed)
+    return [_combination(draw, NEEDS[index % len(NEEDS)]) for index in range(count)]
+
+
+def _combination(draw: random.Random, needs: LossNeeds) -> Combination:
+    structures = ("full", "diag") if needs.covariance else ("full", "full", "diag", "none")
+    structure = draw.choice(structures)
+    # A quarter of all has float64 somewhere, which makes all sums float64.
+    dtypes = list(FLOATS) if draw.random() < 0.25 else ["float32", "bfloat16", "float16"]
+    features, weight = draw.choice(dtypes), draw.choice(dtypes)
+    # A full Σ of many classes at a large width would not fit into any memory.
+    rows, classes, width = draw.choice(ROWS), draw.choice(CLASSES), draw.choice(WIDTHS)
+    terms = tuple(t for t in TERMS if getattr(needs, t) or draw.random() < 0.5)
+    return Combination(
+        rows=rows,
+        classes=classes,
+        width=width,
+        features=features,
+        weight=weight,
+        covariance="float64" if "float64" in dtypes and draw.random() < 0.5 else "float32",
+        structure=structure,
+        streams=structure != "none" and draw.random() < 0.5,
+        terms=terms,
+        needs=needs,
+        reduction=draw.choice(("mean", "sum", "none")),
+        matmul=draw.choice(("highest", "high")),
+        other=draw.choice(("update", "hypergradient", "characteristics")),
+        neighbours=draw.choice((0, 1, 5, 10)),
+    )
+
+
+def recorded_launches(combination: Combination, architecture: str) -> Iterator[tuple[str, Launch]]:
+    """What the launchers would launch on `architecture`, each with the name of its pass."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(combination.matmul)
+    try:
+        for name, call in (("loss", _loss), (combination.other, _OTHERS[combination.other])):
+            with recording(execute=False, architecture=architecture) as launches:
+                call(combination)
+            yield from ((name, each) for each in launches)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def _inputs(c: Combination) -> LossInputs:
+    head, sigma = FLOATS[c.weight], None
+    if c.structure != "none":
+        square = (c.width,) if c.structure == "diag" else (c.width, c.width)
+        sigma = _meta(c.classes, *square, dtype=FLOATS[c.covariance])
+    sizes = {"bias": c.classes, "epsilon": c.rows, "log_prior": c.classes}
+    terms = {t: _meta(sizes[t], dtype=head) if t in c.terms else None for t in TERMS}
+    features = _meta(c.rows, c.width, dtype=FLOATS[c.features])
+    labels = _meta(c.rows, dtype=torch.int64)
+    weight = _meta(c.classes, c.width, dtype=head)
+    return LossInputs(features, weight, labels=labels, covariance=sigma, **terms)
+
+
+def _statistics(c: Combination) -> ClassStatistics:
+    mean = _meta(c.classes, c.width, dtype=FLOATS[c.covariance])
+    return ClassStatistics(mean, _meta(c.classes, dtype=torch.int64))
+
+
+def _loss(c: Combination) -> None:
+    inputs, options = _inputs(c), LossOptions(reduction=c.reduction)
+    passes = triton_backend()
+    stream = _statistics(c) if c.streams else None
+    loss, saved = passes.loss_forward(inputs, options, c.needs, stream)
+    if any(c.needs.flags()):
+        passes.loss_backward(inputs, options, saved, torch.empty_like(loss), c.needs)
+
+
+def _update(c: Combination) -> None:
+    inputs, state = _inputs(c), _statistics(c)
+    if inputs.covariance is not None:
+        triton_backend().covariance_update(
+            inputs.covariance, state.mean, state.count, inputs.features, inputs.labels
+        )
+
+
+def _hypergradient(c: Combination) -> None:
+    inputs, passes = _inputs(c), triton_backend()
+    dtype, has_sigma = inputs.compute_dtype, inputs.covariance is not None
+    tangents = HeadTangents(
+        _meta(c.rows, c.width, dtype=dtype) if c.streams else None,
+        _meta(c.classes, c.width, dtype=dtype),
+        _meta(c.classes, dtype=dtype) if "bias" in c.terms else None,
+    )
+    options = LossOptions(reduction="sum" if c.reduction == "sum" else "mean")
+    _, sums = passes.hypergradient(inputs, options, tangents, has_sigma)
+    if inputs.covariance is not None:
+        passes.covariance_step(inputs.covariance, inputs.weight, tangents.weight, sums, 0.1)
+
+
+def _characteristics(c: Combination) -> None:
+    inputs = _inputs(c)
+    logits = _meta(c.rows, c.classes, dtype=FLOATS[c.weight])
+    triton_backend().characteristics(
+        inputs.features, logits, inputs.labels, inputs.weight, c.neighbours
+    )
+
+
+_OTHERS = {
+    "update": _update,
+    "hypergradient": _hypergradient,
+    "characteristics": _characteristics,
+}

@@ -1,0 +1,90 @@
+"""What several kernels take, as records: Triton passes a NamedTuple's fields as arguments.
+
+Each field is specialised as if it were an argument of its own: pointers and sizes by divisibility
+by 16, and None, for what is absent, as a constant. In kernels a record is Triton's own tuple, so
+that no field can be called `values` or `type`; no argument of a kernel can be called `stream`.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from iada_kernels.contract import LossInputs, LossOptions
+from iada_kernels.layout import contiguous_as, unit_inner_stride
+
+
+class Sizes(NamedTuple):
+    """N samples, C classes, A features."""
+
+    N: int
+    C: int
+    A: int
+
+    @classmethod
+    def of(cls, inputs: LossInputs) -> "Sizes":
+        return cls(len(inputs.labels), *inputs.weight.shape)
+
+
+class Labels(NamedTuple):
+    """The class of each sample (N) int64, contiguous, and the label of samples left out."""
+
+    classes: Tensor
+    ignore_index: int
+
+    @classmethod
+    def of(cls, inputs: LossInputs, options: LossOptions) -> "Labels":
+        return cls(inputs.labels.contiguous(), options.ignore_index)
+
+
+class Samples(NamedTuple):
+    """h, or h + ε s where a sign is given: `device.load_samples` reads it."""
+
+    features: Tensor  # (N, A) of any float
+    stride: int  # elements from one row to the next
+    epsilon: Tensor | None  # (N)
+    sign: Tensor | None  # (N, A) int8
+
+    @classmethod
+    def plain(cls, features: Tensor) -> "Samples":
+        """Without ε."""
+        features = unit_inner_stride(features)
+        return cls(features, features.stride(0), None, None)
+
+    @classmethod
+    def of(cls, inputs: LossInputs, sign: Tensor | None) -> "Samples":
+        """With ε in the compute dtype, where there is a sign."""
+        samples = cls.plain(inputs.features)
+        if sign is None:
+            return samples
+        epsilon = contiguous_as(inputs.epsilon, inputs.compute_dtype)
+        return samples._replace(epsilon=epsilon, sign=sign)
+
+
+class Diagonal(NamedTuple):
+    """A diagonal Σ, and the means over classes (A) that center what it multiplies."""
+
+    variances: Tensor  # (C, A)
+    weight_mean: Tensor
+    tangent_mean: Tensor | None
+
+    @classmethod
+    def of(
+        cls, inputs: LossInputs, weight: Tensor, tangent: Tensor | None = None
+    ) -> "Diagonal | None":
+        """None unless Σ is diagonal; in the dtype of `weight`, the compute dtype."""
+        variances = contiguous_as(inputs.covariance, weight.dtype)
+        if variances is None or variances.dim() == 3:
+            return None
+        mean = None if tangent is None else tangent.mean(dim=0)
+        return cls(variances, weight.mean(dim=0), mean)
+
+
+class Table(NamedTuple):
+    """R or Ṙ of a full Σ (C, C), whose rows may lie apart."""
+
+    base: Tensor
+    stride: int
+
+    @classmethod
+    def of(cls, table: Tensor | None) -> "Table | None":
+        return None if table is None else cls(table, table.stride(0))

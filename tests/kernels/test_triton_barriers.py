@@ -1,0 +1,115 @@
+"""Where threads of one program exchange data through memory, the binary has the barrier.
+
+test_triton_memory.py shows that each `tl.debug_barrier` of the sources is needed; here the kernels
+are compiled and their assembly is read: between a store and its barrier nothing is loaded, and the
+barrier is there.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import iada_kernels
+from tests.kernels.test_triton_compile import without_interpreter
+
+pytestmark = pytest.mark.slow
+PACKAGE = Path(iada_kernels.__file__).parent / "triton"
+
+# Instructions of each kernel in order: (file, line, "store" | "load" | "barrier").
+LISTING = """
+import json, re, sys
+from bench.combinations import Combination, recorded_launches
+from bench.offline import compiled, compiling_for
+from iada_kernels.contract import LossNeeds
+architecture = sys.argv[1]
+kinds = (
+    ("store", r"st\\.global|global_store|buffer_store"),
+    ("load", r"ld\\.global|global_load|buffer_load"),
+    ("barrier", r"bar\\.sync|barrier\\.sync|s_barrier"),
+)
+small = Combination(
+    rows=40, classes=10, width=64, features="float32", weight="float32", covariance="float32",
+    structure="full", streams=True, terms=("bias", "epsilon", "log_prior"),
+    needs=LossNeeds(*[True] * 6), reduction="mean", matmul="highest", other="update", neighbours=0,
+)
+found = {}
+with compiling_for(architecture):
+    for _, launch in recorded_launches(small, architecture):
+        assembly = compiled(launch).asm["ptx" if architecture.startswith("sm") else "amdgcn"]
+        files, events, place = {}, [], None
+        for line in assembly.splitlines():
+            if match := re.match(r'\\s*\\.file\\s+(\\d+)\\s+(?:"([^"]*)"\\s+)?"([^"]*)"', line):
+                files[match[1]] = match[3].rsplit("/")[-1]
+            elif match := re.match(r"\\s*\\.loc\\s+(\\d+)\\s+(\\d+)", line):
+                place = (match[1], int(match[2]))
+            elif place is not None:
+                code = line.split("//")[0].split(";")[0] if line.strip()[:1] != ";" else ""
+                events += [(*place, kind) for kind, words in kinds if re.search(words, code)]
+        found[launch.kernel.fn.__name__] = [(files[f], l, kind) for f, l, kind in events]
+json.dump(found, sys.stdout)
+"""
+
+
+# What threads exchange, its file, its store, and the first load of it; None: whatever loads next.
+EXCHANGES = [
+    ("rows of a class", "rows.py", "tl.store(order +", "moments.py", "tl.load(order + at"),
+    ("Σ", "class_loss.py", "tl.store(ptrs, s, mask=mask)", "class_loss.py", "tl.load(sigma +"),
+    ("R", "class_loss.py", "tl.store(parts.sums +", "class_loss.py", "tl.load(class_sums"),
+    ("P", "class_loss.py", "tl.store(ptrs, delta_sigma", "class_loss.py", "tl.load(weight_ptrs"),
+    ("r", "class_loss.py", "tl.store(ptrs, r,", None, None),
+    ("sign", "class_loss.py", "tl.store(ptrs, s, mask=row_mask", None, None),
+    (
+        *("D", "class_loss.py", "tl.store(row_residual, d,"),
+        *("class_loss.py", "rows = tl.load(order + at, mask=row_mask"),
+    ),
+    ("G", "class_loss.py", "tl.store(class_sums, sums", "class_loss.py", "tl.load(sums + i"),
+    ("losses", "single_launch.py", "tl.store(scratch.losses", None, None),
+]
+
+
+def lines_with(file: str, text: str) -> list[int]:
+    lines = (PACKAGE / file).read_text().splitlines()
+    return [number for number, line in enumerate(lines, 1) if text in line]
+
+
+def explicit_barriers() -> set[tuple[str, int]]:
+    files = [path.name for path in PACKAGE.glob("*.py")]
+    return {(file, line) for file in files for line in lines_with(file, "tl.debug_barrier()")}
+
+
+@pytest.fixture(scope="module", params=["sm_90", "gfx942"])
+def listing(request):
+    done = without_interpreter("-W", "ignore", "-c", LISTING, request.param)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    return {name: [tuple(event) for event in events] for name, events in found.items()}
+
+
+def test_every_barrier_of_the_source_is_in_the_binary(listing):
+    assert len(explicit_barriers()) >= 12
+    events = [event for found in listing.values() for event in found]
+    assert explicit_barriers() <= {(file, line) for file, line, kind in events if kind == "barrier"}
+
+
+@pytest.mark.parametrize(
+    ("file", "store", "reader", "load"),
+    [pytest.param(*rest, id=name) for name, *rest in EXCHANGES],
+)
+def test_a_barrier_lies_between_a_store_and_the_load(listing, file, store, reader, load):
+    (line,) = lines_with(file, store)
+    events = listing["single_launch_kernel"]
+    after = max(at for at, event in enumerate(events) if event == (file, line, "store"))
+    following = events[after + 1 :]
+    wanted = None
+    if reader is not None:  # the compiler may give a load the line that first uses it
+        number = lines_with(reader, load)[0]
+        wanted = [(reader, n) for n in range(number, number + 4)]
+    first = next(
+        at
+        for at, (*place, kind) in enumerate(following)
+        if kind == "load" and (wanted is None or tuple(place) in wanted)
+    )
+    assert {(f, n) for f, n, kind in following[:first] if kind == "barrier"} & explicit_barriers()
