@@ -3,6 +3,7 @@
 from iada.methods.afr import AFROptions
 from iada.methods.class_balanced import ClassBalancedOptions, FocalOptions
 from iada.methods.cmo import CMOOptions
+from iada.methods.drw import DeferredReweightingOptions
 from iada.methods.head_loss import CrossEntropyOptions, ISDAOptions, LogitAdjustmentOptions
 from iada.methods.ldam import LDAMOptions
 from iada.methods.meta_iada import MetaIADAOptions, MetaSAugOptions
@@ -13,6 +14,7 @@ METHODS: dict[str, type[MethodOptions]] = {
     "ce": CrossEntropyOptions,
     "cb-ce": ClassBalancedOptions,
     "cb-focal": FocalOptions,
+    "ce-drw": DeferredReweightingOptions,
     "ldam-drw": LDAMOptions,
     "logit-adjustment": LogitAdjustmentOptions,
     "isda": ISDAOptions,

@@ -18,6 +18,7 @@ from iada.methods.afr import (
 )
 from iada.methods.class_balanced import ClassBalanced
 from iada.methods.cmo import CMO, ForegroundPool, Paste
+from iada.methods.drw import DeferredReweighting
 from iada.methods.ldam import LDAM, CosineLinear
 from iada.methods.options import MethodRun
 from iada.nn.priors import class_balanced_weights
@@ -128,6 +129,25 @@ def test_ldam(epoch):
 
     head = make_head()
     method = build(LDAM, head, reweight_epoch=4)
+    order = [[0, 1], [2]]
+    assert method.begin_epoch(epoch, order, 7) is order
+    agrees(method, head, expected, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("epoch", [3, 4])
+def test_ce_drw(epoch):
+    weights = torch.tensor(effective_weights(0.9999 if epoch >= 4 else 0.0), dtype=torch.float64)
+
+    def expected(features, weight, bias, labels):
+        total = norm = 0.0
+        for h, y in zip(features, labels, strict=True):
+            z = weight @ h + bias
+            total = total + weights[y] * (z.logsumexp(dim=0) - z[y])
+            norm = norm + weights[y]
+        return total / norm
+
+    head = make_head()
+    method = build(DeferredReweighting, head, reweight_epoch=4)
     order = [[0, 1], [2]]
     assert method.begin_epoch(epoch, order, 7) is order
     agrees(method, head, expected, tolerance=1e-10)
