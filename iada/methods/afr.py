@@ -11,7 +11,7 @@ Re-Calibration", VISAPP 2024. Every ten epochs of the second stage
     of the gradient, towards the minority of their own class, within 0.6 of the sample.
 
 Samples and copies together, drawn so that classes come equally often, are what is pasted by CutMix,
-λ ~ Beta(1, 1), in a quarter of the steps.
+λ ~ Beta(1, 1), in a quarter of the steps; Table 2 has other shares, and MixUp in place of CutMix.
 
 Where the paper is silent or contradicts itself:
 
@@ -53,7 +53,7 @@ from iada.utils.seeds import seed_of
 from iada.utils.settings import setting
 
 THRESHOLD = 0.8
-SHARE = 0.25  # of the second stage's steps
+MIXINGS = ("cutmix", "mixup")  # Zhang et al., ICLR 2018, is the latter
 EVERY = 10  # epochs
 ATTACKED = 0.5  # of the majority samples
 STEPS, STEP_SIZE, RADIUS = 3, 1 / 255, 0.6
@@ -136,13 +136,23 @@ class AFR(CMO):
             `deviation`, the numbers that pixels in [0, 1] were divided by, one a channel, the
             attack's step is 1/255 divided by them; otherwise the inputs are taken to be in [0, 1].
         finetune_epoch: first epoch of the second stage.
+        mix_fraction: of the second stage's steps, those that mix images.
+        mixing: how they do, one of MIXINGS.
     """
 
     attacked: Tensor
     unit: Tensor
 
-    def __init__(self, run: MethodRun, finetune_epoch: int) -> None:
+    def __init__(
+        self,
+        run: MethodRun,
+        finetune_epoch: int,
+        mix_fraction: float = 0.25,
+        mixing: str = "cutmix",
+    ) -> None:
         super().__init__(run, finetune_epoch)
+        self.mix_fraction, self.mixing = mix_fraction, mixing
+        self._second_stage = False
         assert run.train_set is not None
         self.train_set, self.finetune_epoch = run.train_set, finetune_epoch
         self.attacker = copy.deepcopy(run.backbone).eval().requires_grad_(False)
@@ -163,11 +173,12 @@ class AFR(CMO):
     ) -> Sequence[list[int]]:
         """The rows with the foregrounds'; every ten epochs of the second stage a new attacker."""
         stage_epoch = epoch - self.finetune_epoch
-        if stage_epoch < 0:
+        self._second_stage = stage_epoch >= 0
+        if not self._second_stage:
             return super().begin_epoch(epoch, order, first_step)
         if stage_epoch % EVERY == 0 and self.prepared_epoch != epoch:
             self._prepare(epoch)
-        return self._plan(order, first_step, SHARE)
+        return self._plan(order, first_step, self.mix_fraction)
 
     @torch.no_grad()
     def _prepare(self, epoch: int) -> None:
@@ -234,6 +245,12 @@ class AFR(CMO):
         )
         return inputs.index_copy(0, places, moved.to(inputs.dtype))
 
+    def _mixed(self, images: Tensor, foreground: Tensor, plan: Paste) -> tuple[Tensor, float]:
+        """By MixUp, (1 − λ) of the foreground all over the image, where that was asked for."""
+        if self.mixing == "mixup" and self._second_stage:
+            return torch.lerp(foreground, images, plan.rest), plan.rest
+        return super()._mixed(images, foreground, plan)
+
     def get_extra_state(self) -> dict[str, Any]:
         """When the attacker was made."""
         return {"prepared_epoch": self.prepared_epoch}
@@ -250,14 +267,17 @@ class AFROptions(CMOOptions):
 
     finetune_epochs: the last epochs, AFR's second stage.
     finetune_lr: lr at its start, from which it falls to 0 as a cosine.
+    mix_fraction: of its steps, those that mix images.  mixing: "cutmix" or "mixup".
     """
 
     finetune_epochs: int = setting(50, least=1)
     finetune_lr: float = setting(0.01, above=0)
+    mix_fraction: float = setting(0.25, least=0, most=1)
+    mixing: str = setting("cutmix", choices=MIXINGS)
 
     def build(self, run: MethodRun) -> AFR:
         epoch = run.epochs - self.finetune_epochs
-        return AFR(run, epoch)
+        return AFR(run, epoch, self.mix_fraction, self.mixing)
 
     def last_stage(self) -> tuple[int, float]:
         return self.finetune_epochs, self.finetune_lr

@@ -133,11 +133,7 @@ class CMO(HeadLossMethod):
             raise argument_error("inputs", "images (N, channels, H, W)", got, "take another method")
         count = len(labels) // 2
         foreground = self._foreground(inputs[count:], labels[count:], plan)
-        height, width = inputs.shape[2:]
-        rows, columns = plan.box(height, width)
-        mixed = inputs[:count].clone()
-        mixed[:, :, rows, columns] = foreground[:, :, rows, columns]
-        rest = 1.0 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+        mixed, rest = self._mixed(inputs[:count], foreground, plan)
         batch_rows = self._learner.shard_batch("batch", (mixed, labels[:count]), 0)
         others = labels[count:].long()
 
@@ -150,6 +146,15 @@ class CMO(HeadLossMethod):
     def _foreground(self, inputs: Tensor, labels: Tensor, plan: Paste) -> Tensor:
         """What is pasted, (N, channels, H, W)."""
         return inputs
+
+    def _mixed(self, images: Tensor, foreground: Tensor, plan: Paste) -> tuple[Tensor, float]:
+        """The images with a box of the foreground (CutMix), and how much of them is left."""
+        height, width = images.shape[2:]
+        rows, columns = plan.box(height, width)
+        mixed = images.clone()
+        mixed[:, :, rows, columns] = foreground[:, :, rows, columns]
+        box = (rows.stop - rows.start) * (columns.stop - columns.start)
+        return mixed, 1.0 - box / (height * width)
 
 
 @dataclass(frozen=True)

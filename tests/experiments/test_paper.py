@@ -54,6 +54,7 @@ def test_every_row_of_the_tables_has_a_recipe():
         *(f"table{place}" for place in range(2, 8)),
         "figure6",
         "afr-table1",
+        "afr-table2",
         "uniform-noise",
         "frozen",
         "controls",
@@ -103,6 +104,7 @@ def test_every_recipe_is_whole(name):
         ("table7/cifar10-100", "meta-iada", "top1", 84.01),
         ("table7/cifar100-10", "without-r", "top1", 62.38),
         ("afr-table1/cifar100-100", "afr-400", "top1", 51.91),
+        ("afr-table2/cifar100-100", "mixup-50", "top1", 51.21),
     ],
 )
 def test_published_figures(name, method, metric, percent):
@@ -163,7 +165,7 @@ def test_a_shorter_schedule_is_the_same_in_proportion():
 
 @pytest.mark.parametrize(
     ("given", "folder"),
-    [("2", "table2"), ("table2", "table2"), ("afr-1", "afr-table1"), ("figure6", "figure6")],
+    [("2", "table2"), ("table2", "table2"), ("afr-2", "afr-table2"), ("figure6", "figure6")],
 )
 def test_names_of_tables(given, folder):
     assert table_name(given) == folder

@@ -334,7 +334,7 @@ def test_the_categories_are_told_apart():
     assert (layer(embeddings).argmax(dim=1) == targets).double().mean() > 0.95
 
 
-def make_afr(deviation=None):
+def make_afr(deviation=None, **options):
     """Two classes, each with ten images about one row of pixels and five about another.
 
     The head knows them all, so that thresholds are 0.8; cosines are about 0.9 and 0.4.
@@ -352,7 +352,7 @@ def make_afr(deviation=None):
     head.weight.data = patterns[:2].flatten(1) + patterns[2:].flatten(1)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     run = MethodRun(backbone, head, optimizer, torch.bincount(labels), data)
-    return AFR(run, finetune_epoch=5), data, tail
+    return AFR(run, finetune_epoch=5, **options), data, tail
 
 
 def test_afr_prepares_every_ten_epochs_of_the_second_stage():
@@ -392,6 +392,27 @@ def test_afr_attacks_its_copies_alone(deviation):
         return method.categories(method.attacker(inputs)).softmax(dim=1)[:, 2:].sum(dim=1)
 
     assert (share(pasted) > share(images))[[1, 2]].all()
+
+
+def test_afr_mixes_as_table_2_has_it():
+    """MixUp blends all over the image, in the second stage alone and in the steps asked for."""
+    images, foreground = make_images(0, 3), make_images(1, 3)
+    plan = Paste(rest=0.3, centre=(0.5, 0.5))
+    pasted = CMO._mixed(make_afr()[0], images, foreground, plan)
+    method, _, _ = make_afr(mixing="mixup", mix_fraction=1.0)
+    order = [[0, 1]] * 40
+    for epoch, mixup in ((4, False), (5, True)):
+        method.begin_epoch(epoch, order, 0)
+        mixed, rest = method._mixed(images, foreground, plan)
+        if mixup:
+            assert all(step is not None for step in method._plans)
+            torch.testing.assert_close(mixed, 0.3 * images + 0.7 * foreground)
+            assert rest == 0.3
+        else:
+            assert torch.equal(mixed, pasted[0])
+            assert rest == pasted[1]
+    with pytest.raises(ValueError, match="mixing: expected one of 'cutmix', 'mixup'"):
+        iada.TrainerConfig.from_settings({"method": "afr", "mixing": "remix"})
 
 
 def test_afr_s_state_is_whole():
