@@ -37,13 +37,7 @@ def fused_side(
 def loss_side(shape: Shape, problem: Problem, backend: str) -> Side:
     def call() -> tuple[Tensor, ...]:
         value = iada.fused_loss(
-            problem.features,
-            problem.weight,
-            problem.bias,
-            problem.labels,
-            covariance=problem.covariance,
-            epsilon=problem.epsilon,
-            log_prior=problem.log_prior,
+            **problem.tensors(),
             alpha=ALPHA,
             beta=BETA,
             ignore_index=shape.ignore_index,

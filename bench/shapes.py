@@ -81,21 +81,15 @@ class Problem:
 
     def loss_inputs(self) -> LossInputs:
         """The tensors, detached, as the backends take them."""
-        return LossInputs(**{f.name: getattr(self, f.name).detach() for f in fields(self)})
+        return LossInputs(**{name: tensor.detach() for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Any]:
+        """By the names that `iada.fused_loss` has for them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def gradients(self, loss: Callable[..., Tensor], **options: Any) -> tuple[Tensor, ...]:
         """Forward and backward: what a step of `loss` computes for the differentiable tensors."""
-        value = loss(
-            self.features,
-            self.weight,
-            self.bias,
-            self.labels,
-            covariance=self.covariance,
-            epsilon=self.epsilon,
-            log_prior=self.log_prior,
-            ignore_index=IGNORED,
-            **options,
-        )
+        value = loss(**self.tensors(), ignore_index=IGNORED, **options)
         return torch.autograd.grad(value, self.differentiable)
 
 

@@ -123,17 +123,10 @@ class ClassCovariance(nn.Module):
         self._take_in(features, labels, ignore_index, backend)
 
     @torch.no_grad()
-    def update_gathered(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        *,
-        ignore_index: int = -100,
-        backend: str | None = None,
-    ) -> None:
+    def update_gathered(self, features: Tensor, labels: Tensor) -> None:
         """`update` with rows that are those of all ranks already; it does not communicate."""
-        self._check(features, labels, ignore_index)
-        self._take_in(features, labels, ignore_index, backend)
+        self._check(features, labels, -100)
+        self._take_in(features, labels, -100, None)
 
     def _check(self, features: Tensor, labels: Tensor, ignore_index: int) -> None:
         num_classes, width = self.mean.shape

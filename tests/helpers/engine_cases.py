@@ -7,6 +7,7 @@ from torch import nn
 
 import iada
 from iada.models import cifar_resnet
+from tests.helpers.problems import reference_loss_of_head
 
 CLASSES = 3
 
@@ -106,6 +107,22 @@ def hypergradients(meta, batch, meta_batch, seed=5):
         omega = [p.grad.reshape(-1).clone() for p in meta.perturbation.parameters()]
         found["omega"] = torch.cat(omega)
     return found
+
+
+def eq_10_by_hand(meta, result, classifier, batch):
+    """Gradients of the definition at `classifier`, with the Σ and ε that a step ended with."""
+    features, _ = classifier(batch[0])
+    loss = reference_loss_of_head(
+        classifier.head,
+        features,
+        batch[1],
+        covariance=meta.covariance.covariance,
+        epsilon=result.epsilon,
+        log_prior=meta.log_prior,
+    )
+    torch.testing.assert_close(loss.detach(), result.loss)
+    classifier.zero_grad()
+    loss.backward()
 
 
 def relative(found, expected):

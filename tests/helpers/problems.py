@@ -79,18 +79,8 @@ def reference_loss_of_head(head: nn.Linear, features: Tensor, labels: Tensor, **
 
 
 def _call(function: Callable[..., Tensor], problem: Problem, **more) -> Tensor:
-    p = problem
-    return function(
-        p.features,
-        p.weight,
-        p.bias,
-        p.labels,
-        covariance=p.covariance,
-        epsilon=p.epsilon,
-        log_prior=p.log_prior,
-        **p.options,
-        **more,
-    )
+    tensors = {name: getattr(problem, name) for name in LossInputs._fields}
+    return function(**tensors, **problem.options, **more)
 
 
 def eager(problem: Problem) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 import iada
 from iada.nn.projection import nearest_positive_semidefinite, semidefinite_or_former
+from tests.helpers.engine_cases import eq_10_by_hand
 from tests.helpers.problems import reference_loss_of_head
 
 COUNTS = torch.tensor([40, 20, 10])
@@ -130,18 +131,7 @@ def test_step_follows_algorithm_1():
     # Eq. 10 by hand, from the state before, with the Σ and the strengths that the step ended with.
     trial = make_meta()
     trial.classifier.load_state_dict(before)
-    features, _ = trial.classifier(batch[0])
-    loss = reference_loss_of_head(
-        trial.classifier.head,
-        features,
-        batch[1],
-        covariance=meta.covariance.covariance,
-        epsilon=result.epsilon,
-        log_prior=trial.log_prior,
-    )
-    torch.testing.assert_close(loss.detach(), result.loss)
-    trial.optimizer.zero_grad()
-    loss.backward()
+    eq_10_by_hand(meta, result, trial.classifier, batch)
     trial.optimizer.step()
     for name, tensor in trial.classifier.state_dict().items():
         torch.testing.assert_close(tensor, meta.classifier.state_dict()[name], msg=name)

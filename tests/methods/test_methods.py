@@ -110,6 +110,15 @@ def test_focal_of_a_certain_sample_has_finite_gradients():
     assert torch.isfinite(grad).all()
 
 
+def agrees_when_deferred(kind, epoch, expected):
+    """`agrees` in this epoch, of a method that weighs its classes from epoch 4 on."""
+    head = make_head()
+    method = build(kind, head, reweight_epoch=4)
+    order = [[0, 1], [2]]
+    assert method.begin_epoch(epoch, order, 7) is order
+    agrees(method, head, expected, tolerance=1e-10)
+
+
 @pytest.mark.parametrize("epoch", [3, 4])
 def test_ldam(epoch):
     """−log e^{s(cos_y − Δ_y)} / (e^{s(cos_y − Δ_y)} + Σ_{j≠y} e^{s cos_j}), later weighted."""
@@ -127,11 +136,7 @@ def test_ldam(epoch):
             norm = norm + omega[y]
         return total / norm
 
-    head = make_head()
-    method = build(LDAM, head, reweight_epoch=4)
-    order = [[0, 1], [2]]
-    assert method.begin_epoch(epoch, order, 7) is order
-    agrees(method, head, expected, tolerance=1e-10)
+    agrees_when_deferred(LDAM, epoch, expected)
 
 
 @pytest.mark.parametrize("epoch", [3, 4])
@@ -146,11 +151,7 @@ def test_ce_drw(epoch):
             norm = norm + weights[y]
         return total / norm
 
-    head = make_head()
-    method = build(DeferredReweighting, head, reweight_epoch=4)
-    order = [[0, 1], [2]]
-    assert method.begin_epoch(epoch, order, 7) is order
-    agrees(method, head, expected, tolerance=1e-10)
+    agrees_when_deferred(DeferredReweighting, epoch, expected)
 
 
 def test_ldam_is_evaluated_by_cosines():
