@@ -30,7 +30,7 @@ class LossInputs(NamedTuple):
     def compute_dtype(self) -> torch.dtype:
         """float64 if any tensor is, else float32: the dtype of the loss and of what leads to it."""
         for tensor in self:
-            if tensor is not None and tensor.dtype == torch.float64:
+            if tensor is not None and tensor.dtype is torch.float64:
                 return torch.float64
         return torch.float32
 

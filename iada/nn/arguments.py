@@ -51,12 +51,12 @@ def loss_of_rows(
     too. ValueError names the argument that does not fit. With a group, whose ranks all have rows of
     the batch, the mean over the ranks of the losses is that of the batch.
     """
-    leading = None
+    leading, features = None, inputs.features
     if isinstance(inputs.covariance, ClassCovariance):
         inputs = inputs._replace(covariance=inputs.covariance.covariance)
     soft = _is_soft(inputs)
-    if isinstance(inputs.features, Tensor) and inputs.features.dim() != 2:
-        leading = inputs.features.shape[:-1]
+    if isinstance(features, Tensor) and features.dim() != 2:
+        leading = features.shape[:-1]
         inputs, extras = _flat(inputs, extras, soft)
     if soft:
         loss = _soft_target_loss(inputs, options, extras)
@@ -83,10 +83,9 @@ def _hard_label_loss(
         inputs = inputs._replace(labels=inputs.labels.long())
     if type(options.alpha) is int or type(options.beta) is int:
         options = options._replace(alpha=float(options.alpha), beta=float(options.beta))
-    weighted = extras.class_weight is not None or extras.row_weight is not None
     reduction = options.reduction
     with full_precision(inputs.features.device):
-        if weighted:
+        if extras.class_weight is not None or extras.row_weight is not None:
             weights = _row_weights(inputs, options, extras)
             losses = compute(inputs, options._replace(reduction="none"))
             weights = weights.to(losses.dtype)
@@ -154,9 +153,9 @@ def _reduce(losses: Tensor, weights: Tensor, reduction: str) -> Tensor:
 def _is_soft(inputs: LossInputs) -> bool:
     """Whether the labels are probabilities (…, C) beside features (…, A)."""
     features, labels = inputs.features, inputs.labels
-    if not (isinstance(labels, Tensor) and isinstance(features, Tensor)):
+    if not isinstance(labels, Tensor) or not labels.dtype.is_floating_point:
         return False
-    return labels.dtype.is_floating_point and labels.dim() == features.dim()
+    return isinstance(features, Tensor) and labels.dim() == features.dim()
 
 
 def _soft_target_loss(inputs: LossInputs, options: LossOptions, extras: Extras) -> Tensor:

@@ -23,8 +23,9 @@ COVARIANCE = 4
 
 def lender(owner: ClassCovariance | None) -> ClassCovariance | None:
     """None where there is no backward, and under torch.compile, which makes no change in place."""
-    wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return owner if wanted else None
+    if owner is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    return owner
 
 
 class IADALossFunction(torch.autograd.Function):
@@ -46,14 +47,14 @@ class IADALossFunction(torch.autograd.Function):
         *tensors: Any,
     ) -> Tensor:
         """`tensors` are those of `LossInputs`, in its order."""
-        flags = list(ctx.needs_input_grad[OTHERS:])
-        del flags[LABELS]
-        needs = LossNeeds(*flags)
+        flags = ctx.needs_input_grad
+        needs = LossNeeds(*flags[OTHERS : OTHERS + LABELS], *flags[OTHERS + LABELS + 1 :])
         loss, ctx.saved = backend.loss_forward(LossInputs(*tensors), options, needs, stream)
-        ctx.lent, saved = None, list(tensors)
+        ctx.lent = None
         if owner is not None and not needs.covariance:
-            ctx.lent, saved[COVARIANCE] = owner.lend(), None
-        ctx.save_for_backward(*saved)
+            ctx.lent = owner.lend()
+            tensors = (*tensors[:COVARIANCE], None, *tensors[COVARIANCE + 1 :])
+        ctx.save_for_backward(*tensors)
         ctx.options, ctx.needs, ctx.backend = options, needs, backend
         return loss
 
@@ -62,20 +63,21 @@ class IADALossFunction(torch.autograd.Function):
         with full_precision(grad_loss.device):  # backward may be called under autocast
             if torch.is_grad_enabled():
                 return (*(None,) * OTHERS, *_backward_with_graph(ctx, grad_loss))
-            tensors, args = _saved(ctx), (ctx.options, ctx.saved, grad_loss, ctx.needs)
-            grads = ctx.backend.loss_backward(LossInputs(*tensors), *args).tensors()
+            inputs = _saved(ctx)
+            results = ctx.backend.loss_backward(
+                inputs, ctx.options, ctx.saved, grad_loss, ctx.needs
+            )
             if ctx.lent is not None:
                 ctx.lent.awaited = False
+        grads = results.tensors()
         grads.insert(LABELS, None)
-        return (*(None,) * OTHERS, *map(_cast, grads, tensors))
+        return (*(None,) * OTHERS, *map(_cast, grads, inputs))
 
 
-def _saved(ctx: Any) -> list[Any]:
-    """The tensors of `LossInputs`, with Σ as it was."""
-    tensors = list(ctx.saved_tensors)
-    if ctx.lent is not None:
-        tensors[COVARIANCE] = ctx.lent.read()
-    return tensors
+def _saved(ctx: Any) -> LossInputs:
+    """The inputs, with Σ as it was."""
+    inputs = LossInputs(*ctx.saved_tensors)
+    return inputs if ctx.lent is None else inputs._replace(covariance=ctx.lent.read())
 
 
 def _cast(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
@@ -85,11 +87,11 @@ def _cast(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
 
 
 def _backward_with_graph(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
-    tensors = _saved(ctx)
+    inputs = _saved(ctx)
     if ctx.lent is not None:  # it may stream on before the graph is used
-        tensors[COVARIANCE] = tensors[COVARIANCE].clone()
+        inputs = inputs._replace(covariance=ctx.lent.read().clone())
     # Views give each argument an identity of its own, should one tensor stand for two.
-    views: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
+    views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
     loss = torch_ops.loss_differentiable(LossInputs(*views), ctx.options)
     flags = ctx.needs_input_grad[OTHERS:]
     leaves = [view if needed else None for view, needed in zip(views, flags, strict=True)]

@@ -72,13 +72,13 @@ def loss_forward(
         needed &= ~(WEIGHT | BIAS | PRIOR | EPSILON)
         needed |= int(needed == 0 and any((needs.weight, needs.bias, needs.log_prior)))
     if not fused_update:
-        loss, *saved = _call(inputs, options, None, reduction, needed)
-        return loss, SavedLoss(*saved)
+        loss, residual, partial = _call(inputs, dtype, options, None, reduction, needed)
+        return loss, SavedLoss(residual, partial)
     *head, _, epsilon, log_prior = operator_inputs(inputs, dtype)
     numbers = (options.alpha, options.beta, options.ignore_index, reduction, needed)
-    loss, *saved = _forward_update(*head, *state, epsilon, log_prior, *numbers)
+    loss, residual, partial = _forward_update(*head, *state, epsilon, log_prior, *numbers)
     mark_updated(state)
-    return loss, SavedLoss(*saved)
+    return loss, SavedLoss(residual, partial)
 
 
 def loss_backward(
@@ -94,7 +94,7 @@ def loss_backward(
     needed = _bits(needs)
     residual, partial = saved
     if options.reduction == "none":
-        _, residual, partial = _call(inputs, options, grad_loss, SUM, needed)
+        _, residual, partial = _call(inputs, residual.dtype, options, grad_loss, SUM, needed)
         grad_loss = grad_loss.new_ones(())
     gradients = _backward(
         grad_loss,
@@ -135,12 +135,12 @@ def operator_inputs(inputs: LossInputs, dtype: torch.dtype) -> list[Tensor | Non
 
 def _call(
     inputs: LossInputs,
+    dtype: torch.dtype,
     options: LossOptions,
     row_scale: Tensor | None,
     reduction: int,
     needed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = inputs.compute_dtype
     return _forward(
         *operator_inputs(inputs, dtype),
         contiguous_as(row_scale, dtype),
@@ -153,11 +153,5 @@ def _call(
 
 
 def _bits(needs: LossNeeds) -> int:
-    return (
-        needs.features
-        | needs.weight << 1
-        | needs.bias << 2
-        | needs.covariance << 3
-        | needs.epsilon << 4
-        | needs.log_prior << 5
-    )
+    features, weight, bias, covariance, epsilon, log_prior = needs
+    return features | weight << 1 | bias << 2 | covariance << 3 | epsilon << 4 | log_prior << 5
