@@ -17,7 +17,7 @@ from iada.experiments.command import add_paper
 from iada.experiments.demo import add_demo
 from iada.experiments.experiment import Limits, make_split, read_parts
 from iada.experiments.features import add_features
-from iada.methods.options import CovarianceOptions, MetaStepSettings
+from iada.methods.options import BilevelOptions, CovarianceOptions
 from iada.methods.registry import METHODS
 from iada.models import mlp
 from iada.training.config import TrainerConfig
@@ -132,7 +132,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _settings_help() -> str:
     """What a configuration may hold: the sections, and of [trainer] each method's options."""
     sections = [f"{kind.__doc__}" for kind in (DataConfig, ModelConfig, TrainerConfig)]
-    bases = MetaStepSettings, CovarianceOptions
+    bases = BilevelOptions, CovarianceOptions
     methods = [f"method = {name!r}: {kind.__doc__}" for name, kind in METHODS.items()]
     return "\n\n".join([*sections, *methods, *(f"{kind.__doc__}" for kind in bases)])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from iada.experiments.metrics import METRICS
 from iada.experiments.recipe import MethodEntry, Recipe
-from iada.methods.options import MetaStepSettings
+from iada.methods.options import BilevelOptions
 from iada.training.config import TrainerConfig
 from iada.training.first_phase import can_share, first_phase_config
 
@@ -71,7 +71,7 @@ class Series:
 def _step_cost(config: TrainerConfig) -> float:
     """Of a step of the method, in plain ones."""
     method = config.method
-    if not isinstance(method, MetaStepSettings) or not method.meta_learns:
+    if not isinstance(method, BilevelOptions) or not method.meta_learns:
         return 1.0
     cost = META_STEP if method.scope == "full" else HEAD_META_STEP
     return 1 + (cost - 1) / method.interval

@@ -205,7 +205,7 @@ class MetaIADA(BilevelMethod):
                 network.parameters(), lr=1e-3
             )
         scale = EpsilonScale(epsilon_scale, epsilon_unit)
-        self.epsilon = SampleEpsilon(
+        self.sample_epsilon = SampleEpsilon(
             network, perturbation_optimizer, scale, log_prior, scaler, log_proportion
         )
         counter = torch.zeros((), dtype=torch.int64, device=device)
@@ -217,7 +217,7 @@ class MetaIADA(BilevelMethod):
     @property
     def perturbation(self) -> PerturbationNet | None:
         """The network Ω."""
-        return self.epsilon.perturbation
+        return self.sample_epsilon.perturbation
 
     @property
     def needs_meta_batch(self) -> bool:
@@ -225,13 +225,13 @@ class MetaIADA(BilevelMethod):
 
         None does where there is nothing to learn: a constant or frozen Ω, and covariance_lr 0.
         """
-        learns = bool(self.covariance_lr or self.epsilon.trained())
+        learns = bool(self.covariance_lr or self.sample_epsilon.trained())
         return learns and super().needs_meta_batch
 
     def observe(self, forward: ForwardPass) -> Observed:
         """Σ takes in the batch; the characteristics that Ω sees."""
         self.covariance.update_gathered(forward.global_features, forward.rows.labels)
-        return self.epsilon.observe(forward, self.head, self.memory, self.covariance)
+        return self.sample_epsilon.observe(forward, self.head, self.memory, self.covariance)
 
     def cross_entropy_step(self, batch: Sequence[Any]) -> Tensor:
         """One iteration of the first phase (Algorithm 1, lines 2–5): plain CE. The loss, detached.
@@ -271,7 +271,7 @@ class MetaIADA(BilevelMethod):
     ) -> tuple[Tensor, Observed]:
         """Eq. 7 to 9: moves Ω and Σ."""
         former = None if self._change_measured else observed.sigma.clone()
-        epsilon = self.epsilon.differentiable(observed)
+        epsilon = self.sample_epsilon.differentiable(observed)
         if self.options.hypergradient == DOUBLE_BACKWARD:
             features = forward.features
             sigma = self._by_double_backward(forward, epsilon, meta_rows)
@@ -287,7 +287,7 @@ class MetaIADA(BilevelMethod):
         self, forward: ForwardPass, observed: Observed, after_meta_step: bool
     ) -> tuple[Tensor, HeadGradients, Tensor | None]:
         """Eq. 10's, with the new Ω and Σ."""
-        epsilon = self.epsilon.values(observed, moves_buffers=not after_meta_step)
+        epsilon = self.sample_epsilon.values(observed, moves_buffers=not after_meta_step)
         return *self._head_gradients(forward, observed.sigma, epsilon), epsilon
 
     def _by_closed_form(
@@ -321,7 +321,7 @@ class MetaIADA(BilevelMethod):
         )
         if grad_epsilon is not None and self.rate_free_perturbation:
             grad_epsilon = grad_epsilon * inverse_rate(self.optimizer, head.weight)
-        self.epsilon.learn(epsilon, grad_epsilon, self._learner.scale())
+        self.sample_epsilon.learn(epsilon, grad_epsilon, self._learner.scale())
         return meta.features, sigma
 
     def _by_double_backward(
@@ -337,7 +337,7 @@ class MetaIADA(BilevelMethod):
         loss = self._loss(sigma, epsilon, forward.rows.labels)(features, head.weight, head.bias)
         self._meta_loss, (grad_sigma, *grads) = double_backward(
             loss,
-            [sigma, *self.epsilon.trained()],
+            [sigma, *self.sample_epsilon.trained()],
             trained,
             self.optimizer,
             self.options.virtual,
@@ -348,7 +348,7 @@ class MetaIADA(BilevelMethod):
         if self.rate_free_perturbation:
             factor = inverse_rate(self.optimizer, head.weight)
             grads = [grad * factor for grad in grads]
-        self.epsilon.step(grads, self._learner.scale())
+        self.sample_epsilon.step(grads, self._learner.scale())
         if sigma.dim() == 3:
             grad_sigma = (grad_sigma + grad_sigma.mT) / 2
         return sigma.detach() - self._covariance_step_size() * grad_sigma

@@ -76,9 +76,6 @@ class CMO(HeadLossMethod):
     """
 
     def __init__(self, run: MethodRun, last_epoch: int) -> None:
-        if run.group is not None:
-            remedy = "start one process, or take another method"
-            raise argument_error("method", "one process for cmo and afr", "several", remedy)
         labels = labels_of(run.train_set)
         if labels is None:
             expected = "an attribute `labels`, a tensor (N), for the methods cmo and afr"

@@ -7,7 +7,7 @@ import torch
 
 from iada.meta.epsilon_scale import EPSILON_UNITS
 from iada.meta.meta_iada import MetaIADA
-from iada.methods.options import CovarianceOptions, MetaStepSettings, MethodRun
+from iada.methods.options import BilevelOptions, CovarianceOptions, MethodRun
 from iada.nn.characteristics import TrainingMemory
 from iada.nn.perturbation_net import PerturbationNet
 from iada.nn.priors import class_balanced_weights
@@ -19,7 +19,7 @@ PERTURBATION_INITS = ("default", "zero")
 
 
 @dataclass(frozen=True)
-class MetaSAugOptions(MetaStepSettings, CovarianceOptions):
+class MetaSAugOptions(BilevelOptions, CovarianceOptions):
     """MetaSAug (Li et al., CVPR 2021).
 
     The same iteration with ε = 0, β = 0 and class-balanced weights, its Σ the streamed one moved
@@ -50,7 +50,7 @@ class MetaSAugOptions(MetaStepSettings, CovarianceOptions):
 
 
 @dataclass(frozen=True)
-class MetaIADAOptions(MetaStepSettings, CovarianceOptions):
+class MetaIADAOptions(BilevelOptions, CovarianceOptions):
     """Meta-IADA (Zhou et al., IJCAI 2024).
 
     beta: of Eq. 6.

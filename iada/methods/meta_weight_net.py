@@ -22,7 +22,7 @@ from iada.meta.bilevel import BilevelMethod
 from iada.meta.hypergradient import ForwardPass
 from iada.meta.learner import HeadGradients, ShardedBatch, linear
 from iada.meta.options import MetaStepOptions
-from iada.methods.options import MetaStepSettings, MethodRun
+from iada.methods.options import BilevelOptions, MethodRun
 from iada.utils.settings import setting
 from iada_kernels.contract import HeadTangents
 
@@ -132,7 +132,7 @@ class MetaWeightNet(BilevelMethod):
 
 
 @dataclass(frozen=True)
-class MetaWeightNetOptions(MetaStepSettings):
+class MetaWeightNetOptions(BilevelOptions):
     """Meta-Weight-Net (Shu et al., NeurIPS 2019).
 
     perturbation_lr: Adam's on the network.

@@ -128,7 +128,7 @@ class CovarianceOptions(MethodOptions):
 
 
 @dataclass(frozen=True)
-class MetaStepSettings(MethodOptions):
+class BilevelOptions(MethodOptions):
     """Of the bilevel methods.
 
     hypergradient, scope, interval, low_memory: see `MetaIADA`.
@@ -142,5 +142,5 @@ class MetaStepSettings(MethodOptions):
     @property
     def meta_step(self) -> MetaStepOptions:
         """As `MetaIADA` and others take them."""
-        names = [field.name for field in dataclasses.fields(MetaStepSettings)]
+        names = [field.name for field in dataclasses.fields(BilevelOptions)]
         return MetaStepOptions(**{name: getattr(self, name) for name in names})

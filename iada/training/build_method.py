@@ -24,6 +24,10 @@ def build_method(
     if config.method is None:
         remedy = "pass one, or set TrainerConfig's"
         raise argument_error("method", "one where the config has none", "None", remedy)
+    if group is not None and config.method.single_process:
+        expected = f"one process for {config.method_name}"
+        remedy = "start one process, or take another method"
+        raise argument_error("method", expected, "several", remedy)
     run = MethodRun(
         backbone,
         head,

@@ -195,7 +195,7 @@ def main(folder, methods):
         normalised = make_trainer(method=method, epochs=3, batch_norm=True)
         normalised.fit()
         check_alike(normalised)
-    with pytest.raises(ValueError, match="method: expected one process for cmo and afr"):
+    with pytest.raises(ValueError, match="method: expected one process for"):
         make_trainer(method="cmo")
     with pytest.raises(ValueError, match="batch_size: expected a row for each of 2 processes"):
         make_trainer(method="ce", batch_size=1)

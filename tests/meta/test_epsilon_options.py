@@ -226,9 +226,9 @@ def test_settings_reach_the_engine():
     engine = method()
     assert engine.perturbation.hidden.out_features == 7
     assert not engine.perturbation.strength.weight.any()
-    assert engine.epsilon.optimizer.param_groups[0]["weight_decay"] == 0.01
-    assert engine.epsilon.log_proportion
-    assert engine.epsilon.scale == EpsilonScale(0.1, "class-deviation")
+    assert engine.sample_epsilon.optimizer.param_groups[0]["weight_decay"] == 0.01
+    assert engine.sample_epsilon.log_proportion
+    assert engine.sample_epsilon.scale == EpsilonScale(0.1, "class-deviation")
     assert engine.rate_free_perturbation
     assert engine.rate_free_covariance
     assert engine.needs_meta_batch

@@ -18,7 +18,7 @@ def test_the_classifier_is_no_part_of_it():
     assert all("classifier" not in name for name in meta.state_dict())
     names = {"covariance.covariance", "covariance.mean", "covariance.count", "memory.class_means"}
     assert names <= set(meta.state_dict())
-    assert any(name.startswith("epsilon.perturbation.") for name in meta.state_dict())
+    assert any(name.startswith("sample_epsilon.perturbation.") for name in meta.state_dict())
 
 
 def test_state_goes_through_a_file_and_another_module(tmp_path):
