@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from iada.experiments.metrics import METRICS, mean_std
+from iada.experiments.metrics import METRICS, Spread, mean_std
 from iada.experiments.recipe import DerivedEntry, MethodEntry, Recipe
 from iada.experiments.records import Record, deviations_of
 from iada.experiments.report.table import Cell, Table
 from iada.experiments.report.tables import difference, paired_gaps, shown
+
+PUBLISHED = "published"
 
 
 def listing(recipes: Sequence[Recipe], records: Sequence[Record]) -> str:
@@ -30,39 +32,35 @@ def listing(recipes: Sequence[Recipe], records: Sequence[Record]) -> str:
 
 def comparison(recipe: Recipe, records: Sequence[Record]) -> str:
     """A table: each method's figures, last and best epoch, with the published ones beside."""
-    columns = [(metric, epoch) for metric in recipe.metrics for epoch in ("last", "best")]
-    head = ["method", "seeds"]
-    for metric, epoch in columns:
-        head.append(f"{METRICS[metric]}, {epoch}")
-        if epoch == recipe.selection:
-            head.append("published")
-    rows = []
     records = [*records, *derived_records(recipe, records)]
     by_method: dict[str, list[Record]] = {}
     for record in records:
         by_method.setdefault(record["method"], []).append(record)
+    entries = _entries(recipe)
+    quoted = [*(entry.published for entry in entries.values()), *recipe.published.values()]
+    columns = []
+    for metric in recipe.metrics:
+        for epoch in ("last", "best"):
+            columns.append((metric, epoch))
+            if epoch == recipe.selection and any(metric in figures for figures in quoted):
+                columns.append((metric, PUBLISHED))
     gaps = paired_gaps({key: key for key in by_method}, by_method, recipe.metrics[0])
-    head += ["Meta-IADA less this, paired"] * bool(gaps)
-    for key, entry in _entries(recipe).items():
+    head = ["method", "seeds"]
+    head += [PUBLISHED if e == PUBLISHED else f"{METRICS[metric]}, {e}" for metric, e in columns]
+    rows = []
+    for key, entry in entries.items():
         runs = by_method.get(key, [])
-        if not runs and not entry.published:
-            continue
-        spreads = mean_std(runs)
-        row = [Cell(entry.title), Cell(str(len(runs)) if runs else None)]
-        for metric, epoch in columns:
-            row.append(Cell(shown(metric, spreads[epoch].get(metric))))
-            if epoch == recipe.selection:
-                row.append(_published(entry.published.get(metric)))
-        if gaps:
-            row.append(Cell(difference(recipe.metrics[0], gaps.get(key))))
-        rows.append(row)
+        if runs or entry.published:
+            spreads = mean_std(runs)
+            row = [Cell(entry.title), Cell(str(len(runs)) if runs else None)]
+            row += [_figure(metric, epoch, spreads, entry.published) for metric, epoch in columns]
+            row += [Cell(difference(recipe.metrics[0], gaps.get(key)))] * bool(gaps)
+            rows.append(row)
     for title, figures in recipe.published.items():
         row = [Cell(f"({title})"), Cell(None)]
-        for metric, epoch in columns:
-            row.append(Cell(None))
-            if epoch == recipe.selection:
-                row.append(_published(figures.get(metric)))
+        row += [_figure(metric, epoch, {}, figures) for metric, epoch in columns]
         rows.append(row + [Cell(None)] * bool(gaps))
+    head += ["Meta-IADA less this, paired"] * bool(gaps)
     return Table(head, rows).text()
 
 
@@ -98,5 +96,13 @@ def derived_records(recipe: Recipe, records: Iterable[Record]) -> list[Record]:
     return derived
 
 
-def _published(figure: float | None) -> Cell:
-    return Cell(None if figure is None else f"{figure:.2f}")
+def _figure(
+    metric: str,
+    epoch: str,
+    spreads: Mapping[str, Mapping[str, Spread]],
+    published: Mapping[str, float],
+) -> Cell:
+    """A method's figure at the last or best epoch, or the published one."""
+    if epoch == PUBLISHED:
+        return Cell(f"{published[metric]:.2f}" if metric in published else None)
+    return Cell(shown(metric, spreads.get(epoch, {}).get(metric)))

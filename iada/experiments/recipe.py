@@ -17,7 +17,7 @@ from iada.experiments.metrics import METRICS
 from iada.experiments.scenarios import SCENARIOS
 from iada.methods.registry import METHODS
 from iada.training.config import TrainerConfig
-from iada.utils.checks import argument_error
+from iada.utils.checks import argument_error, check_choice
 from iada.utils.settings import check_settings
 
 AUGMENTS = ("none", "crop-flip", "autoaugment-cutout")
@@ -45,9 +45,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.augment not in AUGMENTS:
-            wanted = " or ".join(map(repr, AUGMENTS))
-            raise argument_error("augment", wanted, repr(self.augment), "pass one of these")
+        check_choice("augment", self.augment, AUGMENTS)
 
     def as_record(self) -> dict[str, Any]:
         """For records and digests; a later field enters only where it is not what it was before."""

@@ -164,7 +164,7 @@ def test_glt(tmp_path, with_paths):
     assert parts["test"].inputs[0] == tmp_path / "images/n01/test_bbl_0.JPEG"
     parts = READERS["glt"](file, images=tmp_path / "images", protocol="clt")
     assert parts["test"].inputs[0].name == "test_bl_0.JPEG"
-    with pytest.raises(ValueError, match="protocol: expected one of clt"):
+    with pytest.raises(ValueError, match="protocol: expected one of 'clt'"):
         READERS["glt"](file, protocol="blt")
 
 
@@ -185,6 +185,18 @@ def empty(name):
 
 def remove(name):
     return lambda folder: (folder / name).unlink()
+
+
+def array(name, change):
+    def damage(folder):
+        with np.load(folder / FEATURES) as loaded:
+            arrays = dict(loaded)
+        with np.errstate(all="ignore"):
+            arrays[name] = change(arrays[name])
+        kept = {key: values for key, values in arrays.items() if values is not None}
+        np.savez(folder / FEATURES, **kept)
+
+    return damage
 
 
 def garble(name):
@@ -276,6 +288,7 @@ TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ub
 LIST, TABLE = "ImageNet_LT_train.txt", "metadata.csv"
 ATTRIBUTES, PARTITION = "list_attr_celeba.txt", "list_eval_partition.txt"
 COMMENTS = "all_data_with_identities.csv"
+FEATURES = "features.npz"
 
 DAMAGE = [
     ("cifar10", remove("data_batch_3"), "data_batch_3: expected a file, got nothing"),
@@ -357,6 +370,15 @@ DAMAGE = [
     ("civilcomments", replace_text(COMMENTS, ",0.6,", ",nan,"), "line 7: expected toxicity"),
     ("civilcomments", replace_text(COMMENTS, ",0.6,", ",much,"), "line 7: expected toxicity"),
     ("civilcomments", replace_text(COMMENTS, "val", "test", 4), "expected comments of validation"),
+    ("features", remove(FEATURES), "features.npz: expected a file, got nothing"),
+    ("features", empty(FEATURES), "features.npz: expected a file with content"),
+    ("features", truncate(FEATURES, -40), "features.npz: expected an .npz"),
+    ("features", garble(FEATURES), "features.npz: expected an .npz"),
+    ("features", array("test_labels", lambda labels: None), "arrays with test_labels"),
+    ("features", array("test_labels", lambda labels: labels + 1), "test_labels: .* got 1 to 3"),
+    ("features", array("train_labels", lambda labels: labels[1:]), "train_labels: expected 6 "),
+    ("features", array("test_inputs", lambda inputs: inputs[:, 1:]), r"floats \(N, 4\), got .*3\)"),
+    ("features", array("train_inputs", lambda inputs: inputs / 0), "finite numbers, got .* row 0"),
     ("glt", remove("annotation.json"), "annotation.json: expected a file, got nothing"),
     ("glt", empty("annotation.json"), "annotation.json: expected a file with content"),
     ("glt", truncate("annotation.json", -30), "annotation.json, line 1: expected json"),
@@ -389,13 +411,14 @@ WRITERS = {
     "celeba": made.write_celeba,
     "civilcomments": made.write_civilcomments,
     "glt": made.write_glt,
+    "features": made.write_features,
 }
 
 
 def read(name, folder):
     if name == "glt":
         return READERS["glt"](folder / "annotation.json", images=folder / "images")
-    return READERS[name.removesuffix("-bin")](folder)
+    return READERS[name.removesuffix("-bin")](folder / FEATURES if name == "features" else folder)
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
@@ -418,6 +441,6 @@ def test_each_reader_has_at_least_five_kinds_of_damage(name):
 def test_a_path_that_is_not_there(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="expected"):
         read(name, tmp_path / "nowhere")
-    if name != "glt":
+    if name not in ("glt", "features"):
         with pytest.raises(OSError, match="expected"):
             read(name, tmp_path)

@@ -1,6 +1,7 @@
 """Features computed once, and heads trained on them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from iada.cli import main
 from iada.experiments.datasets import Labelled, read_features
 from iada.experiments.datasets.features import write_features
+from iada.experiments.demo import paired_differences, summary_table
 from iada.experiments.recipe import load
 from iada.experiments.records import read_records
 from iada.experiments.scenarios import long_tail
@@ -127,6 +129,18 @@ def test_smaller_meta_sets_are_parts_of_larger_ones():
     without = long_tail(parts(rows=40), ratio=4, meta_per_class=0, seed=0)
     with pytest.raises(ValueError, match="meta_per_class: expected a meta set"):
         without.with_meta_limit(2)
+
+
+def test_the_page_shows_the_committed_results():
+    root = Path(__file__).parents[2]
+    records = json.loads((root / "bench/results/frozen.json").read_text())
+    page = (root / "docs/experiments.md").read_text()
+    assert summary_table(records) in page
+    for sentence in paired_differences(records):
+        assert sentence in page
+    methods = {row: {e.key for e in load(row).methods} for row in ("frozen/cifar10-100",)}
+    for record in records:
+        assert record["method"] in methods.get(record["experiment"], {record["method"]})
 
 
 def test_sweeps_change_one_setting():

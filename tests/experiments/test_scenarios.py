@@ -391,7 +391,7 @@ BOTH = {**TRAIN, "test": balanced(3, 2, 1)}
     [
         (lambda: long_tail(TRAIN, ratio=2), "parts: expected a part 'test', got train"),
         (lambda: long_tail(BOTH, ratio=0.5), "ratio: expected a number from 1 on, got 0.5"),
-        (lambda: long_tail(BOTH, ratio=2, convention="exp"), "convention: expected one of ldam"),
+        (lambda: long_tail(BOTH, ratio=2, convention="exp"), "convention: expected one of 'ldam'"),
         (lambda: long_tail(BOTH, ratio=2, largest=9), "class 'class0': expected at least 9 images"),
         (lambda: long_tail(BOTH, ratio=9, meta_per_class=6), "class 'class0': .* train on, got 6"),
         (lambda: long_tail(BOTH, ratio=2, meta_per_class=-1), "meta_per_class: expected a whole"),

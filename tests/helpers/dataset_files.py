@@ -191,3 +191,15 @@ def write_glt(folder, with_paths=False):
         found[part] = section
     (folder / "annotation.json").write_text(json.dumps(found))
     return folder
+
+
+def write_features(folder, width=4, per_class=2):
+    """Features of three classes in one .npz."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), per_class)
+    arrays = {}
+    for part in ("train", "test"):
+        arrays[f"{part}_inputs"] = rng.normal(size=(len(labels), width)).astype(np.float32)
+        arrays[f"{part}_labels"] = labels
+    np.savez(folder / "features.npz", **arrays)
+    return folder

@@ -57,16 +57,40 @@ def read_features(path: str | os.PathLike) -> dict[str, Labelled]:
             raise argument_error(
                 str(file), expected, ", ".join(arrays) or "none", "see iada features"
             )
-    count = int(arrays["train_labels"].max()) + 1
+    count = int(arrays["train_labels"].max(initial=-1)) + 1
     names = tuple(map(str, arrays.get(CLASSES, range(count))))
+    width = arrays["train_inputs"].shape[-1:]
     parts = {}
     for part in PARTS:
         if f"{part}_inputs" in arrays:
-            inputs = torch.from_numpy(arrays[f"{part}_inputs"]).float()
-            labels = torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64))
-            parts[part] = Labelled(inputs, labels, names)
+            inputs, labels = arrays[f"{part}_inputs"], arrays.get(f"{part}_labels")
+            parts[part] = _part(inputs, labels, width, names, f"{file}, {part}")
             check_every_class(parts[part], part, file)
     return parts
+
+
+def _part(
+    inputs: np.ndarray,
+    labels: np.ndarray | None,
+    width: tuple[int, ...],
+    names: tuple[str, ...],
+    where: str,
+) -> Labelled:
+    """Features and labels of one part, each checked."""
+    if inputs.dtype.kind != "f" or inputs.ndim != 2 or inputs.shape[1:] != width:
+        got = f"{inputs.dtype} {inputs.shape}"
+        raise argument_error(f"{where}_inputs", f"floats (N, {width[0]})", got, DAMAGED)
+    if not np.isfinite(inputs).all():
+        row = int(np.argmin(np.isfinite(inputs).all(axis=1)))
+        raise argument_error(f"{where}_inputs", "finite numbers", f"others in row {row}", DAMAGED)
+    expected = f"{len(inputs)} whole numbers in [0, {len(names)})"
+    if labels is None or labels.shape != (len(inputs),) or labels.dtype.kind not in "iu":
+        got = "none" if labels is None else f"{labels.dtype} {labels.shape}"
+        raise argument_error(f"{where}_labels", expected, got, DAMAGED)
+    if labels.min() < 0 or labels.max() >= len(names):
+        got = f"{labels.min()} to {labels.max()}"
+        raise argument_error(f"{where}_labels", expected, got, DAMAGED)
+    return Labelled(torch.from_numpy(inputs).float(), torch.from_numpy(labels).long(), names)
 
 
 class FeatureView(View):

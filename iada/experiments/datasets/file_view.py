@@ -12,7 +12,7 @@ from iada.experiments.datasets.images import open_image, pixels
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.datasets.memory_view import IMAGENET, Normalisation
 from iada.experiments.datasets.view import View
-from iada.utils.checks import argument_error
+from iada.utils.checks import argument_error, check_choice
 
 _FINE = 2**30  # steps of a draw that stands for a real number in [0, 1)
 _TRIES = 10
@@ -45,10 +45,7 @@ class FileView(View):
     ) -> None:
         if isinstance(data.inputs, Tensor) or (len(data) and isinstance(data.inputs[0], str)):
             raise argument_error("data", "image files", "others", "use MemoryView or TextView")
-        if shape not in SHAPES:
-            raise argument_error(
-                "shape", f"one of {', '.join(SHAPES)}", repr(shape), "pass one of these"
-            )
+        check_choice("shape", shape, SHAPES)
         if not 0 < scale[0] <= scale[1] <= 1:
             raise argument_error(
                 "scale", "0 < low ≤ high ≤ 1", repr(scale), "pass shares of the area"

@@ -9,7 +9,7 @@ import torch
 
 from iada.experiments.datasets.files import DAMAGED, bytes_of, check_image_file, folder_at, missing
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import argument_error
+from iada.utils.checks import argument_error, check_choice
 
 # Which test set goes with which protocol. ALT is the training set with balanced classes: it lies in
 # an annotation file of its own (…_inter_bl.json, coco_cbl) and has the same test set as GLT.
@@ -26,10 +26,7 @@ def read_glt(
     the paths in the file, written on its authors' machine, are looked up there by their endings;
     None takes them as they are. protocol: "clt", "glt" or "alt", which chooses the test set.
     """
-    if protocol not in TESTS:
-        raise argument_error(
-            "protocol", f"one of {', '.join(TESTS)}", repr(protocol), "pass one of these"
-        )
+    check_choice("protocol", protocol, [*TESTS])
     file = Path(path)
     annotation = _json(file)
     names = _class_names(annotation, file)

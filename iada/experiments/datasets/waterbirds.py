@@ -5,15 +5,7 @@ from pathlib import Path
 
 import torch
 
-from iada.experiments.datasets.files import (
-    DAMAGED,
-    at_line,
-    check_image_file,
-    first_file,
-    folder_at,
-    integer,
-    rows_of,
-)
+from iada.experiments.datasets import files
 from iada.experiments.datasets.labelled import Labelled, check_every_class
 from iada.utils.checks import argument_error
 
@@ -28,15 +20,15 @@ def read_waterbirds(path: str | os.PathLike) -> dict[str, Labelled]:
 
     path: the folder of `metadata.csv` (columns img_filename, y, split, place) and of the images.
     """
-    folder = folder_at(path, "metadata.csv and the images")
-    file = first_file(folder, ["metadata.csv"], "the table of images")
+    folder = files.folder_at(path, "metadata.csv and the images")
+    file = files.first_file(folder, ["metadata.csv"], "the table of images")
     rows: list[tuple[Path, int, int, int]] = []
-    for line, row in rows_of(file, ["img_filename", "y", "split", "place"]):
-        where = at_line(file, line)
-        bird = integer(row["y"], range(2), "y, 0 (landbird) or 1 (waterbird)", where)
-        place = integer(row["place"], range(2), "place, 0 (land) or 1 (water)", where)
-        split = integer(row["split"], range(3), "split, 0, 1 or 2", where)
-        check_image_file(folder / row["img_filename"], where)
+    for line, row in files.rows_of(file, ["img_filename", "y", "split", "place"]):
+        where = files.at_line(file, line)
+        bird = files.integer(row["y"], range(2), "y, 0 (landbird) or 1 (waterbird)", where)
+        place = files.integer(row["place"], range(2), "place, 0 (land) or 1 (water)", where)
+        split = files.integer(row["split"], range(3), "split, 0, 1 or 2", where)
+        files.check_image_file(folder / row["img_filename"], where)
         rows.append((folder / row["img_filename"], bird, place, split))
     return grouped_parts(rows, CLASSES, GROUPS, file)
 
@@ -52,7 +44,9 @@ def grouped_parts(
     for number, part in enumerate(SPLITS):
         in_part = [row for row in rows if row[3] == number]
         if not in_part:
-            raise argument_error(str(file), f"rows of {part} (split {number})", "none", DAMAGED)
+            raise argument_error(
+                str(file), f"rows of {part} (split {number})", "none", files.DAMAGED
+            )
         labels = torch.tensor([label for _, label, _, _ in in_part])
         attributes = torch.tensor([attribute for _, _, attribute, _ in in_part])
         paths = [path for path, *_ in in_part]

@@ -9,7 +9,7 @@ from torch import Tensor
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.scenarios.sampling import check_count, part_of, rows_by_key, whole_part
 from iada.experiments.scenarios.split import Split
-from iada.utils.checks import argument_error
+from iada.utils.checks import argument_error, check_choice
 
 # The published ways to make CIFAR-LT, by name; at 100:1 they leave 12,406, 12,380 and 25,250 images
 # of CIFAR-10, and 10,847, 10,626 and 25,250 of CIFAR-100.
@@ -55,11 +55,7 @@ def long_tail(
     largest: images of a class before any are taken out, n_max; None takes N/C. ValueError where a
     class has fewer than it is to keep.
     """
-    if convention not in CONVENTIONS:
-        choices = ", ".join(CONVENTIONS)
-        raise argument_error(
-            "convention", f"one of {choices}", repr(convention), "pass one of these"
-        )
+    check_choice("convention", convention, [*CONVENTIONS])
     if not ratio >= 1:
         raise argument_error(
             "ratio", "a number from 1 on", repr(ratio), "pass largest : smallest class"

@@ -15,7 +15,7 @@ from iada.experiments.scenarios.sampling import (
     whole_part,
 )
 from iada.experiments.scenarios.split import Split
-from iada.utils.checks import argument_error
+from iada.utils.checks import argument_error, check_choice
 
 KINDS = {
     "uniform": "a share p of the labels redrawn over all K classes: p(1 − 1/K) of them are wrong",
@@ -26,8 +26,7 @@ KINDS = {
 
 def transition(kind: str, share: float, num_classes: int, rng: np.random.Generator) -> np.ndarray:
     """(K, K): the chance that a label of the row's class becomes the column's."""
-    if kind not in KINDS:
-        raise argument_error("kind", f"one of {', '.join(KINDS)}", repr(kind), "pass one of these")
+    check_choice("kind", kind, [*KINDS])
     if not 0 <= share <= 1:
         raise argument_error(
             "share", "a number in [0, 1]", repr(share), "pass a share, not percent"
