@@ -6,6 +6,7 @@
 # make stress     200 short trainings under torchrun; counts those that do not end well
 # make fuzz       30 minutes: 10,000 random cases of each backend against torch's own error
 # make fallback   what every backend must pass, as if there were no native library
+# make matrix   compiles random combinations for four GPUs with Triton 3.6, the oldest there may be
 # make wheel   builds dist/*.whl with the native library in it, for every Python and torch from 2.11
 # make check-wheel   installs that wheel beside TORCH in a fresh venv, without a compiler, and uses it
 #
@@ -20,7 +21,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick check bench sanitize stress fuzz fallback wheel check-wheel clean FORCE
+.PHONY: demo test quick check bench sanitize stress fuzz fallback wheel check-wheel matrix clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m iada demo --out demo-report
@@ -124,6 +125,13 @@ check-wheel:
 	$(WHEEL_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --only-binary :all: dist/*.whl
 	cd $(WHEEL_VENV) && export PATH=$(abspath $(WHEEL_VENV))/bin IADA_REQUIRE_NATIVE=1 && \
 	  unset IADA_NATIVE_LIBRARY PYTHONPATH && python -m iada_kernels && python -W error -c "$(USE)"
+
+# torch 2.11 brings Triton 3.6. Nothing is launched, and no native library is needed.
+OLDEST_VENV := build/triton-3.6
+matrix:
+	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) torch==2.11.0 triton==3.6.0 numpy einops
+	$(OLDEST_VENV)/bin/python -m bench.resources --matrix --json bench/results/matrix-triton-3.6.json
 
 clean:
 	rm -rf $(VENV) build dist demo-report

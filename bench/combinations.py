@@ -7,7 +7,7 @@ the structure of Σ, what is absent, the reduction and the precision of products
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,8 +65,8 @@ class Combination:
 
     def described(self) -> dict[str, Any]:
         """As JSON holds it."""
-        wanted = [f.name for f in fields(LossNeeds) if getattr(self.needs, f.name)]
-        return asdict(self) | {"needs": wanted}
+        wanted = [name for name, is_needed in self.needs._asdict().items() if is_needed]
+        return vars(self) | {"needs": wanted}
 
 
 def combinations(count: int, seed: int = 0) -> list[Combination]:
@@ -142,7 +142,7 @@ def _loss(c: Combination) -> None:
     passes = triton_backend()
     stream = _statistics(c) if c.streams else None
     loss, saved = passes.loss_forward(inputs, options, c.needs, stream)
-    if any(c.needs.flags()):
+    if any(c.needs):
         passes.loss_backward(inputs, options, saved, torch.empty_like(loss), c.needs)
 
 

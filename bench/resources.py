@@ -3,6 +3,7 @@
 Every kernel that training launches at a reference shape, with the configuration that ships, is
 compiled for each architecture, and its binary read. Exit code 1 if a kernel does not compile, keeps
 registers in memory (stack > 0), or wants more shared memory or a larger grid than there is.
+With --matrix the same of random combinations, see bench/matrix.py.
 """
 
 import argparse
@@ -31,7 +32,10 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="architectures at a time")
+    parser.add_argument("--matrix", action="store_true", help="random combinations, not the shapes")
+    parser.add_argument("--count", type=int, default=448, help="combinations of the matrix")
+    parser.add_argument("--seed", type=int, default=0, help="of the matrix")
     options = parser.parse_args()
     if INTERPRETED:
         print(
@@ -40,6 +44,10 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    if options.matrix:
+        from bench.matrix import run_matrix
+
+        return run_matrix(options.arch, options.count, options.seed, options.json)
     rows = measured(options.arch, options.shapes, options.jobs)
     machine = environment()
     print(headline(machine, {"compiler": f"triton {machine['triton']}; nothing is run"}) + "\n")
@@ -108,12 +116,12 @@ def figures_of(
     return {**known[id(binary)], **limit}
 
 
-def complaint(row: dict[str, Any]) -> str:
+def complaint(row: dict[str, Any], allowed_stack: int = 0) -> str:
     """Why this kernel cannot ship, or nothing."""
     if "error" in row:
         return f"does not compile: {row['error'].strip().splitlines()[-1]}"
     found = []
-    if row["stack"] or row["spilled"]:
+    if max(row["stack"], 4 * row["spilled"]) > allowed_stack:
         found.append(f"keeps {row['stack']} bytes of each thread in memory")
     if row["shared"] > row["limit"]:
         found.append(f"wants {row['shared']} bytes of shared memory, {row['limit']} there are")

@@ -78,7 +78,7 @@ NVIDIA = Configuration(
     rank_c_update=Tile(64, 32, 16, warps=8),
     class_pass_weight=Tile(64, 64, 32),
     logits=Tile(32, 64, 32),
-    diagonal_logits=Tile(32, 32, 16),
+    diagonal_logits=Tile(32, 32, 16, warps=8),  # 4 would spill where A is no multiple of 16
     tangent=Tile(32, 64, 32, warps=8),
     diagonal_tangent=Tile(16, 32, 16),
     sign=Tile(32, 64, 32),
@@ -112,6 +112,7 @@ AMD = replace(
     NVIDIA,
     class_pass=Tile(32, 32, 16),
     rank_c_update=Tile(32, 32, 16),
+    diagonal_logits=Tile(32, 32, 16),
     single_launch=SingleLaunchLimits(1024, 128, 64, 2**15, 512, 32, 64, 256, 64),
     true_float32="ieee",
     fast_float32="ieee",
