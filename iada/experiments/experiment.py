@@ -77,13 +77,13 @@ def read_parts(recipe: Recipe, path: Path | None, limits: Limits) -> Parts:
     known = list(inspect.signature(reader).parameters)[1:]
     for key in options:
         if key not in known:
-            wanted = f"one of reader, colored, {', '.join(known)}"
-            raise argument_error(f"[data] {key}", wanted, repr(key), "rename or remove it")
+            expected = f"one of reader, colored, {', '.join(known)}"
+            raise argument_error(f"[data] {key}", expected, repr(key), "rename or remove it")
     parts = reader(path, **options)
     if colored:
         parts = colored_mnist(parts)
-    kept = {"train": limits.train, "test": limits.test, "validation": limits.test}
-    return {part: first_of_each(data, kept[part]) for part, data in parts.items()}
+    limit_of = {"train": limits.train, "test": limits.test, "validation": limits.test}
+    return {part: first_of_each(data, limit_of[part]) for part, data in parts.items()}
 
 
 def first_of_each(data: Labelled, count: int) -> Labelled:
@@ -104,8 +104,8 @@ def make_split(recipe: Recipe, parts: Parts, seed: int) -> Split:
     known = inspect.signature(scenario).parameters
     for key in options:
         if key not in known:
-            wanted = f"one of {', '.join(list(known)[1:])}"
-            raise argument_error(f"[scenario] {key}", wanted, repr(key), "rename or remove it")
+            expected = f"one of {', '.join(list(known)[1:])}"
+            raise argument_error(f"[scenario] {key}", expected, repr(key), "rename or remove it")
     if clustering is not None:
         source = parts[options.get("meta_from", "validation")]
         options["features"] = _features(clustering, source, recipe.model.image_size)

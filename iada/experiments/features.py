@@ -61,9 +61,9 @@ def features(options: argparse.Namespace) -> int:
     computed = {}
     for name, part in parts.items():
         view = make_view(recipe, part, device)
-        found = outputs(backbone, head, view, num_workers=options.workers)
-        computed[name] = replace(part, inputs=found.features.float().reshape(len(part), -1))
-        accuracy = float((found.logits.argmax(dim=1) == part.labels).double().mean())
+        evaluated = outputs(backbone, head, view, num_workers=options.workers)
+        computed[name] = replace(part, inputs=evaluated.features.float().reshape(len(part), -1))
+        accuracy = float((evaluated.logits.argmax(dim=1) == part.labels).double().mean())
         print(f"{name}: {tuple(computed[name].inputs.shape)}, its own head {100 * accuracy:.1f} %")  # type: ignore[union-attr]
     about = {"recipe": recipe.name, "changes": options.changes, "model": model.as_record()}
     write_features(options.out, computed, {**about, "backbone": weights_digest(backbone)})

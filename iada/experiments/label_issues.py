@@ -38,12 +38,12 @@ def detection(epsilon: Tensor, wrong: Tensor) -> dict[str, float] | None:
     if not positive or not negative:
         return None
     # Mann and Whitney: ranks, those of equal values averaged.
-    _, place, counts = epsilon.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]
+    _, value_of, counts = epsilon.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[value_of]
     above = float(ranks[wrong].sum()) - positive * (positive + 1) / 2
     # A threshold takes in all of one value at once, so that the order of equal ones is nothing.
-    hits = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, place, wrong.double())
-    taken, found = counts.cumsum(0), hits.cumsum(0)
+    hits = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, value_of, wrong.double())
+    taken, wrong_so_far = counts.cumsum(0), hits.cumsum(0)
     first = torch.searchsorted(taken, positive)
     before = taken[first] - counts[first]
     part = float(positive - before) / float(
@@ -51,7 +51,7 @@ def detection(epsilon: Tensor, wrong: Tensor) -> dict[str, float] | None:
     )  # of the group in which the last one lies
     return {
         "auroc": 1 - above / (positive * negative),
-        "average_precision": float((hits * found / taken).sum()) / positive,
-        "precision": float(found[first] - hits[first] + part * hits[first]) / positive,
+        "average_precision": float((hits * wrong_so_far / taken).sum()) / positive,
+        "precision": float(wrong_so_far[first] - hits[first] + part * hits[first]) / positive,
         "base_rate": positive / (positive + negative),
     }

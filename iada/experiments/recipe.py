@@ -130,8 +130,8 @@ def names() -> list[str]:
 def table_name(table: str) -> str:
     """The folder of "2", "6" or "afr-1"; figures are "figure6"."""
     tables = sorted({name.split("/")[0] for name in names()})
-    wanted = table.lower()
-    for candidate in (wanted, f"table{wanted}", wanted.replace("afr-", "afr-table")):
+    name = table.lower()
+    for candidate in (name, f"table{name}", name.replace("afr-", "afr-table")):
         if candidate in tables:
             return candidate
     raise argument_error("--table", f"one of {', '.join(tables)}", repr(table), "see --list")
@@ -157,8 +157,8 @@ def load(name: str, changes: dict[str, dict[str, Any]] | None = None) -> Recipe:
                 _check_shared(values, sections["methods"])
             sections[section] = {**sections.get(section, {}), **values}
         else:
-            wanted = f"data, scenario, model, trainer, {', '.join(methods)}"
-            raise argument_error(f"section {section}", wanted, repr(section), "rename it")
+            expected = f"data, scenario, model, trainer, {', '.join(methods)}"
+            raise argument_error(f"section {section}", expected, repr(section), "rename it")
     recipe = _build(name, sections)
     for key in (changes or {}).get("trainer", {}):
         if not any(key in entry.trainer.settings() for entry in recipe.methods):
@@ -171,8 +171,8 @@ def _check_own(section: str, values: dict[str, Any]) -> None:
     """A change of one method is one of its settings."""
     for key in values:
         if key in ("title", "published", "method", "with_meta"):
-            wanted = "a setting of the trainer"
-            raise argument_error(f"{section}.{key}", wanted, repr(key), "choose another")
+            expected = "a setting of the trainer"
+            raise argument_error(f"{section}.{key}", expected, repr(key), "choose another")
 
 
 def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) -> None:

@@ -84,9 +84,9 @@ def _vision(
         known = module.list_models()
     if name not in known:
         close = [other for other in known if name.lower() in other.lower()][:5]
-        wanted = f"a model of {library}" + (f", such as {', '.join(close)}" if close else "")
+        expected = f"a model of {library}" + (f", such as {', '.join(close)}" if close else "")
         remedy = f"see {library}'s list_models()"
-        raise argument_error("backbone", wanted, repr(name), remedy)
+        raise argument_error("backbone", expected, repr(name), remedy)
     options: dict[str, Any] = {} if weights else {"num_classes": num_classes}
     if library == "timm":
         return module.create_model(name, pretrained=bool(weights), **options)
@@ -107,10 +107,10 @@ def _transformer(module: Any, path: str, num_classes: int, pretrained: bool) -> 
             return kind.from_pretrained(path, config=config)
         return kind.from_config(config)
     except (OSError, ValueError) as error:
-        place = "a folder" if Path(path).exists() else "nothing at this path"
+        got = "a folder" if Path(path).exists() else "nothing at this path"
         raise argument_error(
             "backbone",
             "transformers/PATH, PATH with config.json of a sequence classifier",
-            f"{place}: {str(error).splitlines()[0]}",
+            f"{got}: {str(error).splitlines()[0]}",
             "save one there by model.save_pretrained(PATH)",
         ) from error

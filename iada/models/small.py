@@ -92,8 +92,8 @@ class WideBlock(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """(N, width_in, H, W) → (N, width, H / stride, W / stride)."""
         active = self.norm1(inputs).relu()
-        kept = inputs if self.shortcut is None else self.shortcut(active)
-        return kept + self.conv2(self.norm2(self.conv1(active)).relu())
+        shortcut = inputs if self.shortcut is None else self.shortcut(active)
+        return shortcut + self.conv2(self.norm2(self.conv1(active)).relu())
 
 
 def wide_resnet(depth: int = 28, factor: int = 10) -> nn.Sequential:

@@ -76,10 +76,10 @@ def _splits(file: Path) -> dict[str, int]:
 
 def _attributes(file: Path) -> Iterator[tuple[int, str, int, int]]:
     """(line, image, Blond_Hair, Male), the attributes as 0 or 1."""
-    wanted = ["Blond_Hair", "Male"]
+    attributes = ["Blond_Hair", "Male"]
     seen: set[str] = set()
     for line, name, values in (
-        _csv_rows(file, wanted) if file.suffix == ".csv" else _text_rows(file, wanted)
+        _csv_rows(file, attributes) if file.suffix == ".csv" else _text_rows(file, attributes)
     ):
         where = at_line(file, line)
         if name in seen:
@@ -87,31 +87,31 @@ def _attributes(file: Path) -> Iterator[tuple[int, str, int, int]]:
         seen.add(name)
         signs = [
             integer(value, (-1, 0, 1), f"{column}, 1 or -1", where)
-            for column, value in zip(wanted, values, strict=True)
+            for column, value in zip(attributes, values, strict=True)
         ]
         yield line, name, int(signs[0] == 1), int(signs[1] == 1)
 
 
-def _csv_rows(file: Path, wanted: list[str]) -> Iterator[tuple[int, str, list[str]]]:
-    for line, row in rows_of(file, ["image_id", *wanted]):
-        yield line, row["image_id"], [row[name] for name in wanted]
+def _csv_rows(file: Path, attributes: list[str]) -> Iterator[tuple[int, str, list[str]]]:
+    for line, row in rows_of(file, ["image_id", *attributes]):
+        yield line, row["image_id"], [row[name] for name in attributes]
 
 
-def _text_rows(file: Path, wanted: list[str]) -> Iterator[tuple[int, str, list[str]]]:
+def _text_rows(file: Path, attributes: list[str]) -> Iterator[tuple[int, str, list[str]]]:
     """The authors' form: how many images, the names of the attributes, a line for each image."""
     lines = lines_of(file)
     count = integer(lines[0].strip(), range(1, 2**31), "the number of images", at_line(file, 1))
     columns = lines[1].split() if len(lines) > 1 else []
-    absent = [name for name in wanted if name not in columns]
+    absent = [name for name in attributes if name not in columns]
     if absent:
         where = at_line(file, 2)
         raise argument_error(
-            where, f"attributes with {', '.join(wanted)}", f"no {absent[0]}", DAMAGED
+            where, f"attributes with {', '.join(attributes)}", f"no {absent[0]}", DAMAGED
         )
     if len(lines) - 2 != count:
         expected = f"{count} images, as its first line says"
         raise argument_error(str(file), expected, str(len(lines) - 2), DAMAGED)
-    positions = [columns.index(name) + 1 for name in wanted]
+    positions = [columns.index(name) + 1 for name in attributes]
     for number, line in enumerate(lines[2:], 3):
         fields = line.split()
         if len(fields) != len(columns) + 1:

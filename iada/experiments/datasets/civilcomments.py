@@ -62,10 +62,10 @@ def read_civilcomments(path: str | os.PathLike) -> dict[str, Labelled]:
             ]
         )
     parts = {}
-    for part, own in marks.items():
-        if not own:
+    for part, rows in marks.items():
+        if not rows:
             raise argument_error(str(file), f"comments of {part}", "none", DAMAGED)
-        table = torch.tensor(own)
+        table = torch.tensor(rows)
         labels, mentions = table[:, 0].long(), table[:, 1:]
         members = torch.cat([mentions & (labels == label)[:, None] for label in (0, 1)], dim=1)
         groups = 2 * labels + mentions.any(dim=1)

@@ -77,14 +77,14 @@ def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
                     f"none of {', '.join(absent)}",
                     DAMAGED,
                 )
-            found = 0
+            count = 0
             for row in reader:
                 where = at_line(path, reader.line_num)
                 if len(row) != len(header):
                     raise argument_error(where, f"{len(header)} fields", str(len(row)), DAMAGED)
-                found += 1
+                count += 1
                 yield reader.line_num, dict(zip(header, row, strict=True))
-            if not found:
+            if not count:
                 raise argument_error(str(path), "rows below the header", "none", DAMAGED)
         except (csv.Error, UnicodeDecodeError) as error:
             where = at_line(path, reader.line_num + 1)

@@ -75,12 +75,12 @@ def _class_names(annotation: dict[str, Any], file: Path) -> tuple[str, ...]:
     class_names = annotation.get("id2cat")
     if not isinstance(class_names, dict) or not class_names:
         raise argument_error(f"{file}, id2cat", "a name for each class", repr(class_names), DAMAGED)
-    wanted = [str(number) for number in range(len(class_names))]
-    absent = [number for number in wanted if number not in class_names]
+    numbers = [str(number) for number in range(len(class_names))]
+    absent = [number for number in numbers if number not in class_names]
     if absent:
         expected = f"names of classes 0 to {len(class_names) - 1}"
         raise argument_error(f"{file}, id2cat", expected, f"none of {absent[0]}", DAMAGED)
-    return tuple(str(class_names[number]) for number in wanted)
+    return tuple(str(class_names[number]) for number in numbers)
 
 
 def _entries(

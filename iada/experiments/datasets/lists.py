@@ -51,13 +51,13 @@ def read_lists(
 
 
 def _one_list(folder: Path, ending: str) -> Path | None:
-    found = sorted(folder.glob(f"*{ending}"))
-    if len(found) > 1:
-        got = ", ".join(file.name for file in found)
+    matches = sorted(folder.glob(f"*{ending}"))
+    if len(matches) > 1:
+        got = ", ".join(file.name for file in matches)
         raise argument_error(
             str(folder), f"one *{ending}", got, "keep one data set's lists in a folder"
         )
-    return found[0] if found else None
+    return matches[0] if matches else None
 
 
 def _entries(file: Path, root: Path, num_classes: int | None) -> tuple[list[Path], list[int]]:

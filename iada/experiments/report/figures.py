@@ -374,7 +374,7 @@ def _surrogate(name: str, title: str, variants: Sequence[Variant]) -> Picture | 
 
 
 def _spectra(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
-    panels, said = {}, []
+    panels, sentences = {}, []
     for variant in variants:
         records = variant.has("spectrum")
         if not records:
@@ -382,11 +382,13 @@ def _spectra(name: str, title: str, variants: Sequence[Variant]) -> Picture | No
         values = np.array(records[0]["spectrum"], dtype=float)
         panels[variant.label] = values[_by_size(records[0], len(values))]
         ranks = effective_rank(torch.from_numpy(values))
-        said.append(f"{variant.label}: effective rank from {ranks.min():.1f} to {ranks.max():.1f}.")
+        sentences.append(
+            f"{variant.label}: effective rank from {ranks.min():.1f} to {ranks.max():.1f}."
+        )
     if not panels:
         return None
     caption = (
         f"Eigenvalues of each class's covariance at the end of the first seed, {title}. "
-        + " ".join(said)
+        + " ".join(sentences)
     )
-    return spectra(name, caption, panels, f"Falling lines, one a class. {' '.join(said)}")
+    return spectra(name, caption, panels, f"Falling lines, one a class. {' '.join(sentences)}")

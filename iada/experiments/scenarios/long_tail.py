@@ -67,7 +67,9 @@ def long_tail(
     check_count("largest", largest)
     before = meta_per_class if convention == "metasaug" else 0
     sizes = class_sizes(largest - before, ratio, train.num_classes, convention)
-    kept, meta, moved = _cut(train, sizes, meta_per_class, before, np.random.default_rng(seed))
+    train_rows, meta, moved = _cut(
+        train, sizes, meta_per_class, before, np.random.default_rng(seed)
+    )
     request = {
         "scenario": "long-tail",
         "parameters": {
@@ -80,7 +82,7 @@ def long_tail(
         "meta_out_of_train": moved,
     }
     pieces = {
-        "train": ("train", kept),
+        "train": ("train", train_rows),
         "meta": ("train", meta) if meta_per_class else None,
         "validation": whole_part(parts, "validation"),
         "test": whole_part(parts, "test"),
@@ -92,7 +94,7 @@ def _cut(
     train: Labelled, sizes: list[int], each: int, before: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Rows to train on, rows of the meta set, and how many of these each class had to give up."""
-    kept, meta, moved = [], [], {}
+    train_rows, meta, moved = [], [], {}
     for c, class_rows in enumerate(rows_by_key(train.labels, train.num_classes, rng)):
         name = train.class_names[c]
         if len(class_rows) < sizes[c] + before:
@@ -109,5 +111,5 @@ def _cut(
         if lacking:
             moved[name] = lacking
         meta.append(class_rows[:each])
-        kept.append(class_rows[each : each + sizes[c] - lacking])
-    return torch.cat(kept).sort().values, torch.cat(meta).sort().values, moved
+        train_rows.append(class_rows[each : each + sizes[c] - lacking])
+    return torch.cat(train_rows).sort().values, torch.cat(meta).sort().values, moved

@@ -69,9 +69,9 @@ def noisy_labels(
     rng = np.random.default_rng(seed)
     table = transition(kind, share, train.num_classes, rng)
     if each:
-        meta, kept = pick_evenly(train.labels, train.class_names, each, rng, "class", spare=1)
+        meta, train_rows = pick_evenly(train.labels, train.class_names, each, rng, "class", spare=1)
     else:
-        meta, kept = torch.empty(0, dtype=torch.int64), all_rows(train)
+        meta, train_rows = torch.empty(0, dtype=torch.int64), all_rows(train)
     request = {
         "scenario": "noise",
         "parameters": {"kind": kind, "share": share, "meta_size": meta_size},
@@ -79,12 +79,12 @@ def noisy_labels(
         "transition": table.tolist(),
     }
     pieces = {
-        "train": ("train", kept),
+        "train": ("train", train_rows),
         "meta": ("train", meta) if each else None,
         "validation": whole_part(parts, "validation"),
         "test": whole_part(parts, "test"),
     }
-    return Split.of(parts, pieces, request, _drawn(train.labels[kept], table, rng))
+    return Split.of(parts, pieces, request, _drawn(train.labels[train_rows], table, rng))
 
 
 def _drawn(labels: Tensor, table: np.ndarray, rng: np.random.Generator) -> Tensor:

@@ -145,14 +145,16 @@ class Split:
         record_file = Path(folder) / RECORD
         try:
             record = json.loads(bytes_of(record_file))
-            wanted = record["parts"]
+            recorded = record["parts"]
         except (ValueError, KeyError, TypeError) as error:
             raise argument_error(
                 str(record_file), "a split's record", f"{error!r}", DAMAGED
             ) from error
-        have = {name: fingerprint(part) for name, part in parts.items()}
-        if have != wanted:
-            other = [name for name in {*have, *wanted} if have.get(name) != wanted.get(name)]
+        current = {name: fingerprint(part) for name, part in parts.items()}
+        if current != recorded:
+            other = [
+                name for name in {*current, *recorded} if current.get(name) != recorded.get(name)
+            ]
             remedy = "pass the data that the split was made of, or make it anew"
             expected = "the data set that the split was made of"
             raise argument_error(
