@@ -74,7 +74,7 @@ def count_ignored_rows():
     def divisor(ignored, options):
         return None if options.reduction != "mean" else torch.tensor(max(1, len(ignored)))
 
-    return torch_loss, "_divisor", divisor
+    return torch_loss, "mean_divisor", divisor
 
 
 def accumulate_in_half_precision():
