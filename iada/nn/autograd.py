@@ -76,8 +76,10 @@ class IADALossFunction(torch.autograd.Function):
 
 def _saved(ctx: Any) -> LossInputs:
     """The inputs, with Σ as it was."""
-    inputs = LossInputs(*ctx.saved_tensors)
-    return inputs if ctx.lent is None else inputs._replace(covariance=ctx.lent.read())
+    tensors = list(ctx.saved_tensors)
+    if ctx.lent is not None:
+        tensors[COVARIANCE] = ctx.lent.read()
+    return LossInputs(*tensors)
 
 
 def _cast(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
