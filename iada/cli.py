@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import inspect
 import json
 import math
 import sys
@@ -131,10 +132,12 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _settings_help() -> str:
     """What a configuration may hold: the sections, and of [trainer] each method's options."""
-    sections = [f"{kind.__doc__}" for kind in (DataConfig, ModelConfig, TrainerConfig)]
-    bases = BilevelOptions, CovarianceOptions
-    methods = [f"method = {name!r}: {kind.__doc__}" for name, kind in METHODS.items()]
-    return "\n\n".join([*sections, *methods, *(f"{kind.__doc__}" for kind in bases)])
+    parts = [inspect.getdoc(kind) for kind in (DataConfig, ModelConfig, TrainerConfig)]
+    for name, kind in METHODS.items():
+        options = ", ".join(field.name for field in dataclasses.fields(kind)) or "no options"
+        parts.append(f"method = {name!r}, with {options}\n{inspect.getdoc(kind)}")
+    parts += [inspect.getdoc(kind) for kind in (BilevelOptions, CovarianceOptions)]
+    return "\n\n".join(map(str, parts))
 
 
 def _train(options: argparse.Namespace) -> int:
