@@ -137,7 +137,7 @@ def _rank_c_term(
 @triton.jit
 def class_pass_kernel(
     covariance, head, groups, partials, samples, moments, rank_c, C, A,
-    UPDATE: tl.constexpr,
+    UPDATE: tl.constexpr, TABLE: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -184,7 +184,7 @@ def class_pass_kernel(
         if k < i:
             tl.store(mirror_ptrs, tl.trans(mirror), mask=tl.trans(mask))
 
-    if partials is not None:
+    if TABLE:
         both = s
         if k < i:
             both = s + mirror
@@ -279,7 +279,8 @@ def _launch(tile: Tile, update: int, covariance: Tensor, *records: tuple | None)
     launch(
         class_pass_kernel, (triton.cdiv(width, tile.rows) ** 2, num_classes),
         covariance, *records, num_classes, width, like=covariance, tile=tile,
-        UPDATE=update, BLOCK_A=tile.rows, BLOCK_J=tile.columns, BLOCK_K=tile.depth,
+        UPDATE=update, TABLE=records[2] is not None,
+        BLOCK_A=tile.rows, BLOCK_J=tile.columns, BLOCK_K=tile.depth,
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 Each field is specialised as if it were an argument of its own: pointers and sizes by divisibility
 by 16, and None, for what is absent, as a constant. In kernels a record is Triton's own tuple, so
-that no field can be called `values` or `type`; no argument of a kernel can be called `stream`.
+that no field can be called `values` or `type`; no argument of a kernel can be called `stream`. A
+record that a kernel compares with None must have no None among its fields: Triton 3.6 cannot.
 """
 
 from typing import NamedTuple
@@ -65,7 +66,7 @@ class Diagonal(NamedTuple):
 
     variances: Tensor  # (C, A)
     weight_mean: Tensor
-    tangent_mean: Tensor | None
+    tangent_mean: Tensor  # that of the weight where there is no tangent
 
     @classmethod
     def of(
@@ -75,8 +76,8 @@ class Diagonal(NamedTuple):
         variances = contiguous_as(inputs.covariance, weight.dtype)
         if variances is None or variances.dim() == 3:
             return None
-        mean = None if tangent is None else tangent.mean(dim=0)
-        return cls(variances, weight.mean(dim=0), mean)
+        mean = weight.mean(dim=0)
+        return cls(variances, mean, mean if tangent is None else tangent.mean(dim=0))
 
 
 class Table(NamedTuple):
