@@ -15,8 +15,8 @@ where m⁰ is m of the plain logits. A diagonal Σ is part of the products: but 
 row, z̃_j = w_j·u + w_j²·v + b_j + β log π_j with v = ½ α Σ_y and u = h + ε s − 2 v ∘ w_y. Centred on
 their mean the rows w_j lose no common offset in the squares.
 
-Memory beside inputs and gradients: two tensors of the features' size, some tiles of 4 MiB or, up to
-512 features, 16 MiB. No host synchronisation.
+Memory beside inputs and gradients: m − w_y of the features' size in the compute dtype, with ε a
+byte more for each feature, and some tiles of at most 4 MiB. No host synchronisation.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from iada_kernels.torch_ops.blocking import blocks, join
 from iada_kernels.torch_ops.reduction import mean_divisor, reduced
 
 MOST_LOGITS = 2**24  # 64 MiB of float32: up to here all at once, which is a product less
-NARROW = 512  # features below this number make tiles no larger
+NARROW = 1024  # features below this number make tiles no larger
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,20 @@ def loss_forward(
     needs_spread = has_sigma and needs.covariance
     needs_mean = needs.features or needs.epsilon or (has_sigma and (needs.weight or needs_spread))
 
-    losses, log_sums, wrongs, pulls, spreads, signs = [], [], [], [], [], []
+    def of_features(needed: bool, dtype: torch.dtype) -> Tensor | None:
+        size, device = inputs.features.shape, inputs.features.device
+        return torch.empty(size, dtype=dtype, device=device) if needed else None
+
+    pull, spread = of_features(needs_mean, dtype), of_features(needs_spread, dtype)
+    signs = of_features(inputs.epsilon is not None, torch.int8)
+    losses, log_sums, wrongs = [], [], []
     for rows in _tiles(*inputs.features.shape):
         y, sign = target[rows], None
-        if inputs.epsilon is not None:
+        if signs is not None:
             unmoved = Tilt(inputs.features[rows].to(dtype), None, y)
             _, mean, _ = _sums_over_others(plain, unmoved, bias, needs_mean=True)
             sign = (mean - plain.rows(y)).sign_()
-            signs.append(sign.to(torch.int8))
+            signs[rows] = sign
         tilt = _tilt(inputs, options, head, rows, target, sign)
         label_weight = head.rows(y)
         label_logit = torch.linalg.vecdot(label_weight, tilt.linear)
@@ -115,19 +121,19 @@ def loss_forward(
         losses.append(-F.logsigmoid(-margin))
         wrongs.append(margin.sigmoid())
         log_sums.append(log_sum.masked_fill_(log_sum == -torch.inf, 0.0))
-        if needs_mean:
-            pulls.append(mean - label_weight)
-        if needs_spread:  # m of (w_j − w_y)²
-            spreads.append(mean_square + label_weight * (label_weight - 2 * mean))
+        if spread is not None:  # m of (w_j − w_y)²
+            spread[rows] = mean_square + label_weight * (label_weight - 2 * mean)
+        if pull is not None:
+            pull[rows] = mean.sub_(label_weight)
 
     divisor = mean_divisor(ignored, options)
     return reduced(join(losses).masked_fill(ignored, 0.0), divisor, options), SavedRows(
         target,
         join(log_sums),
         join(wrongs).masked_fill_(ignored, 0.0),
-        join(pulls) if pulls else None,
-        join(spreads) if spreads else None,
-        join(signs) if signs else None,
+        pull,
+        spread,
+        signs,
         divisor,
     )
 
@@ -193,6 +199,7 @@ def _head_gradients(
                 inside, local = _in_tile(tilt.target, classes)
                 pull = (forms * saved.pull[rows]).masked_fill_(~inside[:, None], 0.0)
                 linear.index_add_(0, local, pull, alpha=-1)
+            del d  # before the next one is made
         if grad_weight is not None:
             grad_weight[classes] = linear if square is None else linear.addcmul_(weight, square)
     return grad_weight, sums
@@ -222,6 +229,7 @@ def _sums_over_others(
             mean.mul_(kept[:, None]).addmm_(z, weight)
         if needs_square:
             mean_square.mul_(kept[:, None]).addmm_(z, weight.square())
+        del z  # before the next one is made
     total = torch.where(total > 0, total, 1.0)[:, None]
     return log_sum, mean.div_(total), mean_square.div_(total)
 
