@@ -67,12 +67,12 @@ class SavedParts(NamedTuple):
 class Blocks(NamedTuple):
     """How much of each axis is held at once: constants of the kernel."""
 
-    N: int  # labels
-    M: int  # rows of the class
-    J: int  # classes, in the product with Σ
-    C: int  # all classes
-    A: int  # all features
-    STEP: int  # classes or features, in other products
+    N: tl.constexpr  # labels
+    M: tl.constexpr  # rows of the class
+    J: tl.constexpr  # classes, in the product with Σ
+    C: tl.constexpr  # all classes
+    A: tl.constexpr  # all features
+    STEP: tl.constexpr  # classes or features, in other products
 
 
 @triton.jit

@@ -139,14 +139,15 @@ def loss_forward(
 def _blocks(weight: Tensor) -> Blocks:
     limits = current_configuration(weight.device).single_launch
     block_c, block_a = map(_padded, weight.shape)
-    return Blocks(
-        N=limits.group,
-        M=min(64, max(16, limits.block_elements // block_c)),
-        J=min(limits.class_step, block_c),
-        C=block_c,
-        A=block_a,
-        STEP=min(limits.step, block_c, block_a),
+    sizes = (
+        limits.group,
+        min(64, max(16, limits.block_elements // block_c)),
+        min(limits.class_step, block_c),
+        block_c,
+        block_a,
+        min(limits.step, block_c, block_a),
     )
+    return Blocks(*map(tl.constexpr, sizes))  # as plain int they cannot be shapes in Triton 3.6
 
 
 def _padded(size: int) -> int:
