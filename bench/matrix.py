@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.combinations import Combination, combinations, recorded_launches
-from bench.offline import SHARED_LIMIT, compiling_for
-from bench.resources import complaint, figures_of
+from bench.offline import SHARED_LIMIT, compiling_for, complaint, figures_of
 from iada_kernels.environment import environment
 
 FLOAT64_STACK = 1024  # bytes a thread; written down before the first matrix was measured

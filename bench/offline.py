@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from triton.runtime import driver
 from iada_kernels.triton.launch import Launch
 
 # Shared memory that one program can ask for, in bytes: NVIDIA's opt-in maximum, AMD's LDS.
+GRID_LIMIT = (2**31 - 1, 65535, 65535)
+TENSOR_MEMORY_LIMIT = 512  # columns, from sm_100 on
 SHARED_LIMIT = {
     "sm_80": 163 * 1024,
     "sm_90": 227 * 1024,
@@ -135,3 +137,33 @@ def _cuobjdump(cubin: bytes) -> str:
         file.flush()
         command = [str(tool), "-res-usage", file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def figures_of(
+    launch: Launch, architecture: str, known: dict[int, dict[str, Any]]
+) -> dict[str, Any]:
+    """`known` keeps what was read of a binary, by its identity: kernels keep binaries alive."""
+    limit = {"limit": SHARED_LIMIT[architecture]}
+    try:
+        binary = compiled(launch)
+    except Exception as error:  # whatever the compiler raises belongs into the table
+        return {**limit, "error": f"{type(error).__name__}: {error}"[-2000:]}
+    if id(binary) not in known:
+        known[id(binary)] = asdict(usage(binary))
+    return {**known[id(binary)], **limit}
+
+
+def complaint(row: dict[str, Any], allowed_stack: int = 0) -> str:
+    """Why this kernel cannot ship, or nothing."""
+    if "error" in row:
+        return f"does not compile: {row['error'].strip().splitlines()[-1]}"
+    found = []
+    if max(row["stack"], 4 * row["spilled"]) > allowed_stack:
+        found.append(f"keeps {row['stack']} bytes of each thread in memory")
+    if row["shared"] > row["limit"]:
+        found.append(f"wants {row['shared']} bytes of shared memory, {row['limit']} there are")
+    if row["tensor_memory"] > TENSOR_MEMORY_LIMIT:
+        found.append(f"wants {row['tensor_memory']} columns of tensor memory, 512 there are")
+    if any(size > most for size, most in zip(row["grid"], GRID_LIMIT, strict=False)):
+        found.append(f"wants a grid of {row['grid']}, {GRID_LIMIT} is the largest")
+    return "; ".join(found)

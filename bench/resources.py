@@ -12,19 +12,17 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench.launches import recorded
-from bench.offline import SHARED_LIMIT, compiled, compiling_for, usage
+from bench.matrix import run_matrix
+from bench.offline import SHARED_LIMIT, compiling_for, complaint, figures_of
 from bench.shapes import SHAPES
 from iada_kernels.environment import environment, headline
-from iada_kernels.triton.launch import INTERPRETED, Launch
+from iada_kernels.triton.launch import INTERPRETED
 
 ARCHITECTURES = tuple(SHARED_LIMIT)
-GRID_LIMIT = (2**31 - 1, 65535, 65535)
-TENSOR_MEMORY_LIMIT = 512  # columns, from sm_100 on
 
 
 def main() -> int:
@@ -45,8 +43,6 @@ def main() -> int:
         )
         return 2
     if options.matrix:
-        from bench.matrix import run_matrix
-
         return run_matrix(options.arch, options.count, options.seed, options.json)
     rows = measured(options.arch, options.shapes, options.jobs)
     machine = environment()
@@ -100,36 +96,6 @@ def rows_of(architecture: str, shapes: list[str]) -> list[dict[str, Any]]:
                         seen.add(key)
                         rows.append(row)
     return rows
-
-
-def figures_of(
-    launch: Launch, architecture: str, known: dict[int, dict[str, Any]]
-) -> dict[str, Any]:
-    """`known` keeps what was read of a binary, by its identity: kernels keep binaries alive."""
-    limit = {"limit": SHARED_LIMIT[architecture]}
-    try:
-        binary = compiled(launch)
-    except Exception as error:  # whatever the compiler raises belongs into the table
-        return {**limit, "error": f"{type(error).__name__}: {error}"[-2000:]}
-    if id(binary) not in known:
-        known[id(binary)] = asdict(usage(binary))
-    return {**known[id(binary)], **limit}
-
-
-def complaint(row: dict[str, Any], allowed_stack: int = 0) -> str:
-    """Why this kernel cannot ship, or nothing."""
-    if "error" in row:
-        return f"does not compile: {row['error'].strip().splitlines()[-1]}"
-    found = []
-    if max(row["stack"], 4 * row["spilled"]) > allowed_stack:
-        found.append(f"keeps {row['stack']} bytes of each thread in memory")
-    if row["shared"] > row["limit"]:
-        found.append(f"wants {row['shared']} bytes of shared memory, {row['limit']} there are")
-    if row["tensor_memory"] > TENSOR_MEMORY_LIMIT:
-        found.append(f"wants {row['tensor_memory']} columns of tensor memory, 512 there are")
-    if any(size > most for size, most in zip(row["grid"], GRID_LIMIT, strict=False)):
-        found.append(f"wants a grid of {row['grid']}, {GRID_LIMIT} is the largest")
-    return "; ".join(found)
 
 
 def summary(failed: list[dict[str, Any]]) -> list[str]:

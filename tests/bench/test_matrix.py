@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench.combinations import NEEDS, combinations, recorded_launches
-from bench.resources import complaint
+from bench.offline import complaint
 from tests.kernels.test_triton_compile import FITS, shipped_kernels, without_interpreter
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ COVARIANCE_ALONE = """
 import sys
 from bench.combinations import Combination, recorded_launches
 from bench.offline import compiling_for
-from bench.resources import complaint, figures_of
+from bench.offline import complaint, figures_of
 from iada_kernels.contract import LossNeeds
 needs = LossNeeds(False, False, False, True, False, False)
 for width, structure in ((16, "full"), (65, "full"), (65, "diag")):

@@ -18,8 +18,8 @@ import iada_kernels
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from bench.offline import SHARED_LIMIT, amd_usage, cuda_usage
-from bench.resources import ARCHITECTURES, complaint, summary
+from bench.offline import SHARED_LIMIT, amd_usage, complaint, cuda_usage
+from bench.resources import ARCHITECTURES, summary
 
 pytestmark = pytest.mark.slow
 KERNELS = Path(iada_kernels.__file__).parent / "triton"
@@ -72,7 +72,7 @@ GRADIENTS = """
 import itertools, sys
 from bench.launches import _inputs, _meta, _options
 from bench.offline import compiling_for
-from bench.resources import figures_of
+from bench.offline import figures_of
 from bench.shapes import SHAPES
 from iada_kernels.contract import LossNeeds
 from iada_kernels.dispatch import triton_backend
@@ -161,7 +161,7 @@ ABSURD = """
 import dataclasses, json, sys
 from bench.launches import recorded
 from bench.offline import compiling_for
-from bench.resources import complaint, figures_of
+from bench.offline import complaint, figures_of
 from bench.shapes import SHAPES
 from iada_kernels.triton.config import Tile, configuration_for, use
 architecture, field, *sizes = sys.argv[1:]
