@@ -15,7 +15,7 @@ from iada_kernels import reference
 from tests.fuzz.draw import Draw, compute_dtype
 from tests.helpers.problems import Problem, cotangent, sign_argument, target_of
 
-NUDGES = 4  # the worst of so many random roundings counts
+NUDGES = 8  # the worst of so many random roundings counts
 
 
 def exact_gradients(
