@@ -180,15 +180,18 @@ class Trainer:
             return self.history
         if rank > 0 and self._step == 0:  # else all ranks would draw the same dropout masks
             random_state.seed_all(random_state.seed_of(config.seed, rank), self._device)
-        with stop_flag() as stopped, contextlib.ExitStack() as entered:
+        # Outermost: news of a worker's end may come while its loader is being closed.
+        with (
+            lost_workers_named(self.folder),
+            stop_flag() as stopped,
+            contextlib.ExitStack() as entered,
+        ):
             self._enter_folder(entered)
             entered.callback(setattr, self, "_meta_stream", None)  # ends its workers
             places = (self.folder, self.tensorboard, self.progress) if rank == 0 else ()
             with open_logs(self.epoch, config.epochs, *places) as write:
                 while self.epoch < config.epochs:
-                    with lost_workers_named(self.folder):
-                        goes_on = self._run_epoch(stopped, write)
-                    if not goes_on:
+                    if not self._run_epoch(stopped, write):
                         self.save()
                         where = "" if self.folder is None else f"; resume from {self.folder}"
                         raise KeyboardInterrupt(f"stopped at epoch {self.epoch}{where}")
