@@ -38,7 +38,7 @@ def matrix_rows(architecture: str, given: Iterable[Combination]) -> list[dict[st
                 for figure in ("registers", "stack", "spilled", "shared"):
                     row[figure] = max(row.get(figure, 0), figures.get(figure, 0))
                 text = complaint({**figures, "grid": launch.grid}, FLOAT64_STACK * is_double)
-                if text and not any(text == known["complaint"] for known in row["failed"]):
+                if text and not any(text == earlier["complaint"] for earlier in row["failed"]):
                     described = {"part": part, **combination.described()}
                     row["failed"].append({"complaint": text, "combination": described})
     return [

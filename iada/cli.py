@@ -18,6 +18,7 @@ from iada.experiments.command import add_paper
 from iada.experiments.demo import add_demo
 from iada.experiments.experiment import Limits, make_split, read_parts
 from iada.experiments.features import add_features
+from iada.methods.meta_iada import LearnedCovarianceOptions
 from iada.methods.options import BilevelOptions, CovarianceOptions
 from iada.methods.registry import METHODS
 from iada.models import mlp
@@ -136,7 +137,10 @@ def _settings_help() -> str:
     for name, kind in METHODS.items():
         options = ", ".join(field.name for field in dataclasses.fields(kind)) or "no options"
         parts.append(f"method = {name!r}, with {options}\n{inspect.getdoc(kind)}")
-    parts += [inspect.getdoc(kind) for kind in (BilevelOptions, CovarianceOptions)]
+    parts += [
+        inspect.getdoc(kind)
+        for kind in (BilevelOptions, CovarianceOptions, LearnedCovarianceOptions)
+    ]
     return "\n\n".join(map(str, parts))
 
 

@@ -46,9 +46,7 @@ def detection(epsilon: Tensor, wrong: Tensor) -> dict[str, float] | None:
     taken, wrong_so_far = counts.cumsum(0), hits.cumsum(0)
     first = torch.searchsorted(taken, positive)
     before = taken[first] - counts[first]
-    part = float(positive - before) / float(
-        counts[first]
-    )  # of the group in which the last one lies
+    part = float(positive - before) / float(counts[first])  # of the last group that is taken
     return {
         "auroc": 1 - above / (positive * negative),
         "average_precision": float((hits * wrong_so_far / taken).sum()) / positive,

@@ -13,7 +13,6 @@ from iada.meta.hypergradient import ForwardPass, MetaPasses
 from iada.meta.learner import HeadGradients, ShardedBatch
 from iada.meta.method import MetaStep, Method
 from iada.meta.options import MetaStepOptions
-from iada.utils.distributed import Group
 
 
 class BilevelMethod(Method):
@@ -23,7 +22,7 @@ class BilevelMethod(Method):
 
     Args:
         options: how a meta step is computed.
-        others: as in `Method`.
+        common: clip_norm, scaler and process_group of `Method`.
     """
 
     _meta_loss: Tensor
@@ -34,26 +33,15 @@ class BilevelMethod(Method):
         head: nn.Linear,
         optimizer: torch.optim.Optimizer,
         options: MetaStepOptions,
-        *,
-        clip_norm: float = 0.0,
-        scaler: torch.amp.GradScaler | None = None,
-        process_group: Group = None,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            backbone,
-            head,
-            optimizer,
-            clip_norm=clip_norm,
-            scaler=scaler,
-            process_group=process_group,
-        )
+        super().__init__(backbone, head, optimizer, **common)
         options.virtual.check(optimizer)
         self.options = options
         mode = GRAPH if options.hypergradient == "jvp" else DIFFERENCES
         self._feature_jvp = FeatureJVP(self._passes, mode)
         self._meta_passes = MetaPasses(self._learner, self._passes, self._feature_jvp, options)
         self._steps = 0
-        self._num_samples = 0  # of the training set, where the method keeps something for each
         dtype = torch.promote_types(torch.float32, head.weight.dtype)
         nan = torch.full((), torch.nan, dtype=dtype, device=head.weight.device)
         self.register_buffer("_meta_loss", nan)
@@ -77,7 +65,7 @@ class BilevelMethod(Method):
             meta_batch: (inputs, labels), of any size; not looked at unless `needs_meta_batch`.
         """
         learner = self._learner
-        rows = learner.shard_batch("batch", batch, self._num_samples)
+        rows = self._shard(batch)
         meta_rows = None
         if self.needs_meta_batch:
             meta_rows = learner.shard_batch("meta_batch", meta_batch, 0)

@@ -122,7 +122,6 @@ class MetaIADA(BilevelMethod):
     """
 
     covariance: ClassCovariance
-    log_prior: Tensor
     class_weights: Tensor | None
     held: Tensor
     projections: Tensor
@@ -186,12 +185,10 @@ class MetaIADA(BilevelMethod):
         device, dtype = head.weight.device, torch.promote_types(torch.float32, head.weight.dtype)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         log_prior = log_class_prior(class_counts, num_classes).to(**place)
-        self.register_buffer("log_prior", log_prior, persistent=False)
         weights = None if class_weights is None else class_weights.to(**place)
         self.register_buffer("class_weights", weights, persistent=False)
         self.covariance = covariance or ClassCovariance(num_classes, width, **place)
         self.memory = memory or TrainingMemory(num_classes, **place)
-        self._num_samples = len(self.memory.samples)
         self.alpha, self.beta = alpha, beta
         self.covariance_lr = covariance_lr
         self.rate_free_perturbation = rate_free_perturbation
@@ -213,6 +210,16 @@ class MetaIADA(BilevelMethod):
         self.register_buffer("projections", counter.clone())
         self.register_buffer("covariance_change", torch.full((), torch.nan, **place))
         self._change_measured = False
+
+    @property
+    def num_samples(self) -> int:
+        """The memory's."""
+        return len(self.memory.samples)
+
+    @property
+    def log_prior(self) -> Tensor:
+        """log π, (C)."""
+        return self.sample_epsilon.log_prior
 
     @property
     def perturbation(self) -> PerturbationNet | None:
@@ -238,7 +245,7 @@ class MetaIADA(BilevelMethod):
 
         Records losses and margins for the characteristics; Σ is left to the second phase.
         """
-        rows = self._learner.shard_batch("batch", batch, len(self.memory.samples))
+        rows = self._shard(batch)
 
         def mean_loss(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             losses, margin = loss_and_margin(linear(features, weight, bias), rows.labels)

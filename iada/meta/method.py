@@ -92,6 +92,11 @@ class Method(nn.Module):
         return self.classifier.head
 
     @property
+    def num_samples(self) -> int:
+        """Of the training set, where the method keeps something for each sample; else 0."""
+        return 0
+
+    @property
     def needs_meta_batch(self) -> bool:
         """Whether the next `step` looks at its meta batch."""
         return False
@@ -119,12 +124,12 @@ class Method(nn.Module):
         self, batch: Sequence[Any], meta_batch: Sequence[Any] | None = None
     ) -> Tensor | MetaStep:
         """One step on (inputs, labels, ...); its loss (), or a `MetaStep`, detached."""
-        rows = self._learner.shard_batch("batch", batch, 0)
+        rows = self._shard(batch)
         return self._supervised_step(rows, lambda h, w, b: self.loss(h, w, b, rows.labels))
 
     def cross_entropy_step(self, batch: Sequence[Any]) -> Tensor:
         """One step of plain CE, before the method's own epochs; its loss (), detached."""
-        rows = self._learner.shard_batch("batch", batch, 0)
+        rows = self._shard(batch)
         return self._supervised_step(rows, lambda h, w, b: self.cross_entropy(h, w, b, rows.labels))
 
     def loss(self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -146,6 +151,10 @@ class Method(nn.Module):
         """What must stay finite beside the parameters of backbone and head."""
         sigma = [] if self.covariance is None else [self.covariance.covariance]
         return [*sigma, *self.parameters()]
+
+    def _shard(self, batch: Sequence[Any]) -> ShardedBatch:
+        """The training batch, checked."""
+        return self._learner.shard_batch("batch", batch, self.num_samples)
 
     def _supervised_step(self, rows: ShardedBatch, loss: HeadLoss) -> Tensor:
         """One step on a loss of the whole batch's features, weight and bias; detached."""

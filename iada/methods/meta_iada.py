@@ -1,6 +1,6 @@
 """Meta-IADA, and MetaSAug as a case of it: their options in a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -19,42 +19,63 @@ PERTURBATION_INITS = ("default", "zero")
 
 
 @dataclass(frozen=True)
-class MetaSAugOptions(BilevelOptions, CovarianceOptions):
-    """MetaSAug (Li et al., CVPR 2021).
+class LearnedCovarianceOptions(BilevelOptions, CovarianceOptions):
+    """Of the methods whose Σ learns.
 
-    The same iteration with ε = 0, β = 0 and class-balanced weights, its Σ the streamed one moved
-    by Eq. 9 for one step alone, as in its published code. Its α there is λ t/T over the whole run:
-    0.8 λ to λ in the last 40 of 200 epochs.
-
-    covariance_lr: η₂ of Eq. 9; the published value is 0.1. With 0, and no Ω to be learned, there
-    is no meta step: an iteration costs what a plain one does.
+    covariance_lr: η₂ of Eq. 9. With 0, and no Ω to be learned, there is no meta step: an iteration
+    costs what a plain one does.
     rate_free_covariance, keep_semidefinite, project: see `MetaIADA`.
-    class_beta: β of the class-balanced weights.
     """
 
-    ce_fraction: ClassVar[float] = 0.8  # published with a phase of plain CE before it
+    ce_fraction: ClassVar[float] = 0.8  # published with a phase of plain CE before them
     covariance_lr: float = setting(1e-3, least=0)
     rate_free_covariance: bool = False
     keep_semidefinite: bool = True
     project: bool = False
-    class_beta: float = setting(0.9999, least=0, below=1)
 
     @property
     def meta_learns(self) -> bool:
         return self.covariance_lr > 0
 
-    def build(self, run: MethodRun) -> MetaIADA:
-        weights = class_balanced_weights(run.class_counts, self.class_beta)
-        own = {"epsilon": 0.0, "beta": 0.0, "class_weights": weights, "persistent": False}
-        return build_meta_iada(self, run, own)
+    def engine(self, run: MethodRun, **own: Any) -> MetaIADA:
+        """`MetaIADA` with these options and `own`."""
+        memory = TrainingMemory(run.head.out_features, len(run.train_set))  # type: ignore[arg-type]
+        shared = [field.name for field in fields(LearnedCovarianceOptions)]
+        options = {name: getattr(self, name) for name in shared}
+        del options["alpha_ramp"], options["structure"]
+        return MetaIADA(
+            class_counts=run.class_counts,
+            covariance=run.covariance(self.structure),
+            memory=run.placed(memory),
+            **options,
+            **run.arguments,
+            **own,
+        )
 
 
 @dataclass(frozen=True)
-class MetaIADAOptions(BilevelOptions, CovarianceOptions):
+class MetaSAugOptions(LearnedCovarianceOptions):
+    """MetaSAug (Li et al., CVPR 2021).
+
+    The same iteration with ε = 0, β = 0 and class-balanced weights, its Σ the streamed one moved
+    by Eq. 9 for one step alone, as in its published code. Its α there is λ t/T over the whole run:
+    0.8 λ to λ in the last 40 of 200 epochs. Its covariance_lr is 0.1 there.
+
+    class_beta: β of the class-balanced weights.
+    """
+
+    class_beta: float = setting(0.9999, least=0, below=1)
+
+    def build(self, run: MethodRun) -> MetaIADA:
+        weights = class_balanced_weights(run.class_counts, self.class_beta)
+        return self.engine(run, epsilon=0.0, beta=0.0, class_weights=weights, persistent=False)
+
+
+@dataclass(frozen=True)
+class MetaIADAOptions(LearnedCovarianceOptions):
     """Meta-IADA (Zhou et al., IJCAI 2024).
 
     beta: of Eq. 6.
-    covariance_lr: η₂ of Eq. 9. With 0, and no Ω to be learned, there is no meta step.
     perturbation: "learned"; "untrained": Ω keeps its initial values; or "constant": ε is `epsilon`
     for all samples. Ablations are alpha = 0 (without generalization), constant 0 (without
     robustness), beta = 0 (without fairness) and scope = "head".
@@ -62,13 +83,10 @@ class MetaIADAOptions(BilevelOptions, CovarianceOptions):
     perturbation_weight_decay: Adam's too; 5e-4 to 1e-4 in sibling codes.
     perturbation_hidden: units of Ω's hidden layer.
     perturbation_init: "default", or "zero" for ε = 0 at the start.
-    epsilon_scale, epsilon_unit, log_proportion, rate_free_perturbation, rate_free_covariance,
-    persistent, keep_semidefinite, project: see `MetaIADA`.
+    epsilon_scale, epsilon_unit, log_proportion, rate_free_perturbation, persistent: see `MetaIADA`.
     """
 
-    ce_fraction: ClassVar[float] = 0.8
     beta: float = 1.0
-    covariance_lr: float = setting(1e-3, least=0)
     perturbation: str = setting("learned", choices=PERTURBATIONS)
     perturbation_lr: float = setting(1e-3, above=0)
     perturbation_weight_decay: float = setting(0.0, least=0)
@@ -79,10 +97,7 @@ class MetaIADAOptions(BilevelOptions, CovarianceOptions):
     epsilon_unit: str = setting("feature", choices=EPSILON_UNITS)
     log_proportion: bool = False
     rate_free_perturbation: bool = False
-    rate_free_covariance: bool = False
     persistent: bool = True
-    keep_semidefinite: bool = True
-    project: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,13 +107,13 @@ class MetaIADAOptions(BilevelOptions, CovarianceOptions):
 
     @property
     def meta_learns(self) -> bool:
-        return self.covariance_lr > 0 or self.perturbation == "learned"
+        return super().meta_learns or self.perturbation == "learned"
 
     def build(self, run: MethodRun) -> MetaIADA:
         options = ("beta", "persistent", "epsilon_scale", "epsilon_unit")
         own: dict[str, Any] = {name: getattr(self, name) for name in options}
         if self.perturbation == "constant":
-            return build_meta_iada(self, run, own | {"epsilon": self.epsilon})
+            return self.engine(run, epsilon=self.epsilon, **own)
         network = run.placed(
             PerturbationNet(
                 hidden=self.perturbation_hidden, zero_init=self.perturbation_init == "zero"
@@ -116,23 +131,4 @@ class MetaIADAOptions(BilevelOptions, CovarianceOptions):
             "log_proportion": self.log_proportion,
             "rate_free_perturbation": self.rate_free_perturbation,
         }
-        return build_meta_iada(self, run, own)
-
-
-def build_meta_iada(
-    options: MetaSAugOptions | MetaIADAOptions, run: MethodRun, own: dict[str, Any]
-) -> MetaIADA:
-    """With what both have, and `own`."""
-    memory = TrainingMemory(run.head.out_features, len(run.train_set))  # type: ignore[arg-type]
-    names = [
-        *("alpha", "covariance_lr", "rate_free_covariance", "keep_semidefinite", "project"),
-        *("hypergradient", "scope", "interval", "low_memory"),
-    ]
-    return MetaIADA(
-        class_counts=run.class_counts,
-        covariance=run.covariance(options.structure),
-        memory=run.placed(memory),
-        **{name: getattr(options, name) for name in names},
-        **run.arguments,
-        **own,
-    )
+        return self.engine(run, **own)

@@ -154,9 +154,12 @@ def loss_backward(
         grads.features = torch.empty_like(inputs.features)
         torch.mul(saved.pull, factor[:, None], out=grads.features)
     if needs.epsilon and saved.pull is not None and saved.sign is not None:
-        parts = zip(saved.pull.split(NARROW), saved.sign.split(NARROW), strict=True)
-        slopes = [torch.linalg.vecdot(pull, sign.to(pull.dtype)) for pull, sign in parts]
-        grads.epsilon = torch.cat(slopes) * factor
+        pull, sign = saved.pull, saved.sign
+        slopes = [
+            torch.linalg.vecdot(pull[rows], sign[rows].to(pull.dtype))
+            for rows in _tiles(*pull.shape)
+        ]
+        grads.epsilon = join(slopes) * factor
     if needs.covariance and saved.spread is not None:
         rows = saved.spread * (0.5 * options.alpha * factor[:, None])
         zero = rows.new_zeros(inputs.weight.shape)
