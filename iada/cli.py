@@ -24,7 +24,7 @@ from iada.methods.registry import METHODS
 from iada.models import mlp
 from iada.training.config import TrainerConfig
 from iada.training.trainer import Trainer
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 from iada.utils.distributed import (
     by_first,
     current_group,
@@ -69,12 +69,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         if not self.hidden or min(self.hidden) < 1:
-            raise argument_error("hidden", "widths from 1", repr(self.hidden), "as in [128, 64]")
+            raise refusal("hidden", "widths from 1", repr(self.hidden), "as in [128, 64]")
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise argument_error(
+            raise refusal(
                 "device", "a torch device", f"{self.device!r} ({reason})", "try 'cpu'"
             ) from error
 
@@ -194,7 +194,7 @@ def _train_here(options: argparse.Namespace) -> int:
 def _check_fresh(folder: Path) -> None:
     if (folder / "checkpoint.pt").exists():
         remedy = "add --resume, or move it"
-        raise argument_error("--out", "a folder without a checkpoint", str(folder), remedy)
+        raise refusal("--out", "a folder without a checkpoint", str(folder), remedy)
 
 
 def _say_nothing(text: str) -> None:
@@ -205,18 +205,14 @@ def _load_data(data: DataConfig, folder: Path) -> dict[str, TensorData]:
     if data.kind == "digits":
         return _load_digits(data.scenario)
     if data.kind != "npz":
-        raise argument_error(
-            "[data] kind", "'digits' or 'npz'", repr(data.kind), "choose one of them"
-        )
+        raise refusal("[data] kind", "'digits' or 'npz'", repr(data.kind), "choose one of them")
     return _load_npz(folder / data.path)
 
 
 def _load_digits(scenario: str) -> dict[str, TensorData]:
     rows = [name.removeprefix("digits/") for name in recipes.names() if name.startswith("digits/")]
     if scenario not in rows:
-        raise argument_error(
-            "[data] scenario", f"one of {', '.join(rows)}", repr(scenario), "pass one"
-        )
+        raise refusal("[data] scenario", f"one of {', '.join(rows)}", repr(scenario), "pass one")
     recipe = recipes.load(f"digits/{scenario}")
     split = make_split(recipe, read_parts(recipe, None, Limits()), seed=0)
     parts = {name: getattr(split, name) for name in PARTS}
@@ -240,19 +236,17 @@ def _load_npz(path: Path) -> dict[str, TensorData]:
             continue
         missing = sorted(set(keys) - names)
         if missing:
-            raise argument_error(str(path), ", ".join(keys), f"no {missing[0]}", "add the array")
+            raise refusal(str(path), ", ".join(keys), f"no {missing[0]}", "add the array")
         inputs, labels = (np.asarray(arrays[key]) for key in keys)
         if inputs.ndim < 2 or inputs.dtype.kind not in "fiu" or not np.isfinite(inputs).all():
             got = f"{inputs.dtype} of shape {inputs.shape}"
             remedy = "mend the array; NaN and infinity are not allowed"
-            raise argument_error(f"{path} {keys[0]}", "finite numbers (N, ...)", got, remedy)
+            raise refusal(f"{path} {keys[0]}", "finite numbers (N, ...)", got, remedy)
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels < 0).any():
             got = f"{labels.dtype} of shape {labels.shape}, or negative ones"
-            raise argument_error(
-                f"{path} {keys[1]}", "class indices (N,) from 0", got, "mend the array"
-            )
+            raise refusal(f"{path} {keys[1]}", "class indices (N,) from 0", got, "mend the array")
         if len(inputs) != len(labels) or not len(inputs):
-            raise argument_error(
+            raise refusal(
                 f"{path} {part}",
                 "as many labels as inputs, at least one",
                 f"{len(inputs)} inputs and {len(labels)} labels",
@@ -261,7 +255,7 @@ def _load_npz(path: Path) -> dict[str, TensorData]:
         if parts and inputs.shape[1:] != parts["train"].inputs.shape[1:]:
             shape = tuple(parts["train"].inputs.shape[1:])
             got = f"{inputs.shape[1:]}"
-            raise argument_error(
+            raise refusal(
                 f"{path} {keys[0]}", f"samples of shape {shape}, as in train", got, "mend it"
             )
         parts[part] = TensorData(

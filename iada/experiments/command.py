@@ -17,7 +17,7 @@ from iada.experiments.progress import Series
 from iada.experiments.recipe import Recipe
 from iada.experiments.records import RECORD, read_records
 from iada.experiments.run import RunOptions, plan, run
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 from iada.utils.distributed import by_first, current_group, launched_group, rank_of
 from iada.utils.files import check_writable
 
@@ -71,19 +71,19 @@ def _paper(options: argparse.Namespace) -> int:
         _say(listing([recipes.load(name) for name in recipes.names()], known))
         return 0
     if options.table is None:
-        raise argument_error("--table", "a table of the papers", "none", "pass one, or --list")
+        raise refusal("--table", "a table of the papers", "none", "pass one, or --list")
     unbundled = [recipe for recipe in _chosen(options) if recipe.data["reader"] not in BUNDLED]
     if options.data is None and unbundled:
         needs = "; ".join(dict.fromkeys(recipe.needs for recipe in unbundled))
-        raise argument_error("--data", f"a path ({needs})", "none", "pass where the data set lies")
+        raise refusal("--data", f"a path ({needs})", "none", "pass where the data set lies")
     for name in ("seeds", "evaluate_every"):
         if getattr(options, name) < 1:
             text = f"--{name.replace('_', '-')}"
-            raise argument_error(text, "at least 1", str(getattr(options, name)), "raise it")
+            raise refusal(text, "at least 1", str(getattr(options, name)), "raise it")
     for name in ("epochs", "train_limit", "test_limit", "workers", "seed"):
         if (getattr(options, name) or 0) < 0:
             text = f"--{name.replace('_', '-')}"
-            raise argument_error(text, "0 or more", str(getattr(options, name)), "raise it")
+            raise refusal(text, "0 or more", str(getattr(options, name)), "raise it")
     limits = Limits(options.epochs, options.train_limit, options.test_limit, tuple(options.changes))
     run_options = RunOptions(
         options.out,
@@ -117,9 +117,7 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         got = f"{name!r} ({str(error).splitlines()[0]})"
-        raise argument_error(
-            "--device", "a torch device", got, "leave it out, or pass cpu"
-        ) from error
+        raise refusal("--device", "a torch device", got, "leave it out, or pass cpu") from error
 
 
 def _check_one_data_set(chosen: Sequence[Recipe]) -> None:
@@ -128,7 +126,7 @@ def _check_one_data_set(chosen: Sequence[Recipe]) -> None:
     if len(kinds) > 1:
         rows = ", ".join(recipe.row for recipe in chosen)
         expected = "rows of one data set, as --data is one path"
-        raise argument_error("--row", expected, f"all of {rows}", "pass one of these")
+        raise refusal("--row", expected, f"all of {rows}", "pass one of these")
 
 
 def _check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
@@ -141,7 +139,7 @@ def _check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
     ]
     if alone:
         several = [c.key for c in chosen[0].methods if c.key not in alone]
-        raise argument_error(
+        raise refusal(
             "--methods",
             "those that several processes can train together",
             f"{', '.join(dict.fromkeys(alone))}, which one process trains",
@@ -149,9 +147,7 @@ def _check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
         )
     if device.index is not None:
         remedy = f"pass {device.type}: each process takes the device of its LOCAL_RANK"
-        raise argument_error(
-            "--device", "a kind of device for several processes", str(device), remedy
-        )
+        raise refusal("--device", "a kind of device for several processes", str(device), remedy)
 
 
 def _say(text: str) -> None:
@@ -167,7 +163,7 @@ def _chosen(options: argparse.Namespace) -> list[Recipe]:
     if options.row is not None:
         if f"{table}/{options.row}" not in rows:
             known = ", ".join(name.split("/")[1] for name in rows)
-            raise argument_error("--row", f"one of {known}", repr(options.row), "see --list")
+            raise refusal("--row", f"one of {known}", repr(options.row), "see --list")
         rows = [f"{table}/{options.row}"]
     changes = recipes.changes_of(options.changes)
     return [_with_methods(recipes.load(name, changes), options.methods) for name in rows]
@@ -180,9 +176,7 @@ def _with_methods(recipe: Recipe, methods: list[str] | None) -> Recipe:
     for key in methods:
         if key not in by_key:
             known = ", ".join(by_key)
-            raise argument_error(
-                "--methods", f"some of {known}", repr(key), f"see {recipe.name}.toml"
-            )
+            raise refusal("--methods", f"some of {known}", repr(key), f"see {recipe.name}.toml")
     return replace(recipe, methods=tuple(by_key[key] for key in dict.fromkeys(methods)))
 
 

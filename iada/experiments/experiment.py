@@ -27,7 +27,7 @@ from iada.experiments.datasets import (
 from iada.experiments.recipe import MethodEntry, Recipe, shortened
 from iada.experiments.scenarios import SCENARIOS, Split, colored_mnist
 from iada.models import build_backbone
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 from iada.utils.evaluate import outputs
 
 NORMALISATIONS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "digits": ((0.0,), (1.0,))}
@@ -73,12 +73,12 @@ def read_parts(recipe: Recipe, path: Path | None, limits: Limits) -> Parts:
     name, colored = options.pop("reader"), options.pop("colored", False)
     reader = READERS[name]
     if name not in BUNDLED and (path is None or not path.exists()):
-        raise argument_error("--data", recipe.needs, f"nothing at {path}", "pass where it lies")
+        raise refusal("--data", recipe.needs, f"nothing at {path}", "pass where it lies")
     known = list(inspect.signature(reader).parameters)[1:]
     for key in options:
         if key not in known:
             expected = f"one of reader, colored, {', '.join(known)}"
-            raise argument_error(f"[data] {key}", expected, repr(key), "rename or remove it")
+            raise refusal(f"[data] {key}", expected, repr(key), "rename or remove it")
     parts = reader(path, **options)
     if colored:
         parts = colored_mnist(parts)
@@ -105,7 +105,7 @@ def make_split(recipe: Recipe, parts: Parts, seed: int) -> Split:
     for key in options:
         if key not in known:
             expected = f"one of {', '.join(list(known)[1:])}"
-            raise argument_error(f"[scenario] {key}", expected, repr(key), "rename or remove it")
+            raise refusal(f"[scenario] {key}", expected, repr(key), "rename or remove it")
     if clustering is not None:
         source = parts[options.get("meta_from", "validation")]
         options["features"] = _features(clustering, source, recipe.model.image_size)
@@ -164,9 +164,7 @@ def _view(
         tokenizer = load_tokenizer(folder)
         return lambda piece, augment: TextView(piece, tokenizer)
     if recipe.model.augment == "autoaugment-cutout":
-        raise argument_error(
-            "augment", "'none' or 'crop-flip'", "image files", "it is for small images"
-        )
+        raise refusal("augment", "'none' or 'crop-flip'", "image files", "it is for small images")
     size, options = recipe.model.image_size, FILE_OPTIONS.get(recipe.data["reader"], {})
     return lambda piece, augment: FileView(piece, augment is not None, size, **options)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from iada.utils.checks import argument_error, check_float, check_sizes
+from iada.utils.checks import check_float, check_sizes, refusal
 
 
 def label_issues(epsilon: Tensor) -> Tensor:
@@ -29,9 +29,7 @@ def detection(epsilon: Tensor, wrong: Tensor) -> dict[str, float] | None:
     check_float("epsilon", epsilon, "the ε of each sample, (N)", (None,))
     check_sizes("wrong", wrong, "bool (N)", (len(epsilon),))
     if wrong.dtype != torch.bool:
-        raise argument_error(
-            "wrong", "bool (N)", f"dtype {wrong.dtype}", "pass given != true labels"
-        )
+        raise refusal("wrong", "bool (N)", f"dtype {wrong.dtype}", "pass given != true labels")
     known = ~epsilon.isnan()
     epsilon, wrong = epsilon[known].double().cpu(), wrong[known].cpu()
     positive, negative = int(wrong.sum()), int((~wrong).sum())

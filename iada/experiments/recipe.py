@@ -17,7 +17,7 @@ from iada.experiments.metrics import METRICS
 from iada.experiments.scenarios import SCENARIOS
 from iada.methods.registry import METHODS
 from iada.training.config import TrainerConfig
-from iada.utils.checks import argument_error, check_choice
+from iada.utils.checks import check_choice, refusal
 from iada.utils.settings import check_settings
 
 AUGMENTS = ("none", "crop-flip", "autoaugment-cutout")
@@ -134,7 +134,7 @@ def table_name(table: str) -> str:
     for candidate in (name, f"table{name}", name.replace("afr-", "afr-table")):
         if candidate in tables:
             return candidate
-    raise argument_error("--table", f"one of {', '.join(tables)}", repr(table), "see --list")
+    raise refusal("--table", f"one of {', '.join(tables)}", repr(table), "see --list")
 
 
 def load(name: str, changes: dict[str, dict[str, Any]] | None = None) -> Recipe:
@@ -145,7 +145,7 @@ def load(name: str, changes: dict[str, dict[str, Any]] | None = None) -> Recipe:
     own setting would undo, too.
     """
     if name not in names():
-        raise argument_error("recipe", f"one of {', '.join(names())}", repr(name), "see --list")
+        raise refusal("recipe", f"one of {', '.join(names())}", repr(name), "see --list")
     sections = _sections(name)
     for section, values in (changes or {}).items():
         methods = {f"methods.{key}": key for key in sections["methods"]}
@@ -158,12 +158,12 @@ def load(name: str, changes: dict[str, dict[str, Any]] | None = None) -> Recipe:
             sections[section] = {**sections.get(section, {}), **values}
         else:
             expected = f"data, scenario, model, trainer, {', '.join(methods)}"
-            raise argument_error(f"section {section}", expected, repr(section), "rename it")
+            raise refusal(f"section {section}", expected, repr(section), "rename it")
     recipe = _build(name, sections)
     for key in (changes or {}).get("trainer", {}):
         if not any(key in entry.trainer.settings() for entry in recipe.methods):
             expected = f"a setting of one of {', '.join(sections['methods'])}"
-            raise argument_error(f"trainer.{key}", expected, "one that none has", "leave it out")
+            raise refusal(f"trainer.{key}", expected, "one that none has", "leave it out")
     return recipe
 
 
@@ -172,7 +172,7 @@ def _check_own(section: str, values: dict[str, Any]) -> None:
     for key in values:
         if key in ("title", "published", "method", "with_meta"):
             expected = "a setting of the trainer"
-            raise argument_error(f"{section}.{key}", expected, repr(key), "choose another")
+            raise refusal(f"{section}.{key}", expected, repr(key), "choose another")
 
 
 def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) -> None:
@@ -180,7 +180,7 @@ def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) ->
     for key in values:
         overriding = [name for name, settings in methods.items() if key in settings]
         if overriding:
-            raise argument_error(
+            raise refusal(
                 f"trainer.{key}",
                 "a setting that all methods of this recipe share",
                 f"one that {', '.join(overriding)} set for themselves",
@@ -193,18 +193,14 @@ def _build(name: str, sections: dict[str, Any]) -> Recipe:
     unknown = set(sections) - {"experiment", "data", "scenario", "model", "trainer", "methods"}
     unknown -= {"published", "derived", "sweeps"}
     if unknown:
-        raise argument_error(f"{name} [{min(unknown)}]", "a known section", "another", "rename it")
+        raise refusal(f"{name} [{min(unknown)}]", "a known section", "another", "rename it")
     for metric in about["metrics"]:
         if metric not in METRICS:
-            raise argument_error(
-                f"{name} metrics", f"some of {', '.join(METRICS)}", metric, "mend it"
-            )
+            raise refusal(f"{name} metrics", f"some of {', '.join(METRICS)}", metric, "mend it")
     for section, key, known in (("scenario", "name", SCENARIOS), ("data", "reader", READERS)):
         if sections[section][key] not in known:
             got = repr(sections[section][key])
-            raise argument_error(
-                f"{name} [{section}] {key}", f"one of {', '.join(known)}", got, "mend it"
-            )
+            raise refusal(f"{name} [{section}] {key}", f"one of {', '.join(known)}", got, "mend it")
     try:
         model = ModelSettings(**sections.get("model", {}))
         methods = tuple(
@@ -254,9 +250,7 @@ def _method_entry(key: str, values: dict[str, Any], shared: dict[str, Any]) -> M
     meta = {n: settings.pop(n) for n in ("with_meta", "meta_per_class") if n in settings}
     settings.setdefault("method", key)
     if settings["method"] not in METHODS:
-        raise argument_error(
-            f"[methods.{key}] method", f"one of {', '.join(METHODS)}", key, "add method"
-        )
+        raise refusal(f"[methods.{key}] method", f"one of {', '.join(METHODS)}", key, "add method")
     config = TrainerConfig.from_settings(settings, shared)
     return MethodEntry(key, title, config, published, **meta)
 
@@ -310,7 +304,7 @@ def parse_change(text: str) -> tuple[str, str, Any]:
     target, equals, value = text.partition("=")
     section, dot, key = target.strip().rpartition(".")
     if not (equals and dot and key):
-        raise argument_error("--set", "section.key=value", repr(text), "as in scenario.ratio=50")
+        raise refusal("--set", "section.key=value", repr(text), "as in scenario.ratio=50")
     try:
         return section, key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

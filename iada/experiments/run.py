@@ -29,7 +29,7 @@ from iada.models import build_backbone, load_weights
 from iada.training.first_phase import can_share, first_phase_config
 from iada.training.run_folder import CHECKPOINT
 from iada.training.trainer import Trainer
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 from iada.utils.distributed import by_first, current_group, gather_objects, size_of
 from iada.utils.files import check_writable
 from iada.utils.lock import folder_lock
@@ -104,7 +104,7 @@ def _run(planned: PlannedRun) -> dict[str, Any]:
     request = _request(planned, trainer)
     if any(other != request for other in gather_objects(request, trainer.group)):
         remedy = "start all processes on the same files, or one process alone"
-        raise argument_error("--data", "the same split on every process", "several", remedy)
+        raise refusal("--data", "the same split on every process", "several", remedy)
     finished = by_first(lambda: _begin(planned, request), trainer.group)
     if finished is not None:
         return finished
@@ -199,11 +199,11 @@ def build_model(model: ModelSettings, train: Labelled) -> tuple[nn.Module, nn.Li
     if model.backbone == "identity":
         if not isinstance(train.inputs, Tensor) or train.inputs.dim() != 2:
             remedy = "pass data.reader=features, or another backbone"
-            raise argument_error("model.backbone", "features for 'identity'", "others", remedy)
+            raise refusal("model.backbone", "features for 'identity'", "others", remedy)
         return nn.Identity(), nn.Linear(train.inputs.shape[1], train.num_classes)
     if model.frozen and not (model.pretrained or model.weights):
         remedy = "pass --set model.weights=FILE, or model.frozen=false"
-        raise argument_error("model.weights", "a file, as the backbone is frozen", "none", remedy)
+        raise refusal("model.weights", "a file, as the backbone is frozen", "none", remedy)
     backbone, head = build_backbone(
         model.backbone,
         train.num_classes,

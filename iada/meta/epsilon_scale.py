@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iada.utils.checks import argument_error, check_choice
+from iada.utils.checks import check_choice, refusal
 
 EPSILON_UNITS = ("feature", "class-deviation")
 
@@ -26,7 +26,7 @@ class EpsilonScale:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.factor) and self.factor > 0):
             remedy = "epsilon=0.0 is without a perturbation"
-            raise argument_error("epsilon_scale", "a number above 0", repr(self.factor), remedy)
+            raise refusal("epsilon_scale", "a number above 0", repr(self.factor), remedy)
         check_choice("epsilon_unit", self.unit, EPSILON_UNITS)
 
     @torch.no_grad()

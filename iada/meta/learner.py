@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from iada.meta.graph_jvp import graph_order
 from iada.utils.checks import (
-    argument_error,
     check_label_values,
     check_labels,
     check_tensor,
+    refusal,
     values_are_checked,
 )
 from iada.utils.distributed import (
@@ -73,14 +73,14 @@ class Classifier(nn.Module):
 
 def check_classifier(backbone: nn.Module, head: nn.Module) -> None:
     if not isinstance(head, nn.Linear):
-        raise argument_error(
+        raise refusal(
             "head",
             "the classifier's last layer, an nn.Linear",
             f"a {type(head).__name__}",
             "split the model into a backbone that returns features and its last nn.Linear",
         )
     if not isinstance(head.weight, nn.Parameter):
-        raise argument_error(
+        raise refusal(
             "head",
             "an nn.Linear whose weight is a parameter",
             "a parametrized one",
@@ -132,7 +132,7 @@ class Learner:
             if index is not None and num_samples and len(index):
                 low, high = index.aminmax()
                 if low < 0 or high >= num_samples:
-                    raise argument_error(
+                    raise refusal(
                         f"{name} index",
                         f"places in [0, {num_samples}), the memory's num_samples",
                         f"{int(low)} to {int(high)}",
@@ -293,7 +293,7 @@ def _no_batch(name: str, batch: Any) -> ValueError:
             "pass one from iada.endless(meta_loader); only a step before which needs_meta_batch "
             "is False (interval > 1) goes without"
         )
-    return argument_error(name, "(inputs, labels) or (inputs, labels, index)", got, remedy)
+    return refusal(name, "(inputs, labels) or (inputs, labels, index)", got, remedy)
 
 
 def linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -305,7 +305,7 @@ def linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def check_meta_loss(value: Tensor) -> None:
     """Finite, where values are checked."""
     if values_are_checked(value.device) and not torch.isfinite(value):
-        raise argument_error(
+        raise refusal(
             "meta_batch",
             "a finite cross-entropy after the virtual step",
             str(float(value)),

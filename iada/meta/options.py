@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from iada.meta.virtual_step import VirtualStep
-from iada.utils.checks import argument_error, check_choice
+from iada.utils.checks import check_choice, refusal
 
 DOUBLE_BACKWARD = "double-backward"
 HYPERGRADIENTS = ("jvp", "finite-difference", DOUBLE_BACKWARD)
@@ -25,11 +25,10 @@ class MetaStepOptions:
         check_choice("scope", self.scope, SCOPES)
         interval = self.interval
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            remedy = "1 is every iteration"
-            raise argument_error("interval", "a positive int", repr(interval), remedy)
+            raise refusal("interval", "a positive int", repr(interval), "1 is every iteration")
 
     def refuse_double_backward(self, allowed: str, remedy: str) -> None:
         """Raises ValueError for double backward, which does without what the other two can have."""
         if self.hypergradient == DOUBLE_BACKWARD:
             expected = f"'jvp' or 'finite-difference' {allowed}"
-            raise argument_error("hypergradient", expected, repr(DOUBLE_BACKWARD), remedy)
+            raise refusal("hypergradient", expected, repr(DOUBLE_BACKWARD), remedy)

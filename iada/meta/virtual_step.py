@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class VirtualStep:
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises ValueError for momentum with an optimizer that is not SGD."""
         if self.momentum and not isinstance(optimizer, torch.optim.SGD):
-            raise argument_error(
+            raise refusal(
                 "virtual_momentum",
                 "torch.optim.SGD as the optimizer",
                 f"a {type(optimizer).__name__}",

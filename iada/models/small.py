@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 
 def mlp(
@@ -57,7 +57,7 @@ def cifar_resnet(depth: int, width: int = 16) -> nn.Sequential:
     """
     blocks, remainder = divmod(depth - 2, 6)
     if remainder or blocks < 1:
-        raise argument_error("depth", "6n + 2 with n of at least 1", str(depth), "32 is usual")
+        raise refusal("depth", "6n + 2 with n of at least 1", str(depth), "32 is usual")
     layers: list[nn.Module] = [
         nn.Conv2d(3, width, 3, 1, 1, bias=False),
         nn.BatchNorm2d(width),
@@ -104,7 +104,7 @@ def wide_resnet(depth: int = 28, factor: int = 10) -> nn.Sequential:
     """
     blocks, remainder = divmod(depth - 4, 6)
     if remainder or blocks < 1:
-        raise argument_error("depth", "6n + 4 with n of at least 1", str(depth), "28 is usual")
+        raise refusal("depth", "6n + 4 with n of at least 1", str(depth), "28 is usual")
     layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)]
     before = 16
     for stage in range(3):

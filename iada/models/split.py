@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 REMEDY = "write the two yourself: a module that returns features (N, A), and its last nn.Linear"
 
@@ -65,22 +65,18 @@ def split_classifier(
     last = [(name, module) for name, module, output in calls if output is logits]
     if not last:
         got = f"{kind}, which does something to it afterwards, or has none"
-        raise argument_error(
-            "model", "a classifier that returns the output of an nn.Linear", got, REMEDY
-        )
+        raise refusal("model", "a classifier that returns the output of an nn.Linear", got, REMEDY)
     name, head = last[0]
     if sum(module is head for _, module, _ in calls) > 1:
-        raise argument_error(
-            "model", "a head used once", f"{kind}, which uses {name} again", REMEDY
-        )
+        raise refusal("model", "a head used once", f"{kind}, which uses {name} again", REMEDY)
     if logits.dim() != 2:
         got = f"{kind} with logits of shape {tuple(logits.shape)}"
-        raise argument_error("model", "one row of logits a sample, (N, C)", got, REMEDY)
+        raise refusal("model", "one row of logits a sample, (N, C)", got, REMEDY)
     if any(p is q for p in head.parameters() for q in _others(model, head)):
         got = f"{kind}, which shares the weight of {name} with another layer"
-        raise argument_error("model", "a head with a weight of its own", got, REMEDY)
+        raise refusal("model", "a head with a weight of its own", got, REMEDY)
     if not name:
-        raise argument_error("model", "layers before its nn.Linear", "an nn.Linear alone", REMEDY)
+        raise refusal("model", "layers before its nn.Linear", "an nn.Linear alone", REMEDY)
     model.set_submodule(name, nn.Identity())
     if num_classes is not None and head.out_features != num_classes:
         head = nn.Linear(head.in_features, num_classes).to(head.weight)
@@ -96,7 +92,5 @@ def _call(model: nn.Module, inputs: Any) -> Tensor:
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
         got = f"a {type(output).__name__}"
-        raise argument_error(
-            "model", "a tensor, or an object with logits, as its output", got, REMEDY
-        )
+        raise refusal("model", "a tensor, or an object with logits, as its output", got, REMEDY)
     return output

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 
 def load_weights(backbone: nn.Module, head: nn.Linear, path: str | Path) -> bool:
@@ -25,13 +25,13 @@ def load_weights(backbone: nn.Module, head: nn.Linear, path: str | Path) -> bool
     except Exception as error:  # foreign bytes can fail in any way
         got = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "pass what torch.save wrote of a state dict"
-        raise argument_error(str(path), "a file of weights", got, remedy) from error
+        raise refusal(str(path), "a file of weights", got, remedy) from error
     tensors = dict(_named_tensors(content, ""))
     state = _state_of(backbone, tensors)
     if state is None:
         first = next(iter(backbone.state_dict()))
         got = f"{len(tensors)} tensors, not all that begin or end as {first!r}"
-        raise argument_error(str(path), "the weights of this backbone", got, "pass its own file")
+        raise refusal(str(path), "the weights of this backbone", got, "pass its own file")
     backbone.load_state_dict(state, strict=False)
     weights = [
         name

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from iada.nn.lent_covariance import LentCovariance
 from iada.utils.autocast import full_precision
 from iada.utils.checks import (
-    argument_error,
     check_batch_values,
     check_device,
     check_float,
     check_labels,
+    refusal,
 )
 from iada.utils.distributed import (
     Group,
@@ -74,12 +74,10 @@ class ClassCovariance(nn.Module):
         self._group = GroupReference(process_group)
         for name, size in (("num_classes", num_classes), ("num_features", num_features)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise argument_error(
-                    name, "a positive int", repr(size), "pass the size of the head"
-                )
+                raise refusal(name, "a positive int", repr(size), "pass the size of the head")
         if structure not in STRUCTURES:
             options = " or ".join(map(repr, STRUCTURES))
-            raise argument_error("structure", options, repr(structure), "pass one of these")
+            raise refusal("structure", options, repr(structure), "pass one of these")
         self.structure = structure
         self._lent: list[weakref.ref[LentCovariance]] = []
         shape = (num_classes, num_features)

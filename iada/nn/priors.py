@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from iada.utils.checks import argument_error, check_sizes, check_tensor
+from iada.utils.checks import check_sizes, check_tensor, refusal
 
 
 def log_class_prior(class_counts: Tensor, num_classes: int | None = None) -> Tensor:
@@ -23,7 +23,7 @@ def checked_counts(class_counts: Tensor, num_classes: int | None = None) -> Tens
     check_sizes("class_counts", class_counts, expected, (num_classes,))
     counts = class_counts.double()
     if not (torch.isfinite(counts) & (counts >= 0)).all():
-        raise argument_error(
+        raise refusal(
             "class_counts",
             "numbers of samples, 0 or more",
             str(class_counts.tolist()),

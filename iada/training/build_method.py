@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 from iada.meta.method import Method
 from iada.methods.options import MethodRun
 from iada.training.config import TrainerConfig
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 from iada.utils.distributed import Group
 
 
@@ -23,11 +23,10 @@ def build_method(
     """The method that `config` names; ValueError if it names none."""
     if config.method is None:
         remedy = "pass one, or set TrainerConfig's"
-        raise argument_error("method", "one where the config has none", "None", remedy)
+        raise refusal("method", "one where the config has none", "None", remedy)
     if group is not None and config.method.single_process:
         expected = f"one process for {config.method_name}"
-        remedy = "start one process, or take another method"
-        raise argument_error("method", expected, "several", remedy)
+        raise refusal("method", expected, "several", "start one process, or take another method")
     run = MethodRun(
         backbone,
         head,
@@ -50,8 +49,8 @@ def check_own_method(
     if config.method is not None:
         got = repr(config.method_name)
         remedy = "set TrainerConfig(method=None), and ce_epochs if plain CE is to come first"
-        raise argument_error("config.method", "None beside a method of your own", got, remedy)
+        raise refusal("config.method", "None beside a method of your own", got, remedy)
     parts = method.classifier
     if parts.backbone is not backbone or parts.head is not head:
         remedy = "build it from the same two modules"
-        raise argument_error("method", "one of this backbone and head", "another's", remedy)
+        raise refusal("method", "one of this backbone and head", "another's", remedy)

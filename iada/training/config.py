@@ -9,7 +9,7 @@ import torch
 
 from iada.methods.options import MethodOptions
 from iada.methods.registry import METHODS
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 from iada.utils.settings import check_settings, setting
 
 SCHEDULES = ("constant", "cosine", "multistep")
@@ -99,30 +99,28 @@ class TrainerConfig:
         if twice:
             name = min(twice)
             remedy = f"set {name} itself"
-            raise argument_error("optimizer_options", "other arguments than lr", repr(name), remedy)
+            raise refusal("optimizer_options", "other arguments than lr", repr(name), remedy)
         if self.warmup_epochs >= self.epochs:
             expected = f"less than epochs={self.epochs}"
-            raise argument_error("warmup_epochs", expected, repr(self.warmup_epochs), "lower it")
+            raise refusal("warmup_epochs", expected, repr(self.warmup_epochs), "lower it")
         if any(milestone < 1 for milestone in self.milestones):
-            raise argument_error(
-                "milestones", "epochs from 1", repr(self.milestones), "remove others"
-            )
+            raise refusal("milestones", "epochs from 1", repr(self.milestones), "remove others")
         if self.schedule == "multistep" and any(mark >= self.epochs for mark in self.milestones):
-            raise argument_error(
+            raise refusal(
                 "milestones",
                 f"epochs below epochs={self.epochs}, else lr never falls there",
                 repr(self.milestones),
                 "lower them, or leave them out for 80 and 90 % of epochs",
             )
         if self.ce_epochs > self.epochs:
-            raise argument_error(
+            raise refusal(
                 "ce_epochs",
                 f"at most epochs={self.epochs}",
                 repr(self.ce_epochs),
                 "set it too: it is the part of epochs that trains with plain CE first",
             )
         if stage > self.epochs - self.ce_epochs:
-            raise argument_error(
+            raise refusal(
                 "finetune_epochs",
                 f"at most epochs - ce_epochs = {self.epochs - self.ce_epochs}",
                 repr(stage),
@@ -196,7 +194,7 @@ def check_same_run(config: TrainerConfig, former: dict[str, Any]) -> None:
     former = with_defaults(former)
     for name, value in config.settings().items():
         if name not in free and former.get(name) != value:
-            raise argument_error(
+            raise refusal(
                 f"checkpoint's {name}",
                 f"{value!r} as in this run's settings",
                 repr(former.get(name)),
@@ -219,7 +217,7 @@ def _options_of(method: MethodOptions | str | None) -> MethodOptions | None:
     if method is None or isinstance(method, MethodOptions):
         return method
     expected = f"one of {', '.join(map(repr, METHODS))}, or a method's options"
-    raise argument_error("method", expected, repr(method), "pass one of these")
+    raise refusal("method", expected, repr(method), "pass one of these")
 
 
 def _name_of(method: MethodOptions | None) -> str | None:
@@ -237,6 +235,6 @@ def _unknown_setting(key: str, method: str | None, known: list[str]) -> ValueErr
     having = [name for name, kind in METHODS.items() if key in _field_names(kind)]
     if having:
         got, remedy = f"one of {', '.join(having)}", "remove it, or choose such a method"
-        return argument_error(key, f"a setting of the method {method!r}", got, remedy)
+        return refusal(key, f"a setting of the method {method!r}", got, remedy)
     expected = f"one of {', '.join(known)}"
-    return argument_error(key, expected, "an unknown key", "rename or remove it")
+    return refusal(key, expected, "an unknown key", "rename or remove it")

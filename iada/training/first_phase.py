@@ -18,7 +18,7 @@ from iada.methods.meta_iada import MetaSAugOptions
 from iada.training.config import TrainerConfig
 from iada.training.trainer import Trainer
 from iada.utils import seeds
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 from iada.utils.distributed import rank_of
 from iada.utils.files import atomic_write
 
@@ -105,7 +105,7 @@ def start_from(trainer: Trainer, state: dict[str, Any]) -> None:
     """
     if state["epoch"] > trainer.config.ce_epochs:
         expected = f"at most ce_epochs={trainer.config.ce_epochs} epochs"
-        raise argument_error("first phase", expected, str(state["epoch"]), "take another file")
+        raise refusal("first phase", expected, str(state["epoch"]), "take another file")
     names, moments = _names(trainer), state["optimizer"]
     try:
         trainer.backbone.load_state_dict(state["backbone"])
@@ -116,7 +116,7 @@ def start_from(trainer: Trainer, state: dict[str, Any]) -> None:
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         remedy = "take the file of the same backbone and head"
-        raise argument_error("first phase", "the model of this run", reason, remedy) from error
+        raise refusal("first phase", "the model of this run", reason, remedy) from error
     optimizer = trainer.optimizer.state_dict()
     optimizer["state"] = {
         place: moments[name] for place, name in enumerate(names) if name in moments
@@ -155,14 +155,10 @@ def load_first_phase(path: Path) -> dict[str, Any]:
     except Exception as error:  # foreign bytes can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         got = f"a file that cannot be read ({reason})"
-        raise argument_error(
-            str(path), "a first phase", got, "delete it, it is made anew"
-        ) from error
+        raise refusal(str(path), "a first phase", got, "delete it, it is made anew") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise argument_error(
-            str(path), f"format {FORMAT!r}", repr(found), "delete it, it is made anew"
-        )
+        raise refusal(str(path), f"format {FORMAT!r}", repr(found), "delete it, it is made anew")
     return state
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from iada.training.measures import HISTOGRAM_BINS, PHASES
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 from iada.utils.files import atomic_write, fsync, remove_leftovers
 
 CSV_FILE = "log.csv"
@@ -73,19 +73,17 @@ def measured(values: Any) -> dict[str, float | None]:
     """
     if not isinstance(values, Mapping):
         got = f"a {type(values).__name__}"
-        raise argument_error("measure", "a dict of numbers by name", got, "return {} for none")
+        raise refusal("measure", "a dict of numbers by name", got, "return {} for none")
     numbers: dict[str, float | None] = {}
     for name, value in values.items():
         if not isinstance(name, str) or name in OWN:
-            raise argument_error("measure", "names that the log has not", repr(name), "rename it")
+            raise refusal("measure", "names that the log has not", repr(name), "rename it")
         try:
             plain = value is None or type(value) in (int, float)
             numbers[name] = value if plain else float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             got = f"a {type(value).__name__}"
-            raise argument_error(
-                f"measure {name!r}", "a number", got, "reduce it to one"
-            ) from error
+            raise refusal(f"measure {name!r}", "a number", got, "reduce it to one") from error
     return numbers
 
 
@@ -140,7 +138,7 @@ class CsvLog:
         text = self.path.read_text(encoding="utf-8")
         header, *rows = list(csv.reader(text.splitlines())) or [list(COLUMNS)]
         if tuple(header[: len(COLUMNS)]) != COLUMNS:
-            raise argument_error(
+            raise refusal(
                 str(self.path), "a log of this version", "other columns", "move it elsewhere"
             )
         if not text.endswith("\n"):
@@ -154,7 +152,7 @@ class TensorBoardLog:
     def __init__(self, folder: Path, first_epoch: int) -> None:
         if importlib.util.find_spec("tensorboard") is None:
             remedy = "pip install tensorboard, or leave it False"
-            raise argument_error("tensorboard", "the package tensorboard", "none installed", remedy)
+            raise refusal("tensorboard", "the package tensorboard", "none installed", remedy)
         from torch.utils.tensorboard import SummaryWriter
 
         # Readers drop what an interrupted run wrote from the purge step on.

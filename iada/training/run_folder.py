@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from iada.training.checkpoint import load_checkpoint, previous, save_checkpoint
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 from iada.utils.distributed import Group, by_first
 from iada.utils.files import check_writable, remove_leftovers
 from iada.utils.lock import folder_lock
@@ -44,7 +44,7 @@ class RunFolder:
         remove_leftovers(self.path / CHECKPOINT)
         if self._has_checkpoint() and not self.has_our_checkpoint:
             remedy = "call resume() first, or move it"
-            raise argument_error("folder", "no checkpoint of another run", str(self.path), remedy)
+            raise refusal("folder", "no checkpoint of another run", str(self.path), remedy)
 
     def _has_checkpoint(self) -> bool:
         path = self.path / CHECKPOINT

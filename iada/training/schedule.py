@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from iada.training.config import TrainerConfig
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 WARMUP_START = 0.01  # share of lr that warm-up starts from
 
@@ -28,7 +28,7 @@ def build_optimizer(
     unknown = [name for name in config.optimizer_options if name not in known]
     if unknown:
         taken = ", ".join(name for name in known if name not in ("params", *common))
-        raise argument_error(
+        raise refusal(
             "optimizer_options", f"some of {taken}", repr(unknown[0]), "rename or remove it"
         )
     try:

@@ -25,7 +25,7 @@ from iada.training.meta_stream import MetaStream
 from iada.training.run_folder import RunFolder
 from iada.training.schedule import build_optimizer, build_schedule
 from iada.utils import seeds as random_state
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 from iada.utils.distributed import (
     Group,
     GroupReference,
@@ -107,15 +107,13 @@ class Trainer:
     ) -> None:
         if not isinstance(head, nn.Linear):
             got = f"a {type(head).__name__}"
-            raise argument_error(
-                "head", "an nn.Linear", got, "split the model before its last layer"
-            )
+            raise refusal("head", "an nn.Linear", got, "split the model before its last layer")
         named = {"train_set": train_set, "meta_set": meta_set, "validation_set": validation_set}
         for name, dataset in named.items():
             if dataset is not None:
                 check_dataset(name, dataset)
         if tensorboard and folder is None:
-            raise argument_error("folder", "one for TensorBoard's files", "None", "pass a folder")
+            raise refusal("folder", "one for TensorBoard's files", "None", "pass a folder")
         self.config = config
         self.backbone, self.head = backbone, head
         self.train_set, self.meta_set = train_set, meta_set
@@ -144,7 +142,7 @@ class Trainer:
         self.method, self.optimizer = method, method.optimizer
         self.scheduler = build_schedule(self.optimizer, config, self._steps)
         if meta_set is None and self.method.needs_meta_batch:
-            raise argument_error(
+            raise refusal(
                 "meta_set", "a small clean data set", "None", "pass one, or choose another method"
             )
         self._meta_stream: MetaStream | None = None

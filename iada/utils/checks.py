@@ -36,7 +36,7 @@ def value_checks() -> Iterator[None]:
         _value_checks.reset(token)
 
 
-def argument_error(name: str, expected: str, got: str, remedy: str) -> ValueError:
+def refusal(name: str, expected: str, got: str, remedy: str) -> ValueError:
     """The one form of message this package raises about an argument."""
     return ValueError(f"{name}: expected {expected}, got {got}; {remedy}")
 
@@ -45,21 +45,21 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Raises ValueError for a value that is none of these."""
     if value not in allowed:
         expected = f"one of {', '.join(map(repr, allowed))}"
-        raise argument_error(name, expected, repr(value), "pass one of these")
+        raise refusal(name, expected, repr(value), "pass one of these")
 
 
 def check_float(name: str, tensor: Tensor, expected: str, sizes: tuple[int | None, ...]) -> None:
     """A floating-point tensor of the given sizes (None: any)."""
     check_tensor(name, tensor, expected)
     if not tensor.dtype.is_floating_point:
-        raise argument_error(name, expected, f"dtype {tensor.dtype}", f"convert it: {name}.float()")
+        raise refusal(name, expected, f"dtype {tensor.dtype}", f"convert it: {name}.float()")
     check_sizes(name, tensor, expected, sizes)
 
 
 def check_tensor(name: str, tensor: Tensor, expected: str) -> None:
     """A torch tensor, whatever its dtype."""
     if not isinstance(tensor, Tensor):
-        raise argument_error(
+        raise refusal(
             name, expected, f"a {type(tensor).__name__}", "wrap it with torch.as_tensor(...)"
         )
     if is_sharded(tensor):
@@ -67,7 +67,7 @@ def check_tensor(name: str, tensor: Tensor, expected: str) -> None:
             f"pass {name}.full_tensor(grad_placements=[Partial('avg')]), or compute the loss in "
             "the sharded module's own forward: docs/training.md"
         )
-        raise argument_error(name, expected, "a DTensor, which lies on several processes", remedy)
+        raise refusal(name, expected, "a DTensor, which lies on several processes", remedy)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -82,7 +82,7 @@ def check_sizes(name: str, tensor: Tensor, expected: str, sizes: tuple[int | Non
     )
     if not same:
         wanted = tuple("any" if size is None else size for size in sizes)
-        raise argument_error(
+        raise refusal(
             name,
             expected,
             f"shape {tuple(tensor.shape)}",
@@ -94,7 +94,7 @@ def check_sizes(name: str, tensor: Tensor, expected: str, sizes: tuple[int | Non
 def check_device(name: str, tensor: Tensor, device: torch.device, peer: str) -> None:
     """On `device`, where `peer` is."""
     if tensor.device != device:
-        raise argument_error(
+        raise refusal(
             name,
             f"a tensor on {device}, where {peer} is",
             f"one on {tensor.device}",
@@ -107,7 +107,7 @@ def check_labels(labels: Tensor, count: int) -> None:
     expected = f"integer class indices ({count},), one for each row of features"
     check_tensor("labels", labels, expected)
     if labels.dtype == torch.bool or labels.dtype.is_floating_point or labels.dtype.is_complex:
-        raise argument_error("labels", expected, f"dtype {labels.dtype}", "convert: labels.long()")
+        raise refusal("labels", expected, f"dtype {labels.dtype}", "convert: labels.long()")
     check_sizes("labels", labels, expected, (count,))
 
 
@@ -135,7 +135,7 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int | Non
         if ignore_index is not None:
             allowed += f" or ignore_index={ignore_index}"
             remedy += ", or pass the value to leave out as ignore_index"
-        raise argument_error("labels", allowed, f"{int(labels[row])} at row {row}", remedy)
+        raise refusal("labels", allowed, f"{int(labels[row])} at row {row}", remedy)
 
 
 def check_finite(name: str, tensor: Tensor, remedy: str) -> None:
@@ -145,7 +145,7 @@ def check_finite(name: str, tensor: Tensor, remedy: str) -> None:
     if not torch.isfinite(tensor).all():
         place = tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())
         value = float(tensor[place])
-        raise argument_error(name, "finite numbers", f"{value} at index {place}", remedy)
+        raise refusal(name, "finite numbers", f"{value} at index {place}", remedy)
 
 
 def check_finite_features(features: Tensor, dtype: torch.dtype) -> None:
@@ -161,7 +161,7 @@ def check_finite_features(features: Tensor, dtype: torch.dtype) -> None:
 def check_number(name: str, value: float) -> None:
     """A plain finite number; tensors are refused because reading one waits for its device."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise argument_error(name, "a finite Python number", repr(value), f"pass float({name})")
+        raise refusal(name, "a finite Python number", repr(value), f"pass float({name})")
 
 
 def check_batch_values(
@@ -211,7 +211,7 @@ def _check_loss_tensors(inputs: LossInputs) -> None:
     check_float("weight", inputs.weight, f"a floating-point tensor (C, {width})", (None, width))
     num_classes = inputs.weight.shape[0]
     if num_classes == 0:
-        raise argument_error("weight", "at least one class", "shape (0, A)", "give the head rows")
+        raise refusal("weight", "at least one class", "shape (0, A)", "give the head rows")
     check_labels(inputs.labels, count)
     bias, covariance, epsilon = inputs.bias, inputs.covariance, inputs.epsilon
     if bias is not None:
@@ -234,16 +234,14 @@ def _check_loss_options(options: LossOptions) -> None:
     check_number("beta", options.beta)
     ignore_index, reduction = options.ignore_index, options.reduction
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise argument_error(
-            "ignore_index", "an int", repr(ignore_index), "pass -100 to ignore nothing"
-        )
+        raise refusal("ignore_index", "an int", repr(ignore_index), "pass -100 to ignore nothing")
     if reduction not in REDUCTIONS:
         names = ", ".join(map(repr, REDUCTIONS))
-        raise argument_error("reduction", f"one of {names}", repr(reduction), "pass one of these")
+        raise refusal("reduction", f"one of {names}", repr(reduction), "pass one of these")
     check_number("label_smoothing", options.label_smoothing)
     if not 0 <= options.label_smoothing < 1:
         got = repr(options.label_smoothing)
-        raise argument_error("label_smoothing", "a number in [0, 1)", got, "0.1 is usual")
+        raise refusal("label_smoothing", "a number in [0, 1)", got, "0.1 is usual")
 
 
 def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:
@@ -252,14 +250,14 @@ def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:
     expected = f"a float32 or float64 tensor {full} (full) or {diagonal} (diagonal)"
     check_tensor("covariance", covariance, expected + " or an iada.ClassCovariance")
     if covariance.dtype not in (torch.float32, torch.float64):
-        raise argument_error(
+        raise refusal(
             "covariance",
             expected,
             f"dtype {covariance.dtype}",
             "keep statistics in float32: covariance.float()",
         )
     if tuple(covariance.shape) not in (full, diagonal):
-        raise argument_error(
+        raise refusal(
             "covariance",
             expected,
             f"shape {tuple(covariance.shape)}",

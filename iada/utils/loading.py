@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
-from iada.utils.checks import argument_error, check_label_values, check_labels, check_tensor
+from iada.utils.checks import check_label_values, check_labels, check_tensor, refusal
 from iada.utils.seeds import preserved, seed_host, seed_of
 
 
@@ -55,12 +55,12 @@ def check_dataset(name: str, dataset: Any) -> None:
     expected = "a map-style data set of (input, label) items"
     if isinstance(dataset, DataLoader):
         remedy = f"pass its data set, {name}.dataset: order and batches are made here"
-        raise argument_error(name, expected, "a DataLoader", remedy)
+        raise refusal(name, expected, "a DataLoader", remedy)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         remedy = "give it __getitem__ and __len__, or read it into an iada.TensorData"
-        raise argument_error(name, expected, f"a {type(dataset).__name__}", remedy)
+        raise refusal(name, expected, f"a {type(dataset).__name__}", remedy)
     if len(dataset) == 0:
-        raise argument_error(name, "at least one sample", "none", "check how it was selected")
+        raise refusal(name, "at least one sample", "none", "check how it was selected")
 
 
 def labels_of(dataset: Any) -> Tensor | None:
@@ -105,7 +105,7 @@ def count_classes(dataset: Dataset, num_classes: int) -> Tensor:
     if labels is not None:
         check_label_values(labels, num_classes, None)
         return torch.bincount(labels, minlength=num_classes)
-    raise argument_error(
+    raise refusal(
         "class_counts",
         f"samples of each class, ({num_classes},), as the data set shows no labels or targets",
         "None",
@@ -117,12 +117,10 @@ def check_item(item: Any) -> None:
     """One sample as a tuple (input, label, ...)."""
     if isinstance(item, Mapping):
         remedy = "wrap it to give (input, label); the input may be a dict of tensors"
-        raise argument_error("dataset", "items (input, label)", "a dict", remedy)
+        raise refusal("dataset", "items (input, label)", "a dict", remedy)
     if not isinstance(item, list | tuple) or len(item) < 2:
         parts = f"a {type(item).__name__}"
-        raise argument_error(
-            "dataset", "items (input, label)", parts, "return the label with each input"
-        )
+        raise refusal("dataset", "items (input, label)", parts, "return the label with each input")
 
 
 class WithIndex(Dataset):

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 LOCK = ".lock"
 # What file systems without locks answer.
@@ -63,7 +63,7 @@ def _acquire(folder: Path) -> int | None:
                 return None
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            raise argument_error(
+            raise refusal(
                 "folder",
                 "one that no other process trains in",
                 f"{folder}, in use by {holder or 'another process'}",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from iada.utils.checks import argument_error, check_choice
+from iada.utils.checks import check_choice, refusal
 
 
 def setting(
@@ -51,15 +51,15 @@ def check_settings(record: Any) -> None:
         remedy = f"see {type(record).__name__}.{field.name}"
         if isinstance(default, tuple):
             if not isinstance(value, list | tuple) or any(type(item) is not int for item in value):
-                raise argument_error(field.name, "a list of integers", repr(value), remedy)
+                raise refusal(field.name, "a list of integers", repr(value), remedy)
             object.__setattr__(record, field.name, tuple(value))
         elif isinstance(default, float) and type(value) in (int, float):
             if not math.isfinite(value):
-                raise argument_error(field.name, "a finite number", repr(value), remedy)
+                raise refusal(field.name, "a finite number", repr(value), remedy)
             object.__setattr__(record, field.name, float(value))
         elif type(value) is not type(default):
             wanted = f"a value of type {type(default).__name__}"
-            raise argument_error(field.name, wanted, repr(value), remedy)
+            raise refusal(field.name, wanted, repr(value), remedy)
         _check_bounds(field.name, value, field.metadata, default)
 
 
@@ -73,7 +73,7 @@ def _check_bounds(name: str, value: Any, bounds: Any, default: Any) -> None:
         ("below", bounds.get("below"), lambda limit: value < limit),
     ):
         if bound is not None and not kept(bound):
-            raise argument_error(name, f"{word} {bound}", repr(value), f"{default} is usual")
+            raise refusal(name, f"{word} {bound}", repr(value), f"{default} is usual")
 
 
 def from_table(kind: type) -> Callable[[Mapping[str, Any]], Any]:
@@ -84,7 +84,7 @@ def from_table(kind: type) -> Callable[[Mapping[str, Any]], Any]:
         for key in values:
             if key not in known:
                 expected, remedy = f"one of {', '.join(known)}", "rename or remove it"
-                raise argument_error(key, expected, "an unknown key", remedy)
+                raise refusal(key, expected, "an unknown key", remedy)
         return kind(**values)
 
     return build
@@ -105,16 +105,12 @@ def read_toml(
     for section in tables:
         if section not in sections:
             known = ", ".join(f"[{name}]" for name in sections)
-            raise argument_error(
-                f"{path} [{section}]", known, "another section", "rename or remove it"
-            )
+            raise refusal(f"{path} [{section}]", known, "another section", "rename or remove it")
     built = {}
     for section, build in sections.items():
         values = tables.get(section, {})
         if not isinstance(values, dict):
-            raise argument_error(
-                f"{path} [{section}]", "a table", repr(values), f"write [{section}]"
-            )
+            raise refusal(f"{path} [{section}]", "a table", repr(values), f"write [{section}]")
         try:
             built[section] = build(values)
         except (TypeError, ValueError) as error:

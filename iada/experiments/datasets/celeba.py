@@ -17,7 +17,7 @@ from iada.experiments.datasets.files import (
 )
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.datasets.waterbirds import grouped_parts
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 CLASSES = ("not blond", "blond")
 GROUPS = tuple(f"{hair}, {sex}" for hair in CLASSES for sex in ("female", "male"))
@@ -45,12 +45,12 @@ def read_celeba(path: str | os.PathLike) -> dict[str, Labelled]:
     for line, name, hair, male in _attributes(attributes):
         where = at_line(attributes, line)
         if name not in splits:
-            raise argument_error(where, f"an image of {partition.name}", name, DAMAGED)
+            raise refusal(where, f"an image of {partition.name}", name, DAMAGED)
         check_image_file(images / name, where)
         rows.append((images / name, hair, male, splits.pop(name)))
     if splits:
         expected = f"attributes of the {len(rows) + len(splits)} images of {partition.name}"
-        raise argument_error(str(attributes), expected, f"none of {next(iter(splits))}", DAMAGED)
+        raise refusal(str(attributes), expected, f"none of {next(iter(splits))}", DAMAGED)
     return grouped_parts(rows, CLASSES, GROUPS, attributes)
 
 
@@ -66,10 +66,10 @@ def _splits(file: Path) -> dict[str, int]:
     for line, fields in rows:
         where = at_line(file, line)
         if len(fields) != 2:
-            raise argument_error(where, "an image and its part", " ".join(fields), DAMAGED)
+            raise refusal(where, "an image and its part", " ".join(fields), DAMAGED)
         name, split = fields
         if name in part_of_image:
-            raise argument_error(where, "each image once", f"{name} again", DAMAGED)
+            raise refusal(where, "each image once", f"{name} again", DAMAGED)
         part_of_image[name] = integer(split, range(3), "a part, 0, 1 or 2", where)
     return part_of_image
 
@@ -83,7 +83,7 @@ def _attributes(file: Path) -> Iterator[tuple[int, str, int, int]]:
     ):
         where = at_line(file, line)
         if name in seen:
-            raise argument_error(where, "each image once", f"{name} again", DAMAGED)
+            raise refusal(where, "each image once", f"{name} again", DAMAGED)
         seen.add(name)
         signs = [
             integer(value, (-1, 0, 1), f"{column}, 1 or -1", where)
@@ -105,16 +105,14 @@ def _text_rows(file: Path, attributes: list[str]) -> Iterator[tuple[int, str, li
     absent = [name for name in attributes if name not in columns]
     if absent:
         where = at_line(file, 2)
-        raise argument_error(
-            where, f"attributes with {', '.join(attributes)}", f"no {absent[0]}", DAMAGED
-        )
+        raise refusal(where, f"attributes with {', '.join(attributes)}", f"no {absent[0]}", DAMAGED)
     if len(lines) - 2 != count:
         expected = f"{count} images, as its first line says"
-        raise argument_error(str(file), expected, str(len(lines) - 2), DAMAGED)
+        raise refusal(str(file), expected, str(len(lines) - 2), DAMAGED)
     positions = [columns.index(name) + 1 for name in attributes]
     for number, line in enumerate(lines[2:], 3):
         fields = line.split()
         if len(fields) != len(columns) + 1:
             expected = f"an image and {len(columns)} attributes"
-            raise argument_error(at_line(file, number), expected, f"{len(fields)} fields", DAMAGED)
+            raise refusal(at_line(file, number), expected, f"{len(fields)} fields", DAMAGED)
         yield number, fields[0], [fields[position] for position in positions]

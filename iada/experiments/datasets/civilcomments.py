@@ -14,7 +14,7 @@ from iada.experiments.datasets.files import (
     rows_of,
 )
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 CLASSES = ("non-toxic", "toxic")
 IDENTITIES = (
@@ -50,9 +50,9 @@ def read_civilcomments(path: str | os.PathLike) -> dict[str, Labelled]:
     for line, row in rows_of(file, ["comment_text", "split", "toxicity", *IDENTITIES]):
         where = at_line(file, line)
         if row["split"] not in SPLITS:
-            raise argument_error(where, "split train, val or test", repr(row["split"]), DAMAGED)
+            raise refusal(where, "split train, val or test", repr(row["split"]), DAMAGED)
         if not row["comment_text"].strip():
-            raise argument_error(where, "a comment_text", "none", DAMAGED)
+            raise refusal(where, "a comment_text", "none", DAMAGED)
         part = SPLITS[row["split"]]
         texts[part].append(row["comment_text"])
         marks[part].append(
@@ -64,7 +64,7 @@ def read_civilcomments(path: str | os.PathLike) -> dict[str, Labelled]:
     parts = {}
     for part, rows in marks.items():
         if not rows:
-            raise argument_error(str(file), f"comments of {part}", "none", DAMAGED)
+            raise refusal(str(file), f"comments of {part}", "none", DAMAGED)
         table = torch.tensor(rows)
         labels, mentions = table[:, 0].long(), table[:, 1:]
         members = torch.cat([mentions & (labels == label)[:, None] for label in (0, 1)], dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from iada.experiments.datasets.files import DAMAGED, bytes_of
 from iada.experiments.datasets.labelled import Labelled, check_every_class
 from iada.experiments.datasets.view import View
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 from iada.utils.files import atomic_write
 
 PARTS = ("train", "validation", "test")
@@ -50,13 +50,11 @@ def read_features(path: str | os.PathLike) -> dict[str, Labelled]:
         with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
             arrays = {name: loaded[name] for name in loaded.files}
     except Exception as error:  # zipfile, zlib and numpy each have errors of their own
-        raise argument_error(str(file), "an .npz of features", f"{error!r}", DAMAGED) from error
+        raise refusal(str(file), "an .npz of features", f"{error!r}", DAMAGED) from error
     for name in ("train_inputs", "train_labels", "test_inputs", "test_labels"):
         if name not in arrays:
             expected = f"arrays with {name}"
-            raise argument_error(
-                str(file), expected, ", ".join(arrays) or "none", "see iada features"
-            )
+            raise refusal(str(file), expected, ", ".join(arrays) or "none", "see iada features")
     count = int(arrays["train_labels"].max(initial=-1)) + 1
     names = tuple(map(str, arrays.get(CLASSES, range(count))))
     width = arrays["train_inputs"].shape[-1:]
@@ -79,17 +77,16 @@ def _part(
     """Features and labels of one part, each checked."""
     if inputs.dtype.kind != "f" or inputs.ndim != 2 or inputs.shape[1:] != width:
         got = f"{inputs.dtype} {inputs.shape}"
-        raise argument_error(f"{where}_inputs", f"floats (N, {width[0]})", got, DAMAGED)
+        raise refusal(f"{where}_inputs", f"floats (N, {width[0]})", got, DAMAGED)
     if not np.isfinite(inputs).all():
         row = int(np.argmin(np.isfinite(inputs).all(axis=1)))
-        raise argument_error(f"{where}_inputs", "finite numbers", f"others in row {row}", DAMAGED)
+        raise refusal(f"{where}_inputs", "finite numbers", f"others in row {row}", DAMAGED)
     expected = f"{len(inputs)} whole numbers in [0, {len(names)})"
     if labels is None or labels.shape != (len(inputs),) or labels.dtype.kind not in "iu":
         got = "none" if labels is None else f"{labels.dtype} {labels.shape}"
-        raise argument_error(f"{where}_labels", expected, got, DAMAGED)
+        raise refusal(f"{where}_labels", expected, got, DAMAGED)
     if labels.min() < 0 or labels.max() >= len(names):
-        got = f"{labels.min()} to {labels.max()}"
-        raise argument_error(f"{where}_labels", expected, got, DAMAGED)
+        raise refusal(f"{where}_labels", expected, f"{labels.min()} to {labels.max()}", DAMAGED)
     return Labelled(torch.from_numpy(inputs).float(), torch.from_numpy(labels).long(), names)
 
 
@@ -100,7 +97,7 @@ class FeatureView(View):
 
     def __init__(self, data: Labelled, device: torch.device | str) -> None:
         if not isinstance(data.inputs, Tensor) or not data.inputs.is_floating_point():
-            raise argument_error(
+            raise refusal(
                 "data", "features (N, A)", "others", "use MemoryView, FileView or TextView"
             )
         self.features, self.labels = data.inputs.to(device), data.labels.to(device)

@@ -12,7 +12,7 @@ from iada.experiments.datasets.images import open_image, pixels
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.datasets.memory_view import IMAGENET, Normalisation
 from iada.experiments.datasets.view import View
-from iada.utils.checks import argument_error, check_choice
+from iada.utils.checks import check_choice, refusal
 
 _FINE = 2**30  # steps of a draw that stands for a real number in [0, 1)
 _TRIES = 10
@@ -44,12 +44,10 @@ class FileView(View):
         normalise: Normalisation = IMAGENET,
     ) -> None:
         if isinstance(data.inputs, Tensor) or (len(data) and isinstance(data.inputs[0], str)):
-            raise argument_error("data", "image files", "others", "use MemoryView or TextView")
+            raise refusal("data", "image files", "others", "use MemoryView or TextView")
         check_choice("shape", shape, SHAPES)
         if not 0 < scale[0] <= scale[1] <= 1:
-            raise argument_error(
-                "scale", "0 < low ≤ high ≤ 1", repr(scale), "pass shares of the area"
-            )
+            raise refusal("scale", "0 < low ≤ high ≤ 1", repr(scale), "pass shares of the area")
         self.files, self.labels = data.inputs, data.labels
         self.augments, self.size, self.shape, self.scale = augment, size, shape, scale
         self.mean, self.deviation = (torch.tensor(values).view(-1, 1, 1) for values in normalise)

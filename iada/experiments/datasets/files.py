@@ -1,7 +1,7 @@
 """What every reader asks of files: that they are there, whole, and in the form that is expected.
 
 Each fault is told by file and line, before anything is handed out. A file that is not there is a
-FileNotFoundError, one that is damaged a ValueError; both carry the message of `argument_error`.
+FileNotFoundError, one that is damaged a ValueError; both carry the message of `refusal`.
 """
 
 import csv
@@ -9,7 +9,7 @@ import os
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 DAMAGED = "mend the file, or fetch it again"
 
@@ -17,7 +17,7 @@ DAMAGED = "mend the file, or fetch it again"
 def missing(path: Path, expected: str, remedy: str) -> FileNotFoundError:
     """The error for a path that should hold `expected` and does not."""
     got = "nothing" if not path.exists() else "something else"
-    return FileNotFoundError(str(argument_error(str(path), expected, got, remedy)))
+    return FileNotFoundError(str(refusal(str(path), expected, got, remedy)))
 
 
 def at_line(path: Path, line: int) -> str:
@@ -48,7 +48,7 @@ def bytes_of(path: Path) -> bytes:
         raise missing(path, "a file", "fetch it, or pass the folder that holds it")
     content = path.read_bytes()
     if not content:
-        raise argument_error(str(path), "a file with content", "an empty one", DAMAGED)
+        raise refusal(str(path), "a file with content", "an empty one", DAMAGED)
     return content
 
 
@@ -59,7 +59,7 @@ def lines_of(path: Path) -> list[str]:
         return content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise argument_error(at_line(path, line), "UTF-8 text", "other bytes", DAMAGED) from error
+        raise refusal(at_line(path, line), "UTF-8 text", "other bytes", DAMAGED) from error
 
 
 def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -71,7 +71,7 @@ def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
             header = next(reader, [])
             absent = [name for name in columns if name not in header]
             if absent:
-                raise argument_error(
+                raise refusal(
                     at_line(path, 1),
                     f"a header with {', '.join(columns)}",
                     f"none of {', '.join(absent)}",
@@ -81,16 +81,14 @@ def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
             for row in reader:
                 where = at_line(path, reader.line_num)
                 if len(row) != len(header):
-                    raise argument_error(where, f"{len(header)} fields", str(len(row)), DAMAGED)
+                    raise refusal(where, f"{len(header)} fields", str(len(row)), DAMAGED)
                 count += 1
                 yield reader.line_num, dict(zip(header, row, strict=True))
             if not count:
-                raise argument_error(str(path), "rows below the header", "none", DAMAGED)
+                raise refusal(str(path), "rows below the header", "none", DAMAGED)
         except (csv.Error, UnicodeDecodeError) as error:
             where = at_line(path, reader.line_num + 1)
-            raise argument_error(
-                where, "comma-separated UTF-8 text", str(error), DAMAGED
-            ) from error
+            raise refusal(where, "comma-separated UTF-8 text", str(error), DAMAGED) from error
 
 
 def integer(text: str, allowed: Container[int], expected: str, where: str) -> int:
@@ -98,9 +96,9 @@ def integer(text: str, allowed: Container[int], expected: str, where: str) -> in
     try:
         value = int(text)
     except ValueError:
-        raise argument_error(where, expected, repr(text), DAMAGED) from None
+        raise refusal(where, expected, repr(text), DAMAGED) from None
     if value not in allowed:
-        raise argument_error(where, expected, str(value), DAMAGED)
+        raise refusal(where, expected, str(value), DAMAGED)
     return value
 
 
@@ -109,9 +107,9 @@ def number(text: str, expected: str, where: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argument_error(where, expected, repr(text), DAMAGED) from None
+        raise refusal(where, expected, repr(text), DAMAGED) from None
     if not 0 <= value <= 1:
-        raise argument_error(where, expected, text, DAMAGED)
+        raise refusal(where, expected, text, DAMAGED)
     return value
 
 
@@ -121,9 +119,7 @@ def check_image_file(path: Path, where: str) -> None:
         size = path.stat().st_size
     except OSError:
         remedy = "put the image there, or pass the folder of the images"
-        text = str(argument_error(where, f"an image at {path}", "no such file", remedy))
+        text = str(refusal(where, f"an image at {path}", "no such file", remedy))
         raise FileNotFoundError(text) from None
     if not size:
-        raise argument_error(
-            where, f"an image at {path}", "an empty file", "fetch that image again"
-        )
+        raise refusal(where, f"an image at {path}", "an empty file", "fetch that image again")

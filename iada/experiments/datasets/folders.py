@@ -8,7 +8,7 @@ import torch
 from iada.experiments.datasets.files import check_image_file, folder_at, missing
 from iada.experiments.datasets.images import SUFFIXES, small_images
 from iada.experiments.datasets.labelled import Labelled
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 PARTS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 
@@ -37,9 +37,7 @@ def read_folder(path: str | os.PathLike, memory: bool | None = None) -> dict[str
     loaded = [] if memory is False else _decoded([paths for paths, _ in listed.values()])
     if memory and not loaded:
         expected = "images of one size, up to 64×64 pixels"
-        raise argument_error(
-            "memory", expected, "others", "pass memory=None to read them as needed"
-        )
+        raise refusal("memory", expected, "others", "pass memory=None to read them as needed")
     return {
         part: Labelled(
             loaded[index] if loaded else paths, torch.tensor(labels, dtype=torch.int64), names
@@ -60,7 +58,7 @@ def _images(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]
     other = sorted(set(_classes(folder)) - set(names))
     if other:
         expected = "the classes of the training images"
-        raise argument_error(str(folder / other[0]), expected, "another", "rename the folder")
+        raise refusal(str(folder / other[0]), expected, "another", "rename the folder")
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
@@ -73,9 +71,7 @@ def _images(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]
             if Path(entry.name).suffix.lower() in SUFFIXES
         )
         if not images:
-            raise argument_error(
-                str(class_folder), "images", "none", "add some, or take the class away"
-            )
+            raise refusal(str(class_folder), "images", "none", "add some, or take the class away")
         for image in images:
             check_image_file(image, str(class_folder))
         paths += images

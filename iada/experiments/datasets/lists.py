@@ -15,7 +15,7 @@ from iada.experiments.datasets.files import (
     missing,
 )
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 ENDINGS = {"train": "_train.txt", "validation": "_val.txt", "test": "_test.txt"}
 
@@ -54,9 +54,7 @@ def _one_list(folder: Path, ending: str) -> Path | None:
     matches = sorted(folder.glob(f"*{ending}"))
     if len(matches) > 1:
         got = ", ".join(file.name for file in matches)
-        raise argument_error(
-            str(folder), f"one *{ending}", got, "keep one data set's lists in a folder"
-        )
+        raise refusal(str(folder), f"one *{ending}", got, "keep one data set's lists in a folder")
     return matches[0] if matches else None
 
 
@@ -71,11 +69,11 @@ def _entries(file: Path, root: Path, num_classes: int | None) -> tuple[list[Path
         where = at_line(file, number)
         fields = line.rsplit(maxsplit=1)
         if len(fields) != 2:
-            raise argument_error(where, expected, repr(line), DAMAGED)
+            raise refusal(where, expected, repr(line), DAMAGED)
         name, label = fields[0].strip(), fields[1]
         if name in seen:
             got = f"{name} of line {seen[name]} again"
-            raise argument_error(where, "each image once", got, "take one of the lines away")
+            raise refusal(where, "each image once", got, "take one of the lines away")
         seen[name] = number
         labels.append(integer(label, allowed, expected, where))
         paths.append(root / name)

@@ -8,7 +8,7 @@ from torch import Tensor
 from iada.experiments.datasets.augment import auto_augment, crop_flip, cutout
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.datasets.view import View
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel
 
@@ -43,17 +43,15 @@ class MemoryView(View):
     ) -> None:
         if not isinstance(data.inputs, Tensor):
             got = f"a {type(data.inputs).__name__}"
-            raise argument_error("data", "images in memory", got, "use FileView for image files")
+            raise refusal("data", "images in memory", got, "use FileView for image files")
         if augment not in AUGMENTATIONS:
             expected = f"one of {', '.join(map(repr, AUGMENTATIONS))}"
-            raise argument_error("augment", expected, repr(augment), "pass one of these")
+            raise refusal("augment", expected, repr(augment), "pass one of these")
         mean, deviation = (torch.tensor(values).view(1, -1, 1, 1) for values in normalise)
         channels = data.inputs.shape[1]
         if mean.shape[1] != channels or deviation.shape[1] != channels:
             got = f"{mean.shape[1]} and {deviation.shape[1]}"
-            raise argument_error(
-                "normalise", f"{channels} means and deviations", got, "one a channel"
-            )
+            raise refusal("normalise", f"{channels} means and deviations", got, "one a channel")
         self._policy = auto_augment() if augment == "autoaugment-cutout" else None
         leave = device is None or self._policy is not None
         self.images = data.inputs if leave else data.inputs.to(device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from iada.experiments.datasets.files import missing
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.datasets.view import View
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 
 def load_tokenizer(path: str | os.PathLike) -> Callable[..., Any]:
@@ -30,9 +30,7 @@ def load_tokenizer(path: str | os.PathLike) -> Callable[..., Any]:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         expected = "a tokenizer's files (tokenizer.json, tokenizer_config.json)"
-        raise argument_error(
-            str(folder), expected, str(error), "download the model again"
-        ) from error
+        raise refusal(str(folder), expected, str(error), "download the model again") from error
 
 
 class TextView(View):
@@ -49,7 +47,7 @@ class TextView(View):
         self, data: Labelled, tokenizer: Callable[..., Any], max_length: int = 300
     ) -> None:
         if isinstance(data.inputs, Tensor) or not all(isinstance(t, str) for t in data.inputs):
-            raise argument_error("data", "texts", "others", "use MemoryView or FileView")
+            raise refusal("data", "texts", "others", "use MemoryView or FileView")
         self.texts, self.labels = data.inputs, data.labels
         self.tokenizer, self.max_length = tokenizer, max_length
 

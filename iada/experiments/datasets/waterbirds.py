@@ -7,7 +7,7 @@ import torch
 
 from iada.experiments.datasets import files
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 CLASSES = ("landbird", "waterbird")
 PLACES = ("land", "water")
@@ -44,9 +44,7 @@ def grouped_parts(
     for number, part in enumerate(SPLITS):
         in_part = [row for row in rows if row[3] == number]
         if not in_part:
-            raise argument_error(
-                str(file), f"rows of {part} (split {number})", "none", files.DAMAGED
-            )
+            raise refusal(str(file), f"rows of {part} (split {number})", "none", files.DAMAGED)
         labels = torch.tensor([label for _, label, _, _ in in_part])
         attributes = torch.tensor([attribute for _, _, attribute, _ in in_part])
         paths = [path for path, *_ in in_part]

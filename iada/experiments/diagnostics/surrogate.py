@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from iada.utils.autocast import full_precision
-from iada.utils.checks import argument_error, check_finite, check_label_values, check_loss_arguments
+from iada.utils.checks import check_finite, check_label_values, check_loss_arguments, refusal
 from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.torch_ops.loss import perturbation_sign
 
@@ -55,9 +55,7 @@ class SurrogateGap:
         if not (counts > 0).all():
             absent = int(self.classes[(counts <= 0).nonzero()[0, 0]])
             remedy = "count the data that the model was trained on"
-            raise argument_error(
-                "class_counts", "samples of each class", f"0 of class {absent}", remedy
-            )
+            raise refusal("class_counts", "samples of each class", f"0 of class {absent}", remedy)
         weight = self.rows / counts
         weight = weight / weight.sum()
         return {
@@ -162,15 +160,14 @@ def _factor(difference: Tensor, sigma: Tensor) -> tuple[Tensor, float]:
 
 def _check_values(inputs: LossInputs, alpha: float, samples: int) -> None:
     if inputs.covariance is None:
-        raise argument_error("covariance", "Σ of each class", "None", "pass that of the training")
+        raise refusal("covariance", "Σ of each class", "None", "pass that of the training")
     if len(inputs.features) == 0:
-        remedy = "pass the features of some samples"
-        raise argument_error("features", "at least one row", "none", remedy)
+        raise refusal("features", "at least one row", "none", "pass the features of some samples")
     if alpha < 0:
         remedy = "αΣ is a covariance: pass the α of training"
-        raise argument_error("alpha", "0 or more", repr(alpha), remedy)
+        raise refusal("alpha", "0 or more", repr(alpha), remedy)
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
-        raise argument_error("samples", "an int from 2", repr(samples), "1000 is usual")
+        raise refusal("samples", "an int from 2", repr(samples), "1000 is usual")
     check_label_values(inputs.labels.long(), len(inputs.weight), None)
     for name in ("features", "weight", "covariance"):
         check_finite(name, getattr(inputs, name), "look for what diverged in training")

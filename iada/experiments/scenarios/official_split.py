@@ -22,7 +22,7 @@ from iada.experiments.scenarios.sampling import (
     picked,
 )
 from iada.experiments.scenarios.split import Split
-from iada.utils.checks import argument_error, check_sizes
+from iada.utils.checks import check_sizes, refusal
 
 SOURCES = ("validation", "train")
 
@@ -55,7 +55,7 @@ def as_given(
         if meta_from != "train":
             expected = "meta images out of the training images to stay there"
             got = f"meta_from={meta_from!r}"
-            raise argument_error("meta_in_train", expected, got, "pass meta_from='train'")
+            raise refusal("meta_in_train", expected, got, "pass meta_from='train'")
         request["parameters"] |= {"meta_in_train": True}
     if source is None:
         return _split(parts, meta_from, None, request)
@@ -136,7 +136,7 @@ def generalized_long_tail(
     if empty := [name for name, count in short.items() if not count]:
         expected = "an image of each class for the meta set"
         got = f"none of {empty[0]} and {len(empty) - 1} others"
-        raise argument_error(f"parts[{meta_from!r}]", expected, got, "pass meta_from='train'")
+        raise refusal(f"parts[{meta_from!r}]", expected, got, "pass meta_from='train'")
     if short:
         warnings.warn(
             f"meta set: expected {clusters * meta_per_cluster} images of each class, got "
@@ -178,9 +178,7 @@ def _one_class(
 def _source(parts: Mapping[str, Labelled], meta_from: str) -> Labelled:
     if meta_from not in SOURCES:
         expected = f"one of {', '.join(SOURCES)}"
-        raise argument_error(
-            "meta_from", expected, repr(meta_from), "the test part is not to be touched"
-        )
+        raise refusal("meta_from", expected, repr(meta_from), "the test part is not to be touched")
     return part_of(parts, meta_from)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iada.experiments.datasets.labelled import Labelled
-from iada.utils.checks import argument_error
+from iada.utils.checks import refusal
 
 
 class Picked(NamedTuple):
@@ -22,7 +22,7 @@ def part_of(parts: Mapping[str, Labelled], name: str) -> Labelled:
     """The part of this name, which the scenario needs."""
     if name not in parts:
         remedy = "add it, or cut one off with iada.experiments.scenarios.hold_out"
-        raise argument_error("parts", f"a part {name!r}", ", ".join(parts) or "none", remedy)
+        raise refusal("parts", f"a part {name!r}", ", ".join(parts) or "none", remedy)
     return parts[name]
 
 
@@ -59,7 +59,7 @@ def pick_evenly(
     short = [key for key, rows in enumerate(by_key) if len(rows) < each + spare]
     if short:
         most = min(len(rows) for rows in by_key) - spare
-        raise argument_error(
+        raise refusal(
             f"{kind} {names[short[0]]!r}",
             f"at least {each + spare} samples: {each} to take"
             + (f", {spare} to stay" * bool(spare)),
@@ -79,6 +79,4 @@ def picked(taken: Tensor, count: int) -> Picked:
 def check_count(name: str, value: int, least: int = 1) -> None:
     """A whole number from `least` on."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise argument_error(
-            name, f"a whole number from {least} on", repr(value), "pass such a number"
-        )
+        raise refusal(name, f"a whole number from {least} on", repr(value), "pass such a number")
