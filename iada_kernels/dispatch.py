@@ -37,7 +37,18 @@ def select_backend(
 ) -> Backend:
     """The module that computes on `device` for features of `dtype`, with these options.
 
-    Raises ValueError for an unknown name and RuntimeError for a backend that cannot serve.
+    >>> iada_kernels.select_backend("torch", torch.device("cpu")).__name__
+    'iada_kernels.torch_ops'
+
+    Args:
+        name: one of `BACKENDS`, to insist on it; None for the best one for the device.
+        device: of the tensors.
+        dtype: of the features.
+        options: of the loss, some of which only torch operators serve.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the named backend cannot serve; the message says why.
     """
     if name is not None and name not in BACKENDS:
         raise ValueError(

@@ -55,9 +55,9 @@ from iada_kernels.contract import LossInputs
 class MetaIADA(BilevelMethod):
     """Learns the classifier φ, the perturbation network Ω and the covariances Σ together.
 
-    >>> meta = iada.MetaIADA(backbone, head, optimizer, class_counts)
-    >>> for batch, meta_batch in zip(train_loader, meta_stream):
-    ...     meta.step(batch, meta_batch)
+    >>> meta = iada.MetaIADA(backbone, head, optimizer, torch.bincount(train_labels), alpha=0.1)
+    >>> for batch, meta_batch in zip(loader, iada.endless(meta_loader)):
+    ...     result = meta.step(batch, meta_batch)
 
     Under `torch.autocast` call `step` inside it: the backbone's forwards then run in its dtype, all
     else in float32. BatchNorm's running statistics move once an iteration, by the training batch.
@@ -82,16 +82,19 @@ class MetaIADA(BilevelMethod):
         memory: last epoch's values for the characteristics; by default one of class means only.
             Call `end_epoch()` after each epoch, and `check()`, which raises where training has
             diverged.
-        alpha, beta: of Eq. 6; plain attributes, to be annealed.
+        alpha: of Eq. 6; a plain attribute, to be annealed.
+        beta: of Eq. 6; likewise.
         covariance_lr: η₂ of Eq. 9; 0 leaves Σ as it is streamed, at no cost.
-        epsilon_scale, epsilon_unit: ε is tanh's value, or `epsilon`, in these units. "feature": as
-            published, a coordinate moves by ε; "class-deviation": by ε √(tr Σ_y / A), a typical
-            deviation of a coordinate within the class, which no derivative passes through.
+        epsilon_scale: ε is tanh's value, or `epsilon`, times this.
+        epsilon_unit: "feature": as published, a coordinate moves by ε; "class-deviation": by
+            ε √(tr Σ_y / A), a typical deviation of a coordinate within the class, which no
+            derivative passes through.
         log_proportion: Ω sees log π_y in place of π_y, which keeps small classes apart.
-        rate_free_perturbation, rate_free_covariance: the gradient of Eq. 8, of Eq. 9 divided by the
-            head's learning rate η₁, a factor of both. With it Σ moves by 1e-5 of itself at most
-            at the published rates, and Ω stands still once the rate has fallen. (A rate that is
-            a tensor on a GPU is read back.)
+        rate_free_perturbation: the gradient of Eq. 8 divided by the head's learning rate η₁, a
+            factor of it, with which Ω stands still once the rate has fallen. (A rate that is a
+            tensor on a GPU is read back.)
+        rate_free_covariance: the same of Eq. 9; with the factor Σ moves by 1e-5 of itself at most
+            at the published rates.
         persistent: keep what Eq. 9 does to Σ; False uses it for Eq. 10 only, as MetaSAug does.
         keep_semidefinite: a class whose Σ Eq. 9 would make indefinite, beyond rounding, keeps the
             former one (a single variance does, in the diagonal structure); `held` counts how often.

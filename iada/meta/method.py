@@ -20,9 +20,12 @@ HeadLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class MetaStep:
     """What one iteration did, as detached tensors: reading one waits for its device.
 
-    loss: Eq. 10's loss before its step, (). meta_loss: CE at φ̄, (), of the last meta step where
-    this iteration had none. epsilon: ε of Eq. 10, (N); None without a perturbation. All of the
-    whole batch where processes share it.
+    All of the whole batch where processes share it.
+
+    Attributes:
+        loss: Eq. 10's loss before its step, ().
+        meta_loss: CE at φ̄, (), of the last meta step where this iteration had none.
+        epsilon: ε of Eq. 10, (N); None without a perturbation.
     """
 
     loss: Tensor
@@ -115,8 +118,9 @@ class Method(nn.Module):
             order: rows of the training set for each step still to come in this epoch.
             first_step: of these, in the run.
 
-        Returns the rows to be loaded for each of these steps: as they are, or more of them if the
-        method wants further samples beside them.
+        Returns:
+            The rows to be loaded for each of these steps: as they are, or more of them if the
+            method wants further samples beside them.
         """
         return order
 

@@ -22,9 +22,12 @@ PERTURBATION_INITS = ("default", "zero")
 class LearnedCovarianceOptions(BilevelOptions, CovarianceOptions):
     """Of the methods whose Σ learns.
 
-    covariance_lr: η₂ of Eq. 9. With 0, and no Ω to be learned, there is no meta step: an iteration
-    costs what a plain one does.
-    rate_free_covariance, keep_semidefinite, project: see `MetaIADA`.
+    Args:
+        covariance_lr: η₂ of Eq. 9. With 0, and no Ω to be learned, there is no meta step: an
+            iteration costs what a plain one does.
+        rate_free_covariance: see `MetaIADA`.
+        keep_semidefinite: see `MetaIADA`.
+        project: see `MetaIADA`.
     """
 
     ce_fraction: ClassVar[float] = 0.8  # published with a phase of plain CE before them
@@ -61,7 +64,8 @@ class MetaSAugOptions(LearnedCovarianceOptions):
     by Eq. 9 for one step alone, as in its published code. Its α there is λ t/T over the whole run:
     0.8 λ to λ in the last 40 of 200 epochs. Its covariance_lr is 0.1 there.
 
-    class_beta: β of the class-balanced weights.
+    Args:
+        class_beta: β of the class-balanced weights.
     """
 
     class_beta: float = setting(0.9999, least=0, below=1)
@@ -75,15 +79,25 @@ class MetaSAugOptions(LearnedCovarianceOptions):
 class MetaIADAOptions(LearnedCovarianceOptions):
     """Meta-IADA (Zhou et al., IJCAI 2024).
 
-    beta: of Eq. 6.
-    perturbation: "learned"; "untrained": Ω keeps its initial values; or "constant": ε is `epsilon`
-    for all samples. Ablations are alpha = 0 (without generalization), constant 0 (without
-    robustness), beta = 0 (without fairness) and scope = "head".
-    perturbation_lr: Adam's on Ω (η₂ of Eq. 8).
-    perturbation_weight_decay: Adam's too; 5e-4 to 1e-4 in sibling codes.
-    perturbation_hidden: units of Ω's hidden layer.
-    perturbation_init: "default", or "zero" for ε = 0 at the start.
-    epsilon_scale, epsilon_unit, log_proportion, rate_free_perturbation, persistent: see `MetaIADA`.
+    Ablations are alpha = 0 (without generalization), perturbation "constant" (without robustness),
+    beta = 0 (without fairness) and scope = "head".
+
+    >>> config = iada.TrainerConfig(method=iada.MetaIADAOptions(alpha=0.1), epochs=20)
+
+    Args:
+        beta: of Eq. 6.
+        perturbation: "learned"; "untrained": Ω keeps its initial values; or "constant": ε is
+            `epsilon` for all samples.
+        perturbation_lr: Adam's on Ω (η₂ of Eq. 8).
+        perturbation_weight_decay: Adam's too; 5e-4 to 1e-4 in sibling codes.
+        perturbation_hidden: units of Ω's hidden layer.
+        perturbation_init: "default", or "zero" for ε = 0 at the start.
+        epsilon: the constant strength.
+        epsilon_scale: see `MetaIADA`.
+        epsilon_unit: see `MetaIADA`.
+        log_proportion: see `MetaIADA`.
+        rate_free_perturbation: see `MetaIADA`.
+        persistent: see `MetaIADA`.
     """
 
     beta: float = 1.0

@@ -109,8 +109,10 @@ class MethodOptions:
 class CovarianceOptions(MethodOptions):
     """Of the methods with the α term of Eq. 6.
 
-    alpha: of Eq. 6.  alpha_ramp: alpha rises linearly from 0 over the method's epochs, as in ISDA.
-    structure: of the covariance, "full" or "diag".
+    Args:
+        alpha: of Eq. 6.
+        alpha_ramp: alpha rises linearly from 0 over the method's epochs, as in ISDA.
+        structure: of the covariance, see `ClassCovariance`.
     """
 
     alpha: float = setting(0.5, least=0)
@@ -131,7 +133,11 @@ class CovarianceOptions(MethodOptions):
 class BilevelOptions(MethodOptions):
     """Of the bilevel methods.
 
-    hypergradient, scope, interval, low_memory: see `MetaIADA`.
+    Args:
+        hypergradient: see `MetaIADA`.
+        scope: see `MetaIADA`.
+        interval: see `MetaIADA`.
+        low_memory: see `MetaIADA`.
     """
 
     hypergradient: str = setting("jvp", choices=HYPERGRADIENTS)

@@ -42,7 +42,8 @@ class TrainingMemory(nn.Module):
     Args:
         num_classes: C.
         num_samples: size of the training set, where it gives sample indices; else 0.
-        device, dtype: of the buffers.
+        device: of the buffers.
+        dtype: of the buffers.
     """
 
     class_means: Tensor
@@ -77,7 +78,14 @@ class TrainingMemory(nn.Module):
     def record(
         self, loss: Tensor, margin: Tensor, labels: Tensor, index: Tensor | None = None
     ) -> None:
-        """Record one batch of the current epoch; every argument is (N)."""
+        """Record one batch of the current epoch.
+
+        Args:
+            loss: of each row, (N), in nats.
+            margin: p_y less the largest other probability, (N).
+            labels: (N) int64.
+            index: of each row in the training set, (N) int64, or None.
+        """
         values = torch.stack([loss, margin], dim=1).to(self.class_sums.dtype)
         self.class_sums.index_add_(0, labels, values)
         self.class_counts.index_add_(0, labels, torch.ones_like(labels))
@@ -108,6 +116,13 @@ def characteristics(
     backend: str | None = None,
 ) -> Tensor:
     """The fifteen characteristics of each sample, (N, 15), detached, at least float32.
+
+    The paper's own list is in an appendix that is not public; the columns here are this project's
+    choice (docs/theory.md has them).
+
+    >>> log_prior = iada.log_class_prior(torch.bincount(train_labels))
+    >>> iada.characteristics(features, head(features), labels, head.weight, log_prior).shape[1]
+    15
 
     Args:
         features: h, (N, A).

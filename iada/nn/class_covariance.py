@@ -41,11 +41,17 @@ class ClassCovariance(nn.Module):
     for a class with m rows in the batch, of mean μ′ and covariance Σ′. It lives in buffers, so
     that state_dict, .to() and checkpoints carry it; .half() and .bfloat16() leave it in float32.
 
+    >>> state = iada.ClassCovariance(num_classes=2, num_features=3, structure="diag")
+    >>> state.update(torch.tensor([[0.0, 0, 0], [2, 4, 6]]), torch.tensor([1, 1]))
+    >>> state.covariance[1], state.count
+    (tensor([1., 4., 9.]), tensor([0, 2]))
+
     Args:
         num_classes: C.
         num_features: A.
         structure: "full" keeps (C, A, A), "diag" the variances only, (C, A).
-        device, dtype: of the buffers; float32 or float64.
+        device: of the buffers.
+        dtype: of the buffers; float32 or float64.
         process_group: of torch.distributed, whose ranks pass each their rows of every batch, as
             many as they have, to `update`: all take in all rows, in the order of ranks, and hold
             the same bits as one process with the whole batch. None for a single process.
@@ -103,7 +109,8 @@ class ClassCovariance(nn.Module):
 
         Args:
             features: (N, A), any floating dtype; only their values are used.
-            labels: class indices (N), any integer dtype; rows with `ignore_index` are left out.
+            labels: class indices (N), any integer dtype.
+            ignore_index: rows with this label are left out.
             backend: as in `fused_loss`.
 
         Raises:

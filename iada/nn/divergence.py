@@ -15,6 +15,7 @@ NEGATIVE = -0.01  # of the largest trace: more than rounding, or one unsound ste
 def check_divergence(head: nn.Linear, covariance: ClassCovariance, alpha: float) -> None:
     """FloatingPointError if training has diverged; waits for the device, so call it once an epoch.
 
+    >>> covariance = iada.ClassCovariance(10, 64)
     >>> iada.check_divergence(head, covariance, alpha=0.5)
 
     A loss need not show it: −∞ logits of all other classes make it exactly 0. Signs are a head or Σ
@@ -25,6 +26,9 @@ def check_divergence(head: nn.Linear, covariance: ClassCovariance, alpha: float)
         head: the classifier's last layer, with weight (C, A).
         covariance: Σ of its classes, with their means.
         alpha: of Eq. 6.
+
+    Raises:
+        FloatingPointError: training has diverged; the message has the sign and what to try.
     """
     sign = sign_of_divergence(head, covariance, alpha)
     if sign is not None:

@@ -17,8 +17,10 @@ from iada_kernels.dispatch import select_backend
 class IADALoss(nn.Module):
     """The loss with its class covariance and log prior.
 
-    >>> criterion = iada.IADALoss(10, 64, class_counts=torch.bincount(train_labels))
+    >>> criterion = iada.IADALoss(10, 64, class_counts=torch.bincount(train_labels), alpha=0.1)
     >>> loss = criterion(features, head.weight, head.bias, labels)
+    >>> int(criterion.covariance.count.sum()) == len(labels)
+    True
 
     In training mode each call first streams the batch's detached features into the covariance; loss
     and update are one call of the backend. Several calls before one `backward`, as for a sum of
@@ -29,10 +31,16 @@ class IADALoss(nn.Module):
         num_features: A.
         class_counts: training samples of each class, (C), from which π follows; None for no
             adjustment.
-        structure: "full" or "diag", see `ClassCovariance`.
-        alpha, beta, class_weight, label_smoothing, ignore_index, reduction, backend: as in
-            `fused_loss`. alpha and beta are plain attributes, to be annealed.
-        device, dtype: of the buffers; float32 or float64.
+        structure: of the covariance, see `ClassCovariance`.
+        alpha: weight of the quadratic term; a plain attribute, to be annealed.
+        beta: weight of the log prior; likewise.
+        class_weight: of each class, (C), as in `fused_loss`; kept in a buffer.
+        label_smoothing: as in `fused_loss`.
+        ignore_index: as in `fused_loss`.
+        reduction: as in `fused_loss`.
+        backend: as in `fused_loss`.
+        device: of the buffers.
+        dtype: of the buffers; float32 or float64.
         process_group: of torch.distributed, whose ranks call it in training mode each with their
             rows of the batch, as many as they have. None for a single process.
 
@@ -92,7 +100,23 @@ class IADALoss(nn.Module):
         row_weight: Tensor | None = None,
         return_logits: bool = False,
     ) -> Tensor:
-        """Eq. 6 for features (…, A), the head's weight (C, A) and bias (C), labels (…)."""
+        """Eq. 6 for a batch, which the covariance takes in first in training mode.
+
+        Args:
+            features: (…, A), of any floating dtype.
+            weight: the head's weight, (C, A).
+            bias: the head's bias, (C), or None.
+            labels: class indices, (…).
+            epsilon: strength of each row, (…), or None for 0.
+            row_weight: of each row, (…); a constant.
+            return_logits: return (loss, logits).
+
+        Returns:
+            The loss, () or as `reduction` has it, in float32 or better.
+
+        Raises:
+            ValueError: as `fused_loss`; the statistics are then untouched.
+        """
         state = self.covariance
         sigma = state.covariance
         inputs = LossInputs(features, weight, bias, labels, sigma, epsilon, self.log_prior)

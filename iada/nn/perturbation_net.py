@@ -15,12 +15,16 @@ class PerturbationNet(nn.Module):
     Maps characteristics (N, 15) to strengths ε (N,) in (−1, 1), in units of the features;
     positive is adversarial, negative anti-adversarial.
 
+    >>> iada.PerturbationNet(zero_init=True)(torch.randn(4, 15)).tolist()
+    [0.0, 0.0, 0.0, 0.0]
+
     Args:
         num_characteristics: width of the input.
         hidden: width of the hidden layer.
         zero_init: start from ε = 0 for every sample, instead of the random ±0.2 of torch's usual
             initial values: training by Eq. 6 then begins as Logit Adjustment with its α term.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     def __init__(
@@ -43,7 +47,8 @@ class PerturbationNet(nn.Module):
     def forward(self, characteristics: Tensor) -> Tensor:
         """ε (N,) of characteristics (N, 15). A single row is normalised by running statistics.
 
-        Raises ValueError for another width or dtype.
+        Raises:
+            ValueError: another width or dtype.
         """
         width = self.norm.num_features
         expected = f"a floating-point tensor (N, {width})"

@@ -7,10 +7,18 @@ from iada.utils.checks import check_sizes, check_tensor, refusal
 
 
 def log_class_prior(class_counts: Tensor, num_classes: int | None = None) -> Tensor:
-    """log π, (C) float32, from the training samples of each class, (C).
+    """log π, (C) float32, from the training samples of each class.
 
-    A class without samples counts as one, so that no logit becomes −inf.
-    Raises ValueError for counts that are negative, not finite or of another length.
+    >>> iada.log_class_prior(torch.tensor([75, 25])).exp()
+    tensor([0.7500, 0.2500])
+
+    Args:
+        class_counts: training samples of each class, (C). A class without any counts as one, so
+            that no logit becomes −inf.
+        num_classes: C, to be checked; None for as many as there are counts.
+
+    Raises:
+        ValueError: counts that are negative, not finite or of another length.
     """
     counts = checked_counts(class_counts, num_classes)
     return (counts / counts.sum()).log().float()

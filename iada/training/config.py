@@ -28,37 +28,50 @@ OPTIMIZERS = sorted(
 class TrainerConfig:
     """Settings of `iada.Trainer`, with the paper's values for CIFAR-LT as defaults.
 
-    >>> iada.TrainerConfig(method="logit-adjustment", epochs=20)
-    >>> iada.TrainerConfig(method=iada.MetaIADAOptions(interval=4), epochs=20)
-    >>> iada.TrainerConfig.from_settings({"method": "meta-iada", "interval": 4, "epochs": 20})
+    >>> config = iada.TrainerConfig(method="logit-adjustment", epochs=20)
+    >>> config.ce_epochs, config.milestones
+    (0, (16, 18))
+    >>> config = iada.TrainerConfig(method=iada.MetaIADAOptions(interval=4), epochs=20)
+    >>> settings = {"method": "meta-iada", "interval": 4, "epochs": 20}
+    >>> config == iada.TrainerConfig.from_settings(settings)
+    True
 
     Two defaults are not the paper's, so that a first run on other data trains: clip_norm and
     keep_semidefinite. The published runs (`iada.experiments`) have neither.
 
-    method: a name in `iada.methods.registry.METHODS`, with its options at their defaults; or the
-    options, an object that says which method it is; docs/training.md has what each minimises, its
-    source and its cost. None where `Trainer` is given a method of your own.
-    epochs: T2 of Algorithm 1, in epochs.  ce_epochs: T1, the epochs of plain CE before the method;
-    by default four fifths of epochs (160 of 200) for Meta-IADA and MetaSAug, 0 for the others,
-    which are published without.
-    batch_size, meta_batch_size: n and m of Algorithm 1.
-    optimizer: of the classifier, by its name in torch.optim: "SGD", "Adam", "AdamW", …
-    lr, momentum, weight_decay: its arguments (momentum where it has one); lr is η₁.
-    optimizer_options: its other arguments, as in { betas = [0.9, 0.98], eps = 1e-6 }.
-    schedule: "constant", "cosine" (to 0), or "multistep": times gamma at each of milestones, epochs
-    below the last; by default at 80 and 90 % of them (160 and 180 of 200).
-    warmup_epochs: lr rises linearly from a hundredth over so many epochs (parts of one with
-    schedule_each "step"), then the schedule begins; milestones count from the start of the run.
-    schedule_each: "epoch" or "step": how often lr moves.
-    clip_norm: largest norm of the classifier's gradient, 0 for no clipping.
-    loss_limit: a loss or meta loss of so many times the phase's first one, or log C if that is
-    more, ends the run as diverged; 0 for no limit.
-    seed: of initialisation, data order, and what the data set draws.
-    checkpoint_every: epochs between checkpoints.
-    autocast: "none", or "bfloat16" for the passes through the backbone.
-    channels_last: the backbone's weights, and images, in that memory format.
-    compile: the training passes by torch.compile. The graph of a compiled backbone cannot be read,
-    so that "jvp" goes over to finite differences.
+    Args:
+        method: a name in `iada.methods.registry.METHODS`, with its options at their defaults; or
+            the options, an object that says which method it is; docs/training.md has what each
+            minimises, its source and its cost. None where `Trainer` is given your own method.
+        epochs: T2 of Algorithm 1, in epochs.
+        ce_epochs: T1, the epochs of plain CE before the method; by default four fifths of epochs
+            (160 of 200) for Meta-IADA and MetaSAug, 0 for the others, which are published without.
+        batch_size: n of Algorithm 1.
+        meta_batch_size: m of Algorithm 1.
+        optimizer: of the classifier, by its name in torch.optim: "SGD", "Adam", "AdamW", …
+        lr: its learning rate, η₁.
+        momentum: its momentum, where it has one.
+        weight_decay: its weight decay.
+        optimizer_options: its other arguments, as in { betas = [0.9, 0.98], eps = 1e-6 }.
+        schedule: "constant", "cosine" (to 0), or "multistep": times gamma at each of milestones.
+        milestones: epochs below the last; by default at 80 and 90 % of them (160 and 180 of 200).
+        gamma: factor of lr at each of milestones.
+        warmup_epochs: lr rises linearly from a hundredth over so many epochs (parts of one with
+            schedule_each "step"), then the schedule begins; milestones count from the start of the
+            run.
+        schedule_each: "epoch" or "step": how often lr moves.
+        clip_norm: largest norm of the classifier's gradient, 0 for no clipping.
+        loss_limit: a loss or meta loss of so many times the phase's first one, or log C if that is
+            more, ends the run as diverged; 0 for no limit.
+        seed: of initialisation, data order, and what the data set draws.
+        checkpoint_every: epochs between checkpoints.
+        autocast: "none", or "bfloat16" for the passes through the backbone.
+        channels_last: the backbone's weights, and images, in that memory format.
+        compile: the training passes by torch.compile. The graph of a compiled backbone cannot be
+            read, so that "jvp" goes over to finite differences.
+
+    Raises:
+        ValueError: a setting of another type or beyond its bounds, or that the method lacks.
     """
 
     method: MethodOptions | None = setting("meta-iada", checked=False)  # options once it is built

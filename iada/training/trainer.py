@@ -46,9 +46,12 @@ from iada.utils.workers import lost_workers_named
 class Trainer:
     """Trains a backbone and a linear head by one of `iada.methods.registry.METHODS`, or your own.
 
-    >>> trainer = iada.Trainer(backbone, head, train_set, meta_set, config, folder="runs/a")
-    >>> trainer.fit()
-    >>> trainer.class_accuracy(test_set).mean()
+    >>> config = iada.TrainerConfig(epochs=2, ce_epochs=1)
+    >>> trainer = iada.Trainer(backbone, head, train_set, meta_set, config)
+    >>> [row["epoch"] for row in trainer.fit()]
+    [0, 1]
+    >>> trainer.class_accuracy(meta_set).shape
+    torch.Size([10])
 
     Args:
         backbone: module from inputs to features (N, A).
@@ -166,12 +169,15 @@ class Trainer:
     def fit(self) -> list[dict[str, Any]]:
         """Train from wherever the state stands to the last epoch; returns `history`.
 
-        Ctrl-C or SIGTERM finishes the step, leaves a checkpoint in `folder` and raises
-        KeyboardInterrupt. Divergence (docs/training.md has its signs) raises FloatingPointError
-        naming the step, with the last checkpoint intact, and a loader's worker that was killed
-        RuntimeError. A folder that is full or cannot be
-        written raises OSError, before training or with the last checkpoint intact, and one with
-        the checkpoint of another run ValueError, as one in which another process trains.
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM, after the step is finished and a checkpoint is in
+                `folder`.
+            FloatingPointError: divergence (docs/training.md has its signs); the message names the
+                step, and the last checkpoint is intact.
+            RuntimeError: a worker of a loader was killed.
+            OSError: `folder` is full or cannot be written, found before training or with the last
+                checkpoint intact.
+            ValueError: `folder` has the checkpoint of another run, or another process trains in it.
         """
         config, rank = self.config, rank_of(self.group)
         if self.epoch == config.epochs:
@@ -358,8 +364,9 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`.
 
-        Raises ValueError, with nothing changed, if the run had other settings (see
-        `iada.training.config.check_same_run`), or if the model is another.
+        Raises:
+            ValueError: with nothing changed, if the run had other settings (see
+                `iada.training.config.check_same_run`), or if the model is another.
         """
         check_same_run(self.config, state["config"])
         load_parts(self._parts(), state)

@@ -14,7 +14,19 @@ from iada.utils.seeds import preserved, seed_host, seed_of
 
 
 class TensorData(Dataset):
-    """Inputs (N, ...) and labels (N) in memory, served as (inputs, labels, index) batches."""
+    """Inputs and labels in memory, served as (inputs, labels, index) batches.
+
+    >>> data = iada.TensorData(torch.zeros(3, 8), torch.tensor([0, 2, 1]))
+    >>> len(data), data[1][1:]
+    (3, (tensor(2), 1))
+
+    Args:
+        inputs: (N, ...), any dtype.
+        labels: class indices, (N), any integer dtype.
+
+    Raises:
+        ValueError: inputs and labels that do not fit together.
+    """
 
     def __init__(self, inputs: Tensor, labels: Tensor) -> None:
         check_tensor("inputs", inputs, "a tensor (N, ...)")

@@ -15,8 +15,8 @@ Batch = TypeVar("Batch")
 def endless(loader: Iterable[Batch], first_epoch: int = 0) -> Iterator[Batch]:
     """The batches of `loader` without end: it is read anew, and so shuffled anew, each time.
 
-    >>> for batch, meta_batch in zip(train_loader, iada.endless(meta_loader)):
-    ...     meta.step(batch, meta_batch)
+    >>> for batch, meta_batch in zip(loader, iada.endless(meta_loader)):
+    ...     result = meta.step(batch, meta_batch)
 
     `zip` with the loader itself would end with the shorter of the two.
 
@@ -58,10 +58,14 @@ class Indexed(Dataset):
     The index lets `iada.MetaIADA` with `memory=iada.TrainingMemory(C, N)` follow each sample from
     epoch to epoch. `iada.Trainer` adds it by itself.
 
-    >>> loader = DataLoader(iada.Indexed(train_set), batch_size=100, shuffle=True)
+    >>> data = iada.Indexed(train_set)
+    >>> loader = torch.utils.data.DataLoader(data, batch_size=100, shuffle=True)
 
-    Reading raises ValueError for items that are no pairs: reduce them to (input, label), where the
-    input may be a dict of tensors.
+    Args:
+        dataset: of (input, label) items; the input may be a dict of tensors.
+
+    Raises:
+        ValueError: no map-style data set; and on reading, items that are no pairs.
     """
 
     def __init__(self, dataset: Dataset) -> None:
