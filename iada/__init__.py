@@ -14,6 +14,7 @@ from iada.nn.functional import fused_loss
 from iada.nn.iada_loss import IADALoss
 from iada.nn.perturbation_net import PerturbationNet
 from iada.nn.priors import log_class_prior
+from iada.nn.sharded_loss import ShardedIADALoss
 from iada.training.config import TrainerConfig
 from iada.training.trainer import Trainer
 from iada.utils.checks import value_checks
@@ -30,6 +31,7 @@ __all__ = [
     "MetaStep",
     "Method",
     "PerturbationNet",
+    "ShardedIADALoss",
     "TensorData",
     "Trainer",
     "TrainerConfig",

@@ -1,0 +1,58 @@
+"""ShardedIADALoss: classes split over processes give what one process gives."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import iada
+from tests.helpers.launch import ROOT, torchrun
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"
+)
+def test_ranks_together_give_what_one_process_gives(processes):
+    """Of four ranks some have no classes; see tests/helpers/sharded_process.py."""
+    output = torchrun(ROOT / "tests/helpers/sharded_process.py", processes=processes)
+    assert output.count("done") == processes
+
+
+@pytest.mark.parametrize("structure", ["diag", "full"])
+def test_a_process_alone(structure):
+    """Without a group it is IADALoss; gradients by finite differences."""
+    weight, bias = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    features, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 3, -100, 0])
+    epsilon = torch.rand(6, dtype=torch.float64)
+    alone = iada.ShardedIADALoss(4, 3, None, structure=structure).double()
+    whole = iada.IADALoss(4, 3, structure=structure).double()
+    got = alone(features, weight, bias, labels, epsilon)
+    torch.testing.assert_close(got, whole(features, weight, bias, labels, epsilon))
+    alone.eval()
+    inputs = [t.clone().requires_grad_() for t in (weight, bias, epsilon)]
+    torch.autograd.gradcheck(lambda w, b, e: alone(features, w, b, labels, e), inputs)
+    confident = alone(50 * features, 50 * weight, bias, labels)
+    assert torch.isfinite(confident)
+
+
+def test_arguments_that_do_not_fit():
+    for options, message in (
+        ({"rows": "some"}, "^rows: expected one of 'own', 'shared'"),
+        ({"structure": "banded"}, "^structure: expected one of"),
+        ({"reduction": "none"}, "^reduction: expected one of 'mean', 'sum'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            iada.ShardedIADALoss(3, 4, None, **options)
+    with pytest.raises(ValueError, match="^num_classes: expected an int of at least 2"):
+        iada.ShardedIADALoss(1, 4, None)
+
+
+def test_a_confident_sample_keeps_its_gradient():
+    """1 − p_y of 1e-20 is not 0, where p_y − 1 is."""
+    weight = torch.tensor([[46.0], [0.0]], dtype=torch.float64).requires_grad_()
+    criterion = iada.ShardedIADALoss(2, 1, None, alpha=0.0).double()
+    loss = criterion(torch.ones(1, 1, dtype=torch.float64), weight, None, torch.tensor([0]))
+    (grad,) = torch.autograd.grad(loss, weight)
+    want = torch.exp(torch.tensor(-46.0, dtype=torch.float64))
+    torch.testing.assert_close(grad[:, 0], torch.stack([-want, want]), rtol=1e-12, atol=0)
