@@ -17,7 +17,7 @@ from iada.experiments.progress import Series
 from iada.experiments.recipe import Recipe
 from iada.experiments.records import RECORD, read_records
 from iada.experiments.run import RunOptions, plan, run
-from iada.utils.checks import refusal
+from iada.utils.checks import check_choice, refusal
 from iada.utils.distributed import by_first, current_group, launched_group, rank_of
 from iada.utils.files import check_writable
 
@@ -161,9 +161,7 @@ def _chosen(options: argparse.Namespace) -> list[Recipe]:
     table = recipes.table_name(options.table)
     rows = [name for name in recipes.names() if name.startswith(f"{table}/")]
     if options.row is not None:
-        if f"{table}/{options.row}" not in rows:
-            known = ", ".join(name.split("/")[1] for name in rows)
-            raise refusal("--row", f"one of {known}", repr(options.row), "see --list")
+        check_choice("--row", options.row, [name.split("/")[1] for name in rows], "see --list")
         rows = [f"{table}/{options.row}"]
     changes = recipes.changes_of(options.changes)
     return [_with_methods(recipes.load(name, changes), options.methods) for name in rows]
@@ -174,9 +172,7 @@ def _with_methods(recipe: Recipe, methods: list[str] | None) -> Recipe:
         return recipe
     by_key = {entry.key: entry for entry in recipe.methods}
     for key in methods:
-        if key not in by_key:
-            known = ", ".join(by_key)
-            raise refusal("--methods", f"some of {known}", repr(key), f"see {recipe.name}.toml")
+        check_choice("--methods", key, by_key, f"see {recipe.name}.toml")
     return replace(recipe, methods=tuple(by_key[key] for key in dict.fromkeys(methods)))
 
 

@@ -1,7 +1,7 @@
 """From a recipe and a path to data: the split of a seed, and what the trainer is given of it."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from iada.experiments.datasets import (
 from iada.experiments.recipe import MethodEntry, Recipe, shortened
 from iada.experiments.scenarios import SCENARIOS, Split, colored_mnist
 from iada.models import build_backbone
-from iada.utils.checks import refusal
+from iada.utils.checks import check_choice, refusal
 from iada.utils.evaluate import outputs
 
 NORMALISATIONS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "digits": ((0.0,), (1.0,))}
@@ -74,16 +74,19 @@ def read_parts(recipe: Recipe, path: Path | None, limits: Limits) -> Parts:
     reader = READERS[name]
     if name not in BUNDLED and (path is None or not path.exists()):
         raise refusal("--data", recipe.needs, f"nothing at {path}", "pass where it lies")
-    known = list(inspect.signature(reader).parameters)[1:]
-    for key in options:
-        if key not in known:
-            expected = f"one of reader, colored, {', '.join(known)}"
-            raise refusal(f"[data] {key}", expected, repr(key), "rename or remove it")
+    _check_keys("data", options, reader, "reader", "colored")
     parts = reader(path, **options)
     if colored:
         parts = colored_mnist(parts)
     limit_of = {"train": limits.train, "test": limits.test, "validation": limits.test}
     return {part: first_of_each(data, limit_of[part]) for part, data in parts.items()}
+
+
+def _check_keys(section: str, options: Iterable[str], taker: Callable, *others: str) -> None:
+    """Each option is an argument of what takes them, beside its first."""
+    known = [*others, *list(inspect.signature(taker).parameters)[1:]]
+    for key in options:
+        check_choice(f"[{section}] {key}", key, known, "rename or remove it")
 
 
 def first_of_each(data: Labelled, count: int) -> Labelled:
@@ -101,11 +104,7 @@ def make_split(recipe: Recipe, parts: Parts, seed: int) -> Split:
     options = dict(recipe.scenario)
     scenario = SCENARIOS[options.pop("name")]
     clustering = options.pop("clustering", None)
-    known = inspect.signature(scenario).parameters
-    for key in options:
-        if key not in known:
-            expected = f"one of {', '.join(list(known)[1:])}"
-            raise refusal(f"[scenario] {key}", expected, repr(key), "rename or remove it")
+    _check_keys("scenario", options, scenario)
     if clustering is not None:
         source = parts[options.get("meta_from", "validation")]
         options["features"] = _features(clustering, source, recipe.model.image_size)

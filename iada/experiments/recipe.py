@@ -144,8 +144,7 @@ def load(name: str, changes: dict[str, dict[str, Any]] | None = None) -> Recipe:
     ValueError naming the recipe, the section and the key; for a change of trainer that a method's
     own setting would undo, too.
     """
-    if name not in names():
-        raise refusal("recipe", f"one of {', '.join(names())}", repr(name), "see --list")
+    check_choice("recipe", name, names(), "see --list")
     sections = _sections(name)
     for section, values in (changes or {}).items():
         methods = {f"methods.{key}": key for key in sections["methods"]}
@@ -195,12 +194,9 @@ def _build(name: str, sections: dict[str, Any]) -> Recipe:
     if unknown:
         raise refusal(f"{name} [{min(unknown)}]", "a known section", "another", "rename it")
     for metric in about["metrics"]:
-        if metric not in METRICS:
-            raise refusal(f"{name} metrics", f"some of {', '.join(METRICS)}", metric, "mend it")
-    for section, key, known in (("scenario", "name", SCENARIOS), ("data", "reader", READERS)):
-        if sections[section][key] not in known:
-            got = repr(sections[section][key])
-            raise refusal(f"{name} [{section}] {key}", f"one of {', '.join(known)}", got, "mend it")
+        check_choice(f"{name} metrics", metric, METRICS, "mend it")
+    check_choice(f"{name} [scenario] name", sections["scenario"]["name"], SCENARIOS, "mend it")
+    check_choice(f"{name} [data] reader", sections["data"]["reader"], READERS, "mend it")
     try:
         model = ModelSettings(**sections.get("model", {}))
         methods = tuple(
@@ -249,8 +245,7 @@ def _method_entry(key: str, values: dict[str, Any], shared: dict[str, Any]) -> M
     title, published = settings.pop("title"), settings.pop("published", {})
     meta = {n: settings.pop(n) for n in ("with_meta", "meta_per_class") if n in settings}
     settings.setdefault("method", key)
-    if settings["method"] not in METHODS:
-        raise refusal(f"[methods.{key}] method", f"one of {', '.join(METHODS)}", key, "add method")
+    check_choice(f"[methods.{key}] method", settings["method"], METHODS, "add method")
     config = TrainerConfig.from_settings(settings, shared)
     return MethodEntry(key, title, config, published, **meta)
 

@@ -141,26 +141,19 @@ def _of_tensors(node: Any, found: Any, given: Tangents) -> tuple[list[Any], Tang
 
 def _convolution(node: Any, given: Tangents) -> Tensor | None:
     moved_input, moved_weight, moved_bias = given
-    settings = (
-        node._saved_stride,
-        node._saved_padding,
-        node._saved_dilation,
-        node._saved_transposed,
-        node._saved_output_padding,
-        node._saved_groups,
-    )
+    names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    settings = [getattr(node, f"_saved_{name}") for name in names]
 
     def convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.convolution(inputs, weight, bias, *settings)
 
-    if moved_weight is None:
-        if moved_bias is not None:
-            return None
-        assert moved_input is not None
-        return convolve(moved_input, node._saved_weight, None)
-    tangent = convolve(node._saved_input, moved_weight, moved_bias)
+    if moved_weight is None and moved_bias is not None:
+        return None
+    tangent = None
+    if moved_weight is not None:
+        tangent = convolve(node._saved_input, moved_weight, moved_bias)
     if moved_input is not None:
-        tangent += convolve(moved_input, node._saved_weight, None)
+        tangent = _plus(tangent, convolve(moved_input, node._saved_weight, None))
     return tangent
 
 
@@ -173,18 +166,9 @@ def _batch_norm(node: Any, given: Tangents) -> Tensor | None:
     mean, inverse_deviation = node._saved_result1, node._saved_result2
     tangent = None
     if moved_input is not None:
-        tangent = torch.ops.aten.native_batch_norm_backward(
-            moved_input,
-            inputs,
-            weight,
-            None,
-            None,
-            mean,
-            inverse_deviation,
-            True,
-            node._saved_eps,
-            [True, False, False],
-        )[0]
+        saved = (inputs, weight, None, None, mean, inverse_deviation, True, node._saved_eps)
+        backward = torch.ops.aten.native_batch_norm_backward
+        tangent = backward(moved_input, *saved, [True, False, False])[0]
     if moved_weight is None and moved_bias is None:
         return tangent
     slope = torch.zeros_like(weight) if moved_weight is None else moved_weight * inverse_deviation
@@ -219,9 +203,7 @@ def _addmm(node: Any, given: Tangents) -> Tensor | None:
     if node._saved_beta != 1 or node._saved_alpha != 1:
         return None
     tangent = _product(node._saved_mat1, node._saved_mat2, moved_left, moved_right)
-    if moved is None:
-        return tangent
-    return moved.expand(node._input_metadata[0].shape) if tangent is None else tangent.add_(moved)
+    return tangent if moved is None else _plus(tangent, moved.expand(node._input_metadata[0].shape))
 
 
 def _matmul(saved_left: str, saved_right: str) -> Callable[[Any, Tangents], Tensor | None]:
@@ -243,9 +225,13 @@ def _product(
         tangent = moved_left @ right
     if moved_right is not None:
         assert left is not None
-        other = left @ moved_right
-        tangent = other if tangent is None else tangent.add_(other)
+        tangent = _plus(tangent, left @ moved_right)
     return tangent
+
+
+def _plus(tangent: Tensor | None, part: Tensor) -> Tensor:
+    """Their sum, in place of the first."""
+    return part if tangent is None else tangent.add_(part)
 
 
 def _layer_norm(node: Any, given: Tangents) -> Tensor | None:
@@ -257,22 +243,13 @@ def _layer_norm(node: Any, given: Tangents) -> Tensor | None:
     mean, inverse_deviation = node._saved_result1, node._saved_result2
     tangent = None
     if moved_input is not None:
-        tangent = torch.ops.aten.native_layer_norm_backward(
-            moved_input,
-            inputs,
-            node._saved_normalized_shape,
-            mean,
-            inverse_deviation,
-            None,
-            None,
-            [True, False, False],
-        )[0].mul_(weight)
+        saved = (inputs, node._saved_normalized_shape, mean, inverse_deviation, None, None)
+        backward = torch.ops.aten.native_layer_norm_backward
+        tangent = backward(moved_input, *saved, [True, False, False])[0].mul_(weight)
     if moved_weight is not None:
         part = (inputs - mean).mul_(inverse_deviation).mul_(moved_weight)
-        tangent = part if tangent is None else tangent.add_(part)
-    if moved_bias is None:
-        return tangent
-    return moved_bias.expand(inputs.shape) if tangent is None else tangent.add_(moved_bias)
+        tangent = _plus(tangent, part)
+    return tangent if moved_bias is None else _plus(tangent, moved_bias.expand(inputs.shape))
 
 
 def _symmetric(node: Any, given: Tangents) -> Tensor | None:
@@ -306,34 +283,14 @@ def _attention(node: Any, given: Tangents) -> Tensor | None:
         )
         if bias is not None and moved_bias is not None:
             bias = forward_ad.make_dual(bias.detach(), moved_bias)
-        result = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            bias,
-            is_causal=node._saved_is_causal,
-            scale=node._saved_scale,
-        )
+        settings = {"is_causal": node._saved_is_causal, "scale": node._saved_scale}
+        result = F.scaled_dot_product_attention(query, key, value, bias, **settings)
         return forward_ad.unpack_dual(result).tangent
 
 
-FLAT = tuple(f"{name}Backward0" for name in ("Ceil", "Floor", "Round", "Sgn", "Sign", "Trunc"))
-
-SYMMETRIC = (
-    "EluBackward0",
-    "ExpBackward0",
-    "GeluBackward0",
-    "HardswishBackward0",
-    "HardtanhBackward0",
-    "LeakyReluBackward0",
-    "MishBackward0",
-    "NativeDropoutBackward0",
-    "SigmoidBackward0",
-    "SiluBackward0",
-    "SoftmaxBackward0",
-    "SoftplusBackward0",
-    "TanhBackward0",
-)
+FLAT = [f"{name}Backward0" for name in ["Ceil", "Floor", "Round", "Sgn", "Sign", "Trunc"]]
+SMOOTH = ["Elu", "Exp", "Gelu", "Mish", "Sigmoid", "Silu", "Softmax", "Softplus", "Tanh"]
+PIECEWISE = ["Hardswish", "Hardtanh", "LeakyRelu", "NativeDropout"]
 
 RULES: Mapping[str, Callable[[Any, Tangents], Tensor | None]] = {
     "ConvolutionBackward0": _convolution,
@@ -353,7 +310,7 @@ RULES: Mapping[str, Callable[[Any, Tangents], Tensor | None]] = {
     "ScaledDotProductFlashAttentionBackward0": _attention,
     "ScaledDotProductEfficientAttentionBackward0": _attention,
     "ScaledDotProductCudnnAttentionBackward0": _attention,
-    **dict.fromkeys(SYMMETRIC, _symmetric),
+    **{f"{name}Backward0": _symmetric for name in SMOOTH + PIECEWISE},
 }
 
 FUSED_ATTENTION: Sequence[str] = [name for name in RULES if name.startswith("ScaledDotProduct")]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from iada.meta.virtual_step import VirtualStep
-from iada.utils.checks import check_choice, refusal
+from iada.utils.checks import check_choice, check_count, refusal
 
 DOUBLE_BACKWARD = "double-backward"
 HYPERGRADIENTS = ("jvp", "finite-difference", DOUBLE_BACKWARD)
@@ -23,9 +23,7 @@ class MetaStepOptions:
     def __post_init__(self) -> None:
         check_choice("hypergradient", self.hypergradient, HYPERGRADIENTS)
         check_choice("scope", self.scope, SCOPES)
-        interval = self.interval
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise refusal("interval", "a positive int", repr(interval), "1 is every iteration")
+        check_count("interval", self.interval, remedy="1 is every iteration")
 
     def refuse_double_backward(self, allowed: str, remedy: str) -> None:
         """Raises ValueError for double backward, which does without what the other two can have."""

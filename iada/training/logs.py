@@ -11,6 +11,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from iada.training.measures import HISTOGRAM_BINS, PHASES
 from iada.utils.checks import refusal
 from iada.utils.files import atomic_write, fsync, remove_leftovers
@@ -51,13 +53,14 @@ def open_logs(
         if folder is not None:
             logs.append(CsvLog(folder, epoch))
             if tensorboard:
-                logs.append(TensorBoardLog(folder, epoch))
+                logs.append(stack.enter_context(contextlib.closing(TensorBoardLog(folder, epoch))))
         if progress:
-            has_tqdm = importlib.util.find_spec("tqdm") is not None
             title = progress if isinstance(progress, str) else ""
-            logs.append((ProgressBar if has_tqdm else ProgressLines)(epochs, epoch, title))
-        for log in logs:
-            stack.callback(log.close)
+            if importlib.util.find_spec("tqdm") is None:
+                logs.append(ProgressLines(epochs, epoch, title))
+            else:
+                bar = ProgressBar(epochs, epoch, title)
+                logs.append(stack.enter_context(contextlib.closing(bar)))
 
         def write(row: dict[str, Any]) -> None:
             for log in logs:
@@ -113,9 +116,6 @@ class CsvLog:
             with open(self.path, "ab") as file:
                 file.write(_lines([[_cell(row.get(name)) for name in self.columns]]).encode())
                 fsync(file)
-
-    def close(self) -> None:
-        """Nothing: the file is closed after each row."""
 
     @contextlib.contextmanager
     def _written(self, action: str) -> Iterator[None]:
@@ -177,26 +177,13 @@ class TensorBoardLog:
         self.writer.close()
 
     def _strengths(self, counts: Sequence[int], epoch: int) -> None:
-        width = 2 / HISTOGRAM_BINS
-        edges = [-1 + width * (place + 1) for place in range(HISTOGRAM_BINS)]
-        middles = [edge - width / 2 for edge in edges]
-        self.writer.add_histogram_raw(
-            "epsilon",
-            min=-1.0,
-            max=1.0,
-            num=sum(counts),
-            sum=sum(n * m for n, m in zip(counts, middles, strict=True)),
-            sum_squares=sum(n * m * m for n, m in zip(counts, middles, strict=True)),
-            bucket_limits=edges,
-            bucket_counts=list(counts),
-            global_step=epoch,
-        )
+        edges = np.linspace(-1, 1, HISTOGRAM_BINS + 1)
+        values = np.repeat((edges[1:] + edges[:-1]) / 2, counts)
+        self.writer.add_histogram("epsilon", values, epoch, bins=edges)
 
     def _classes(self, name: str, values: Sequence[float | None], epoch: int) -> None:
         known = {c: value for c, value in enumerate(values) if value is not None}
         if len(values) > MOST_CURVES:
-            import numpy as np
-
             self.writer.add_histogram(name, np.array(list(known.values())), epoch)
             return
         for c, value in known.items():
@@ -239,9 +226,6 @@ class ProgressLines:
         numbers = "".join(f", {name} {value}" for name, value in _shown(row).items())
         line = f"{self.title}epoch {done}/{self.epochs}{numbers}, {left} left"
         print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ recognise is taken apart to say what is wrong with it.
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -41,11 +41,20 @@ def refusal(name: str, expected: str, got: str, remedy: str) -> ValueError:
     return ValueError(f"{name}: expected {expected}, got {got}; {remedy}")
 
 
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+def check_choice(
+    name: str, value: object, allowed: Collection[object], remedy: str = "pass one of these"
+) -> None:
     """Raises ValueError for a value that is none of these."""
     if value not in allowed:
-        expected = f"one of {', '.join(map(repr, allowed))}"
-        raise refusal(name, expected, repr(value), "pass one of these")
+        raise refusal(name, f"one of {', '.join(map(repr, allowed))}", repr(value), remedy)
+
+
+def check_count(
+    name: str, value: object, least: int = 1, remedy: str = "pass such a number"
+) -> None:
+    """Raises ValueError for what is no whole number from `least` on."""
+    if type(value) is not int or value < least:
+        raise refusal(name, f"a whole number from {least} on", repr(value), remedy)
 
 
 def check_float(name: str, tensor: Tensor, expected: str, sizes: tuple[int | None, ...]) -> None:
@@ -232,12 +241,10 @@ def _check_loss_tensors(inputs: LossInputs) -> None:
 def _check_loss_options(options: LossOptions) -> None:
     check_number("alpha", options.alpha)
     check_number("beta", options.beta)
-    ignore_index, reduction = options.ignore_index, options.reduction
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise refusal("ignore_index", "an int", repr(ignore_index), "pass -100 to ignore nothing")
-    if reduction not in REDUCTIONS:
-        names = ", ".join(map(repr, REDUCTIONS))
-        raise refusal("reduction", f"one of {names}", repr(reduction), "pass one of these")
+    if type(options.ignore_index) is not int:
+        got = repr(options.ignore_index)
+        raise refusal("ignore_index", "an int", got, "pass -100 to ignore nothing")
+    check_choice("reduction", options.reduction, REDUCTIONS)
     check_number("label_smoothing", options.label_smoothing)
     if not 0 <= options.label_smoothing < 1:
         got = repr(options.label_smoothing)

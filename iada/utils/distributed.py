@@ -205,35 +205,22 @@ def average(tensors: Iterable[Tensor], counts: Sequence[int], group: Group) -> N
     if group is None:
         return
     share = counts[rank_of(group)] / sum(counts)
-    for same in _by_dtype(tensors).values():
-        dtype = torch.promote_types(torch.float32, same[0].dtype)
-        flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in same])
-        flat *= share
-        dist.all_reduce(flat, group=group)
-        _scatter(flat, same)
+    _exchange(tensors, lambda flat: dist.all_reduce(flat.mul_(share), group=group), torch.float32)
 
 
 @torch.no_grad()
 def add_up(tensors: Iterable[Tensor], group: Group) -> None:
     """Each tensor becomes, in place, its sum over the ranks."""
-    if group is None:
-        return
-    for same in _by_dtype(tensors).values():
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
-        dist.all_reduce(flat, group=group)
-        _scatter(flat, same)
+    if group is not None:
+        _exchange(tensors, lambda flat: dist.all_reduce(flat, group=group))
 
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor], group: Group) -> None:
     """Each tensor becomes, in place, what rank 0 has."""
-    if group is None:
-        return
-    source = dist.get_global_rank(group, 0)
-    for same in _by_dtype(tensors).values():
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
-        dist.broadcast(flat, source, group=group)
-        _scatter(flat, same)
+    if group is not None:
+        source = dist.get_global_rank(group, 0)
+        _exchange(tensors, lambda flat: dist.broadcast(flat, source, group=group))
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
@@ -302,17 +289,22 @@ def running_statistics(module: nn.Module) -> list[Tensor]:
     ]
 
 
-def _by_dtype(tensors: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
-    groups: dict[torch.dtype, list[Tensor]] = {}
+def _exchange(
+    tensors: Iterable[Tensor],
+    exchange: Callable[[Tensor], object],
+    least: torch.dtype | None = None,
+) -> None:
+    """Has `exchange` change all tensors of a dtype at once, flat, in precision `least` or more."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault(tensor.dtype, []).append(tensor)
-    return groups
-
-
-def _scatter(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    for part, tensor in zip(parts, tensors, strict=True):
-        tensor.detach().copy_(part.view_as(tensor))
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for dtype, same in by_dtype.items():
+        dtype = torch.promote_types(least or dtype, dtype)
+        flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in same])
+        exchange(flat)
+        parts = flat.split([tensor.numel() for tensor in same])
+        for part, tensor in zip(parts, same, strict=True):
+            tensor.detach().copy_(part.view_as(tensor))
 
 
 def _host_values(value: int, group: dist.ProcessGroup) -> list[int]:

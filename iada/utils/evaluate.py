@@ -23,18 +23,11 @@ def class_accuracy(
 
     num_workers: of the loader.
     """
-    check_dataset("dataset", dataset)
-    device = head.weight.device
-    right = torch.zeros(head.out_features, dtype=torch.float64)
-    total = torch.zeros(head.out_features, dtype=torch.float64)
-    rows = torch.arange(len(dataset)).split(batch_size)  # type: ignore[arg-type]
-    with evaluating(backbone, head):
-        for batch in batches(dataset, [part.tolist() for part in rows], num_workers):
-            inputs, labels, *_ = to_device(tuple(batch), device)
-            hit = (head(backbone(inputs)).argmax(dim=1) == labels).cpu()
-            right.index_add_(0, labels.cpu(), hit.double())
-            total.index_add_(0, labels.cpu(), torch.ones(len(hit), dtype=torch.float64))
-    return right / total
+    counts = torch.zeros(2, head.out_features, dtype=torch.float64)  # right ones, and all
+    for _, logits, labels in _by_batch(backbone, head, dataset, batch_size, num_workers):
+        hit = (logits.argmax(dim=1) == labels).cpu().double()
+        counts.index_add_(1, labels.cpu(), torch.stack([hit, torch.ones_like(hit)]))
+    return counts[0] / counts[1]
 
 
 class Outputs(NamedTuple):
@@ -58,16 +51,28 @@ def outputs(
 
     num_workers: of the loader. rows: the samples to look at, in this order; None for all.
     """
+    given = _by_batch(backbone, head, dataset, batch_size, num_workers, rows)
+    found = [[tensor.cpu() for tensor in batch] for batch in given]
+    return Outputs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _by_batch(
+    backbone: nn.Module,
+    head: nn.Linear,
+    dataset: Dataset,
+    batch_size: int,
+    num_workers: int,
+    rows: Tensor | None = None,
+) -> Iterator[Outputs]:
+    """Of each batch, on the head's device."""
     check_dataset("dataset", dataset)
     chosen = torch.arange(len(dataset)) if rows is None else rows  # type: ignore[arg-type]
     order = [part.tolist() for part in chosen.split(batch_size)]
-    found = []
     with evaluating(backbone, head):
         for batch in batches(dataset, order, num_workers):
             inputs, labels, *_ = to_device(tuple(batch), head.weight.device)
             features = backbone(inputs)
-            found.append((features.cpu(), head(features).cpu(), labels.cpu()))
-    return Outputs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+            yield Outputs(features, head(features), labels)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,27 +10,20 @@ from typing import Any
 
 from iada.utils.checks import check_choice, refusal
 
+BOUNDS: dict[str, tuple[str, Callable[[Any, float], bool]]] = {
+    "least": ("at least", operator.ge),
+    "most": ("at most", operator.le),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+}
+
 
 def setting(
-    default: Any,
-    *,
-    choices: Sequence[str] | None = None,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    checked: bool = True,
+    default: Any, *, choices: Sequence[str] | None = None, checked: bool = True, **bounds: float
 ) -> Any:
-    """A field with bounds, or choices, that `check_settings` looks at if it is `checked`."""
-    bounds: dict[str, Any] = {
-        "choices": choices,
-        "least": least,
-        "most": most,
-        "above": above,
-        "below": below,
-    }
-    metadata = {name: bound for name, bound in bounds.items() if bound is not None}
-    return dataclasses.field(default=default, metadata=metadata | {"checked": checked})
+    """A field with BOUNDS, or choices, that `check_settings` looks at if it is `checked`."""
+    metadata = {"choices": choices, "checked": checked, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_settings(record: Any) -> None:
@@ -60,20 +54,13 @@ def check_settings(record: Any) -> None:
         elif type(value) is not type(default):
             wanted = f"a value of type {type(default).__name__}"
             raise refusal(field.name, wanted, repr(value), remedy)
-        _check_bounds(field.name, value, field.metadata, default)
-
-
-def _check_bounds(name: str, value: Any, bounds: Any, default: Any) -> None:
-    if "choices" in bounds:
-        check_choice(name, value, bounds["choices"])
-    for word, bound, kept in (
-        ("at least", bounds.get("least"), lambda limit: value >= limit),
-        ("at most", bounds.get("most"), lambda limit: value <= limit),
-        ("above", bounds.get("above"), lambda limit: value > limit),
-        ("below", bounds.get("below"), lambda limit: value < limit),
-    ):
-        if bound is not None and not kept(bound):
-            raise refusal(name, f"{word} {bound}", repr(value), f"{default} is usual")
+        if field.metadata.get("choices"):
+            check_choice(field.name, value, field.metadata["choices"])
+        for kind, bound in field.metadata.get("bounds", {}).items():
+            words, keeps = BOUNDS[kind]
+            if not keeps(value, bound):
+                remedy = f"{default} is usual"
+                raise refusal(field.name, f"{words} {bound}", repr(value), remedy)
 
 
 def from_table(kind: type) -> Callable[[Mapping[str, Any]], Any]:
@@ -82,9 +69,7 @@ def from_table(kind: type) -> Callable[[Mapping[str, Any]], Any]:
     def build(values: Mapping[str, Any]) -> Any:
         known = [field.name for field in dataclasses.fields(kind)]
         for key in values:
-            if key not in known:
-                expected, remedy = f"one of {', '.join(known)}", "rename or remove it"
-                raise refusal(key, expected, "an unknown key", remedy)
+            check_choice(key, key, known, "rename or remove it")
         return kind(**values)
 
     return build

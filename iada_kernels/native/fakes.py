@@ -1,5 +1,6 @@
 """Shapes and dtypes of what the native operators return, for tracing (torch.compile)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,12 +59,6 @@ def _loss_backward(
     )
 
 
-def _covariance_update(
-    covariance: Tensor, mean: Tensor, count: Tensor, features: Tensor, labels: Tensor
-) -> None:
-    return None
-
-
 def _hypergradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`arguments`: the tensors of `LossInputs` and of `HeadTangents`, the numbers of the schema."""
     inputs, needs_covariance = LossInputs(*arguments[:7]), arguments[-1]
@@ -74,17 +69,8 @@ def _hypergradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return grad_epsilon, weight.new_empty(sums), weight.new_empty(sums)
 
 
-def _covariance_step(
-    covariance: Tensor,
-    weight: Tensor,
-    weight_tangent: Tensor,
-    labels: Tensor,
-    residual: Tensor,
-    curvature: Tensor,
-    ignore_index: int,
-    scale: float,
-) -> None:
-    return None
+def _in_place(*arguments: Any) -> None:
+    """Of operators that return nothing."""
 
 
 def _characteristics(
@@ -93,18 +79,18 @@ def _characteristics(
     return weight.new_empty(features.shape[0], 8)
 
 
-FAKES = (
-    _loss_forward,
-    _loss_forward_update,
-    _loss_backward,
-    _covariance_update,
-    _hypergradient,
-    _covariance_step,
-    _characteristics,
-)
+FAKES: dict[str, Callable[..., Any]] = {
+    "loss_forward": _loss_forward,
+    "loss_forward_update": _loss_forward_update,
+    "loss_backward": _loss_backward,
+    "covariance_update": _in_place,
+    "hypergradient": _hypergradient,
+    "covariance_step": _in_place,
+    "characteristics": _characteristics,
+}
 
 
 def register() -> None:
     """Tell torch; to be called once, after the library is loaded."""
-    for fake in FAKES:
-        torch.library.register_fake(f"iada_native::{fake.__name__[1:]}", fake)
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"iada_native::{name}", fake)

@@ -13,9 +13,15 @@ from PIL import Image
 from iada.experiments.datasets import Labelled, read_civilcomments, read_folder
 from iada.experiments.datasets.augment import HOLE, crop_flip, cutout
 from iada.experiments.datasets.counter_rng import draws
-from iada.experiments.datasets.file_view import FileView, middle, random_part
-from iada.experiments.datasets.memory_view import CIFAR10, MemoryView
-from iada.experiments.datasets.text_view import TextView, load_tokenizer
+from iada.experiments.datasets.views import (
+    CIFAR10,
+    FileView,
+    MemoryView,
+    TextView,
+    load_tokenizer,
+    middle,
+    random_part,
+)
 from iada.models.small import mlp
 from iada.training.config import TrainerConfig
 from iada.training.trainer import Trainer
@@ -193,7 +199,7 @@ def test_data_sets_import_without_the_optional_packages():
         ("kornia", "from iada.experiments.datasets.augment import auto_augment as f; f()"),
         (
             "transformers",
-            "from iada.experiments.datasets.text_view import load_tokenizer as f; f('.')",
+            "from iada.experiments.datasets.views import load_tokenizer as f; f('.')",
         ),
     ],
 )

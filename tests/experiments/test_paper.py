@@ -15,7 +15,7 @@ import torch
 from iada.cli import main
 from iada.experiments import recipe as recipes
 from iada.experiments.command import _command, add_paper
-from iada.experiments.datasets.civilcomments import MEMBERS
+from iada.experiments.datasets.subpopulations import MEMBERS
 from iada.experiments.epsilon_log import EpsilonLog
 from iada.experiments.experiment import Limits, first_of_each, make_split, read_parts
 from iada.experiments.first_phase import FOLDER as FIRST_PHASES

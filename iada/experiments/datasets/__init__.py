@@ -7,20 +7,29 @@ is half loaded.
 
 from collections.abc import Callable
 
-from iada.experiments.datasets.celeba import read_celeba
 from iada.experiments.datasets.cifar import read_cifar10, read_cifar100
-from iada.experiments.datasets.civilcomments import read_civilcomments
 from iada.experiments.datasets.digits import read_digits
-from iada.experiments.datasets.features import FeatureView, read_features
-from iada.experiments.datasets.file_view import FileView
+from iada.experiments.datasets.features import read_features
 from iada.experiments.datasets.folders import read_folder
 from iada.experiments.datasets.glt import read_glt
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.datasets.lists import read_lists
-from iada.experiments.datasets.memory_view import CIFAR10, CIFAR100, IMAGENET, MemoryView
 from iada.experiments.datasets.mnist import read_mnist
-from iada.experiments.datasets.text_view import TextView, load_tokenizer
-from iada.experiments.datasets.waterbirds import read_waterbirds
+from iada.experiments.datasets.subpopulations import (
+    read_celeba,
+    read_civilcomments,
+    read_waterbirds,
+)
+from iada.experiments.datasets.views import (
+    CIFAR10,
+    CIFAR100,
+    IMAGENET,
+    FeatureView,
+    FileView,
+    MemoryView,
+    TextView,
+    load_tokenizer,
+)
 
 READERS: dict[str, Callable[..., dict[str, Labelled]]] = {
     "cifar10": read_cifar10,

@@ -3,17 +3,15 @@
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from iada.experiments.datasets.files import DAMAGED, bytes_of
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.experiments.datasets.view import View
 from iada.utils.checks import refusal
 from iada.utils.files import atomic_write
 
@@ -88,23 +86,3 @@ def _part(
     if labels.min() < 0 or labels.max() >= len(names):
         raise refusal(f"{where}_labels", expected, f"{labels.min()} to {labels.max()}", DAMAGED)
     return Labelled(torch.from_numpy(inputs).float(), torch.from_numpy(labels).long(), names)
-
-
-class FeatureView(View):
-    """Features (N, A) float32 as they are, with labels and index; on the device."""
-
-    in_memory = True
-
-    def __init__(self, data: Labelled, device: torch.device | str) -> None:
-        if not isinstance(data.inputs, Tensor) or not data.inputs.is_floating_point():
-            raise refusal(
-                "data", "features (N, A)", "others", "use MemoryView, FileView or TextView"
-            )
-        self.features, self.labels = data.inputs.to(device), data.labels.to(device)
-
-    def whole_batch(
-        self, seed: int, step: int, indices: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, labels and index of these samples: see `WholeBatches`. Nothing is drawn."""
-        rows = torch.as_tensor(indices, device=self.labels.device)
-        return self.features[rows], self.labels[rows], rows

@@ -41,6 +41,13 @@ def pixels(image: "Image") -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def scaled_part(image: "Image", box: tuple[float, float, float, float], size: int) -> Tensor:
+    """A box (left, upper, right, lower) of the image, scaled: uint8 (3, size, size)."""
+    from PIL.Image import Resampling
+
+    return pixels(image.resize((size, size), Resampling.BILINEAR, box=box))
+
+
 def small_images(paths: Sequence[Path]) -> Tensor | None:
     """All images as one uint8 tensor (N, 3, H, W); None unless all are of one small size."""
     if not paths:

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from iada.utils.autocast import full_precision
-from iada.utils.checks import check_finite, check_label_values, check_loss_arguments, refusal
+from iada.utils.checks import (
+    check_count,
+    check_finite,
+    check_label_values,
+    check_loss_arguments,
+    refusal,
+)
 from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.torch_ops.loss import perturbation_sign
 
@@ -166,8 +172,7 @@ def _check_values(inputs: LossInputs, alpha: float, samples: int) -> None:
     if alpha < 0:
         remedy = "αΣ is a covariance: pass the α of training"
         raise refusal("alpha", "0 or more", repr(alpha), remedy)
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
-        raise refusal("samples", "an int from 2", repr(samples), "1000 is usual")
+    check_count("samples", samples, 2, "1000 is usual")
     check_label_values(inputs.labels.long(), len(inputs.weight), None)
     for name in ("features", "weight", "covariance"):
         check_finite(name, getattr(inputs, name), "look for what diverged in training")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from iada.meta.method import MetaStep
 from iada.utils.autocast import full_precision
-from iada.utils.checks import check_loss_arguments, refusal
+from iada.utils.checks import check_count, check_loss_arguments
 from iada.utils.evaluate import evaluating
 from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.torch_ops.blocking import blocks
@@ -92,8 +92,7 @@ class TermsLog:
     """
 
     def __init__(self, every: int = 20) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise refusal("every", "a positive int", repr(every), "1 looks at every step")
+        check_count("every", every, remedy="1 looks at every step")
         self.every = every
         self._sums: dict[int, Tensor] = {}  # epoch → sums of G, R, F and the rows, (4)
 

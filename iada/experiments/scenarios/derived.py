@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from iada.experiments.datasets.labelled import Labelled
-from iada.experiments.scenarios.sampling import check_count, part_of, pick_evenly
-from iada.utils.checks import refusal
+from iada.experiments.scenarios.sampling import part_of, pick_evenly
+from iada.utils.checks import check_count, refusal
 
 CLASSES = ("0-4", "5-9")
 COLOURS = ("red", "green")

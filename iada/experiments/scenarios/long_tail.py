@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from iada.experiments.datasets.labelled import Labelled
-from iada.experiments.scenarios.sampling import check_count, part_of, rows_by_key, whole_part
+from iada.experiments.scenarios.sampling import part_of, rows_by_key, whole_part
 from iada.experiments.scenarios.split import Split
-from iada.utils.checks import check_choice, refusal
+from iada.utils.checks import check_choice, check_count, refusal
 
 # The published ways to make CIFAR-LT, by name; at 100:1 they leave 12,406, 12,380 and 25,250 images
 # of CIFAR-10, and 10,847, 10,626 and 25,250 of CIFAR-100.

@@ -9,13 +9,12 @@ from torch import Tensor
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.scenarios.sampling import (
     all_rows,
-    check_count,
     part_of,
     pick_evenly,
     whole_part,
 )
 from iada.experiments.scenarios.split import Split
-from iada.utils.checks import check_choice, refusal
+from iada.utils.checks import check_choice, check_count, refusal
 
 KINDS = {
     "uniform": "a share p of the labels redrawn over all K classes: p(1 − 1/K) of them are wrong",

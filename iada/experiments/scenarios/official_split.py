@@ -16,13 +16,12 @@ from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.scenarios.sampling import (
     Picked,
     all_rows,
-    check_count,
     part_of,
     pick_evenly,
     picked,
 )
 from iada.experiments.scenarios.split import Split
-from iada.utils.checks import check_sizes, refusal
+from iada.utils.checks import check_choice, check_count, check_sizes, refusal
 
 SOURCES = ("validation", "train")
 
@@ -176,9 +175,7 @@ def _one_class(
 
 
 def _source(parts: Mapping[str, Labelled], meta_from: str) -> Labelled:
-    if meta_from not in SOURCES:
-        expected = f"one of {', '.join(SOURCES)}"
-        raise refusal("meta_from", expected, repr(meta_from), "the test part is not to be touched")
+    check_choice("meta_from", meta_from, SOURCES, "the test part is not to be touched")
     return part_of(parts, meta_from)
 
 

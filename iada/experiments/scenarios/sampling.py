@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iada.experiments.datasets.labelled import Labelled
-from iada.utils.checks import refusal
+from iada.utils.checks import check_count, refusal
 
 
 class Picked(NamedTuple):
@@ -74,9 +74,3 @@ def picked(taken: Tensor, count: int) -> Picked:
     left = torch.ones(count, dtype=torch.bool)
     left[taken] = False
     return Picked(taken.sort().values, left.nonzero().flatten())
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """A whole number from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise refusal(name, f"a whole number from {least} on", repr(value), "pass such a number")
