@@ -6,7 +6,7 @@ from typing import Any
 from iada.experiments.recipe import Recipe
 from iada.experiments.scenarios import Split
 from iada.experiments.scenarios.split import fingerprint
-from iada.training.checkpoint import remove_checkpoint
+from iada.training.checkpoint import CHECKPOINT, remove_checkpoint
 from iada.training.first_phase import (
     digest,
     first_phase_state,
@@ -14,7 +14,6 @@ from iada.training.first_phase import (
     save_first_phase,
     start_from,
 )
-from iada.training.run_folder import CHECKPOINT
 from iada.training.trainer import Trainer
 from iada.utils.distributed import by_first
 from iada.utils.files import check_writable

@@ -229,22 +229,16 @@ def paired(
     records: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], metric: str
 ) -> Paired | None:
     """The metric of runs less that of others of the same seeds, at the last epoch; None without."""
-    scores = [
-        {
-            r.get("seed", 0): value
-            for r in runs
-            if (value := (r.get("last") or {}).get(metric)) is not None
-        }
+    ours, theirs = (
+        {run.get("seed", 0): (run.get("last") or {}).get(metric) for run in runs}
         for runs in (records, others)
-    ]
-    seeds = [seed for seed in scores[0] if seed in scores[1]]
-    gaps = [scores[0][seed] - scores[1][seed] for seed in seeds]
+    )
+    pairs = [(value, theirs.get(seed)) for seed, value in ours.items()]
+    gaps = [one - other for one, other in pairs if one is not None and other is not None]
     if len(gaps) < 2:
         return Paired(gaps[0], None, None, 1) if gaps else None
-    error = statistics.stdev(gaps) / len(gaps) ** 0.5
-    return Paired(
-        statistics.fmean(gaps), error, _student(statistics.fmean(gaps), error, len(gaps)), len(gaps)
-    )
+    mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
+    return Paired(mean, error, _student(mean, error, len(gaps)), len(gaps))
 
 
 def _student(mean: float, error: float, count: int) -> float | None:

@@ -14,6 +14,7 @@ from iada.experiments.label_issues import detection
 from iada.experiments.metrics import Measured, measure
 from iada.experiments.recipe import Recipe
 from iada.experiments.scenarios import Split
+from iada.meta.learner import detached
 from iada.training.trainer import Trainer
 from iada_kernels.contract import LossInputs
 
@@ -58,15 +59,11 @@ def last_and_best(
 def curve(history: Sequence[Mapping[str, Any]], terms: TermsLog) -> list[dict[str, Any]]:
     """One dict an epoch: loss, accuracy, and the terms of Table 1 where they were looked at."""
     by_epoch = {row["epoch"]: row for row in terms.summary()}
-    return [
-        {
-            "epoch": row["epoch"],
-            "loss": row["loss"],
-            "accuracy": row.get("test_balanced"),
-            **by_epoch.get(row["epoch"], {}),
-        }
-        for row in history
-    ]
+    points = []
+    for row in history:
+        point = {"epoch": row["epoch"], "loss": row["loss"], "accuracy": row.get("test_balanced")}
+        points.append(point | by_epoch.get(row["epoch"], {}))
+    return points
 
 
 def epsilon_record(log: EpsilonLog) -> dict[str, Any] | None:
@@ -92,15 +89,10 @@ def covariance_diagnostics(
     count = len(train)  # type: ignore[arg-type]
     rows = torch.arange(GAP_ROWS) * count // GAP_ROWS if count > GAP_ROWS else torch.arange(count)
     outputs = trainer.outputs(train, rows=rows)
-    head = trainer.method.head
-    bias = None if head.bias is None else head.bias.detach().cpu()
-    inputs = LossInputs(
-        outputs.features.float(),
-        head.weight.detach().cpu(),
-        bias,
-        outputs.labels,
-        covariance.covariance.cpu(),
-        None if epsilon is None else epsilon[rows].nan_to_num(0.0).float(),
-    )
+    weight, bias = detached(trainer.method.head)
+    sigma, bias = covariance.covariance.cpu(), None if bias is None else bias.cpu()
+    strengths = None if epsilon is None else epsilon[rows].nan_to_num(0.0).float()
+    features, labels = outputs.features.float(), outputs.labels
+    inputs = LossInputs(features, weight.cpu(), bias, labels, sigma, strengths)
     gap = surrogate_gap(inputs, alpha=float(trainer.method.alpha), samples=200)
     return {"spectrum": spectrum(covariance).tolist(), "surrogate": gap.as_record()}

@@ -26,8 +26,8 @@ from iada.experiments.records import RECORD, equal_run, previous_record, write_r
 from iada.experiments.scenarios import Split
 from iada.experiments.watch import Watch
 from iada.models import build_backbone, load_weights
+from iada.training.checkpoint import CHECKPOINT
 from iada.training.first_phase import can_share, first_phase_config
-from iada.training.run_folder import CHECKPOINT
 from iada.training.trainer import Trainer
 from iada.utils.checks import refusal
 from iada.utils.distributed import by_first, current_group, gather_objects, size_of

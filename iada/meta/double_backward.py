@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from iada.meta.backbone_passes import BackbonePasses
 from iada.meta.learner import ShardedBatch, check_meta_loss
-from iada.meta.virtual_step import VirtualStep
+from iada.meta.options import VirtualStep
 
 
 def double_backward(

@@ -206,10 +206,8 @@ class Learner:
             found = {p: g.contiguous() for p, g in zip(below, grads, strict=True) if g is not None}
             average(found.values(), rows.counts, self.group)
         head = self.classifier.head
-        for parameter, grad in (
-            (head.weight, head_gradients.weight),
-            (head.bias, head_gradients.bias),
-        ):
+        by_head = ((head.weight, head_gradients.weight), (head.bias, head_gradients.bias))
+        for parameter, grad in by_head:
             if grad is not None and parameter in asked:
                 grad = (grad * self.scale()).to(parameter.dtype)
                 found[parameter] = grad if parameter not in found else found[parameter] + grad
@@ -300,6 +298,11 @@ def linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Wh + b in the dtype of the features."""
     bias = None if bias is None else bias.to(features.dtype)
     return F.linear(features, weight.to(features.dtype), bias)
+
+
+def detached(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as constants."""
+    return head.weight.detach(), None if head.bias is None else head.bias.detach()
 
 
 def check_meta_loss(value: Tensor) -> None:

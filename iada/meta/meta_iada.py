@@ -34,13 +34,11 @@ from torch import Tensor, nn
 from iada.meta.bilevel import BilevelMethod
 from iada.meta.closed_form_step import closed_form_step, inverse_rate, relative_change
 from iada.meta.double_backward import double_backward
-from iada.meta.epsilon import Observed, SampleEpsilon
-from iada.meta.epsilon_scale import EpsilonScale
+from iada.meta.epsilon import EpsilonScale, Observed, SampleEpsilon
 from iada.meta.hypergradient import ForwardPass
-from iada.meta.learner import HeadGradients, ShardedBatch, linear
+from iada.meta.learner import HeadGradients, ShardedBatch, detached, linear
 from iada.meta.method import HeadLoss
-from iada.meta.options import DOUBLE_BACKWARD, MetaStepOptions
-from iada.meta.virtual_step import VirtualStep
+from iada.meta.options import DOUBLE_BACKWARD, MetaStepOptions, VirtualStep
 from iada.nn.characteristics import TrainingMemory, loss_and_margin
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.divergence import check_divergence
@@ -164,21 +162,10 @@ class MetaIADA(BilevelMethod):
         scaler: torch.amp.GradScaler | None = None,
         process_group: Group = None,
     ) -> None:
-        super().__init__(
-            backbone,
-            head,
-            optimizer,
-            MetaStepOptions(
-                hypergradient,
-                scope,
-                interval,
-                low_memory,
-                VirtualStep(virtual_momentum, virtual_weight_decay),
-            ),
-            clip_norm=clip_norm,
-            scaler=scaler,
-            process_group=process_group,
-        )
+        virtual = VirtualStep(virtual_momentum, virtual_weight_decay)
+        options = MetaStepOptions(hypergradient, scope, interval, low_memory, virtual)
+        common = {"clip_norm": clip_norm, "scaler": scaler, "process_group": process_group}
+        super().__init__(backbone, head, optimizer, options, **common)
         scaler = self._learner.scaler
         if low_memory or process_group is not None or scaler.is_enabled():
             remedy = "leave these out: double backward is the oracle of the other two"
@@ -309,15 +296,8 @@ class MetaIADA(BilevelMethod):
         _, gradients = self._head_gradients(forward, sigma, constant)
         meta = self._meta_passes.run(forward, gradients, meta_rows)
         self._meta_loss = meta.meta_loss
-        inputs = LossInputs(
-            forward.global_features,
-            head.weight.detach(),
-            None if head.bias is None else head.bias.detach(),
-            forward.rows.labels,
-            sigma,
-            constant,
-            self.log_prior,
-        )
+        tensors = (*detached(head), forward.rows.labels, sigma, constant, self.log_prior)
+        inputs = LossInputs(forward.global_features, *tensors)
         scaled = self._learner.scaler.is_enabled()
         grad_epsilon, sigma = closed_form_step(
             inputs,
@@ -345,15 +325,10 @@ class MetaIADA(BilevelMethod):
             features = features.detach()
         sigma = self.covariance.covariance.clone().requires_grad_()
         loss = self._loss(sigma, epsilon, forward.rows.labels)(features, head.weight, head.bias)
+        wanted = [sigma, *self.sample_epsilon.trained()]
+        step = (self.optimizer, self.options.virtual)
         self._meta_loss, (grad_sigma, *grads) = double_backward(
-            loss,
-            [sigma, *self.sample_epsilon.trained()],
-            trained,
-            self.optimizer,
-            self.options.virtual,
-            self._passes,
-            head,
-            meta_rows,
+            loss, wanted, trained, *step, self._passes, head, meta_rows
         )
         if self.rate_free_perturbation:
             factor = inverse_rate(self.optimizer, head.weight)
@@ -391,15 +366,7 @@ class MetaIADA(BilevelMethod):
 
     def _loss(self, sigma: Tensor, epsilon: Tensor | None, labels: Tensor) -> HeadLoss:
         """Eq. 6 over the batch as a function of the features and the head."""
-        return lambda features, weight, bias: fused_loss(
-            features,
-            weight,
-            bias,
-            labels,
-            covariance=sigma,
-            epsilon=epsilon,
-            log_prior=self.log_prior,
-            alpha=self.alpha,
-            beta=self.beta,
-            class_weight=self.class_weights,
-        )
+        terms: dict[str, Any] = {"covariance": sigma, "epsilon": epsilon}
+        terms |= {"log_prior": self.log_prior, "class_weight": self.class_weights}
+        terms |= {"alpha": self.alpha, "beta": self.beta}
+        return lambda features, weight, bias: fused_loss(features, weight, bias, labels, **terms)

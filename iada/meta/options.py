@@ -1,9 +1,70 @@
-"""How a meta step is computed: the choices that the bilevel methods offer."""
+"""How a meta step is computed: what the bilevel methods offer, and the step of Eq. 7."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from iada.meta.virtual_step import VirtualStep
+import torch
+from torch import Tensor
+
 from iada.utils.checks import check_choice, check_count, refusal
+
+
+@dataclass(frozen=True)
+class VirtualStep:
+    """Which parts of plain SGD with momentum the virtual step has.
+
+    The learning rate is the parameter's current one in the optimizer. momentum adds the buffers,
+    damping and Nesterov rule of torch.optim.SGD; weight_decay adds the decay. Both change where the
+    meta loss is looked at; neither depends on Ω or Σ.
+    """
+
+    momentum: bool = False
+    weight_decay: bool = False
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises ValueError for momentum with an optimizer that is not SGD."""
+        if self.momentum and not isinstance(optimizer, torch.optim.SGD):
+            raise refusal(
+                "virtual_momentum",
+                "torch.optim.SGD as the optimizer",
+                f"a {type(optimizer).__name__}",
+                "leave it False: the virtual step is then plain SGD at the optimizer's lr",
+            )
+
+    def take(
+        self, optimizer: torch.optim.Optimizer, gradients: Mapping[Tensor, Tensor]
+    ) -> dict[Tensor, tuple[Tensor, Any]]:
+        """φ̄ of each parameter that has a gradient, and dφ̄/d∇, a number or a tensor ()."""
+        taken: dict[Tensor, tuple[Tensor, Any]] = {}
+        for group in optimizer.param_groups:
+            decay = group.get("weight_decay", 0.0) if self.weight_decay else 0.0
+            for parameter in group["params"]:
+                if parameter not in gradients:
+                    continue
+                step, slope = gradients[parameter], 1.0
+                if decay:
+                    step = step.add(parameter.detach(), alpha=decay)
+                if self.momentum and group["momentum"]:
+                    step, slope = _with_momentum(step, group, optimizer.state.get(parameter, {}))
+                moved = parameter.detach() - group["lr"] * step
+                taken[parameter] = (moved, -group["lr"] * slope)
+        return taken
+
+
+def _with_momentum(
+    step: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> tuple[Tensor, float]:
+    """The direction of SGD's step and its derivative by the gradient; the buffer stays as it is."""
+    momentum, share = group["momentum"], 1.0
+    buffer, mixed = state.get("momentum_buffer"), step
+    if buffer is not None:
+        share = 1.0 - group["dampening"]
+        mixed = momentum * buffer + share * step
+    if group["nesterov"]:
+        return step + momentum * mixed, 1.0 + momentum * share
+    return mixed, share
+
 
 DOUBLE_BACKWARD = "double-backward"
 HYPERGRADIENTS = ("jvp", "finite-difference", DOUBLE_BACKWARD)

@@ -94,14 +94,8 @@ def fit_categories(categories: nn.Linear, embeddings: Tensor, targets: Tensor) -
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = fused_loss(
-            embeddings,
-            categories.weight,
-            categories.bias,
-            targets,
-            covariance=None,
-            log_prior=prior,
-        )
+        weight, bias = categories.weight, categories.bias
+        loss = fused_loss(embeddings, weight, bias, targets, log_prior=prior)
         loss.backward()
         return loss
 

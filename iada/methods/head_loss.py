@@ -1,6 +1,7 @@
 """The methods that need no meta set: CE, Logit Adjustment and ISDA, all on `fused_loss`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -44,16 +45,8 @@ class HeadLossMethod(Method):
         """The method's loss () of the head on features (N, A)."""
         if self.covariance is not None:
             self.covariance.update_gathered(features, labels)
-        return fused_loss(
-            features,
-            weight,
-            bias,
-            labels,
-            covariance=self.covariance,
-            log_prior=self.log_prior,
-            alpha=self.alpha,
-            beta=self.beta,
-        )
+        terms: dict[str, Any] = {"covariance": self.covariance, "log_prior": self.log_prior}
+        return fused_loss(features, weight, bias, labels, **terms, alpha=self.alpha, beta=self.beta)
 
 
 @dataclass(frozen=True)

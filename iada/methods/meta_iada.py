@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from iada.meta.epsilon_scale import EPSILON_UNITS
+from iada.meta.epsilon import EPSILON_UNITS
 from iada.meta.meta_iada import MetaIADA
 from iada.methods.options import BilevelOptions, CovarianceOptions, MethodRun
 from iada.nn.characteristics import TrainingMemory
@@ -128,21 +128,10 @@ class MetaIADAOptions(LearnedCovarianceOptions):
         own: dict[str, Any] = {name: getattr(self, name) for name in options}
         if self.perturbation == "constant":
             return self.engine(run, epsilon=self.epsilon, **own)
-        network = run.placed(
-            PerturbationNet(
-                hidden=self.perturbation_hidden, zero_init=self.perturbation_init == "zero"
-            )
-        )
-        adam = torch.optim.Adam(
-            network.parameters(),
-            lr=self.perturbation_lr,
-            weight_decay=self.perturbation_weight_decay,
-        )
+        zero = self.perturbation_init == "zero"
+        network = run.placed(PerturbationNet(hidden=self.perturbation_hidden, zero_init=zero))
+        rate, decay = self.perturbation_lr, self.perturbation_weight_decay
+        adam = torch.optim.Adam(network.parameters(), lr=rate, weight_decay=decay)
         network.requires_grad_(self.perturbation == "learned")
-        own |= {
-            "perturbation": network,
-            "perturbation_optimizer": adam,
-            "log_proportion": self.log_proportion,
-            "rate_free_perturbation": self.rate_free_perturbation,
-        }
-        return self.engine(run, **own)
+        own |= {name: getattr(self, name) for name in ("log_proportion", "rate_free_perturbation")}
+        return self.engine(run, perturbation=network, perturbation_optimizer=adam, **own)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from iada.meta.bilevel import BilevelMethod
 from iada.meta.hypergradient import ForwardPass
-from iada.meta.learner import HeadGradients, ShardedBatch, linear
+from iada.meta.learner import HeadGradients, ShardedBatch, detached, linear
 from iada.meta.options import MetaStepOptions
 from iada.methods.options import BilevelOptions, MethodRun
 from iada.utils.settings import setting
@@ -77,7 +77,7 @@ class MetaWeightNet(BilevelMethod):
 
     def observe(self, forward: ForwardPass) -> Tensor:
         """CE of each sample, (N), detached."""
-        weight, bias = self._head_parameters()
+        weight, bias = detached(self.head)
         logits = linear(forward.global_features, weight, bias)
         return F.cross_entropy(logits, forward.rows.labels, reduction="none")
 
@@ -91,7 +91,7 @@ class MetaWeightNet(BilevelMethod):
         meta = self._meta_passes.run(forward, gradients, meta_rows)
         self._meta_loss = meta.meta_loss
         slopes = loss_tangents(
-            forward.global_features, *self._head_parameters(), forward.rows.labels, meta.tangents
+            forward.global_features, *detached(self.head), forward.rows.labels, meta.tangents
         )
         self.weight_optimizer.zero_grad()
         weights.backward(slopes.to(weights.dtype) / len(slopes))
@@ -115,10 +115,6 @@ class MetaWeightNet(BilevelMethod):
             return torch.linalg.vecdot(losses, weights.to(losses.dtype)) / len(losses)
 
         return self._learner.head_gradients(loss, forward.global_features)
-
-    def _head_parameters(self) -> tuple[Tensor, Tensor | None]:
-        head = self.head
-        return head.weight.detach(), None if head.bias is None else head.bias.detach()
 
     def get_extra_state(self) -> dict[str, Any]:
         """Where the iterations stand, and the state of Θ's optimizer."""

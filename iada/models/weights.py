@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from iada.utils.checks import refusal
+from iada.utils.files import load_plain
 
 
 def load_weights(backbone: nn.Module, head: nn.Linear, path: str | Path) -> bool:
@@ -20,12 +21,8 @@ def load_weights(backbone: nn.Module, head: nn.Linear, path: str | Path) -> bool
     Returns whether the head was loaded. Raises ValueError for a file that cannot be read or has
     not all weights of the backbone; nothing is changed then.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes can fail in any way
-        got = str(error).splitlines()[0] if str(error) else type(error).__name__
-        remedy = "pass what torch.save wrote of a state dict"
-        raise refusal(str(path), "a file of weights", got, remedy) from error
+    remedy = "pass what torch.save wrote of a state dict"
+    content = load_plain(Path(path), "a file of weights", remedy)
     tensors = dict(_named_tensors(content, ""))
     state = _state_of(backbone, tensors)
     if state is None:

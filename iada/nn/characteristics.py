@@ -166,21 +166,8 @@ def characteristics(
             loss_change = torch.where(seen, loss - before[:, 0], zero)
             margin_change = torch.where(seen, margin - before[:, 1], zero)
 
-    columns = [
-        loss,
-        margin,
-        distance,
-        cosine,
-        entropy,
-        log_prior.to(dtype).exp()[labels],
-        class_loss,
-        norm,
-        loss_excess,
-        margin_excess,
-        own,
-        class_margin,
-        loss_change,
-        margin_change,
-        share,
-    ]
+    proportion = log_prior.to(dtype).exp()[labels]
+    columns = [loss, margin, distance, cosine, entropy]
+    columns += [proportion, class_loss, norm, loss_excess, margin_excess]
+    columns += [own, class_margin, loss_change, margin_change, share]
     return torch.stack(columns, dim=1)

@@ -1,6 +1,7 @@
 """The IADA loss as a module, `IADALoss`, with the state it needs."""
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,19 +73,14 @@ class IADALoss(nn.Module):
         process_group: Group = None,
     ) -> None:
         super().__init__()
-        self.covariance = ClassCovariance(
-            num_classes,
-            num_features,
-            structure,
-            device=device,
-            dtype=dtype,
-            process_group=process_group,
-        )
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        sizes = (num_classes, num_features, structure)
+        self.covariance = ClassCovariance(*sizes, **place, process_group=process_group)
         self._group = GroupReference(process_group)
         prior = None if class_counts is None else log_class_prior(class_counts, num_classes)
         for name, values in {"log_prior": prior, "class_weight": class_weight}.items():
             if values is not None:
-                values = values.detach().to(device=device, dtype=dtype)
+                values = values.detach().to(**place)
             self.register_buffer(name, values)
         self.alpha, self.beta, self.label_smoothing = alpha, beta, label_smoothing
         self.ignore_index, self.reduction = ignore_index, reduction

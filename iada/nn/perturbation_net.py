@@ -57,12 +57,6 @@ class PerturbationNet(nn.Module):
             normal = self.norm(characteristics)
         else:  # One row has no batch statistics: the running ones serve.
             norm = self.norm
-            normal = F.batch_norm(
-                characteristics,
-                norm.running_mean,
-                norm.running_var,
-                norm.weight,
-                norm.bias,
-                eps=norm.eps,
-            )
+            state = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            normal = F.batch_norm(characteristics, *state, eps=norm.eps)
         return self.strength(self.hidden(normal).relu()).squeeze(1).tanh()

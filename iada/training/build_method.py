@@ -27,18 +27,8 @@ def build_method(
     if group is not None and config.method.single_process:
         expected = f"one process for {config.method_name}"
         raise refusal("method", expected, "several", "start one process, or take another method")
-    run = MethodRun(
-        backbone,
-        head,
-        optimizer,
-        class_counts,
-        train_set,
-        config.epochs,
-        config.ce_epochs,
-        config.seed,
-        config.clip_norm,
-        group,
-    )
+    settings = (config.epochs, config.ce_epochs, config.seed, config.clip_norm)
+    run = MethodRun(backbone, head, optimizer, class_counts, train_set, *settings, group)
     return config.method.build(run)
 
 

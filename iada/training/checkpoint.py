@@ -1,5 +1,9 @@
-"""Checkpoints: all or nothing, and read without running code."""
+"""Checkpoints: all or nothing, read without running code; and the folder of a run, which has one.
 
+One process at a time is in a run's folder, and a checkpoint there is this run's or refused.
+"""
+
+import contextlib
 import copy
 import zipfile
 from pathlib import Path
@@ -7,7 +11,10 @@ from typing import Any
 
 import torch
 
-from iada.utils.files import atomic_write
+from iada.utils.checks import refusal
+from iada.utils.distributed import Group, by_first
+from iada.utils.files import atomic_write, check_writable, remove_leftovers
+from iada.utils.lock import folder_lock
 
 FORMAT = "iada-checkpoint-2"
 
@@ -94,3 +101,44 @@ def load_parts(parts: dict[str, Any], state: dict[str, Any]) -> None:
             f"checkpoint: expected the model and data of this run, got another's ({error}); "
             "build the same backbone, head and data set, or choose another folder"
         ) from error
+
+
+CHECKPOINT = "checkpoint.pt"
+
+
+class RunFolder:
+    """Where checkpoint.pt is kept; the first process reads and writes for all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.has_our_checkpoint = False
+
+    def enter(self, entered: contextlib.ExitStack, group: Group) -> None:
+        """Find out now whether a checkpoint can be written; `entered` keeps the folder's lock.
+
+        Raises OSError, and ValueError for a folder of another run, or in use.
+        """
+        by_first(lambda: self._enter(entered), group)
+
+    def save(self, state: dict[str, Any], group: Group) -> None:
+        """Write checkpoint.pt, all or nothing."""
+        by_first(lambda: save_checkpoint(self.path / CHECKPOINT, state), group)
+        self.has_our_checkpoint = True
+
+    def load(self, group: Group) -> dict[str, Any] | None:
+        """The state in checkpoint.pt; None if the folder has none."""
+        path = self.path / CHECKPOINT
+        begun = by_first(self._has_checkpoint, group)
+        return by_first(lambda: load_checkpoint(path) if begun else None, group)
+
+    def _enter(self, entered: contextlib.ExitStack) -> None:
+        check_writable(self.path)
+        entered.enter_context(folder_lock(self.path))
+        remove_leftovers(self.path / CHECKPOINT)
+        if self._has_checkpoint() and not self.has_our_checkpoint:
+            remedy = "call resume() first, or move it"
+            raise refusal("folder", "no checkpoint of another run", str(self.path), remedy)
+
+    def _has_checkpoint(self) -> bool:
+        path = self.path / CHECKPOINT
+        return path.exists() or previous(path).exists()

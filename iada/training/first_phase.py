@@ -20,29 +20,14 @@ from iada.training.trainer import Trainer
 from iada.utils import seeds
 from iada.utils.checks import refusal
 from iada.utils.distributed import rank_of
-from iada.utils.files import atomic_write
+from iada.utils.files import atomic_write, load_plain
 
 FORMAT = "iada-first-phase-1"
 # All settings that these epochs depend on, beside ce_epochs; files are known by a digest of them. A
 # new one enters it only where it is not what it was before there was a choice.
-SETTINGS = (
-    "batch_size",
-    "optimizer",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "optimizer_options",
-    "schedule",
-    "milestones",
-    "gamma",
-    "warmup_epochs",
-    "schedule_each",
-    "clip_norm",
-    "seed",
-    "autocast",
-    "channels_last",
-    "compile",
-)
+OPTIMIZER = ("batch_size", "optimizer", "lr", "momentum", "weight_decay", "optimizer_options")
+SCHEDULE = ("schedule", "milestones", "gamma", "warmup_epochs", "schedule_each")
+SETTINGS = (*OPTIMIZER, *SCHEDULE, "clip_norm", "seed", "autocast", "channels_last", "compile")
 
 
 def can_share(config: TrainerConfig) -> bool:
@@ -150,15 +135,11 @@ def save_first_phase(path: Path, state: dict[str, Any]) -> None:
 
 def load_first_phase(path: Path) -> dict[str, Any]:
     """The inverse, on the CPU, read without running code; ValueError for a damaged file."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes can fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        got = f"a file that cannot be read ({reason})"
-        raise refusal(str(path), "a first phase", got, "delete it, it is made anew") from error
+    remedy = "delete it, it is made anew"
+    state = load_plain(path, "a first phase", remedy)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise refusal(str(path), f"format {FORMAT!r}", repr(found), "delete it, it is made anew")
+        raise refusal(str(path), f"format {FORMAT!r}", repr(found), remedy)
     return state
 
 

@@ -15,14 +15,13 @@ from iada.meta.method import MetaStep, Method
 from iada.nn.divergence import sign_of_divergence
 from iada.training.acceleration import Acceleration
 from iada.training.build_method import build_method, check_own_method
-from iada.training.checkpoint import load_parts
+from iada.training.checkpoint import RunFolder, load_parts
 from iada.training.config import TrainerConfig, check_same_run
 from iada.training.divergence import FINITE, LossWatch, all_finite, diverged
 from iada.training.interrupt import stop_flag
 from iada.training.logs import measured, open_logs
 from iada.training.measures import EpochMeasures, PhaseTimes, number_or_none
 from iada.training.meta_stream import MetaStream
-from iada.training.run_folder import RunFolder
 from iada.training.schedule import build_optimizer, build_schedule
 from iada.utils import seeds as random_state
 from iada.utils.checks import refusal

@@ -5,7 +5,11 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import torch
+
+from iada.utils.checks import refusal
 
 
 @contextlib.contextmanager
@@ -47,6 +51,16 @@ def check_writable(folder: Path) -> None:
         raise OSError(
             f"folder: expected one that can be written at {folder}, got {error}; choose another"
         ) from error
+
+
+def load_plain(path: Path, expected: str, remedy: str) -> Any:
+    """What torch.save wrote, on the CPU, read without running code; ValueError where that fails."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes can fail in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        got = f"a file that cannot be read ({reason})"
+        raise refusal(str(path), expected, got, remedy) from error
 
 
 def fsync(file: IO) -> None:

@@ -9,12 +9,10 @@ of W, W padded and transposed; for the characteristics a copy of the features; f
 full Σ two matrices of W's size for each thread.
 """
 
-from iada_kernels.native.characteristics import characteristics
-from iada_kernels.native.covariance import covariance_update
+from iada_kernels.native.batch import arguments_fit, characteristics, covariance_update
 from iada_kernels.native.hypergradient import covariance_step, hypergradient
 from iada_kernels.native.library import instruction_set, is_available
 from iada_kernels.native.loss import loss_backward, loss_forward
-from iada_kernels.native.values import arguments_fit
 
 __all__ = [
     "arguments_fit",

@@ -38,14 +38,10 @@ def hypergradient(
     if is_dense(inputs):
         return torch_ops.hypergradient(inputs, options, tangents, needs_covariance)
     dtype = inputs.compute_dtype
+    moved = (contiguous_as(tensor, dtype) for tensor in tangents)
+    numbers = (*options[:3], REDUCTIONS[options.reduction], needs_covariance)
     grad_epsilon, residual, curvature = _hypergradient(
-        *operator_inputs(inputs, dtype),
-        *(contiguous_as(tensor, dtype) for tensor in tangents),
-        options.alpha,
-        options.beta,
-        options.ignore_index,
-        REDUCTIONS[options.reduction],
-        needs_covariance,
+        *operator_inputs(inputs, dtype), *moved, *numbers
     )
     sums = None
     if needs_covariance and inputs.covariance is not None:
@@ -66,15 +62,8 @@ def covariance_step(
         return torch_ops.covariance_step(covariance, weight, weight_tangent, sums, scale)
     dtype = sums.residual.dtype
     written = writable([covariance], dtype)
-    _covariance_step(
-        *written,
-        contiguous_as(weight, dtype),
-        contiguous_as(weight_tangent, dtype),
-        sums.labels,
-        sums.residual,
-        sums.curvature,
-        sums.ignore_index,
-        scale * sums.alpha,
-    )
+    labels, residual, curvature, alpha, ignore_index = sums
+    weights = (contiguous_as(weight, dtype), contiguous_as(weight_tangent, dtype))
+    _covariance_step(*written, *weights, labels, residual, curvature, ignore_index, scale * alpha)
     write_back([covariance], written)
     return None

@@ -16,18 +16,7 @@ from iada_kernels.version import __version__
 REQUIRED_BY = "IADA_REQUIRE_NATIVE"  # set: a missing library is an error
 TAKEN_FROM = "IADA_NATIVE_LIBRARY"  # set: another build of it; "none": act as if there were none
 
-OPERATORS = (
-    "loss_forward",
-    "loss_forward_update",
-    "loss_backward",
-    "covariance_update",
-    "hypergradient",
-    "covariance_step",
-    "characteristics",
-    "arguments_fit",
-)
-
-
+OPERATORS = (*fakes.FAKES, "arguments_fit")
 BUILD = (
     "In a clone of iada, in the environment that has torch: pip install scikit-build-core cmake "
     "ninja && pip install --no-build-isolation --no-deps --force-reinstall ."

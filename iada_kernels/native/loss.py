@@ -27,7 +27,7 @@ from iada_kernels.contract import (
 )
 from iada_kernels.layout import contiguous_as
 from iada_kernels.native import library
-from iada_kernels.native.covariance import covariance_update
+from iada_kernels.native.batch import covariance_update
 from iada_kernels.native.fakes import BIAS, EPSILON, PRIOR, WEIGHT
 from iada_kernels.streaming import is_writable, mark_updated, update_statistics
 from iada_kernels.torch_ops.class_blocks import SavedRows
@@ -75,8 +75,8 @@ def loss_forward(
         loss, residual, partial = _call(inputs, dtype, options, None, reduction, needed)
         return loss, SavedLoss(residual, partial)
     *head, _, epsilon, log_prior = operator_inputs(inputs, dtype)
-    numbers = (options.alpha, options.beta, options.ignore_index, reduction, needed)
-    loss, residual, partial = _forward_update(*head, *state, epsilon, log_prior, *numbers)
+    tensors = (*head, *state, epsilon, log_prior)
+    loss, residual, partial = _forward_update(*tensors, *options[:3], reduction, needed)
     mark_updated(state)
     return loss, SavedLoss(residual, partial)
 
@@ -96,19 +96,10 @@ def loss_backward(
     if options.reduction == "none":
         _, residual, partial = _call(inputs, residual.dtype, options, grad_loss, SUM, needed)
         grad_loss = grad_loss.new_ones(())
-    gradients = _backward(
-        grad_loss,
-        inputs.features.contiguous(),
-        contiguous_as(inputs.weight, residual.dtype),
-        inputs.labels.contiguous(),
-        residual,
-        partial,
-        0 if inputs.covariance is None else inputs.covariance.dim(),
-        options.alpha,
-        options.beta,
-        options.ignore_index,
-        needed,
-    )
+    weight = contiguous_as(inputs.weight, residual.dtype)
+    tensors = (inputs.features.contiguous(), weight, inputs.labels.contiguous(), residual, partial)
+    covariance_dim = 0 if inputs.covariance is None else inputs.covariance.dim()
+    gradients = _backward(grad_loss, *tensors, covariance_dim, *options[:3], needed)
     return LossGradients(*[g if need else None for g, need in zip(gradients, needs, strict=True)])
 
 
@@ -141,15 +132,8 @@ def _call(
     reduction: int,
     needed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(
-        *operator_inputs(inputs, dtype),
-        contiguous_as(row_scale, dtype),
-        options.alpha,
-        options.beta,
-        options.ignore_index,
-        reduction,
-        needed,
-    )
+    tensors = (*operator_inputs(inputs, dtype), contiguous_as(row_scale, dtype))
+    return _forward(*tensors, *options[:3], reduction, needed)
 
 
 def _bits(needs: LossNeeds) -> int:

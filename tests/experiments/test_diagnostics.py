@@ -160,7 +160,7 @@ def test_on_a_fitted_classifier():
     ("change", "message"),
     [
         ({"alpha": -0.1}, "alpha: expected 0 or more"),
-        ({"samples": 1}, "samples: expected an int from 2"),
+        ({"samples": 1}, "samples: expected a whole number from 2"),
         ({"covariance": torch.zeros(4, 3)}, "covariance: expected"),
         ({"covariance": torch.full((4, 5), torch.nan)}, "covariance: expected finite"),
     ],
@@ -297,7 +297,7 @@ def test_terms_log_of_other_methods(method):
 
 
 def test_terms_log_refuses_a_bad_interval():
-    with pytest.raises(ValueError, match="every: expected a positive int"):
+    with pytest.raises(ValueError, match="every: expected a whole number from 1 on"):
         TermsLog(every=0)
 
 

@@ -482,10 +482,10 @@ def test_a_dry_run_trains_nothing(images, tmp_path, capsys):
     [
         ([], "--table: expected a table"),
         (["--table", "9"], "--table: expected one of afr-table1"),
-        (["--table", "2", "--row", "mnist", "--data", "."], "--row: expected one of cifar10-10"),
+        (["--table", "2", "--row", "mnist", "--data", "."], "--row: expected one of 'cifar10-10"),
         (["--table", "2", "--row", "cifar10-10"], "--data: expected a path"),
         (["--table", "2", "--row", "cifar10-10", "--data", "/none"], "--data: expected CIFAR-10"),
-        (["--table", "2", "--data", ".", "--methods", "sgd"], "--methods: expected some of ce"),
+        (["--table", "2", "--data", ".", "--methods", "sgd"], "--methods: expected one of 'ce"),
         (["--table", "2", "--data", ".", "--seeds", "0"], "--seeds: expected at least 1"),
         (["--table", "2", "--data", ".", "--seed", "-1"], "--seed: expected 0 or more"),
         (["--table", "2", "--data", ".", "--epochs", "-1"], "--epochs: expected 0 or more"),
@@ -496,7 +496,10 @@ def test_a_dry_run_trains_nothing(images, tmp_path, capsys):
         (["--table", "2", "--data", ".", "--set", "published.x=3"], "section published: expected"),
         (["--table", "2", "--data", ".", "--set", "trainer.epoch=3"], "epoch"),
         (["--table", "3", "--data", ".", "--set", "data.size=3"], r"\[data\] size: expected one"),
-        (["--table", "2", "--data", ".", "--set", "scenario.name=x"], "name: expected one of long"),
+        (
+            ["--table", "2", "--data", ".", "--set", "scenario.name=x"],
+            "name: expected one of 'long",
+        ),
     ],
 )
 def test_errors(arguments, message, capsys, tmp_path):
@@ -508,7 +511,7 @@ def test_errors(arguments, message, capsys, tmp_path):
 
 def test_an_unknown_scenario_setting(images):
     recipe = load("table2/cifar10-10", {"data": {"reader": "folder"}, "scenario": {"size": 3}})
-    with pytest.raises(ValueError, match=r"\[scenario\] size: expected one of ratio"):
+    with pytest.raises(ValueError, match=r"\[scenario\] size: expected one of 'ratio"):
         make_split(recipe, read_parts(recipe, images, Limits()), 0)
 
 

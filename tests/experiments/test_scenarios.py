@@ -400,7 +400,7 @@ BOTH = {**TRAIN, "test": balanced(3, 2, 1)}
         (lambda: noisy_labels(BOTH, kind="flip", share=40, meta_size=3), "share: .* got 40"),
         (lambda: noisy_labels(BOTH, kind="flip", share=0.4, meta_size=18), "ask for 5 at most"),
         (lambda: subpopulation(BOTH), "groups: expected a group for each sample"),
-        (lambda: subpopulation(grouped(), meta_from="test"), "meta_from: expected one of valid"),
+        (lambda: subpopulation(grouped(), meta_from="test"), "meta_from: expected one of 'valid"),
         (lambda: as_given(BOTH), "parts: expected a part 'validation'"),
         (lambda: as_given(BOTH, meta_from="train"), "class 'class0': expected at least 11"),
         (lambda: colored_mnist(BOTH), r"parts: expected MNIST's digits \(N, 1, 28, 28\)"),

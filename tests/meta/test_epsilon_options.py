@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import iada
-from iada.meta.epsilon_scale import EpsilonScale
+from iada.meta.epsilon import EpsilonScale
 from tests.helpers.engine_cases import hypergradients, make_batches, make_engine, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")

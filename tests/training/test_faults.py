@@ -15,8 +15,7 @@ import signal
 import pytest
 import torch
 
-from iada.training.checkpoint import load_checkpoint, previous
-from iada.training.run_folder import CHECKPOINT
+from iada.training.checkpoint import CHECKPOINT, load_checkpoint, previous
 from iada.utils.workers import lost_workers_named
 from tests.helpers.training import differences, make_trainer
 

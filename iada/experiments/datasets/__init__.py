@@ -10,10 +10,9 @@ from collections.abc import Callable
 from iada.experiments.datasets.cifar import read_cifar10, read_cifar100
 from iada.experiments.datasets.digits import read_digits
 from iada.experiments.datasets.features import read_features
-from iada.experiments.datasets.folders import read_folder
 from iada.experiments.datasets.glt import read_glt
+from iada.experiments.datasets.image_files import read_folder, read_lists
 from iada.experiments.datasets.labelled import Labelled
-from iada.experiments.datasets.lists import read_lists
 from iada.experiments.datasets.mnist import read_mnist
 from iada.experiments.datasets.subpopulations import (
     read_celeba,

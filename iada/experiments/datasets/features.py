@@ -1,6 +1,5 @@
 """Features of a backbone that is not trained any more: computed once, then read as a data set."""
 
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from iada.experiments.datasets.files import DAMAGED, bytes_of
+from iada.experiments.datasets.files import DAMAGED, arrays_of
 from iada.experiments.datasets.labelled import Labelled, check_every_class
 from iada.utils.checks import refusal
 from iada.utils.files import atomic_write
@@ -30,10 +29,8 @@ def write_features(
     arrays[ABOUT] = np.array(json.dumps(about))
     for name, part in parts.items():
         arrays |= {f"{name}_inputs": part.inputs.numpy(), f"{name}_labels": part.labels.numpy()}  # type: ignore[union-attr]
-    content = io.BytesIO()
-    np.savez(content, **arrays)
     with atomic_write(Path(path)) as file:
-        file.write(content.getvalue())
+        np.savez(file, **arrays)
 
 
 def read_features(path: str | os.PathLike) -> dict[str, Labelled]:
@@ -43,12 +40,7 @@ def read_features(path: str | os.PathLike) -> dict[str, Labelled]:
     and the same for validation if there is one. class_names may be absent.
     """
     file = Path(path)
-    content = bytes_of(file)
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
-            arrays = {name: loaded[name] for name in loaded.files}
-    except Exception as error:  # zipfile, zlib and numpy each have errors of their own
-        raise refusal(str(file), "an .npz of features", f"{error!r}", DAMAGED) from error
+    arrays = arrays_of(file, "an .npz of features")
     for name in ("train_inputs", "train_labels", "test_inputs", "test_labels"):
         if name not in arrays:
             expected = f"arrays with {name}"

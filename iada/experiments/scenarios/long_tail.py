@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from iada.experiments.datasets.labelled import Labelled
-from iada.experiments.scenarios.sampling import part_of, rows_by_key, whole_part
-from iada.experiments.scenarios.split import Split
+from iada.experiments.scenarios.sampling import part_of, rows_by_key, training_pieces
+from iada.experiments.scenarios.split import Split, requested
 from iada.utils.checks import check_choice, check_count, refusal
 
 # The published ways to make CIFAR-LT, by name; at 100:1 they leave 12,406, 12,380 and 25,250 images
@@ -68,24 +68,9 @@ def long_tail(
     train_rows, meta, moved = _cut(
         train, sizes, meta_per_class, before, np.random.default_rng(seed)
     )
-    request = {
-        "scenario": "long-tail",
-        "parameters": {
-            "ratio": ratio,
-            "convention": convention,
-            "meta_per_class": meta_per_class,
-            "largest": largest,
-        },
-        "seed": seed,
-        "meta_out_of_train": moved,
-    }
-    pieces = {
-        "train": ("train", train_rows),
-        "meta": ("train", meta) if meta_per_class else None,
-        "validation": whole_part(parts, "validation"),
-        "test": whole_part(parts, "test"),
-    }
-    return Split.of(parts, pieces, request)
+    asked = {"ratio": ratio, "convention": convention, "meta_per_class": meta_per_class}
+    request = requested("long-tail", seed, **asked, largest=largest) | {"meta_out_of_train": moved}
+    return Split.of(parts, training_pieces(parts, train_rows, meta), request)
 
 
 def _cut(

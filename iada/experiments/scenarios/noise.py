@@ -11,9 +11,9 @@ from iada.experiments.scenarios.sampling import (
     all_rows,
     part_of,
     pick_evenly,
-    whole_part,
+    training_pieces,
 )
-from iada.experiments.scenarios.split import Split
+from iada.experiments.scenarios.split import Split, requested
 from iada.utils.checks import check_choice, check_count, refusal
 
 KINDS = {
@@ -69,18 +69,9 @@ def noisy_labels(
         meta, train_rows = pick_evenly(train.labels, train.class_names, each, rng, "class", spare=1)
     else:
         meta, train_rows = torch.empty(0, dtype=torch.int64), all_rows(train)
-    request = {
-        "scenario": "noise",
-        "parameters": {"kind": kind, "share": share, "meta_size": meta_size},
-        "seed": seed,
-        "transition": table.tolist(),
-    }
-    pieces = {
-        "train": ("train", train_rows),
-        "meta": ("train", meta) if each else None,
-        "validation": whole_part(parts, "validation"),
-        "test": whole_part(parts, "test"),
-    }
+    request = requested("noise", seed, kind=kind, share=share, meta_size=meta_size)
+    request["transition"] = table.tolist()
+    pieces = training_pieces(parts, train_rows, meta)
     return Split.of(parts, pieces, request, _drawn(train.labels[train_rows], table, rng))
 
 

@@ -20,7 +20,7 @@ from iada.experiments.scenarios.sampling import (
     pick_evenly,
     picked,
 )
-from iada.experiments.scenarios.split import Split
+from iada.experiments.scenarios.split import Split, requested
 from iada.utils.checks import check_choice, check_count, check_sizes, refusal
 
 SOURCES = ("validation", "train")
@@ -45,11 +45,7 @@ def as_given(
     """
     check_count("meta_per_class", meta_per_class, 0)
     source = _source(parts, meta_from) if meta_per_class else None
-    request: dict[str, Any] = {
-        "scenario": "given",
-        "parameters": {"meta_per_class": meta_per_class, "meta_from": meta_from},
-        "seed": seed,
-    }
+    request = requested("given", seed, meta_per_class=meta_per_class, meta_from=meta_from)
     if meta_in_train:
         if meta_from != "train":
             expected = "meta images out of the training images to stay there"
@@ -85,12 +81,8 @@ def subpopulation(
     check_count("meta_per_group", meta_per_group, 0)
     for name in ("train", "test"):
         part_of(parts, name).grouped()
-    request = {
-        "scenario": "subpopulation",
-        "parameters": {"meta_per_group": meta_per_group, "meta_from": meta_from},
-        "seed": seed,
-        "group_counts": parts["train"].group_counts().tolist(),
-    }
+    request = requested("subpopulation", seed, meta_per_group=meta_per_group, meta_from=meta_from)
+    request["group_counts"] = parts["train"].group_counts().tolist()
     chosen = None
     if meta_per_group:
         source = _source(parts, meta_from)
@@ -142,16 +134,8 @@ def generalized_long_tail(
             f"{min(short.values())} or more of {len(short)} classes with too few",
             stacklevel=2,
         )
-    request = {
-        "scenario": "generalized-long-tail",
-        "parameters": {
-            "clusters": clusters,
-            "meta_per_cluster": meta_per_cluster,
-            "meta_from": meta_from,
-        },
-        "seed": seed,
-        "short": short,
-    }
+    asked = {"clusters": clusters, "meta_per_cluster": meta_per_cluster, "meta_from": meta_from}
+    request = requested("generalized-long-tail", seed, **asked) | {"short": short}
     return _split(parts, meta_from, picked(torch.cat(taken), len(source)), request)
 
 

@@ -31,9 +31,14 @@ def all_rows(part: Labelled) -> Tensor:
     return torch.arange(len(part))
 
 
-def whole_part(parts: Mapping[str, Labelled], name: str) -> tuple[str, Tensor] | None:
-    """A part as a piece of a split, with all its rows; None where there is no such part."""
-    return (name, all_rows(parts[name])) if name in parts else None
+def training_pieces(
+    parts: Mapping[str, Labelled], rows: Tensor, meta: Tensor
+) -> dict[str, tuple[str, Tensor] | None]:
+    """These training rows and, if there are any, those of the meta set; the other parts whole."""
+    whole = {
+        name: (name, all_rows(parts[name])) for name in ("validation", "test") if name in parts
+    }
+    return {"train": ("train", rows), "meta": ("train", meta) if len(meta) else None, **whole}
 
 
 def rows_by_key(keys: Tensor, count: int, rng: np.random.Generator) -> list[Tensor]:

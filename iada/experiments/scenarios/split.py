@@ -1,7 +1,6 @@
 """What a scenario returns: the parts of one experiment, kept as row numbers beside the run."""
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -13,13 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iada.experiments.datasets.files import DAMAGED, bytes_of
+from iada.experiments.datasets.files import DAMAGED, arrays_of, bytes_of
 from iada.experiments.datasets.labelled import Labelled, joined
 from iada.utils.checks import refusal
 from iada.utils.files import atomic_write
 
 PIECES = ("train", "meta", "validation", "test")
 ROWS, RECORD = "split.npz", "split.json"
+
+
+def requested(scenario: str, seed: int, **parameters: Any) -> dict[str, Any]:
+    """What a scenario was asked for, as a split's record begins."""
+    return {"scenario": scenario, "parameters": parameters, "seed": seed}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +80,8 @@ class Split:
             wrong = train_labels != pieces["train"].labels
             pieces["train"] = pieces["train"].relabelled(train_labels)
         counts = {name: piece.class_counts().tolist() for name, piece in pieces.items()}
-        return cls(
-            pieces["train"],
-            pieces.get("meta"),
-            pieces.get("validation"),
-            pieces["test"],
-            wrong,
-            rows,
-            {**record, "class_counts": counts},
-        )
+        chosen = (pieces["train"], pieces.get("meta"), pieces.get("validation"), pieces["test"])
+        return cls(*chosen, wrong, rows, {**record, "class_counts": counts})
 
     def with_meta_in_train(self) -> "Split":
         """The same with the meta set's samples as training samples, and without a meta set.
@@ -132,10 +129,8 @@ class Split:
         arrays: dict[str, Any] = {name: rows.numpy() for name, rows in self.rows.items()}
         if self.wrong is not None:
             arrays["train_labels"] = self.train.labels.numpy()
-        content = io.BytesIO()
-        np.savez_compressed(content, **arrays)
         with atomic_write(Path(folder) / ROWS) as file:
-            file.write(content.getvalue())
+            np.savez_compressed(file, **arrays)
         with atomic_write(Path(folder) / RECORD) as file:
             file.write(json.dumps(self.record, indent=1, ensure_ascii=False).encode())
 
@@ -156,7 +151,8 @@ class Split:
             remedy = "pass the data that the split was made of, or make it anew"
             expected = "the data set that the split was made of"
             raise refusal(str(record_file), expected, f"another {', '.join(sorted(other))}", remedy)
-        arrays = _arrays(Path(folder) / ROWS)
+        loaded = arrays_of(Path(folder) / ROWS, "a split's rows")
+        arrays = {name: torch.from_numpy(rows.astype(np.int64)) for name, rows in loaded.items()}
         labels = arrays.pop("train_labels", None)
         if set(arrays) != set(record["from"]):
             got = ", ".join(sorted(arrays)) or "none"
@@ -174,15 +170,6 @@ def fingerprint(part: Labelled) -> dict[str, Any]:
         for item in part.inputs:
             state.update((item.name if isinstance(item, Path) else item).encode() + b"\0")
     return {"count": len(part), "hash": state.hexdigest()}
-
-
-def _arrays(path: Path) -> dict[str, Tensor]:
-    content = bytes_of(path)
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name].astype(np.int64)) for name in arrays.files}
-    except Exception as error:  # zipfile, zlib and numpy each have errors of their own
-        raise refusal(str(path), "a split's rows", f"{error!r}", DAMAGED) from error
 
 
 def _check_apart(pieces: Mapping[str, tuple[str, Tensor]]) -> None:
