@@ -179,12 +179,10 @@ def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) ->
     for key in values:
         overriding = [name for name, settings in methods.items() if key in settings]
         if overriding:
-            raise refusal(
-                f"trainer.{key}",
-                "a setting that all methods of this recipe share",
-                f"one that {', '.join(overriding)} set for themselves",
-                f"pass methods.{overriding[0]}.{key} and the like",
-            )
+            expected = "a setting that all methods of this recipe share"
+            got = f"one that {', '.join(overriding)} set for themselves"
+            remedy = f"pass methods.{overriding[0]}.{key} and the like"
+            raise refusal(f"trainer.{key}", expected, got, remedy)
 
 
 def _build(name: str, sections: dict[str, Any]) -> Recipe:

@@ -46,12 +46,8 @@ def previous_record(path: Path, request: Mapping[str, Any]) -> Record:
     record = renamed(_content(path))
     for name, value in request.items():
         if name not in ("title", "method_name") and not _agrees(record, name, value):
-            raise refusal(
-                str(path.parent),
-                "no run, or one with the same settings",
-                f"one with another {name}",
-                "choose another --out, or move it",
-            )
+            expected, got = "no run, or one with the same settings", f"one with another {name}"
+            raise refusal(str(path.parent), expected, got, "choose another --out, or move it")
     return record
 
 

@@ -64,17 +64,12 @@ class FeatureJVP:
                 log.info("attention with dropout runs by its formula from the next step on")
                 return self._by_differences(inputs, random_state, directions)
             self.mode = DIFFERENCES
+            passes = self.passes
             layer = _layer_of(
-                opaque.node,
-                self.passes.backbone,
-                lambda: self.passes.forward_replayed(inputs, random_state),
+                opaque.node, passes.backbone, lambda: passes.forward_replayed(inputs, random_state)
             )
-            log.warning(
-                "hypergradient by finite differences, not exact: no forward-mode derivative in "
-                "layer %s (%s)",
-                layer,
-                opaque,
-            )
+            words = "hypergradient by finite differences, not exact: no forward-mode derivative in"
+            log.warning("%s layer %s (%s)", words, layer, opaque)
         return self._by_differences(inputs, random_state, directions)
 
     def _by_differences(
@@ -86,18 +81,12 @@ class FeatureJVP:
         share = torch.finfo(dtype).eps ** (1 / 3)
         tiny = torch.finfo(dtype).tiny
         step = share * _norm([p.detach() for p in directions]) / _norm(values).clamp(min=tiny)
+        named = {n: p for n, p in self.passes.backbone.named_parameters() if p in directions}
         ends = []
         for signed in (step, -step):
-            steps = {parameter: signed * v for parameter, v in directions.items()}
-            moved = self._named(steps, lambda p, v: p.detach() + v.to(p.dtype))
+            moved = {n: p.detach() + (signed * directions[p]).to(p.dtype) for n, p in named.items()}
             ends.append(self.passes.forward_replayed(inputs, random_state, moved).to(dtype))
         return (ends[0] - ends[1]) / (2 * step)
-
-    def _named(
-        self, directions: Directions, make: Callable[[Tensor, Tensor], Tensor]
-    ) -> dict[str, Tensor]:
-        named = self.passes.backbone.named_parameters()
-        return {name: make(p, directions[p]) for name, p in named if p in directions}
 
 
 def _norm(tensors: Any) -> Tensor:

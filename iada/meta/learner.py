@@ -73,19 +73,13 @@ class Classifier(nn.Module):
 
 def check_classifier(backbone: nn.Module, head: nn.Module) -> None:
     if not isinstance(head, nn.Linear):
-        raise refusal(
-            "head",
-            "the classifier's last layer, an nn.Linear",
-            f"a {type(head).__name__}",
-            "split the model into a backbone that returns features and its last nn.Linear",
-        )
+        expected = "the classifier's last layer, an nn.Linear"
+        remedy = "split the model into a backbone that returns features and its last nn.Linear"
+        raise refusal("head", expected, f"a {type(head).__name__}", remedy)
     if not isinstance(head.weight, nn.Parameter):
-        raise refusal(
-            "head",
-            "an nn.Linear whose weight is a parameter",
-            "a parametrized one",
-            "remove it: torch.nn.utils.parametrize.remove_parametrizations(head, 'weight')",
-        )
+        expected = "an nn.Linear whose weight is a parameter"
+        remedy = "remove it: torch.nn.utils.parametrize.remove_parametrizations(head, 'weight')"
+        raise refusal("head", expected, "a parametrized one", remedy)
     check_unwrapped(backbone, head)
 
 
@@ -132,12 +126,9 @@ class Learner:
             if index is not None and num_samples and len(index):
                 low, high = index.aminmax()
                 if low < 0 or high >= num_samples:
-                    raise refusal(
-                        f"{name} index",
-                        f"places in [0, {num_samples}), the memory's num_samples",
-                        f"{int(low)} to {int(high)}",
-                        "build TrainingMemory for the whole training set",
-                    )
+                    expected = f"places in [0, {num_samples}), the memory's num_samples"
+                    remedy = "build TrainingMemory for the whole training set"
+                    raise refusal(f"{name} index", expected, f"{int(low)} to {int(high)}", remedy)
         rank = rank_of(self.group)
         start = sum(counts[:rank])
         return ShardedBatch(inputs, labels, index, counts, slice(start, start + counts[rank]))
@@ -308,9 +299,5 @@ def detached(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
 def check_meta_loss(value: Tensor) -> None:
     """Finite, where values are checked."""
     if values_are_checked(value.device) and not torch.isfinite(value):
-        raise refusal(
-            "meta_batch",
-            "a finite cross-entropy after the virtual step",
-            str(float(value)),
-            "look for bad numbers in its inputs, or lower lr",
-        )
+        got, remedy = str(float(value)), "look for bad numbers in its inputs, or lower lr"
+        raise refusal("meta_batch", "a finite cross-entropy after the virtual step", got, remedy)

@@ -25,12 +25,9 @@ class VirtualStep:
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises ValueError for momentum with an optimizer that is not SGD."""
         if self.momentum and not isinstance(optimizer, torch.optim.SGD):
-            raise refusal(
-                "virtual_momentum",
-                "torch.optim.SGD as the optimizer",
-                f"a {type(optimizer).__name__}",
-                "leave it False: the virtual step is then plain SGD at the optimizer's lr",
-            )
+            expected = "torch.optim.SGD as the optimizer"
+            remedy = "leave it False: the virtual step is then plain SGD at the optimizer's lr"
+            raise refusal("virtual_momentum", expected, f"a {type(optimizer).__name__}", remedy)
 
     def take(
         self, optimizer: torch.optim.Optimizer, gradients: Mapping[Tensor, Tensor]

@@ -105,9 +105,8 @@ def _transformer(module: Any, path: str, num_classes: int, pretrained: bool) -> 
         return kind.from_config(config)
     except (OSError, ValueError) as error:
         got = "a folder" if Path(path).exists() else "nothing at this path"
+        expected = "transformers/PATH, PATH with config.json of a sequence classifier"
+        remedy = "save one there by model.save_pretrained(PATH)"
         raise refusal(
-            "backbone",
-            "transformers/PATH, PATH with config.json of a sequence classifier",
-            f"{got}: {str(error).splitlines()[0]}",
-            "save one there by model.save_pretrained(PATH)",
+            "backbone", expected, f"{got}: {str(error).splitlines()[0]}", remedy
         ) from error

@@ -55,19 +55,27 @@ def cifar_resnet(depth: int, width: int = 16) -> nn.Sequential:
 
     Images (N, 3, H, W) → features (N, 4 width); initialised as there (He et al. 2015).
     """
-    blocks, remainder = divmod(depth - 2, 6)
-    if remainder or blocks < 1:
-        raise refusal("depth", "6n + 2 with n of at least 1", str(depth), "32 is usual")
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, width, 3, 1, 1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-    ]
+    first = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+    layers: list[nn.Module] = [first, nn.BatchNorm2d(width), nn.ReLU()]
     before = width
     for stage in (width, 2 * width, 4 * width):
-        for _ in range(blocks):
+        for _ in range(_blocks(depth, 2, 32)):
             layers.append(BasicBlock(before, stage))
             before = stage
+    return _pooled(layers)
+
+
+def _blocks(depth: int, rest: int, usual: int) -> int:
+    """n of a depth 6n + rest: the blocks of each of three stages."""
+    blocks, remainder = divmod(depth - rest, 6)
+    if remainder or blocks < 1:
+        expected = f"6n + {rest} with n of at least 1"
+        raise refusal("depth", expected, str(depth), f"{usual} is usual")
+    return blocks
+
+
+def _pooled(layers: Sequence[nn.Module]) -> nn.Sequential:
+    """These layers and the mean over the picture; convolutions initialised by He et al., 2015."""
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
@@ -102,19 +110,11 @@ def wide_resnet(depth: int = 28, factor: int = 10) -> nn.Sequential:
     Images (N, 3, H, W) → features (N, 64 factor). The default is WRN-28-10, with 36.5 million
     parameters.
     """
-    blocks, remainder = divmod(depth - 4, 6)
-    if remainder or blocks < 1:
-        raise refusal("depth", "6n + 4 with n of at least 1", str(depth), "28 is usual")
     layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)]
     before = 16
     for stage in range(3):
         width = 16 * factor * 2**stage
-        for block in range(blocks):
+        for block in range(_blocks(depth, 4, 28)):
             layers.append(WideBlock(before, width, 2 if stage and not block else 1))
             before = width
-    layers += [nn.BatchNorm2d(before), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    net = nn.Sequential(*layers)
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-    return net
+    return _pooled([*layers, nn.BatchNorm2d(before), nn.ReLU()])

@@ -45,12 +45,11 @@ def split_classifier(
     """
     calls: list[tuple[str, nn.Linear, Tensor]] = []
     names = {module: name for name, module in model.named_modules() if type(module) is nn.Linear}
-    hooks = [
-        module.register_forward_hook(
-            lambda module, inputs, output: calls.append((names[module], module, output))
-        )
-        for module in names
-    ]
+
+    def note(module: nn.Linear, inputs: Any, output: Tensor) -> None:
+        calls.append((names[module], module, output))
+
+    hooks = [module.register_forward_hook(note) for module in names]
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:

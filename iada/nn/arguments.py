@@ -5,7 +5,7 @@ leading dimensions, the checks, probabilities as labels, weights of rows, logits
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -180,13 +180,11 @@ def _soft_target_loss(inputs: LossInputs, options: LossOptions, extras: Extras) 
         logits = _logits(inputs)
         if inputs.log_prior is not None:
             logits = logits + options.beta * inputs.log_prior.to(logits.dtype)
-        weight, target = extras.class_weight, inputs.labels.to(logits.dtype)
+        target, smoothing = inputs.labels.to(logits.dtype), options.label_smoothing
+        weight = extras.class_weight
+        weight = None if weight is None else weight.detach().to(logits.dtype)
         losses = F.cross_entropy(
-            logits,
-            target,
-            None if weight is None else weight.detach().to(logits.dtype),
-            reduction="none",
-            label_smoothing=options.label_smoothing,
+            logits, target, weight, reduction="none", label_smoothing=smoothing
         )
         if extras.row_weight is not None:
             _check_weights("row_weight", extras.row_weight, count, inputs.features)
@@ -210,21 +208,17 @@ def _flat(inputs: LossInputs, extras: Extras, soft: bool) -> tuple[LossInputs, E
     if features.dim() == 0:
         raise refusal("features", "(…, A)", "a scalar", "pass last-layer features")
     leading = features.shape[:-1]
-    labels = inputs.labels
-    if soft:
-        labels = labels.reshape(-1, labels.shape[-1])
-    rows = {"labels": inputs.labels, "epsilon": inputs.epsilon, "row_weight": extras.row_weight}
-    flat: dict[str, Tensor | None] = {}
-    for name, tensor in rows.items():
-        if not isinstance(tensor, Tensor) or (name == "labels" and soft):
-            flat[name] = tensor
-            continue
+
+    def flat(name: str, tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor):
+            return tensor
         if tensor.shape != leading:
             expected = f"one for each row of features, {tuple(leading)}"
             raise refusal(name, expected, f"shape {tuple(tensor.shape)}", "reshape it")
-        flat[name] = tensor.reshape(-1)
-    if not soft:
-        labels = cast(Tensor, flat["labels"])
-    features = features.reshape(-1, features.shape[-1])
-    inputs = inputs._replace(features=features, labels=labels, epsilon=flat["epsilon"])
-    return inputs, extras._replace(row_weight=flat["row_weight"])
+        return tensor.reshape(-1)
+
+    labels = inputs.labels
+    labels = labels.reshape(-1, labels.shape[-1]) if soft else flat("labels", labels)
+    features, epsilon = features.reshape(-1, features.shape[-1]), flat("epsilon", inputs.epsilon)
+    inputs = inputs._replace(features=features, labels=labels, epsilon=epsilon)
+    return inputs, extras._replace(row_weight=flat("row_weight", extras.row_weight))

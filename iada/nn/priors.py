@@ -31,12 +31,9 @@ def checked_counts(class_counts: Tensor, num_classes: int | None = None) -> Tens
     check_sizes("class_counts", class_counts, expected, (num_classes,))
     counts = class_counts.double()
     if not (torch.isfinite(counts) & (counts >= 0)).all():
-        raise refusal(
-            "class_counts",
-            "numbers of samples, 0 or more",
-            str(class_counts.tolist()),
-            "count the training labels: torch.bincount(labels, minlength=C)",
-        )
+        expected = "numbers of samples, 0 or more"
+        remedy = "count the training labels: torch.bincount(labels, minlength=C)"
+        raise refusal("class_counts", expected, str(class_counts.tolist()), remedy)
     return counts.clamp(min=1)
 
 

@@ -119,26 +119,17 @@ class TrainerConfig:
         if any(milestone < 1 for milestone in self.milestones):
             raise refusal("milestones", "epochs from 1", repr(self.milestones), "remove others")
         if self.schedule == "multistep" and any(mark >= self.epochs for mark in self.milestones):
-            raise refusal(
-                "milestones",
-                f"epochs below epochs={self.epochs}, else lr never falls there",
-                repr(self.milestones),
-                "lower them, or leave them out for 80 and 90 % of epochs",
-            )
+            expected = f"epochs below epochs={self.epochs}, else lr never falls there"
+            remedy = "lower them, or leave them out for 80 and 90 % of epochs"
+            raise refusal("milestones", expected, repr(self.milestones), remedy)
         if self.ce_epochs > self.epochs:
-            raise refusal(
-                "ce_epochs",
-                f"at most epochs={self.epochs}",
-                repr(self.ce_epochs),
-                "set it too: it is the part of epochs that trains with plain CE first",
-            )
+            expected = f"at most epochs={self.epochs}"
+            remedy = "set it too: it is the part of epochs that trains with plain CE first"
+            raise refusal("ce_epochs", expected, repr(self.ce_epochs), remedy)
         if stage > self.epochs - self.ce_epochs:
-            raise refusal(
-                "finetune_epochs",
-                f"at most epochs - ce_epochs = {self.epochs - self.ce_epochs}",
-                repr(stage),
-                "set it too: it is the last part of epochs",
-            )
+            expected = f"at most epochs - ce_epochs = {self.epochs - self.ce_epochs}"
+            remedy = "set it too: it is the last part of epochs"
+            raise refusal("finetune_epochs", expected, repr(stage), remedy)
 
     @classmethod
     def from_settings(
@@ -207,12 +198,9 @@ def check_same_run(config: TrainerConfig, former: dict[str, Any]) -> None:
     former = with_defaults(former)
     for name, value in config.settings().items():
         if name not in free and former.get(name) != value:
-            raise refusal(
-                f"checkpoint's {name}",
-                f"{value!r} as in this run's settings",
-                repr(former.get(name)),
-                "resume with the former settings, or choose another folder",
-            )
+            expected = f"{value!r} as in this run's settings"
+            remedy = "resume with the former settings, or choose another folder"
+            raise refusal(f"checkpoint's {name}", expected, repr(former.get(name)), remedy)
 
 
 def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:

@@ -68,14 +68,13 @@ def first_phase_state(trainer: Trainer) -> dict[str, Any]:
     """What `start_from` takes, of a trainer between two epochs that were of CE."""
     moments = trainer.optimizer.state_dict()["state"]
     memory = getattr(trainer.method, "memory", None)
+    named = enumerate(_names(trainer))
     return {
         "format": FORMAT,
         "epoch": trainer.epoch,
         "backbone": trainer.backbone.state_dict(),
         "head": trainer.head.state_dict(),
-        "optimizer": {
-            name: moments[place] for place, name in enumerate(_names(trainer)) if place in moments
-        },
+        "optimizer": {name: moments[place] for place, name in named if place in moments},
         "memory": None if memory is None else memory.state_dict(),
         "history": trainer.history,
         "random_state": seeds.capture(trainer.head.weight.device),

@@ -394,14 +394,10 @@ class Trainer:
         if self.meta_set is None or not self.method.needs_meta_batch:
             return None
         if self._meta_stream is None or self._meta_stream.step != self._step:
+            needed = self.method.meta_steps(self.config.epochs * self._steps - self._step)
+            place = (self.config.meta_batch_size, self.config.seed, self._step)
             self._meta_stream = MetaStream(
-                self.meta_set,
-                self.config.meta_batch_size,
-                self.config.seed,
-                self._step,
-                self.method.meta_steps(self.config.epochs * self._steps - self._step),
-                self.group,
-                self.num_workers,
+                self.meta_set, *place, needed, self.group, self.num_workers
             )
         batch = next(self._meta_stream)
         return self.acceleration.to_memory_format(to_device(tuple(batch), self._device))

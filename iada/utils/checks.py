@@ -91,24 +91,18 @@ def check_sizes(name: str, tensor: Tensor, expected: str, sizes: tuple[int | Non
     )
     if not same:
         wanted = tuple("any" if size is None else size for size in sizes)
-        raise refusal(
-            name,
-            expected,
-            f"shape {tuple(tensor.shape)}",
+        remedy = (
             f"reshape or slice it to ({', '.join(map(str, wanted))}), or mend the tensor that "
-            "sets these sizes",
+            "sets these sizes"
         )
+        raise refusal(name, expected, f"shape {tuple(tensor.shape)}", remedy)
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, peer: str) -> None:
     """On `device`, where `peer` is."""
     if tensor.device != device:
-        raise refusal(
-            name,
-            f"a tensor on {device}, where {peer} is",
-            f"one on {tensor.device}",
-            f"move it: {name}.to({str(device)!r})",
-        )
+        expected, got = f"a tensor on {device}, where {peer} is", f"one on {tensor.device}"
+        raise refusal(name, expected, got, f"move it: {name}.to({str(device)!r})")
 
 
 def check_labels(labels: Tensor, count: int) -> None:
@@ -257,16 +251,8 @@ def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:
     expected = f"a float32 or float64 tensor {full} (full) or {diagonal} (diagonal)"
     check_tensor("covariance", covariance, expected + " or an iada.ClassCovariance")
     if covariance.dtype not in (torch.float32, torch.float64):
-        raise refusal(
-            "covariance",
-            expected,
-            f"dtype {covariance.dtype}",
-            "keep statistics in float32: covariance.float()",
-        )
+        got = f"dtype {covariance.dtype}"
+        raise refusal("covariance", expected, got, "keep statistics in float32: covariance.float()")
     if tuple(covariance.shape) not in (full, diagonal):
-        raise refusal(
-            "covariance",
-            expected,
-            f"shape {tuple(covariance.shape)}",
-            f"build it with iada.ClassCovariance({num_classes}, {width})",
-        )
+        remedy = f"build it with iada.ClassCovariance({num_classes}, {width})"
+        raise refusal("covariance", expected, f"shape {tuple(covariance.shape)}", remedy)

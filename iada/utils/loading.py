@@ -117,12 +117,11 @@ def count_classes(dataset: Dataset, num_classes: int) -> Tensor:
     if labels is not None:
         check_label_values(labels, num_classes, None)
         return torch.bincount(labels, minlength=num_classes)
-    raise refusal(
-        "class_counts",
-        f"samples of each class, ({num_classes},), as the data set shows no labels or targets",
-        "None",
-        "pass torch.bincount(training_labels, minlength=C)",
+    expected = (
+        f"samples of each class, ({num_classes},), as the data set shows no labels or targets"
     )
+    remedy = "pass torch.bincount(training_labels, minlength=C)"
+    raise refusal("class_counts", expected, "None", remedy)
 
 
 def check_item(item: Any) -> None:

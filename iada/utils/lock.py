@@ -63,12 +63,9 @@ def _acquire(folder: Path) -> int | None:
                 return None
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            raise refusal(
-                "folder",
-                "one that no other process trains in",
-                f"{folder}, in use by {holder or 'another process'}",
-                "wait for that run or stop it, or choose another folder",
-            ) from error
+            got = f"{folder}, in use by {holder or 'another process'}"
+            remedy = "wait for that run or stop it, or choose another folder"
+            raise refusal("folder", "one that no other process trains in", got, remedy) from error
         if os.fstat(descriptor).st_nlink:
             holder = f"process {os.getpid()} on {socket.gethostname()}"
             with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
@@ -79,8 +76,5 @@ def _acquire(folder: Path) -> int | None:
 
 
 def _warn(folder: Path, reason: str) -> None:
-    warnings.warn(
-        f"folder: {folder} cannot be locked ({reason}); see to it that no other process trains in "
-        "it",
-        stacklevel=2,
-    )
+    remedy = "see to it that no other process trains in it"
+    warnings.warn(f"folder: {folder} cannot be locked ({reason}); {remedy}", stacklevel=2)

@@ -77,12 +77,8 @@ def _read(path: Path, classes: int) -> dict[str, Labelled]:
         counts = {len(labels) for _, labels in read}
         if len(counts) > 1:
             shortest = min(range(len(read)), key=lambda index: len(read[index][1]))
-            raise refusal(
-                str(folder / (files[part][shortest] + suffix)),
-                f"{max(counts)} images, as in the other batches",
-                str(min(counts)),
-                DAMAGED,
-            )
+            expected, got = f"{max(counts)} images, as in the other batches", str(min(counts))
+            raise refusal(str(folder / (files[part][shortest] + suffix)), expected, got, DAMAGED)
         images, labels = (torch.cat(column) for column in zip(*read, strict=True))
         parts[part] = Labelled(images, labels, names)
         check_every_class(parts[part], part, folder)

@@ -84,12 +84,8 @@ def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
             header = next(reader, [])
             absent = [name for name in columns if name not in header]
             if absent:
-                raise refusal(
-                    at_line(path, 1),
-                    f"a header with {', '.join(columns)}",
-                    f"none of {', '.join(absent)}",
-                    DAMAGED,
-                )
+                expected = f"a header with {', '.join(columns)}"
+                raise refusal(at_line(path, 1), expected, f"none of {', '.join(absent)}", DAMAGED)
             count = 0
             for row in reader:
                 where = at_line(path, reader.line_num)

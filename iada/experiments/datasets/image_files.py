@@ -34,12 +34,8 @@ def read_folder(path: str | os.PathLike, memory: bool | None = None) -> dict[str
     the same size, up to 64×64 pixels. True fails where that is not so.
     """
     folder = folder_at(path, "train/<class>/ or <class>/ with images")
-    folders = {
-        part: folder / name
-        for part, names in PARTS.items()
-        for name in names
-        if (folder / name).is_dir()
-    }
+    spelled = [(part, folder / name) for part, names in PARTS.items() for name in names]
+    folders = {part: there for part, there in spelled if there.is_dir()}
     if "train" not in folders:
         if folders:
             raise missing(folder / "train", "the training images", f"look into {folder}")
@@ -50,12 +46,10 @@ def read_folder(path: str | os.PathLike, memory: bool | None = None) -> dict[str
     if memory and not loaded:
         expected = "images of one size, up to 64×64 pixels"
         raise refusal("memory", expected, "others", "pass memory=None to read them as needed")
-    return {
-        part: Labelled(
-            loaded[index] if loaded else paths, torch.tensor(labels, dtype=torch.int64), names
-        )
-        for index, (part, (paths, labels)) in enumerate(listed.items())
-    }
+    parts = {}
+    for index, (part, (paths, labels)) in enumerate(listed.items()):
+        parts[part] = Labelled(loaded[index] if loaded else paths, torch.tensor(labels), names)
+    return parts
 
 
 def _classes(folder: Path) -> tuple[str, ...]:

@@ -108,12 +108,9 @@ def check_every_class(part: Labelled, name: str, source: Path) -> None:
     if absent:
         names = ", ".join(part.class_names[c] for c in absent[:5])
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        raise refusal(
-            str(source),
-            f"samples of each of the {part.num_classes} classes in {name}",
-            f"none of {names}{more}",
-            "add them, or take the class away",
-        )
+        expected = f"samples of each of the {part.num_classes} classes in {name}"
+        got = f"none of {names}{more}"
+        raise refusal(str(source), expected, got, "add them, or take the class away")
 
 
 def joined(first: Labelled, second: Labelled) -> Labelled:

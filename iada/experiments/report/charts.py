@@ -55,17 +55,10 @@ def bars(
                 _band(axes, x + 1, one)
                 continue
             shape = {"color": one.style.colour, "hatch": one.style.hatch, "label": one.label}
-            edge = {"edgecolor": "black", "linewidth": 0.3}
-            offset = (i - (len(series) - 1) / 2) * width
-            axes.bar(
-                x + offset,
-                np.nan_to_num(mean),
-                width,
-                yerr=np.nan_to_num(error) if error.any() else None,
-                error_kw={"lw": 0.8},
-                **shape,
-                **edge,
-            )
+            edge = {"edgecolor": "black", "linewidth": 0.3, "error_kw": {"lw": 0.8}}
+            centre = x + (i - (len(series) - 1) / 2) * width
+            spread = np.nan_to_num(error) if error.any() else None
+            axes.bar(centre, np.nan_to_num(mean), width, yerr=spread, **shape, **edge)
         axes.set(ylabel=ylabel, xlabel=xlabel, ylim=(0, top))
         if len(categories) <= MOST_BARS:
             axes.set_xticks(x)
@@ -103,14 +96,12 @@ def curves(
                 axes.set_title(key)
         legend(figure, max(axes_of, key=lambda a: len(a.get_legend_handles_labels()[1])))
 
-    alt = " ".join(
-        f"{_said(key, ylabel, xlabel, positions is not None)}: "
-        + ", ".join(_course(one, positions[key] if positions else None) for one in series)
-        + "."
-        for key, series in panels.items()
-    )
+    alt = "Lines."
+    for key, series in panels.items():
+        courses = [_course(one, positions[key] if positions else None) for one in series]
+        alt += f" {_said(key, ylabel, xlabel, positions is not None)}: {', '.join(courses)}."
     columns = 3 if len(panels) == 3 else 2
-    return paint(name, caption, f"Lines. {alt}", draw, len(panels), columns, height)
+    return paint(name, caption, alt, draw, len(panels), columns, height)
 
 
 def epsilon_by_label(
@@ -200,17 +191,8 @@ def _band(axes: Any, x: Sequence[float] | np.ndarray, one: Series) -> None:
     mean, error = mean_and_spread(one.values)
     known = np.isfinite(mean)  # a line goes on over categories without a value
     x, mean, error = np.asarray(x)[known], mean[known], error[known]
-    marker = "o" if len(mean) < 8 else None
-    axes.plot(
-        x,
-        mean,
-        one.style.dashes,
-        color=one.style.colour,
-        label=one.label,
-        lw=1.5,
-        marker=marker,
-        ms=4,
-    )
+    look = {"color": one.style.colour, "lw": 1.5, "marker": "o" if len(mean) < 8 else None}
+    axes.plot(x, mean, one.style.dashes, label=one.label, ms=4, **look)
     if error.any():
         axes.fill_between(x, mean - error, mean + error, color=one.style.colour, alpha=0.15, lw=0)
 
@@ -228,19 +210,13 @@ def _label_ticks(axes: Any, names: Sequence[str]) -> None:
 def _write_numbers(axes: Any, share: np.ndarray) -> None:
     for (row, column), value in np.ndenumerate(share):
         if value >= 0.5:
-            colour = "white" if value < 55 else "black"
-            size = 6.5 if len(share) > 5 else 10
-            shown = {"ha": "center", "va": "center", "color": colour, "fontsize": size}
-            axes.text(column, row, f"{value:.0f}", **shown)
+            look = {"color": "white" if value < 55 else "black", "ha": "center", "va": "center"}
+            axes.text(column, row, f"{value:.0f}", fontsize=6.5 if len(share) > 5 else 10, **look)
 
 
 def _extremes(one: Series, categories: Sequence[str]) -> str:
     mean, _ = mean_and_spread(one.values)
-    known = [
-        (value, category)
-        for value, category in zip(mean, categories, strict=True)
-        if value == value
-    ]
+    known = [pair for pair in zip(mean, categories, strict=True) if np.isfinite(pair[0])]
     if not known:
         return f"{one.label}: nothing known."
     low, high = min(known), max(known)
@@ -259,9 +235,8 @@ def _course(one: Series, positions: Sequence[float] | None) -> str:
     mean, _ = mean_and_spread(one.values)
     if positions is not None:
         pairs = zip(positions, mean, strict=True)
-        return f"{one.label} " + ", ".join(
-            f"{value:.1f} at {position:g}" for position, value in pairs if np.isfinite(value)
-        )
+        said = [f"{value:.1f} at {place:g}" for place, value in pairs if np.isfinite(value)]
+        return f"{one.label} {', '.join(said)}"
     known = mean[np.isfinite(mean)]
     return f"{one.label} ends at {known[-1]:.3g}" if len(known) else f"{one.label} unknown"
 

@@ -78,10 +78,9 @@ def draw_all(
 def main_variants(variants: Sequence[Variant]) -> list[Variant]:
     """All variants, but of a sweep over α and β the recommended values only, if they are in it."""
     swept = [variant for sweep in _sweeps(variants) for variant in sweep]
+    wanted = RECOMMENDED.items()
     recommended = [
-        variant
-        for variant in swept
-        if all(setting(variant.records[0], key) == value for key, value in RECOMMENDED.items())
+        v for v in swept if all(setting(v.records[0], key) == value for key, value in wanted)
     ]
     left_out = [variant for variant in swept if variant not in recommended] if recommended else []
     return with_styles([variant for variant in variants if variant not in left_out])
@@ -92,9 +91,7 @@ def _sweeps(variants: Sequence[Variant]) -> list[list[Variant]]:
     sweeps = []
     for kind in dict.fromkeys(variant.kind for variant in variants):
         same_kind = [variant for variant in variants if variant.kind == kind]
-        differing = differing_settings(
-            [record for variant in same_kind for record in variant.records]
-        )
+        differing = differing_settings([r for variant in same_kind for r in variant.records])
         longest = max(len(_longest_line(same_kind, key)) for key in SWEPT)
         if set(differing) <= set(SWEPT) and longest >= LEAST_SWEPT:
             sweeps.append(same_kind)
@@ -153,9 +150,7 @@ def _shots(name: str, title: str, variants: Sequence[Variant]) -> Picture | None
         return [(record.get("last") or {}).get(shot) for shot in SHOTS]
 
     series = _series(variants, row)
-    known = [
-        index for index in range(3) if any(np.isfinite(s.values[:, index]).any() for s in series)
-    ]
+    known = [i for i in range(3) if any(np.isfinite(one.values[:, i]).any() for one in series)]
     if len(known) < 2:  # one group of classes is all classes
         return None
     series = [Series(one.label, one.style, one.values[:, known]) for one in series]
@@ -213,19 +208,16 @@ def _clean_against_flipped(
     if not logs:
         return None
     shares = 100 * np.array([[log["share_clean"], log["share_flipped"]] for log in logs])
-    clean, flipped = (
-        np.sum([log[key] for log in logs], axis=0)
-        for key in ("histogram_clean", "histogram_flipped")
-    )
+    keys = ("histogram_clean", "histogram_flipped")
+    clean, flipped = (np.sum([log[key] for log in logs], axis=0) for key in keys)
     caption = (
         f"ε of samples with right and with flipped labels late in training, {variant.label}, "
         f"{title}: the paper's Fig. 4. ε < 0 is anti-adversarial."
     )
     known = [log["label_issues"] for log in logs if log.get("label_issues")]
     if known:
-        auroc, precision, chance = (
-            np.mean([one[key] for one in known]) for key in ("auroc", "precision", "base_rate")
-        )
+        figures = ("auroc", "precision", "base_rate")
+        auroc, precision, chance = (np.mean([one[key] for one in known]) for key in figures)
         caption += (
             f" As a detector of wrong labels a sample's mean ε has an AUROC of {auroc:.3f}, and "
             f"{100 * precision:.1f} % of the samples ranked first are wrong ({100 * chance:.1f} % "
@@ -233,10 +225,8 @@ def _clean_against_flipped(
         )
     for other in control:
         if logs := _label_logs(other):
-            right, wrong = (
-                100 * np.mean([log[key] for log in logs])
-                for key in ("share_clean", "share_flipped")
-            )
+            each = [[log[key] for log in logs] for key in ("share_clean", "share_flipped")]
+            right, wrong = (100 * np.mean(values) for values in each)
             caption += (
                 f" Control: of {other.label}, {right:.1f} % of the visits with a right label are "
                 f"adversarial and {wrong:.1f} % with a flipped one."
@@ -254,14 +244,11 @@ def _sensitivity(
         label = re.split("[,(]", common)[0].strip() or sweep[0].kind
         (style,) = series_styles([sweep[0].kind])
         for key, letter in SWEPT.items():
-            line = _longest_line(
-                [variant for variant in sweep if headline in variant.figures["last"]], key
-            )
+            line = _longest_line([v for v in sweep if headline in v.figures["last"]], key)
             if len(line) < 2:
                 continue
-            scores = [
-                [(r.get("last") or {}).get(headline) for r in a.records] for a in line.values()
-            ]
+            runs = [variant.records for variant in line.values()]
+            scores = [[(r.get("last") or {}).get(headline) for r in records] for records in runs]
             panels[letter] = [Series(label, style, 100 * _padded(scores).T)]
             positions[letter] = list(line)
     if not panels:
@@ -289,11 +276,8 @@ def _longest_line(variants: Sequence[Variant], key: str) -> dict[float, Variant]
 
 
 def _confusion(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
-    matrices = {
-        variant.label: np.sum([np.array(r["confusion"]) for r in variant.has("confusion")], axis=0)
-        for variant in variants
-        if variant.has("confusion")
-    }
+    tested = {v.label: [np.array(r["confusion"]) for r in v.has("confusion")] for v in variants}
+    matrices = {label: np.sum(counts, axis=0) for label, counts in tested.items() if counts}
     if not matrices:
         return None
     caption = f"Confusion matrices at the last epoch, summed over seeds, {title}."
@@ -341,9 +325,7 @@ def _curve_panels(variants: Sequence[Variant], keys: Mapping[str, str]) -> dict[
     panels: dict[str, list[Series]] = {}
     for key, label in keys.items():
         for variant in variants:
-            rows = [
-                [point.get(key) for point in record["curve"]] for record in variant.has("curve")
-            ]
+            rows = [[point.get(key) for point in r["curve"]] for r in variant.has("curve")]
             if any(value is not None for row in rows for value in row):
                 values = _padded(rows) * (100 if "(%)" in label else 1)
                 panels.setdefault(label, []).append(Series(variant.label, variant.style, values))
@@ -382,9 +364,8 @@ def _spectra(name: str, title: str, variants: Sequence[Variant]) -> Picture | No
         values = np.array(records[0]["spectrum"], dtype=float)
         panels[variant.label] = values[_by_size(records[0], len(values))]
         ranks = effective_rank(torch.from_numpy(values))
-        sentences.append(
-            f"{variant.label}: effective rank from {ranks.min():.1f} to {ranks.max():.1f}."
-        )
+        span = f"from {ranks.min():.1f} to {ranks.max():.1f}"
+        sentences.append(f"{variant.label}: effective rank {span}.")
     if not panels:
         return None
     caption = (

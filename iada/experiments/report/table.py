@@ -25,15 +25,11 @@ class Table(NamedTuple):
         """Aligned columns for a terminal."""
         lines = [list(self.head), *([cell.text or UNKNOWN for cell in row] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                [
-                    line[0].ljust(widths[0]),
-                    *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
-                ]
-            ).rstrip()
-            for line in lines
-        )
+        shown = []
+        for first, *others in lines:
+            numbers = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+            shown.append("  ".join([first.ljust(widths[0]), *numbers]).rstrip())
+        return "\n".join(shown)
 
     def markdown(self) -> str:
         """A table of GitHub's Markdown."""

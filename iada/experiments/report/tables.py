@@ -1,6 +1,7 @@
 """What the tables of a report hold; `Table` shows them."""
 
 import html
+import itertools
 from collections.abc import Mapping, Sequence
 
 from iada.experiments.metrics import METRICS, Paired, Spread, paired
@@ -101,19 +102,12 @@ def overview_table(
     for part in variants.values():
         metrics = headline_metrics(part, [])[:1]
         best = {label for metric in metrics for label in _best(part, metric, decimals)}
-        columns.append(
-            {
-                variant.label: Cell(
-                    shown(metric, variant.figures["last"].get(metric), decimals),
-                    variant.label in best,
-                )
-                for metric in metrics
-                for variant in part
-            }
-        )
-    rows = [
-        [Cell(label), *(column.get(label, Cell(None)) for column in columns)] for label in labels
-    ]
+        column = {}
+        for metric, variant in itertools.product(metrics, part):
+            text = shown(metric, variant.figures["last"].get(metric), decimals)
+            column[variant.label] = Cell(text, variant.label in best)
+        columns.append(column)
+    rows = [[Cell(name), *(part.get(name, Cell(None)) for part in columns)] for name in labels]
     return Table(["method", *(titles[name] for name in variants)], rows)
 
 
@@ -123,13 +117,10 @@ def runs_table(variants: Sequence[Variant]) -> Table:
     for variant in variants:
         for record in variant.records:
             seconds, epoch = record.get("seconds"), record.get("best_epoch")
-            texts = (
-                variant.label,
-                str(record.get("seed", 0)),
-                None if epoch is None else str(epoch),
-                None if seconds is None else f"{seconds / 60:.1f}",
-                _machine(record),
-            )
+            best = None if epoch is None else str(epoch)
+            minutes = None if seconds is None else f"{seconds / 60:.1f}"
+            seed = str(record.get("seed", 0))
+            texts = (variant.label, seed, best, minutes, _machine(record))
             rows.append([Cell(text) for text in texts])
     return Table(["method", "seed", "best epoch", "minutes", "machine"], rows)
 
@@ -143,13 +134,9 @@ def settings(variants: Sequence[Variant]) -> str:
         values = variant.records[0].get("settings") or {}
         cells = (Cell(str(values[name]) if name in values else None) for name in differing)
         rows.append([Cell(variant.label), *cells])
-    same = {
-        name: value
-        for run in runs
-        for name, value in (run.get("settings") or {}).items()
-        if name not in (*differing, "method", "seed")
-    }
-    common = ", ".join(f"{name} {value}" for name, value in same.items())
+    every = {name: value for run in runs for name, value in (run.get("settings") or {}).items()}
+    told = (*differing, "method", "seed")
+    common = ", ".join(f"{name} {value}" for name, value in every.items() if name not in told)
     table = Table(["method", *differing], rows).html() if differing else ""
     return f"{table}<p>For all: {html.escape(common)}.</p>" if common else table
 

@@ -64,13 +64,11 @@ def pick_evenly(
     short = [key for key, rows in enumerate(by_key) if len(rows) < each + spare]
     if short:
         most = min(len(rows) for rows in by_key) - spare
-        raise refusal(
-            f"{kind} {names[short[0]]!r}",
-            f"at least {each + spare} samples: {each} to take"
-            + (f", {spare} to stay" * bool(spare)),
-            f"{len(by_key[short[0]])} ({len(short)} of {len(names)} have too few)",
-            f"ask for {most} at most" if most > 0 else "take them from another part",
-        )
+        stay = f", {spare} to stay" if spare else ""
+        expected = f"at least {each + spare} samples: {each} to take{stay}"
+        got = f"{len(by_key[short[0]])} ({len(short)} of {len(names)} have too few)"
+        remedy = f"ask for {most} at most" if most > 0 else "take them from another part"
+        raise refusal(f"{kind} {names[short[0]]!r}", expected, got, remedy)
     return picked(torch.cat([rows[:each] for rows in by_key]), len(keys))
 
 
