@@ -2,6 +2,7 @@
 # make test    runs the tests
 # make quick   the quick ones of them
 # make check   lint, types, imports   make bench   fused against eager
+# make regression   the losses' times against those it stored here before; slower by a quarter fails
 # make sanitize   the native operators' tests under AddressSanitizer and UBSan
 # make stress     200 short trainings under torchrun; counts those that do not end well
 # make fuzz       30 minutes: 10,000 random cases of each backend against torch's own error
@@ -21,7 +22,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick check bench sanitize stress fuzz fallback wheel check-wheel matrix clean FORCE
+.PHONY: demo test quick check bench regression sanitize stress fuzz fallback wheel check-wheel matrix clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m iada demo --out demo-report
@@ -40,6 +41,12 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
+
+# Processor time of one thread; the first run has nothing to compare with and stores. Only times of one machine compare.
+regression: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/bench/test_speed.py --benchmark-enable \
+	  --benchmark-timer=time.process_time --benchmark-storage=file://.benchmarks --benchmark-autosave \
+	  $$(ls .benchmarks/*/*.json >/dev/null 2>&1 && echo --benchmark-compare --benchmark-compare-fail=min:25%)
 
 stress: $(VENV)/.dev
 	$(BIN)/python tests/stress_torchrun.py

@@ -38,12 +38,26 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", choices=TIMED, default=TIMED, metavar="NAME")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="draw the times as well")
+    parser.add_argument(
+        "--from",
+        dest="rows",
+        type=Path,
+        metavar="JSON",
+        help="with --plot: draw these, time nothing",
+    )
     parser.add_argument("--memory-of", choices=SHAPES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.memory_of:
         print(extra_memory(options.memory_of))
+        return 0
+    if options.rows:
+        if not options.plot:
+            parser.error("--from: expected --plot beside it, got none; name the picture")
+        tables = json.loads(options.rows.read_text())
+        _plot(tables.get("speed") or tables["rows"], options.plot)
         return 0
     contestants = {
         "eager": "iada.eager_loss",
@@ -63,7 +77,15 @@ def main() -> int:
     if options.json:
         written = {"machine": machine, "contestants": contestants, "speed": rows, "memory": dense}
         options.json.write_text(json.dumps(written, indent=1) + "\n")
+    if options.plot:
+        _plot(rows, options.plot)
     return 0
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    from bench.plots import plot_speed  # matplotlib is needed here alone
+
+    plot_speed(rows, path)
 
 
 def timed_row(name: str, rounds: int) -> dict[str, Any]:

@@ -43,6 +43,7 @@ MODES: dict[str, dict[str, Any]] = {
     "double_backward": {"hypergradient": "double-backward"},
     "jvp": {},
     "finite_difference": {"hypergradient": "finite-difference"},
+    "blocks5": {"scope": 5},
     "head": {"scope": "head"},
     "interval10": {"interval": 10},
     "low_memory": {"low_memory": True},

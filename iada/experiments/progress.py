@@ -73,5 +73,5 @@ def _step_cost(config: TrainerConfig) -> float:
     method = config.method
     if not isinstance(method, BilevelOptions) or not method.meta_learns:
         return 1.0
-    cost = META_STEP if method.scope == "full" else HEAD_META_STEP
+    cost = HEAD_META_STEP if method.scope == "head" else META_STEP
     return 1 + (cost - 1) / method.interval

@@ -13,6 +13,7 @@ from iada.meta.hypergradient import ForwardPass, MetaPasses
 from iada.meta.learner import HeadGradients, ShardedBatch
 from iada.meta.method import MetaStep, Method
 from iada.meta.options import MetaStepOptions
+from iada.meta.scope import moved_parameters
 
 
 class BilevelMethod(Method):
@@ -41,6 +42,7 @@ class BilevelMethod(Method):
         mode = GRAPH if options.hypergradient == "jvp" else DIFFERENCES
         self._feature_jvp = FeatureJVP(self._passes, mode)
         self._meta_passes = MetaPasses(self._learner, self._passes, self._feature_jvp, options)
+        moved_parameters(backbone, head, self._learner.trained(), options.scope)  # or refused
         self._steps = 0
         dtype = torch.promote_types(torch.float32, head.weight.dtype)
         nan = torch.full((), torch.nan, dtype=dtype, device=head.weight.device)

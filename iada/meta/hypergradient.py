@@ -11,6 +11,7 @@ from iada.meta.backbone_passes import BackbonePasses, RandomState
 from iada.meta.feature_jvp import GRAPH, FeatureJVP
 from iada.meta.learner import HeadGradients, Learner, ShardedBatch, check_meta_loss, linear
 from iada.meta.options import MetaStepOptions
+from iada.meta.scope import moved_parameters
 from iada.utils.distributed import gather_rows
 from iada_kernels.contract import HeadTangents
 
@@ -58,10 +59,10 @@ class MetaPasses:
     ) -> MetaGradient:
         """Eq. 7 and the meta loss, from the gradients of the training loss of the whole batch."""
         features, rows, random_state = forward.features, forward.rows, forward.random_state
-        learner, full = self.learner, self.options.scope == "full"
-        head = learner.classifier.head
-        own = [p for p in learner.trained() if full or p is head.weight or p is head.bias]
-        repeat = self.options.low_memory and full
+        learner, deep = self.learner, self.options.moves_backbone
+        backbone, head = learner.classifier.backbone, learner.classifier.head
+        own = moved_parameters(backbone, head, learner.trained(), self.options.scope)
+        repeat = self.options.low_memory and deep
         gradients = learner.gradients(features, head_gradients, rows, own, not repeat)
         moved = self.options.virtual.take(learner.optimizer, learner.unscaled(gradients))
         del gradients
@@ -76,13 +77,13 @@ class MetaPasses:
         directions = {p: slopes[p] * grad for p, grad in learner.unscaled(found).items()}
 
         below: dict[Tensor, Tensor] = {
-            p: directions[p] for p in learner.classifier.backbone.parameters() if p in directions
+            p: directions[p] for p in backbone.parameters() if p in directions
         }
         first = repeat and self.feature_jvp.mode == GRAPH
         if first:
             features = self.passes.forward_replayed(rows.inputs, random_state)
         tangent = None
-        if full and below:
+        if deep and below:
             tangent = self.feature_jvp(features, rows.inputs, random_state, below)
         if repeat and not first:
             features = self.passes.forward_replayed(rows.inputs, random_state)
@@ -96,7 +97,7 @@ class MetaPasses:
     ) -> tuple[Tensor, dict[Tensor, Tensor]]:
         """CE on the meta batch, and its gradients by the parameters `moved`, scaled."""
         learner = self.learner
-        with torch.set_grad_enabled(self.options.scope == "full"):
+        with torch.set_grad_enabled(self.options.moves_backbone):
             features = self.passes.forward_frozen(rows.inputs)
         value, grads = learner.head_gradients(
             lambda h, w, b: F.cross_entropy(linear(h, w, b), rows.labels),

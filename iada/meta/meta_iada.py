@@ -17,6 +17,8 @@ backbone
     "finite-difference"                  4            3
     "double-backward"                    2            2        a backward through a backward: of
                                                                two forwards and two backwards
+    scope=K                              2         1 and 2 of   ḣ: of the last K blocks
+                                                   K blocks
     scope="head"                         2            1
     steps between, with interval=k       1            1
 
@@ -39,6 +41,7 @@ from iada.meta.hypergradient import ForwardPass
 from iada.meta.learner import HeadGradients, ShardedBatch, detached, linear
 from iada.meta.method import HeadLoss
 from iada.meta.options import DOUBLE_BACKWARD, MetaStepOptions, VirtualStep
+from iada.meta.scope import Scope, moved_parameters
 from iada.nn.characteristics import TrainingMemory, loss_and_margin
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.divergence import check_divergence
@@ -105,8 +108,11 @@ class MetaIADA(BilevelMethod):
             over to finite differences, and one line in the log "iada" names the layer.
             "finite-difference": ḣ by two forwards, off by 0.1 to 4 %. "double-backward": the
             oracle, for a single process without a GradScaler.
-        scope: "full", or "head": the virtual step moves the last layer only, as MetaSAug does on
-            large data; its hypergradient is exact for that step.
+        scope: which parameters the virtual step moves; the hypergradient is exact for that step.
+            "full": all. "head": the last layer only, as MetaSAug does on large data. A number K:
+            the head and the last K blocks of the backbone, its children with parameters
+            (Sequential and ModuleList taken apart): the first two backwards end there, and ḣ
+            begins there.
         interval: a meta step (Eq. 7 to 9) every so many iterations, the first one included.
         low_memory: hold one graph of the backbone at a time, as a plain step does, for one forward
             more. Not for "double-backward".
@@ -154,7 +160,7 @@ class MetaIADA(BilevelMethod):
         project: bool = False,
         clip_norm: float = 0.0,
         hypergradient: str = "jvp",
-        scope: str = "full",
+        scope: Scope = "full",
         interval: int = 1,
         low_memory: bool = False,
         virtual_momentum: bool = False,
@@ -319,9 +325,9 @@ class MetaIADA(BilevelMethod):
     ) -> Tensor:
         """Eq. 7 to 9 by the oracle: Σ."""
         head, features = self.head, forward.features
-        trained = self._learner.trained()
-        if self.options.scope == "head":
-            trained = [p for p in trained if p is head.weight or p is head.bias]
+        backbone = self._learner.classifier.backbone
+        trained = moved_parameters(backbone, head, self._learner.trained(), self.options.scope)
+        if not self.options.moves_backbone:
             features = features.detach()
         sigma = self.covariance.covariance.clone().requires_grad_()
         loss = self._loss(sigma, epsilon, forward.rows.labels)(features, head.weight, head.bias)

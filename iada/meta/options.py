@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iada.meta.scope import Scope, check_scope
 from iada.utils.checks import check_choice, check_count, refusal
 
 
@@ -65,7 +66,6 @@ def _with_momentum(
 
 DOUBLE_BACKWARD = "double-backward"
 HYPERGRADIENTS = ("jvp", "finite-difference", DOUBLE_BACKWARD)
-SCOPES = ("full", "head")
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,20 @@ class MetaStepOptions:
     """`MetaIADA` has what each means and costs."""
 
     hypergradient: str = "jvp"
-    scope: str = "full"
+    scope: Scope = "full"
     interval: int = 1
     low_memory: bool = False
     virtual: VirtualStep = VirtualStep()
 
     def __post_init__(self) -> None:
         check_choice("hypergradient", self.hypergradient, HYPERGRADIENTS)
-        check_choice("scope", self.scope, SCOPES)
+        check_scope(self.scope)
         check_count("interval", self.interval, remedy="1 is every iteration")
+
+    @property
+    def moves_backbone(self) -> bool:
+        """Whether the virtual step moves more than the head."""
+        return self.scope != "head"
 
     def refuse_double_backward(self, allowed: str, remedy: str) -> None:
         """Raises ValueError for double backward, which does without what the other two can have."""

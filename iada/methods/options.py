@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from iada.meta.method import Method
-from iada.meta.options import HYPERGRADIENTS, SCOPES, MetaStepOptions
+from iada.meta.options import HYPERGRADIENTS, MetaStepOptions
+from iada.meta.scope import Scope, check_scope
 from iada.nn.class_covariance import STRUCTURES, ClassCovariance
 from iada.utils.distributed import Group, broadcast
 from iada.utils.settings import check_settings, setting
@@ -141,9 +142,13 @@ class BilevelOptions(MethodOptions):
     """
 
     hypergradient: str = setting("jvp", choices=HYPERGRADIENTS)
-    scope: str = setting("full", choices=SCOPES)
+    scope: Scope = setting("full", checked=False)
     interval: int = setting(1, least=1)
     low_memory: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_scope(self.scope)
 
     @property
     def meta_step(self) -> MetaStepOptions:

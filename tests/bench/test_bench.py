@@ -1,9 +1,8 @@
-"""The benchmark's own machinery, at small sizes, and pytest-benchmark's view of both losses."""
+"""The benchmark's own machinery, at small sizes, see test_speed.py for pytest-benchmark's view."""
 
 import pytest
 import torch
 
-import iada
 from bench import classes, cpu
 from bench.__main__ import timed_row
 from bench.memory import peak_bytes
@@ -64,9 +63,3 @@ def test_rows_of_the_table_of_the_cpu():
     assert meta["hypergradient_torch_by_native"] > 0
     assert meta["characteristics_torch_by_native"] > 0
     assert meta["shape"] in cpu.meta_table_row(meta)
-
-
-@pytest.mark.parametrize("loss", [iada.fused_loss, iada.eager_loss], ids=lambda f: f.__name__)
-def test_speed_at_cifar10_r32(benchmark, loss):
-    problem = make_problem(SHAPES["cifar10-r32"])
-    benchmark(problem.gradients, loss)

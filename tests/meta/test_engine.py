@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 import iada
+from iada.meta.scope import moved_parameters
 from tests.helpers.engine_cases import (
     BACKBONES,
+    TransformerBlock,
     hypergradients,
     make_batches,
     make_engine,
@@ -29,7 +31,7 @@ def by_both(name, structure="full", **options):
 
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("structure", ["full", "diag"])
-@pytest.mark.parametrize("scope", ["full", "head"])
+@pytest.mark.parametrize("scope", ["full", 1, "head"])
 def test_jvp_equals_double_backward(name, structure, scope):
     errors = relative(*by_both(name, structure, scope=scope))
     assert max(errors.values()) < 1e-8, errors
@@ -237,3 +239,11 @@ def test_other_layers(layer):
     ]
     errors = relative(*found)
     assert max(errors.values()) < 1e-8, errors
+
+
+def test_more_blocks_than_the_backbone_has_are_refused():
+    with pytest.raises(ValueError, match="^scope: expected at most 2, the blocks of the backbone"):
+        make_engine("mlp", scope=3)
+    backbone = nn.Sequential(nn.Sequential(TransformerBlock()))  # around the network
+    moved = moved_parameters(backbone, nn.Linear(8, 3), list(backbone.parameters()), 1)
+    assert {id(p) for p in moved} == {id(p) for p in backbone[0][0].feed[3].parameters()}

@@ -41,7 +41,7 @@ def make_weight_net(name, **options):
     return MetaWeightNet(run, MetaStepOptions(**options), weight_net, 1e-3)
 
 
-def after_virtual_step(backbone, head, batch, loss, rates, head_only=False):
+def after_virtual_step(backbone, head, batch, loss, rates, moves=lambda name: True):
     """Backbone and head moved down the gradient of loss(features, weight, bias), with its graph."""
     names = {f"b.{n}": p for n, p in backbone.named_parameters()}
     names |= {f"h.{n}": p for n, p in head.named_parameters()}
@@ -50,10 +50,26 @@ def after_virtual_step(backbone, head, batch, loss, rates, head_only=False):
         backbone, {n[2:]: p for n, p in names.items() if n[0] == "b"} | buffers, (batch[0],)
     )
     value = loss(features)
-    moving = {n: p for n, p in names.items() if n[0] == "h" or not head_only}
+    moving = {n: p for n, p in names.items() if n[0] == "h" or moves(n)}
     grads = torch.autograd.grad(value, list(moving.values()), create_graph=True)
     moved = {n: p - rates[n[0]] * g for (n, p), g in zip(moving.items(), grads, strict=True)}
     return {**names, **moved}
+
+
+# The backbones' last two blocks, by the names of their parameters; resnet's are residual blocks.
+LAST_BLOCKS = {
+    "mlp": ("b.3.", "b.0."),
+    "conv": ("b.4.", "b.1."),
+    "resnet": ("b.5.", "b.4."),
+    "transformer": ("b.feed.3.", "b.feed.0."),
+}
+
+
+def moved_by(name, scope):
+    """Whether the virtual step moves a parameter of the backbone, by its name."""
+    if isinstance(scope, str):
+        return lambda parameter: scope == "full"
+    return lambda parameter: parameter.startswith(LAST_BLOCKS[name][:scope])
 
 
 def meta_loss(backbone, moved, meta_batch):
@@ -64,7 +80,9 @@ def meta_loss(backbone, moved, meta_batch):
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "resnet", "transformer"])
-@pytest.mark.parametrize("options", [{}, {"scope": "head"}, {"low_memory": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"scope": 1}, {"scope": 2}, {"scope": "head"}, {"low_memory": True}], ids=str
+)
 def test_meta_weight_net_equals_double_backward(name, options):
     method = make_weight_net(name, **options)
     batch, meta_batch = make_batches(name)
@@ -77,8 +95,8 @@ def test_meta_weight_net_equals_double_backward(name, options):
 
     torch.manual_seed(5)
     rates = {"b": 0.5, "h": 0.2}
-    only = options.get("scope") == "head"
-    moved = after_virtual_step(backbone, head, batch, weighted, rates, only)
+    moves = moved_by(name, options.get("scope", "full"))
+    moved = after_virtual_step(backbone, head, batch, weighted, rates, moves)
     value = meta_loss(backbone, moved, meta_batch)
     value.backward()
 
@@ -148,7 +166,7 @@ def test_metasaug_equals_double_backward(name, structure, scope):
 
     torch.manual_seed(5)
     rates = {"b": 0.05, "h": 0.2}
-    moved = after_virtual_step(backbone, head, batch, loss, rates, scope == "head")
+    moved = after_virtual_step(backbone, head, batch, loss, rates, moved_by(name, scope))
     (want,) = torch.autograd.grad(meta_loss(backbone, moved, meta_batch), sigma)
     if structure == "full":
         want = (want + want.mT) / 2

@@ -390,7 +390,15 @@ def test_meta_batches_are_loaded_for_meta_steps_alone():
     assert Counted.reads == 3 * 8  # steps 0, 3 and 6 of eight, with a meta batch of eight
 
 
-@pytest.mark.parametrize(("name", "value"), [("hypergradient", "exact"), ("scope", "all")])
-def test_unknown_settings_of_the_engine_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"^{name}: expected one of"):
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("hypergradient", "exact", "one of"),
+        ("scope", "all", "'full', 'head' or a positive int"),
+        ("scope", 0, "'full', 'head' or a positive int"),
+        ("scope", True, "'full', 'head' or a positive int"),
+    ],
+)
+def test_unknown_settings_of_the_engine_are_refused(name, value, expected):
+    with pytest.raises(ValueError, match=f"^{name}: expected {expected}"):
         iada.TrainerConfig.from_settings({name: value})

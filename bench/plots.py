@@ -1,0 +1,78 @@
+"""Pictures of what bench measured, as SVG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.figure
+import numpy as np
+
+COLOURS = (
+    "#4c4c4c",
+    "#b07aa1",
+    "#4e79a7",
+    "#e15759",
+    "#59a14f",
+    "#edc948",
+)  # told apart in grey too
+MARKERS = "os^Dvx"
+# Text stays text, and two runs of the same numbers give the same bytes.
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "iada", "font.size": 9}
+
+
+def plot_scaling(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """time.svg and memory.svg: a row of panels for each structure, a panel for each axis."""
+    figures = {
+        "time": ("ms", "forward and backward, ms"),
+        "memory": ("extra_bytes", "peak beyond inputs and gradients, bytes"),
+    }
+    paths = []
+    for name, (key, label) in figures.items():
+        paths.append(folder / f"{name}.svg")
+        with mpl.rc_context(STYLE):
+            _panels(rows, key, label).savefig(paths[-1], metadata={"Date": None})
+    return paths
+
+
+def plot_speed(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Milliseconds of a step at each shape, a bar a side; rows of `bench` or `bench.cpu`."""
+    rows = [row for row in rows if row.get("threads", 1) == 1]
+    keys = ("eager_ms", "torch_ms", "fused_ms", "native_ms", "cross_entropy_ms")
+    sides = [key for key in keys if any(key in row for row in rows)]
+    with mpl.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(figsize=(7.2, 3.2), layout="constrained")
+        panel = figure.subplots()
+        places, width = np.arange(len(rows)), 0.8 / len(sides)
+        for i, (key, colour) in enumerate(zip(sides, COLOURS, strict=False)):
+            name = key.removesuffix("_ms").replace("_", "-")
+            taken = [row.get(key, np.nan) for row in rows]
+            panel.bar(places + (i + 0.5) * width - 0.4, taken, width, color=colour, label=name)
+        panel.set_xticks(places, [row["shape"].replace(" (", "\n(") for row in rows], fontsize=6)
+        panel.set(yscale="log", ylabel="ms, forward and backward")
+        panel.grid(True, axis="y", linewidth=0.4, alpha=0.5)
+        figure.legend(loc="outside upper center", ncols=len(sides), frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _panels(rows: Sequence[dict[str, Any]], key: str, label: str) -> matplotlib.figure.Figure:
+    structures = list(dict.fromkeys(row["structure"] for row in rows))
+    axes = list(dict.fromkeys(row["axis"] for row in rows))
+    sides = list(dict.fromkeys(row["side"] for row in rows))
+    size = (3.2 * len(axes), 2.7 * len(structures) + 0.4)
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(structures), len(axes), squeeze=False)
+    for line, structure in zip(panels, structures, strict=True):
+        for panel, axis in zip(line, axes, strict=True):
+            here = [row for row in rows if (row["structure"], row["axis"]) == (structure, axis)]
+            for side, colour, marker in zip(sides, COLOURS, MARKERS, strict=False):
+                points = [(row["size"], row[key]) for row in here if row["side"] == side]
+                points = sorted(point for point in points if point[1] > 0)
+                shape = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2}
+                panel.plot(*np.array(points).reshape(-1, 2).T, label=side, **shape)
+            panel.set(xscale="log", yscale="log", xlabel=axis, title=f"Σ {structure}")
+            panel.grid(True, which="major", linewidth=0.4, alpha=0.5)
+        line[0].set_ylabel(label)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
