@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from iada_kernels.low_rank import is_low_rank
+
 
 class LossInputs(NamedTuple):
     """The tensors of Eq. 6. None stands for a term that is absent."""
@@ -22,7 +24,8 @@ class LossInputs(NamedTuple):
     weight: Tensor  # (C, A)
     bias: Tensor | None  # (C)
     labels: Tensor  # (N) int64
-    covariance: Tensor | None = None  # (C, A, A), symmetric, or its diagonal (C, A)
+    # (C, A, A), symmetric; or its diagonal (C, A); or packed (C, (1 + r) A), see `low_rank`
+    covariance: Tensor | None = None
     epsilon: Tensor | None = None  # (N)
     log_prior: Tensor | None = None  # (C)
 
@@ -38,6 +41,11 @@ class LossInputs(NamedTuple):
     def has_full_covariance(self) -> bool:
         """Whether Σ is given, and as matrices (C, A, A)."""
         return self.covariance is not None and self.covariance.dim() == 3
+
+    @property
+    def has_low_rank_covariance(self) -> bool:
+        """Whether Σ is given, and packed with at least one factor."""
+        return self.covariance is not None and is_low_rank(self.covariance, self.features.shape[-1])
 
 
 class LossOptions(NamedTuple):

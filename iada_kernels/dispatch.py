@@ -34,6 +34,7 @@ def select_backend(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     options: LossOptions | None = None,
+    low_rank: bool = False,
 ) -> Backend:
     """The module that computes on `device` for features of `dtype`, with these options.
 
@@ -45,6 +46,7 @@ def select_backend(
         device: of the tensors.
         dtype: of the features.
         options: of the loss, some of which only torch operators serve.
+        low_rank: whether it is for a low-rank Σ, which only torch operators serve.
 
     Raises:
         ValueError: an unknown name.
@@ -57,9 +59,11 @@ def select_backend(
         )
     chosen = name or BEST.get(device.type, "torch")
     reason = _why_not(chosen, device, dtype)
-    smoothed = options is not None and options.label_smoothing and chosen != "torch"
-    if smoothed and not reason:
-        reason = "label_smoothing is served by torch operators"
+    smoothed = options is not None and options.label_smoothing
+    only_torch = chosen != "torch" and (smoothed or low_rank)
+    if only_torch and not reason:
+        what = "label_smoothing" if smoothed else "a low-rank covariance"
+        reason = f"{what} is served by torch operators"
     if not reason:
         if chosen == "triton":
             return triton_backend()
@@ -69,7 +73,7 @@ def select_backend(
             f"backend: {name!r} cannot serve tensors on {device}: {reason}; "
             "use backend=None or backend='torch'"
         )
-    if dtype in DTYPES and not smoothed:  # else there is nothing to install
+    if dtype in DTYPES and not only_torch:  # else there is nothing to install
         _warn_once(chosen, device.type)
     return torch_ops
 

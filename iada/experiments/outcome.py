@@ -84,7 +84,7 @@ def covariance_diagnostics(
     sample that was not visited has 0.
     """
     covariance = trainer.method.covariance
-    if covariance is None or covariance.covariance.shape[:2].numel() > MOST_EIGENVALUES:
+    if covariance is None or covariance.mean.numel() > MOST_EIGENVALUES:
         return {"spectrum": None, "surrogate": None}
     count = len(train)  # type: ignore[arg-type]
     rows = torch.arange(GAP_ROWS) * count // GAP_ROWS if count > GAP_ROWS else torch.arange(count)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
 from iada_kernels.dispatch import select_backend
+from iada_kernels.low_rank import difference_norm, is_low_rank, unpacked
 
 
 def closed_form_step(
@@ -33,7 +34,8 @@ def closed_form_step(
     former, weights = inputs.covariance, class_weights
     assert former is not None
     options = LossOptions(alpha, beta, -100, "mean" if weights is None else "sum")
-    backend = select_backend(None, inputs.features.device, inputs.features.dtype)
+    h, low_rank = inputs.features, inputs.has_low_rank_covariance
+    backend = select_backend(None, h.device, h.dtype, low_rank=low_rank)
     moves = covariance_lr != 0
     grad_epsilon, sums = backend.hypergradient(inputs, options, tangents, moves)
     # Weights of classes scale what each class's samples give: its Σ's gradient, and their ε's.
@@ -64,8 +66,11 @@ def inverse_rate(optimizer: torch.optim.Optimizer, weight: Tensor) -> float:
     return 1 / rate if rate > 0 else 0.0
 
 
-def relative_change(sigma: Tensor, former: Tensor) -> Tensor:
-    """‖Σ − Σ'‖ / ‖Σ'‖ over all classes, (); 0 for two zeros."""
+def relative_change(sigma: Tensor, former: Tensor, width: int) -> Tensor:
+    """‖Σ − Σ'‖ / ‖Σ'‖ over all classes, (); 0 for two zeros. width: A."""
     tiny = torch.finfo(former.dtype).tiny
+    if is_low_rank(sigma, width):
+        change, size = difference_norm(unpacked(sigma, width), unpacked(former, width))
+        return change / size.clamp(min=tiny)
     norm = torch.linalg.vector_norm
     return norm(sigma - former) / norm(former).clamp(min=tiny)

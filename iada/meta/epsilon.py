@@ -38,12 +38,11 @@ class EpsilonScale:
         check_choice("epsilon_unit", self.unit, EPSILON_UNITS)
 
     @torch.no_grad()
-    def at(self, covariance: Tensor, labels: Tensor) -> Tensor | float:
-        """The scale of each sample, (N), or of all: covariance (C, A, A) or (C, A), labels (N)."""
+    def at(self, covariance: ClassCovariance, labels: Tensor) -> Tensor | float:
+        """The scale of each sample, (N), or of all; labels (N)."""
         if self.unit == "feature":
             return self.factor
-        variances = covariance.diagonal(dim1=1, dim2=2) if covariance.dim() == 3 else covariance
-        return self.factor * variances.mean(dim=1).clamp(min=0).sqrt()[labels]
+        return self.factor * covariance.variances.mean(dim=1).clamp(min=0).sqrt()[labels]
 
 
 class Observed(NamedTuple):
@@ -107,7 +106,7 @@ class SampleEpsilon(nn.Module):
         """The characteristics f of the whole batch, which the memory takes in, and ε's unit."""
         features, rows = forward.global_features, forward.rows
         sigma = covariance.covariance
-        unit = self.scale.at(sigma, rows.labels)
+        unit = self.scale.at(covariance, rows.labels)
         if self.perturbation is None:
             return Observed(features[:, :0], unit, sigma)
         logits = linear(features, head.weight, head.bias)

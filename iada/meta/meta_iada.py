@@ -77,7 +77,8 @@ class MetaIADA(BilevelMethod):
         perturbation: the network Ω; a new `PerturbationNet` by default.
         perturbation_optimizer: its optimizer; Adam at 1e-3 by default, as in the paper.
         epsilon: a number stands for the strengths of all samples, without Ω; 0 for no perturbation.
-        covariance: a `ClassCovariance`; a new full one by default.
+        covariance: a `ClassCovariance`; a new full one by default. Of a low-rank one Eq. 9 moves
+            the diagonal and the factors, by their own gradients.
         class_weights: of each class, (C), by which Eq. 7 and 10 weigh their losses: Σ ω_y ℓ / Σ ω_y
             over the batch, as F.cross_entropy with a weight. None for the mean.
         memory: last epoch's values for the characteristics; by default one of class means only.
@@ -98,9 +99,9 @@ class MetaIADA(BilevelMethod):
             at the published rates.
         persistent: keep what Eq. 9 does to Σ; False uses it for Eq. 10 only, as MetaSAug does.
         keep_semidefinite: a class whose Σ Eq. 9 would make indefinite, beyond rounding, keeps the
-            former one (a single variance does, in the diagonal structure); `held` counts how often.
-            An indefinite Σ rewards the classifier without bound for growing. Costs a Cholesky
-            factorization a class. False is Eq. 9 as published.
+            former one (a single variance of the diagonal does, in the other structures); `held`
+            counts how often. An indefinite Σ rewards the classifier without bound for growing.
+            Costs a Cholesky factorization a class, of a full Σ. False is Eq. 9 as published.
         project: in place of that move Σ to the nearest positive semidefinite matrix, by
             eigenvalues; `projections` counts the classes for which that changed something.
         clip_norm: largest norm of the gradient in Eq. 10, 0 for no clipping.
@@ -282,7 +283,7 @@ class MetaIADA(BilevelMethod):
             features, sigma = self._by_closed_form(forward, epsilon, meta_rows)
         sigma = self._keep(sigma)
         if former is not None:
-            self.covariance_change.copy_(relative_change(sigma, former))
+            self.covariance_change.copy_(relative_change(sigma, former, self.head.in_features))
             self._change_measured = True
         return features, observed._replace(sigma=sigma)
 
@@ -354,10 +355,11 @@ class MetaIADA(BilevelMethod):
     def _keep(self, sigma: Tensor) -> Tensor:
         """Σ after Eq. 9, on demand positive semidefinite, and kept if it is to persist."""
         if self.project:
-            sigma, changed = nearest_positive_semidefinite(sigma)
+            sigma, changed = nearest_positive_semidefinite(sigma, self.head.in_features)
             self.projections += changed
         elif self.keep_semidefinite and sigma is not self.covariance.covariance:
-            sigma, back = semidefinite_or_former(sigma, self.covariance.covariance)
+            width = self.head.in_features
+            sigma, back = semidefinite_or_former(sigma, self.covariance.covariance, width)
             self.held += back
         if self.persistent and sigma is not self.covariance.covariance:
             self.covariance.covariance.copy_(sigma)

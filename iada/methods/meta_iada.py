@@ -45,10 +45,11 @@ class LearnedCovarianceOptions(BilevelOptions, CovarianceOptions):
         memory = TrainingMemory(run.head.out_features, len(run.train_set))  # type: ignore[arg-type]
         shared = [field.name for field in fields(LearnedCovarianceOptions)]
         options = {name: getattr(self, name) for name in shared}
-        del options["alpha_ramp"], options["structure"]
+        for name in ("alpha_ramp", "structure", "rank"):
+            del options[name]
         return MetaIADA(
             class_counts=run.class_counts,
-            covariance=run.covariance(self.structure),
+            covariance=run.covariance(self.structure, self.rank),
             memory=run.placed(memory),
             **options,
             **run.arguments,

@@ -23,6 +23,7 @@ from iada.utils.checks import (
 )
 from iada.utils.distributed import Group, add_up, size_of
 from iada_kernels.contract import LossInputs, LossOptions
+from iada_kernels.low_rank import LowRankCovariance
 
 
 class Extras(NamedTuple):
@@ -46,14 +47,17 @@ def loss_of_rows(
 ) -> Tensor:
     """Checks the arguments, has `compute` give the loss of rows (N, A), and finishes it.
 
-    `inputs` may have leading dimensions, a `ClassCovariance` for its tensor, and labels of any
-    integer dtype; `compute` gets them as `LossInputs` says. With `streams`, features must be finite
-    too. ValueError names the argument that does not fit. With a group, whose ranks all have rows of
-    the batch, the mean over the ranks of the losses is that of the batch.
+    `inputs` may have leading dimensions, a `ClassCovariance` or `LowRankCovariance` for its tensor,
+    and labels of any integer dtype; `compute` gets them as `LossInputs` says. With `streams`,
+    features must be finite too. ValueError names the argument that does not fit. With a group,
+    whose ranks all have rows of the batch, the mean over the ranks of the losses is that of the
+    batch.
     """
     leading, features = None, inputs.features
     if isinstance(inputs.covariance, ClassCovariance):
         inputs = inputs._replace(covariance=inputs.covariance.covariance)
+    elif isinstance(inputs.covariance, LowRankCovariance):
+        inputs = inputs._replace(covariance=_packed(inputs.covariance, inputs.weight))
     soft = _is_soft(inputs)
     if isinstance(features, Tensor) and features.dim() != 2:
         leading = features.shape[:-1]
@@ -192,6 +196,18 @@ def _soft_target_loss(inputs: LossInputs, options: LossOptions, extras: Extras) 
         if options.reduction == "none":
             return losses
         return losses.sum() / (max(1, count) if options.reduction == "mean" else 1)
+
+
+def _packed(covariance: LowRankCovariance, weight: Tensor) -> Tensor:
+    """As kernels take it, checked."""
+    sizes = tuple(weight.shape) if isinstance(weight, Tensor) else (None, None)
+    for name, tensor, shape in zip(
+        covariance._fields, covariance, (sizes, (*sizes, None)), strict=True
+    ):
+        expected = f"a floating-point tensor {('(C, A)', '(C, A, r)')[len(shape) - 2]}"
+        check_float(f"covariance.{name}", tensor, expected, shape)
+    check_device("covariance.factors", covariance.factors, covariance.diagonal.device, "diagonal")
+    return covariance.packed()
 
 
 def _logits(inputs: LossInputs) -> Tensor:

@@ -24,9 +24,10 @@ from iada.utils.distributed import (
     others_told,
 )
 from iada_kernels.dispatch import select_backend
+from iada_kernels.low_rank import LowRankCovariance, unpacked, variances
 from iada_kernels.streaming import without_ignored
 
-STRUCTURES = ("full", "diag")
+STRUCTURES = ("full", "diag", "low-rank")
 MANY_LENT = 16
 
 
@@ -38,7 +39,9 @@ class ClassCovariance(nn.Module):
 
         Σ ← (1−w) Σ + w Σ′ + w(1−w)(μ−μ′)(μ−μ′)ᵀ,   μ ← μ + w(μ′−μ),   n ← n+m,   w = m/(n+m)
 
-    for a class with m rows in the batch, of mean μ′ and covariance Σ′. It lives in buffers, so
+    for a class with m rows in the batch, of mean μ′ and covariance Σ′. The low-rank structure keeps
+    diag(d_c) + U_c U_cᵀ of that, its diagonal exactly. What streaming drops off the diagonal is at
+    most √(d_a d_b) at (a, b), and Σ_a d_a in norm; at rank A it is nothing. Σ lives in buffers, so
     that state_dict, .to() and checkpoints carry it; .half() and .bfloat16() leave it in float32.
 
     >>> state = iada.ClassCovariance(num_classes=2, num_features=3, structure="diag")
@@ -49,7 +52,9 @@ class ClassCovariance(nn.Module):
     Args:
         num_classes: C.
         num_features: A.
-        structure: "full" keeps (C, A, A), "diag" the variances only, (C, A).
+        structure: "full" keeps (C, A, A), "diag" the variances only, (C, A), "low-rank" a diagonal
+            and `rank` directions of each class.
+        rank: r of "low-rank", 0 or more, for which 32 is a start. None for the others.
         device: of the buffers.
         dtype: of the buffers; float32 or float64.
         process_group: of torch.distributed, whose ranks pass each their rows of every batch, as
@@ -57,7 +62,8 @@ class ClassCovariance(nn.Module):
             the same bits as one process with the whole batch. None for a single process.
 
     Attributes:
-        covariance: Σ, symmetric, (C, A, A) or (C, A), in squared units of the features.
+        covariance: Σ, symmetric, (C, A, A) or (C, A), in squared units of the features; of the
+            low-rank structure packed, (C, (1 + r) A), of which `low_rank` is a view.
         mean: μ, (C, A).
         count: n, (C) int64.
     """
@@ -71,6 +77,7 @@ class ClassCovariance(nn.Module):
         num_classes: int,
         num_features: int,
         structure: str = "full",
+        rank: int | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -87,11 +94,33 @@ class ClassCovariance(nn.Module):
         self.structure = structure
         self._lent: list[weakref.ref[LentCovariance]] = []
         shape = (num_classes, num_features)
-        sigma = (*shape, num_features) if structure == "full" else shape
+        self.rank = _checked_rank(structure, rank)
+        sigma: tuple[int, ...] = (num_classes, num_features * (1 + self.rank))
+        if structure == "full":
+            sigma = (*shape, num_features)
         self.register_buffer("covariance", torch.zeros(sigma, device=device, dtype=dtype))
         self.register_buffer("mean", torch.zeros(shape, device=device, dtype=dtype))
         count = torch.zeros(num_classes, device=device, dtype=torch.int64)
         self.register_buffer("count", count)
+
+    @property
+    def low_rank(self) -> LowRankCovariance:
+        """The diagonal (C, A) and the factors (C, A, r) of the low-rank structure, as views."""
+        if self.structure == "full":
+            remedy = "build it with structure='low-rank'"
+            raise refusal("structure", "'low-rank'", repr(self.structure), remedy)
+        return unpacked(self.covariance, self.mean.shape[1])
+
+    @property
+    def variances(self) -> Tensor:
+        """The diagonal of Σ, (C, A), in any structure."""
+        return variances(self.covariance, self.mean.shape[1])
+
+    def dense(self) -> Tensor:
+        """Σ with all its entries in any structure, (C, A, A)."""
+        if self.structure == "diag":
+            return torch.diag_embed(self.covariance)
+        return self.covariance if self.structure == "full" else self.low_rank.dense()
 
     @torch.no_grad()
     def update(
@@ -145,7 +174,8 @@ class ClassCovariance(nn.Module):
         self, features: Tensor, labels: Tensor, ignore_index: int, backend: str | None
     ) -> None:
         labels = without_ignored(labels.long(), ignore_index, len(self.mean))
-        passes = select_backend(backend, self.mean.device, features.dtype)
+        low_rank = self.rank > 0
+        passes = select_backend(backend, self.mean.device, features.dtype, low_rank=low_rank)
         self.settle()
         with full_precision(self.mean.device):
             passes.covariance_update(self.covariance, self.mean, self.count, features, labels)
@@ -191,7 +221,21 @@ class ClassCovariance(nn.Module):
 
     def extra_repr(self) -> str:
         num_classes, width = self.mean.shape
-        return f"{num_classes}, {width}, structure={self.structure!r}"
+        rank = f", rank={self.rank}" if self.structure == "low-rank" else ""
+        return f"{num_classes}, {width}, structure={self.structure!r}{rank}"
+
+
+def _checked_rank(structure: str, rank: int | None) -> int:
+    """r, 0 for the structures without."""
+    if structure != "low-rank":
+        if rank is not None:
+            expected = f"None with structure={structure!r}"
+            raise refusal("rank", expected, repr(rank), "structure='low-rank' has one")
+        return 0
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+        remedy = "32 is a start; 0 is the diagonal structure"
+        raise refusal("rank", "an int from 0 for structure='low-rank'", repr(rank), remedy)
+    return rank
 
 
 def _awaited(ref: "weakref.ref[LentCovariance]") -> LentCovariance | None:

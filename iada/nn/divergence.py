@@ -47,7 +47,7 @@ def sign_of_divergence(
     """What was expected and what came, or None."""
     sigma, mean = covariance.covariance, covariance.mean
     weight = head.weight.to(sigma.dtype)
-    trace = (sigma.diagonal(dim1=1, dim2=2) if sigma.dim() == 3 else sigma).sum(dim=1)
+    trace = covariance.variances.sum(dim=1)
     lowest, place = trace.min(dim=0)
     classes = trace.topk(min(CLASSES, len(trace))).indices
     with full_precision(sigma.device):

@@ -7,6 +7,7 @@ from torch import Tensor
 from iada.nn.arguments import Extras, loss_of_rows
 from iada.nn.class_covariance import ClassCovariance
 from iada_kernels.contract import LossInputs, LossOptions
+from iada_kernels.low_rank import LowRankCovariance, without_factors
 
 
 def eager_loss(
@@ -15,7 +16,7 @@ def eager_loss(
     bias: Tensor | None,
     labels: Tensor,
     *,
-    covariance: Tensor | ClassCovariance | None = None,
+    covariance: Tensor | LowRankCovariance | ClassCovariance | None = None,
     epsilon: Tensor | None = None,
     log_prior: Tensor | None = None,
     alpha: float = 0.5,
@@ -53,7 +54,8 @@ def _compute(inputs: LossInputs, options: LossOptions) -> Tensor:
         shift = inputs.epsilon[:, None].to(dtype) * _perturbation_sign(logits, weight, target)
         adjusted = F.linear(features + shift, weight, bias)
     if inputs.covariance is not None:
-        quadratic = _isda_quadratic(weight, inputs.covariance.to(dtype), target)
+        sigma = without_factors(inputs.covariance, weight.shape[1])
+        quadratic = _isda_quadratic(weight, sigma.to(dtype), target)
         adjusted = adjusted + options.alpha * quadratic
     if inputs.log_prior is not None:
         adjusted = adjusted + options.beta * inputs.log_prior.to(dtype)

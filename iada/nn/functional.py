@@ -7,6 +7,7 @@ from iada.nn.autograd import IADALossFunction, lender
 from iada.nn.class_covariance import ClassCovariance
 from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.dispatch import select_backend
+from iada_kernels.low_rank import LowRankCovariance
 
 
 def fused_loss(
@@ -15,7 +16,7 @@ def fused_loss(
     bias: Tensor | None,
     labels: Tensor,
     *,
-    covariance: Tensor | ClassCovariance | None = None,
+    covariance: Tensor | LowRankCovariance | ClassCovariance | None = None,
     epsilon: Tensor | None = None,
     log_prior: Tensor | None = None,
     alpha: float = 0.5,
@@ -38,9 +39,9 @@ def fused_loss(
     value, gradients and errors as `eager_loss`; gradients flow to every floating tensor but the
     weights of rows, to any order.
 
-    Without a full Σ nothing of size N×C is held where that is large (above 2²⁴ and above N×A): on
-    torch operators, and so on CPUs; not by Triton, with label_smoothing or return_logits, under
-    torch.compile, or with create_graph=True.
+    With a diagonal Σ or none nothing of size N×C is held where that is large (above 2²⁴ and above
+    N×A): on torch operators, and so on CPUs; not by Triton, with label_smoothing or return_logits,
+    under torch.compile, or with create_graph=True.
 
     >>> loss = iada.fused_loss(features, head.weight, head.bias, labels)
     >>> torch.allclose(loss, torch.nn.functional.cross_entropy(head(features), labels))
@@ -53,8 +54,9 @@ def fused_loss(
         bias: the head's bias b, (C), or None.
         labels: class indices y, (…), any integer dtype; or probabilities (…, C), floating, which
             take a log_prior but no covariance and no epsilon.
-        covariance: Σ, symmetric: (C, A, A), its diagonals (C, A), an `iada.ClassCovariance`, or
-            None for 0. float32 or float64.
+        covariance: Σ, symmetric: (C, A, A), its diagonals (C, A), an `iada.LowRankCovariance` or
+            an `iada.ClassCovariance`, or None for 0. float32 or float64. A low-rank Σ is served by
+            torch operators, with gradients by its diagonal and its factors.
         epsilon: perturbation strength ε of each row, (…), in units of the features; None for 0.
             The paper keeps it in (−1, 1); larger values are allowed.
         log_prior: log π, (C), or None for no adjustment.
@@ -81,7 +83,8 @@ def fused_loss(
     owner = covariance if isinstance(covariance, ClassCovariance) else None
 
     def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
-        passes = select_backend(backend, inputs.features.device, inputs.features.dtype, options)
+        h, low_rank = inputs.features, inputs.has_low_rank_covariance
+        passes = select_backend(backend, h.device, h.dtype, options, low_rank)
         return IADALossFunction.apply(options, passes, None, lender(owner), *inputs)
 
     inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)  # type: ignore[arg-type]

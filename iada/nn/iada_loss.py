@@ -44,6 +44,7 @@ class IADALoss(nn.Module):
         dtype: of the buffers; float32 or float64.
         process_group: of torch.distributed, whose ranks call it in training mode each with their
             rows of the batch, as many as they have. None for a single process.
+        rank: of the low-rank structure, see `ClassCovariance`.
 
     With a process group, in training mode, the mean over the ranks of what is returned is the loss
     of one process with the whole batch, and so for the gradients, which DistributedDataParallel and
@@ -71,10 +72,11 @@ class IADALoss(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         process_group: Group = None,
+        rank: int | None = None,
     ) -> None:
         super().__init__()
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        sizes = (num_classes, num_features, structure)
+        sizes = (num_classes, num_features, structure, rank)
         self.covariance = ClassCovariance(*sizes, **place, process_group=process_group)
         self._group = GroupReference(process_group)
         prior = None if class_counts is None else log_class_prior(class_counts, num_classes)
@@ -125,7 +127,9 @@ class IADALoss(nn.Module):
             return self._of_own_rows(inputs, options, extras, group)
 
         def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
-            passes = select_backend(self.backend, features.device, features.dtype, options)
+            low_rank = inputs.has_low_rank_covariance
+            h = inputs.features
+            passes = select_backend(self.backend, h.device, h.dtype, options, low_rank)
             stream = None
             if self.training:
                 state.settle()
@@ -143,7 +147,10 @@ class IADALoss(nn.Module):
 
             def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
                 features = inputs.features
-                passes = select_backend(self.backend, features.device, features.dtype, options)
+                low_rank = inputs.has_low_rank_covariance
+                passes = select_backend(
+                    self.backend, features.device, features.dtype, options, low_rank
+                )
                 checks.close()  # passed: from here on ranks exchange
                 ignore_index = options.ignore_index
                 state.update(

@@ -4,14 +4,19 @@ import torch
 from torch import Tensor
 
 
-def nearest_positive_semidefinite(covariance: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_positive_semidefinite(
+    covariance: Tensor, width: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Σ with its negative eigenvalues at 0, and the number of classes that had any beyond rounding.
 
-    covariance (C, A, A), symmetric, or variances (C, A). A class without negative eigenvalues
-    keeps its bits.
+    covariance (C, A, A), symmetric, variances (C, A), or packed with this width A: then it is its
+    diagonal that is clamped. A class without negative eigenvalues keeps its bits.
     """
     if covariance.dim() == 2:
-        return covariance.clamp(min=0), (covariance < 0).any(dim=1).sum()
+        negative = covariance < 0
+        if width is not None:
+            negative[:, width:] = False
+        return covariance.masked_fill(negative, 0.0), negative.any(dim=1).sum()
     values, vectors = torch.linalg.eigh(covariance)
     rounding = values.abs().amax(dim=1) * values.shape[1] * torch.finfo(values.dtype).eps
     negative = values[:, 0] < -rounding
@@ -19,18 +24,24 @@ def nearest_positive_semidefinite(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(negative[:, None, None], clamped, covariance), negative.sum()
 
 
-def semidefinite_or_former(covariance: Tensor, former: Tensor) -> tuple[Tensor, Tensor]:
+def semidefinite_or_former(
+    covariance: Tensor, former: Tensor, width: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Σ after a step; as before the step where that is indefinite beyond rounding; and how many.
 
-    The step goes back whole for a class, and in the diagonal structure for each variance by
-    itself. Semidefinite is what a Cholesky factorization of Σ + A · rounding · trace goes through,
-    so that no eigenvalues are needed and nothing waits for the device. NaN counts as indefinite.
+    The step goes back whole for a class, and in the diagonal and the low-rank structure for each
+    variance of the diagonal by itself: U Uᵀ is semidefinite whatever U is. Semidefinite is what a
+    Cholesky factorization of Σ + A · rounding · trace goes through, so that no eigenvalues are
+    needed and nothing waits for the device. NaN counts as indefinite.
 
-    covariance, former: (C, A, A), symmetric, or variances (C, A); former is semidefinite.
+    covariance, former: (C, A, A), symmetric, variances (C, A), or packed with this width A; former
+    is semidefinite.
     Returns Σ and the number of classes that went back, ().
     """
     if covariance.dim() == 2:
         fine = covariance >= 0
+        if width is not None:
+            fine[:, width:] = covariance[:, width:].isfinite()
         return torch.where(fine, covariance, former), (~fine).any(dim=1).sum()
     limits = torch.finfo(covariance.dtype)
     trace = former.diagonal(dim1=1, dim2=2).sum(dim=1)

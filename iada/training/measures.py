@@ -70,8 +70,7 @@ class EpochMeasures(nn.Module):
         share = counts["adversarial"] / counts["visits"]  # 0 / 0 is NaN
         trace = None
         if covariance is not None:
-            sigma = covariance.covariance
-            trace = (sigma.diagonal(dim1=1, dim2=2) if sigma.dim() == 3 else sigma).sum(dim=1)
+            trace = covariance.variances.sum(dim=1)
         strengths = bool(counts["visits"].any())
         return {
             "loss": number_or_none(self.losses.nanmean()),

@@ -246,13 +246,15 @@ def _check_loss_options(options: LossOptions) -> None:
 
 
 def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:
-    """float32 or float64, full (C, A, A) or diagonal (C, A)."""
+    """float32 or float64, full (C, A, A), diagonal (C, A) or packed (C, (1 + r) A)."""
     full, diagonal = (num_classes, width, width), (num_classes, width)
     expected = f"a float32 or float64 tensor {full} (full) or {diagonal} (diagonal)"
     check_tensor("covariance", covariance, expected + " or an iada.ClassCovariance")
     if covariance.dtype not in (torch.float32, torch.float64):
         got = f"dtype {covariance.dtype}"
         raise refusal("covariance", expected, got, "keep statistics in float32: covariance.float()")
-    if tuple(covariance.shape) not in (full, diagonal):
+    shape = tuple(covariance.shape)
+    packed = len(shape) == 2 and width and shape[1] and shape[1] % width == 0
+    if shape not in (full, diagonal) and not (packed and shape[0] == num_classes):
         remedy = f"build it with iada.ClassCovariance({num_classes}, {width})"
-        raise refusal("covariance", expected, f"shape {tuple(covariance.shape)}", remedy)
+        raise refusal("covariance", expected, f"shape {shape}", remedy)

@@ -10,6 +10,7 @@ from einops import einsum
 from torch import Tensor
 
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
+from iada_kernels.low_rank import without_factors
 from iada_kernels.reference.loss import adjusted_logits, perturbation_sign
 
 
@@ -54,7 +55,7 @@ def hypergradient(
     tangents: HeadTangents,
     sign: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(∂L̇/∂ε (N), ∂L̇/∂Σ symmetric), None for what is not there."""
+    """(∂L̇/∂ε (N), ∂L̇/∂Σ symmetric, or by d and U of a packed one), None for what is not there."""
     covariance, epsilon = (
         None if t is None else t.detach().requires_grad_()
         for t in (inputs.covariance, inputs.epsilon)
@@ -75,8 +76,8 @@ def _quadratic_tangent(
     """The derivative of ρ_ij along V, (N, C), which sees the symmetric part of Σ only."""
     delta = weight[None, :, :] - weight[labels][:, None, :]
     delta_tangent = weight_tangent[None, :, :] - weight_tangent[labels][:, None, :]
-    sigma = covariance[labels]
-    if covariance.dim() == 2:
+    sigma = without_factors(covariance, weight.shape[1])[labels]
+    if sigma.dim() == 2:
         return einsum(delta, sigma, delta_tangent, "n c a, n a, n c a -> n c")
     sigma = (sigma + sigma.mT) / 2
     return einsum(delta, sigma, delta_tangent, "n c a, n a b, n c b -> n c")

@@ -1,7 +1,7 @@
 """The IADA loss (Eq. 6) in tiles of rows × classes: nothing of size N×C is held.
 
-For heads of many classes without a full Σ. Over the classes j ≠ y of each row the forward pass adds
-up, tile by tile and relative to the largest logit so far, as attention does,
+For heads of many classes, with a diagonal Σ or none. Over the classes j ≠ y of each row the forward
+pass adds up, tile by tile and relative to the largest logit so far, as attention does,
 
     λ = log Σ_j exp z̃_j ,   m = Σ_j exp(z̃_j − λ) w_j
 
@@ -79,6 +79,7 @@ def has_many_classes(inputs: LossInputs) -> bool:
         count * num_classes > MOST_LOGITS
         and num_classes > max(1, width)
         and not inputs.has_full_covariance
+        and not inputs.has_low_rank_covariance
         and not torch.compiler.is_compiling()
     )
 

@@ -10,13 +10,15 @@ Rows are centred on their batch mean before any product, so that large means do 
 import torch
 from torch import Tensor
 
+from iada_kernels.low_rank import is_low_rank
 from iada_kernels.torch_ops.blocking import blocks
+from iada_kernels.torch_ops.low_rank_update import low_rank_update
 
 
 def covariance_update(
     covariance: Tensor, mean: Tensor, count: Tensor, features: Tensor, labels: Tensor
 ) -> None:
-    """One batch, in place on covariance (C, A, A) or (C, A), mean (C, A) and count (C) int64.
+    """One batch, in place on covariance (any structure), mean (C, A) and count (C) int64.
 
     features (N, A) and labels (N) int64 are read only. A row with a label outside [0, C) is left
     out; a class absent from the batch keeps its bits. No synchronisation on an accelerator; on
@@ -37,7 +39,9 @@ def covariance_update(
     present, batch_mean, divisor = size[:-1], batch_mean[:-1], divisor[:-1]
     w = (present.to(mean.dtype) / (count + present).clamp(min=1))[:, None]
     shift = batch_mean - mean
-    if covariance.dim() == 2:
+    if is_low_rank(covariance, width):
+        low_rank_update(covariance, centred, labels, size, w, shift)
+    elif covariance.dim() == 2:
         spread = sums.index_add(0, labels, centred * centred)[:-1] / divisor
         # Not Σ += w (Σ′ − Σ): of a small Σ′ that takes the place of a large Σ it keeps no digit.
         covariance.mul_(1 - w).add_(w * (spread + (1 - w) * shift * shift))

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
+from iada_kernels.low_rank import unpacked
+from iada_kernels.torch_ops import low_rank
 from iada_kernels.torch_ops.blocking import blocks, join
 from iada_kernels.torch_ops.loss import perturbation_sign, table_rows
 from iada_kernels.torch_ops.quadratic import class_table_and_tangent, differences
@@ -25,12 +27,14 @@ from iada_kernels.torch_ops.quadratic import class_table_and_tangent, difference
 class ClassSums:
     """α D and α c summed over each class's samples, divided as the loss is: (U, C) each.
 
-    classes (U) names the rows, which may repeat; None stands for every class in order.
+    classes (U) names the rows, which may repeat; None stands for every class in order. covariance:
+    a low-rank Σ itself, on whose factors the gradient by them depends.
     """
 
     classes: Tensor | None
     residual: Tensor
     curvature: Tensor
+    covariance: Tensor | None = None
 
 
 def hypergradient(
@@ -42,7 +46,7 @@ def hypergradient(
     bias = 0.0 if inputs.bias is None else inputs.bias.to(dtype)
     ignored = inputs.labels == options.ignore_index
     target = inputs.labels.masked_fill(ignored, 0)
-    classes = table_rows(target, weight)
+    classes = table_rows(target, inputs)
     table = table_tangent = None
     if inputs.covariance is not None:
         table, table_tangent = class_table_and_tangent(
@@ -99,18 +103,31 @@ def hypergradient(
         zero = weight.new_zeros(len(weight), len(weight))
         residual = zero.index_add(0, target, residual)
         curvature = zero.index_add_(0, target, curvature)
-    return grad_epsilon, ClassSums(classes, residual, curvature)
+    if not inputs.has_low_rank_covariance:
+        return grad_epsilon, ClassSums(classes, residual, curvature)
+    if classes is not None:
+        classes, residual, curvature = low_rank.class_sums(classes, residual, curvature)
+    return grad_epsilon, ClassSums(classes, residual, curvature, inputs.covariance)
 
 
 def covariance_step(
     covariance: Tensor, weight: Tensor, weight_tangent: Tensor, sums: ClassSums, scale: float
 ) -> None:
-    """Σ += scale · ∂L̇/∂Σ in place, for covariance (C, A, A) or (C, A)."""
+    """Σ += scale · ∂L̇/∂Σ in place, for covariance (C, A, A), (C, A), or packed.
+
+    Of a packed one the gradients are those by d and U.
+    """
     dtype = sums.residual.dtype
     weight, weight_tangent = weight.to(dtype), weight_tangent.to(dtype)
     num_classes, width = weight.shape
     if covariance.dim() == 2:
-        _add(covariance, sums.classes, slice(None), _diagonal(weight, weight_tangent, sums), scale)
+        grad = _diagonal(weight, weight_tangent, sums)
+        _add(unpacked(covariance, width).diagonal, sums.classes, slice(None), grad, scale)
+        if sums.covariance is not None:
+            parts = sums.classes, sums.residual, sums.curvature
+            low_rank.covariance_step(
+                covariance, sums.covariance, weight, weight_tangent, *parts, scale
+            )
         return
     count = num_classes if sums.classes is None else len(sums.classes)
     for rows in blocks(count, width * max(width, num_classes)):

@@ -24,7 +24,7 @@ from iada_kernels.contract import (
     LossOptions,
 )
 from iada_kernels.streaming import update_statistics
-from iada_kernels.torch_ops import class_blocks
+from iada_kernels.torch_ops import class_blocks, low_rank
 from iada_kernels.torch_ops.blocking import blocks, is_one_block, join
 from iada_kernels.torch_ops.class_blocks import SavedRows
 from iada_kernels.torch_ops.covariance import covariance_update
@@ -44,7 +44,7 @@ class SavedLoss:
     residual: Tensor  # D (N, C), 0 where ignored
     grad_epsilon: Tensor | None  # Σ_j D_ij T_ij (N)
     sign: Tensor | None  # s (N, A) where the batch is one block, else computed again
-    twice_product: Tensor | None  # 2 (W − 1w_c) Σ_c where that is small
+    product: Tensor | None  # of W and Σ where that is small, see `class_table_and_product`
     divisor: Tensor | None  # for the mean: the number of rows not ignored
 
 
@@ -63,10 +63,10 @@ def loss_forward(
     dtype = weight.dtype
     ignored = inputs.labels == options.ignore_index
     target = inputs.labels.masked_fill(ignored, 0)
-    classes = table_rows(target, weight)
-    table = twice_product = None
+    classes = table_rows(target, inputs)
+    table = product = None
     if inputs.covariance is not None and needs.weight:
-        table, twice_product = class_table_and_product(weight, inputs.covariance, classes)
+        table, product = class_table_and_product(weight, inputs.covariance, classes)
     elif inputs.covariance is not None:
         table = class_table(weight, inputs.covariance, classes)
     one_block = is_one_block(*inputs.features.shape)
@@ -101,7 +101,7 @@ def loss_forward(
     # Not in place: compiled by torch 2.11, a result that was changed in place has no gradient.
     value = reduced(join(losses).masked_fill(ignored, 0.0), divisor, options)
     grad_epsilon = join(grad_epsilons) if grad_epsilons else None
-    return value, SavedLoss(target, join(residuals), grad_epsilon, sign, twice_product, divisor)
+    return value, SavedLoss(target, join(residuals), grad_epsilon, sign, product, divisor)
 
 
 def loss_backward(
@@ -131,7 +131,7 @@ def loss_backward(
     if needs.weight:
         grads.weight = _grad_weight(inputs, saved, residual)
     if inputs.covariance is not None and (needs.weight or needs.covariance):
-        classes = table_rows(saved.target, weight)
+        classes = table_rows(saved.target, inputs)
         if classes is None:
             grad_table = weight.new_zeros(len(weight), len(weight))
             grad_table.index_add_(0, saved.target, residual, alpha=options.alpha)
@@ -141,7 +141,7 @@ def loss_backward(
             weight,
             inputs.covariance,
             classes,
-            saved.twice_product,
+            saved.product,
             grad_table,
             grads.weight,
             needs.covariance,
@@ -163,7 +163,7 @@ def loss_differentiable(inputs: LossInputs, options: LossOptions) -> Tensor:
             sign = perturbation_sign(logits, weight, target[:, None])
         z = z + inputs.epsilon[:, None].to(weight.dtype) * (sign @ weight.T)
     if inputs.covariance is not None:
-        classes = table_rows(target, weight)
+        classes = table_rows(target, inputs)
         table = class_table(weight, inputs.covariance, classes)
         z = z + options.alpha * (table[target] if classes is None else table)
     if inputs.log_prior is not None:
@@ -193,12 +193,15 @@ def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return features @ weight.T if bias is None else torch.addmm(bias, features, weight.T)
 
 
-def table_rows(target: Tensor, weight: Tensor) -> Tensor | None:
+def table_rows(target: Tensor, inputs: LossInputs) -> Tensor | None:
     """The classes of the table's rows: all (None), or one row a sample where those are fewer.
 
-    Counting the distinct labels would need the host.
+    Counting the distinct labels would need the host, which costs nothing on a CPU: the table of a
+    low-rank Σ does so there.
     """
-    return target if len(target) < len(weight) else None
+    few = len(target) < len(inputs.weight)
+    counted = inputs.has_low_rank_covariance and low_rank.counts_classes(target)
+    return target if few or counted else None
 
 
 def _cross_entropy(log_probability: Tensor, target: Tensor, options: LossOptions) -> Tensor:

@@ -9,8 +9,9 @@ repeat. Given G = ∂L/∂R,
     ∂L/∂W   = Σ_u [ diag(G_u)(W − 1w_c) Σ_c − e_c (G_uᵀ (W − 1w_c) Σ_c) ]
     ∂L/∂Σ_c = ½ Σ_u (W − 1w_c)ᵀ diag(G_u) (W − 1w_c)
 
-Shapes: weight (C, A), covariance (C, A, A) or (C, A), classes (U), R and G (U, C). Scratch is
-bounded by a few blocks, whatever the shape.
+Shapes: weight (C, A), covariance (C, A, A), (C, A) or packed, classes (U), R and G (U, C). Scratch
+is bounded by a few blocks, whatever the shape. Here are the choice of the structure and the full
+one; `diagonal` and `low_rank` have the others.
 """
 
 from collections.abc import Iterator
@@ -18,15 +19,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from iada_kernels.low_rank import is_low_rank
+from iada_kernels.torch_ops import low_rank
 from iada_kernels.torch_ops.blocking import BLOCK_ELEMENTS, blocks, is_one_block, join
+from iada_kernels.torch_ops.diagonal import (
+    diagonal_backward,
+    diagonal_table,
+    diagonal_table_and_tangent,
+)
 
 FEW_ROWS = 32  # up to here a second product costs less than a transposed copy of a large Σ
 
 
 def class_table(weight: Tensor, covariance: Tensor, classes: Tensor | None = None) -> Tensor:
     """R (U, C), differentiable by autograd, in the dtype of `weight`."""
+    if is_low_rank(covariance, weight.shape[1]):
+        return low_rank.class_table(weight, covariance, classes)
     if covariance.dim() == 2:
-        return _diagonal_table(weight, covariance, classes)
+        return diagonal_table(weight, covariance, classes)
     tables = []
     for delta, sigma, _ in _full_blocks(weight, covariance, classes):
         tables.append(torch.linalg.vecdot(delta @ sigma, delta) * 0.5)
@@ -36,7 +46,12 @@ def class_table(weight: Tensor, covariance: Tensor, classes: Tensor | None = Non
 def class_table_and_product(
     weight: Tensor, covariance: Tensor, classes: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """R and, where that is small, 2 (W − 1w_c) Σ_c (U, C, A): ∂L/∂W need not read Σ again."""
+    """R and, where that is small, what spares ∂L/∂W a product, else None.
+
+    Of a full Σ it is 2 (W − 1w_c) Σ_c (U, C, A); of a low-rank one the projections on U_c.
+    """
+    if is_low_rank(covariance, weight.shape[1]):
+        return low_rank.class_table_and_projections(weight, covariance, classes)
     rows = len(weight) if classes is None else len(classes)
     if covariance.dim() == 2 or not is_one_block(rows, weight.numel()):
         return class_table(weight, covariance, classes), None
@@ -51,8 +66,10 @@ def class_table_and_tangent(
     weight: Tensor, weight_tangent: Tensor, covariance: Tensor, classes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """R and its derivative along V, Ṙ[u, j] = (w_j − w_c)ᵀ Σ_c (V_j − V_c), (U, C) each."""
+    if is_low_rank(covariance, weight.shape[1]):
+        return low_rank.class_table_and_tangent(weight, weight_tangent, covariance, classes)
     if covariance.dim() == 2:
-        return _diagonal_table_and_tangent(weight, weight_tangent, covariance, classes)
+        return diagonal_table_and_tangent(weight, weight_tangent, covariance, classes)
     tables, tangents = [], []
     for delta, sigma, rows in _full_blocks(weight, covariance, classes):
         product = _twice_product(delta, sigma)
@@ -71,29 +88,33 @@ def class_table_backward(
     weight: Tensor,
     covariance: Tensor,
     classes: Tensor | None,
-    twice_product: Tensor | None,
+    product: Tensor | None,
     grad_table: Tensor,
     grad_weight: Tensor | None,
     needs_covariance: bool,
 ) -> Tensor | None:
     """Add ∂L/∂W to `grad_weight` in place (None: not needed) and return ∂L/∂Σ if needed.
 
-    `twice_product` is what `class_table_and_product` gave. ∂L/∂Σ is in the dtype of `weight`.
+    `product` is what `class_table_and_product` gave. ∂L/∂Σ is in the dtype of `weight`.
     """
+    if is_low_rank(covariance, weight.shape[1]):
+        return low_rank.class_table_backward(
+            weight, covariance, classes, product, grad_table, grad_weight, needs_covariance
+        )
     if covariance.dim() == 2:
-        return _diagonal_backward(
+        return diagonal_backward(
             weight, covariance, classes, grad_table, grad_weight, needs_covariance
         )
-    if grad_weight is not None and twice_product is not None:
-        _add_product(grad_weight, classes, slice(None), twice_product, grad_table)
+    if grad_weight is not None and product is not None:
+        _add_product(grad_weight, classes, slice(None), product, grad_table)
         grad_weight = None
     grad_covariance = weight.new_zeros(covariance.shape) if needs_covariance else None
     if grad_weight is None and grad_covariance is None:
         return None
     for delta, sigma, rows in _full_blocks(weight, covariance, classes):
         if grad_weight is not None:
-            twice_product = _twice_product(delta, sigma)
-            _add_product(grad_weight, classes, rows, twice_product, grad_table[rows])
+            product = _twice_product(delta, sigma)
+            _add_product(grad_weight, classes, rows, product, grad_table[rows])
         if grad_covariance is not None:
             scaled = delta * (0.5 * grad_table[rows, :, None])
             if classes is None:
@@ -136,71 +157,3 @@ def _add_product(
         grad_weight[rows] -= scaled.sum(dim=1)
     else:
         grad_weight.index_add_(0, classes[rows], scaled.sum(dim=1), alpha=-1)
-
-
-# The diagonal form expands the square, because only then is it a matrix product. Differences of
-# rows do not change when W is centred; without centring, a common offset of the rows would cancel.
-
-
-def _diagonal_table(weight: Tensor, covariance: Tensor, classes: Tensor | None) -> Tensor:
-    weight = weight - weight.mean(dim=0)
-    w_label, sigma = _label_rows(weight, covariance, classes)
-    cross = sigma * w_label
-    squares = sigma @ (weight * weight).T - 2 * (cross @ weight.T)
-    table = 0.5 * (squares + torch.linalg.vecdot(cross, w_label)[:, None])
-    if classes is None:
-        return table - torch.diag(table.diagonal())  # ρ_y = 0, exactly
-    return table.scatter(1, classes[:, None], 0.0)
-
-
-def _diagonal_table_and_tangent(
-    weight: Tensor, weight_tangent: Tensor, covariance: Tensor, classes: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    weight_tangent = weight_tangent - weight_tangent.mean(dim=0)
-    table = _diagonal_table(weight, covariance, classes)
-    weight = weight - weight.mean(dim=0)
-    w_label, sigma = _label_rows(weight, covariance, classes)
-    v_label = weight_tangent if classes is None else weight_tangent[classes]
-    tangent = sigma @ (weight * weight_tangent).T - (sigma * w_label) @ weight_tangent.T
-    tangent -= (sigma * v_label) @ weight.T
-    tangent += torch.linalg.vecdot(sigma * w_label, v_label)[:, None]
-    if classes is None:
-        return table, tangent - torch.diag(tangent.diagonal())
-    return table, tangent.scatter(1, classes[:, None], 0.0)
-
-
-def _diagonal_backward(
-    weight: Tensor,
-    covariance: Tensor,
-    classes: Tensor | None,
-    grad_table: Tensor,
-    grad_weight: Tensor | None,
-    needs_covariance: bool,
-) -> Tensor | None:
-    # Row sums of G times w_c² are written out: they are 0 for the loss, but not for every G.
-    weight = weight - weight.mean(dim=0)
-    w_label, sigma = _label_rows(weight, covariance, classes)
-    total = grad_table.sum(dim=1, keepdim=True)
-    mixed = grad_table @ weight
-    if grad_weight is not None:
-        grad_weight += weight * (grad_table.T @ sigma) - grad_table.T @ (sigma * w_label)
-        label_rows = sigma * (total * w_label - mixed)
-        if classes is None:
-            grad_weight += label_rows
-        else:
-            grad_weight.index_add_(0, classes, label_rows)
-    if not needs_covariance:
-        return None
-    grad_rows = 0.5 * (grad_table @ (weight * weight) + w_label * (total * w_label - 2 * mixed))
-    if classes is None:
-        return grad_rows
-    return torch.zeros_like(weight).index_add_(0, classes, grad_rows)
-
-
-def _label_rows(
-    weight: Tensor, covariance: Tensor, classes: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    covariance = covariance.to(weight.dtype)
-    if classes is None:
-        return weight, covariance
-    return weight[classes], covariance[classes]

@@ -76,7 +76,8 @@ def make_engine(name="mlp", structure="full", dtype=torch.float64, prepare=None,
     ]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-3)
     torch.manual_seed(1)  # the perturbation network is the same whatever the backbone drew
-    covariance = iada.ClassCovariance(CLASSES, width, structure).to(dtype)
+    rank = 3 if structure == "low-rank" else None
+    covariance = iada.ClassCovariance(CLASSES, width, structure, rank).to(dtype)
     counts = torch.tensor([40, 20, 10])
     literal = {"covariance_lr": 1e6, "persistent": True, "keep_semidefinite": False}  # Eq. 9
     options = literal | options

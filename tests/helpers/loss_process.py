@@ -120,8 +120,9 @@ def check_rows(group):
 
 def check_covariance(group, structure, dtype):
     """All rows, in the order of ranks: the same bits as one process with all of them."""
-    state = iada.ClassCovariance(CLASSES, WIDTH, structure, process_group=group)
-    whole = iada.ClassCovariance(CLASSES, WIDTH, structure)
+    rank = 2 if structure == "low-rank" else None
+    state = iada.ClassCovariance(CLASSES, WIDTH, structure, rank, process_group=group)
+    whole = iada.ClassCovariance(CLASSES, WIDTH, structure, rank)
     for inputs, labels, parts in batches():
         features = inputs[:, :WIDTH].to(dtype)
         own = parts[rank_of(group)]
@@ -241,7 +242,7 @@ def check_engine(group):
 
 def main():
     group = current_group()
-    for structure in ("full", "diag"):
+    for structure in ("full", "diag", "low-rank"):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             check_covariance(group, structure, dtype)
     for reduction in ("mean", "sum"):
@@ -250,6 +251,7 @@ def main():
     weighted = {"class_weight": torch.tensor([0.5, 2.0, 1.0]), "label_smoothing": 0.0}
     check_ddp(group, inside=True, structure="diag", backend="torch", **weighted)
     check_ddp(group, inside=True, label_smoothing=0.1, backend="torch")
+    check_ddp(group, inside=True, structure="low-rank", rank=WIDTH)
     check_rows(group)
     check_errors(group)
     check_evaluation(group)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import iada
 from iada_kernels import reference
 from iada_kernels.contract import LossInputs, LossOptions
+from iada_kernels.low_rank import LowRankCovariance
 
 TENSORS = ("features", "weight", "bias", "covariance", "epsilon", "log_prior")
 LAYOUTS = ("contiguous", "transposed", "step", "offset", "expanded")
@@ -133,6 +134,7 @@ def random_problem(
     width: int = 5,
     *,
     structure: str | None = "full",
+    rank: int = 3,
     bias: bool = True,
     epsilon: bool = True,
     log_prior: bool = True,
@@ -149,7 +151,7 @@ def random_problem(
     """A problem whose every |g| exceeds `margin` times the largest weight.
 
     `ignored` is the share of rows that carry ignore_index. `dtypes` and `layouts` go by the name
-    of the tensor; a covariance stays at float32 or better.
+    of the tensor; a covariance stays at float32 or better. rank: of structure "low-rank", packed.
     """
     dtypes, layouts = dtypes or {}, layouts or {}
     options = {"alpha": 0.5, "beta": 1.0, "ignore_index": -100, "reduction": "mean"} | options
@@ -174,7 +176,7 @@ def random_problem(
             finish("weight", normal(classes, width)),
             finish("bias", normal(classes)) if bias else None,
             labels.to(label_dtype),
-            finish("covariance", _covariance(normal, classes, width, structure, symmetric)),
+            finish("covariance", _covariance(normal, classes, width, structure, rank, symmetric)),
             finish("epsilon", 2 * uniform(rows) - 1) if epsilon else None,
             finish("log_prior", (prior / prior.sum()).log()) if log_prior else None,
             options,
@@ -185,12 +187,20 @@ def random_problem(
 
 
 def _covariance(
-    normal: Callable[..., Tensor], classes: int, width: int, structure: str | None, symmetric: bool
+    normal: Callable[..., Tensor],
+    classes: int,
+    width: int,
+    structure: str | None,
+    rank: int,
+    symmetric: bool,
 ) -> Tensor | None:
     if structure is None:
         return None
     if structure == "diag":
         return normal(classes, width).square()
+    if structure == "low-rank":
+        factors = normal(classes, width, rank) / max(1, rank) ** 0.5
+        return LowRankCovariance(normal(classes, width).square(), factors).packed()
     factor = normal(classes, width, width + 2) / (width + 2) ** 0.5
     sigma = factor @ factor.mT
     return sigma if symmetric else sigma + 0.5 * normal(classes, width, width)

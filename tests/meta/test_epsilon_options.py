@@ -41,7 +41,7 @@ def test_class_deviation(structure):
     features = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(30) % 3
     covariance.update(features, labels)
-    scale = EpsilonScale(0.5, "class-deviation").at(covariance.covariance, labels[:4])
+    scale = EpsilonScale(0.5, "class-deviation").at(covariance, labels[:4])
     radius = [features[labels == c].var(dim=0, correction=0).sum().sqrt() for c in (0, 1, 2, 0)]
     torch.testing.assert_close(scale, 0.5 * torch.stack(radius) / 2)
 

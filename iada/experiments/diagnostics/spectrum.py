@@ -11,11 +11,13 @@ from iada.utils.checks import check_covariance, check_float, check_tensor, refus
 def spectrum(covariance: Tensor | ClassCovariance) -> Tensor:
     """Eigenvalues of Σ_c in squared units of the features, descending: (C, A) float64 on the CPU.
 
-    covariance: (C, A, A), of which the symmetric part counts, or variances (C, A). A negative
-    eigenvalue is what a step of Eq. 9 can leave; it is shown as it is.
+    covariance: (C, A, A), of which the symmetric part counts, or variances (C, A), or a
+    `ClassCovariance` of any structure. A negative eigenvalue is what a step of Eq. 9 can leave; it
+    is shown as it is.
     """
     if isinstance(covariance, ClassCovariance):
-        covariance = covariance.covariance
+        low_rank = covariance.structure == "low-rank"
+        covariance = covariance.dense() if low_rank else covariance.covariance
     check_tensor("covariance", covariance, "a tensor (C, A, A) or (C, A)")
     if covariance.dim() not in (2, 3):
         got = f"shape {tuple(covariance.shape)}"

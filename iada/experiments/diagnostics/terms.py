@@ -54,7 +54,7 @@ def regularization_terms(inputs: LossInputs, ignore_index: int = -100) -> Terms:
     if len(weight) == 1:  # no class but the own
         return Terms(*terms)
     with full_precision(features.device):
-        classes = table_rows(target, weight)
+        classes = table_rows(target, inputs)
         table = None if covariance is None else class_table(weight, covariance, classes)
         for rows in blocks(*features.shape):
             y = target[rows, None]
