@@ -164,10 +164,13 @@ def _onto_classes(
 
 @triton.jit
 def _sign_logits(
-    z, samples, residual, rows, row_mask, head, c, sizes, B: tl.constexpr, ACC: tl.constexpr,
-    DOT: tl.constexpr,
+    z, samples, residual, row_residual, rows, row_mask, head, c, sizes,
+    B: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """s is stored; T = s Wᵀ (rows, C) is returned. r passes through `residual`."""
+    """s is stored; T = s Wᵀ (rows, C) is returned.
+
+    r passes through `residual`, of which `row_residual` are the pointers to these rows.
+    """
     _, C, A = sizes
     offs_c, offs_a = tl.arange(0, B.C), tl.arange(0, B.A)
     class_mask, col_mask = offs_c < C, offs_a < A
@@ -177,8 +180,7 @@ def _sign_logits(
     r = tl.where(other_mask[None, :], tl.exp(z - row_max[:, None]), 0.0)
     mass = tl.sum(r, axis=1)
     r /= tl.where(mass > 0, mass, 1.0)[:, None]
-    ptrs = residual + rows[:, None] * C + offs_c[None, :]
-    tl.store(ptrs, r, mask=row_mask[:, None] & class_mask[None, :])
+    tl.store(row_residual, r, mask=row_mask[:, None] & class_mask[None, :])
     tl.debug_barrier()
     g = onto_features(
         residual, rows, row_mask, head.weight, head.stride, offs_a, col_mask, C,
@@ -279,6 +281,8 @@ def class_loss(
         at = start + tl.arange(0, B.M)
         row_mask = at < m
         rows = tl.load(order + at, mask=row_mask, other=0)
+        if residual is not None:  # formed once: ptxas keeps up to 12 registers fewer
+            row_residual = residual + rows[:, None] * C + offs_c[None, :]
         z = _onto_classes(
             samples.features, samples.stride, rows, row_mask, head, sizes, B, ACC, DOT
         )  # fmt: skip
@@ -286,7 +290,7 @@ def class_loss(
             z += tl.load(head.bias + offs_c, mask=class_mask, other=0.0).to(ACC)[None, :]
         if samples.sign is not None:
             sign_logits = _sign_logits(
-                z, samples, residual, rows, row_mask, head, c, sizes, B, ACC, DOT
+                z, samples, residual, row_residual, rows, row_mask, head, c, sizes, B, ACC, DOT
             )  # fmt: skip
             eps = load_epsilon(samples, rows, row_mask, ACC)
             z += eps[:, None] * sign_logits
@@ -304,7 +308,6 @@ def class_loss(
         if parts.epsilon is not None:
             tl.store(parts.epsilon + rows, tl.sum(d * sign_logits, axis=1), mask=row_mask)
         if residual is not None:
-            row_residual = residual + rows[:, None] * C + offs_c[None, :]
             tl.store(row_residual, d, mask=row_mask[:, None] & class_mask[None, :])
 
     if residual is not None:

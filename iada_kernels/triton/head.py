@@ -48,7 +48,7 @@ class Terms(NamedTuple):
 
 @triton.jit
 def logits_kernel(
-    samples, labels, weight, bias, diagonal, terms, z, sizes,
+    samples, weight, bias, labels, diagonal, terms, z, sizes,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -206,8 +206,8 @@ def _logits(
     tile = configuration.logits if diagonal is None else configuration.diagonal_logits
     launch(
         logits_kernel, tile.grid(*z.shape),
-        Samples.of(inputs, sign), Labels.of(inputs, options), weight,
-        contiguous_as(inputs.bias, weight.dtype), diagonal, terms, z, Sizes.of(inputs),
+        Samples.of(inputs, sign), weight, contiguous_as(inputs.bias, weight.dtype),
+        Labels.of(inputs, options), diagonal, terms, z, Sizes.of(inputs),
         like=weight, tile=tile, BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_A=tile.depth,
     )  # fmt: skip
 
