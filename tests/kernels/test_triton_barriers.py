@@ -59,7 +59,7 @@ EXCHANGES = [
     ("Σ", "class_loss.py", "tl.store(ptrs, s, mask=mask)", "class_loss.py", "tl.load(sigma +"),
     ("R", "class_loss.py", "tl.store(parts.sums +", "class_loss.py", "tl.load(class_sums"),
     ("P", "class_loss.py", "tl.store(ptrs, delta_sigma", "class_loss.py", "tl.load(weight_ptrs"),
-    ("r", "class_loss.py", "tl.store(ptrs, r,", None, None),
+    ("r", "class_loss.py", "tl.store(row_residual, r,", None, None),
     ("sign", "class_loss.py", "tl.store(ptrs, s, mask=row_mask", None, None),
     (
         *("D", "class_loss.py", "tl.store(row_residual, d,"),
