@@ -38,8 +38,9 @@ def select_backend(
 ) -> Backend:
     """The module that computes on `device` for features of `dtype`, with these options.
 
-    >>> iada_kernels.select_backend("torch", torch.device("cpu")).__name__
-    'iada_kernels.torch_ops'
+    Examples:
+        >>> iada_kernels.select_backend("torch", torch.device("cpu")).__name__
+        'iada_kernels.torch_ops'
 
     Args:
         name: one of `BACKENDS`, to insist on it; None for the best one for the device.

@@ -56,9 +56,10 @@ from iada_kernels.contract import LossInputs
 class MetaIADA(BilevelMethod):
     """Learns the classifier φ, the perturbation network Ω and the covariances Σ together.
 
-    >>> meta = iada.MetaIADA(backbone, head, optimizer, torch.bincount(train_labels), alpha=0.1)
-    >>> for batch, meta_batch in zip(loader, iada.endless(meta_loader)):
-    ...     result = meta.step(batch, meta_batch)
+    Examples:
+        >>> meta = iada.MetaIADA(backbone, head, optimizer, torch.bincount(train_labels), alpha=0.1)
+        >>> for batch, meta_batch in zip(loader, iada.endless(meta_loader)):
+        ...     result = meta.step(batch, meta_batch)
 
     Under `torch.autocast` call `step` inside it: the backbone's forwards then run in its dtype, all
     else in float32. BatchNorm's running statistics move once an iteration, by the training batch.

@@ -83,7 +83,8 @@ class MetaIADAOptions(LearnedCovarianceOptions):
     Ablations are alpha = 0 (without generalization), perturbation "constant" (without robustness),
     beta = 0 (without fairness) and scope = "head".
 
-    >>> config = iada.TrainerConfig(method=iada.MetaIADAOptions(alpha=0.1), epochs=20)
+    Examples:
+        >>> config = iada.TrainerConfig(method=iada.MetaIADAOptions(alpha=0.1), epochs=20)
 
     Args:
         beta: of Eq. 6.

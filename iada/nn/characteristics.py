@@ -120,9 +120,10 @@ def characteristics(
     The paper's own list is in an appendix that is not public; the columns here are this project's
     choice (docs/theory.md has them).
 
-    >>> log_prior = iada.log_class_prior(torch.bincount(train_labels))
-    >>> iada.characteristics(features, head(features), labels, head.weight, log_prior).shape[1]
-    15
+    Examples:
+        >>> log_prior = iada.log_class_prior(torch.bincount(train_labels))
+        >>> iada.characteristics(features, head(features), labels, head.weight, log_prior).shape[1]
+        15
 
     Args:
         features: h, (N, A).

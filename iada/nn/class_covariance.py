@@ -44,10 +44,11 @@ class ClassCovariance(nn.Module):
     most √(d_a d_b) at (a, b), and Σ_a d_a in norm; at rank A it is nothing. Σ lives in buffers, so
     that state_dict, .to() and checkpoints carry it; .half() and .bfloat16() leave it in float32.
 
-    >>> state = iada.ClassCovariance(num_classes=2, num_features=3, structure="diag")
-    >>> state.update(torch.tensor([[0.0, 0, 0], [2, 4, 6]]), torch.tensor([1, 1]))
-    >>> state.covariance[1], state.count
-    (tensor([1., 4., 9.]), tensor([0, 2]))
+    Examples:
+        >>> state = iada.ClassCovariance(num_classes=2, num_features=3, structure="diag")
+        >>> state.update(torch.tensor([[0.0, 0, 0], [2, 4, 6]]), torch.tensor([1, 1]))
+        >>> state.covariance[1], state.count
+        (tensor([1., 4., 9.]), tensor([0, 2]))
 
     Args:
         num_classes: C.

@@ -15,8 +15,9 @@ NEGATIVE = -0.01  # of the largest trace: more than rounding, or one unsound ste
 def check_divergence(head: nn.Linear, covariance: ClassCovariance, alpha: float) -> None:
     """FloatingPointError if training has diverged; waits for the device, so call it once an epoch.
 
-    >>> covariance = iada.ClassCovariance(10, 64)
-    >>> iada.check_divergence(head, covariance, alpha=0.5)
+    Examples:
+        >>> covariance = iada.ClassCovariance(10, 64)
+        >>> iada.check_divergence(head, covariance, alpha=0.5)
 
     A loss need not show it: −∞ logits of all other classes make it exactly 0. Signs are a head or Σ
     that is not finite, a Σ of negative trace, and a quadratic term α ρ of Eq. 6 a hundred times as

@@ -34,9 +34,10 @@ def eager_loss(
     diagonal of an N×C×C product; autograd does the rest. Arguments, result and errors are those
     of `iada.fused_loss`, which computes the same thing without these temporaries.
 
-    >>> arguments = (features, head.weight, head.bias, labels)
-    >>> torch.allclose(iada.eager_loss(*arguments), iada.fused_loss(*arguments))
-    True
+    Examples:
+        >>> arguments = (features, head.weight, head.bias, labels)
+        >>> torch.allclose(iada.eager_loss(*arguments), iada.fused_loss(*arguments))
+        True
     """
     inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)  # type: ignore[arg-type]
     options = LossOptions(alpha, beta, ignore_index, reduction, label_smoothing)

@@ -43,9 +43,10 @@ def fused_loss(
     N×A): on torch operators, and so on CPUs; not by Triton, with label_smoothing or return_logits,
     under torch.compile, or with create_graph=True.
 
-    >>> loss = iada.fused_loss(features, head.weight, head.bias, labels)
-    >>> torch.allclose(loss, torch.nn.functional.cross_entropy(head(features), labels))
-    True
+    Examples:
+        >>> loss = iada.fused_loss(features, head.weight, head.bias, labels)
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(head(features), labels))
+        True
 
     Args:
         features: last-layer features h, (…, A), float16, bfloat16, float32 or float64. N below is

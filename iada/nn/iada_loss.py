@@ -18,10 +18,11 @@ from iada_kernels.dispatch import select_backend
 class IADALoss(nn.Module):
     """The loss with its class covariance and log prior.
 
-    >>> criterion = iada.IADALoss(10, 64, class_counts=torch.bincount(train_labels), alpha=0.1)
-    >>> loss = criterion(features, head.weight, head.bias, labels)
-    >>> int(criterion.covariance.count.sum()) == len(labels)
-    True
+    Examples:
+        >>> criterion = iada.IADALoss(10, 64, class_counts=torch.bincount(train_labels), alpha=0.1)
+        >>> loss = criterion(features, head.weight, head.bias, labels)
+        >>> int(criterion.covariance.count.sum()) == len(labels)
+        True
 
     In training mode each call first streams the batch's detached features into the covariance; loss
     and update are one call of the backend. Several calls before one `backward`, as for a sum of

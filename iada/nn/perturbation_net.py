@@ -15,8 +15,9 @@ class PerturbationNet(nn.Module):
     Maps characteristics (N, 15) to strengths ε (N,) in (−1, 1), in units of the features;
     positive is adversarial, negative anti-adversarial.
 
-    >>> iada.PerturbationNet(zero_init=True)(torch.randn(4, 15)).tolist()
-    [0.0, 0.0, 0.0, 0.0]
+    Examples:
+        >>> iada.PerturbationNet(zero_init=True)(torch.randn(4, 15)).tolist()
+        [0.0, 0.0, 0.0, 0.0]
 
     Args:
         num_characteristics: width of the input.

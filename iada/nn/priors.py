@@ -9,8 +9,9 @@ from iada.utils.checks import check_sizes, check_tensor, refusal
 def log_class_prior(class_counts: Tensor, num_classes: int | None = None) -> Tensor:
     """log π, (C) float32, from the training samples of each class.
 
-    >>> iada.log_class_prior(torch.tensor([75, 25])).exp()
-    tensor([0.7500, 0.2500])
+    Examples:
+        >>> iada.log_class_prior(torch.tensor([75, 25])).exp()
+        tensor([0.7500, 0.2500])
 
     Args:
         class_counts: training samples of each class, (C). A class without any counts as one, so

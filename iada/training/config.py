@@ -28,13 +28,14 @@ OPTIMIZERS = sorted(
 class TrainerConfig:
     """Settings of `iada.Trainer`, with the paper's values for CIFAR-LT as defaults.
 
-    >>> config = iada.TrainerConfig(method="logit-adjustment", epochs=20)
-    >>> config.ce_epochs, config.milestones
-    (0, (16, 18))
-    >>> config = iada.TrainerConfig(method=iada.MetaIADAOptions(interval=4), epochs=20)
-    >>> settings = {"method": "meta-iada", "interval": 4, "epochs": 20}
-    >>> config == iada.TrainerConfig.from_settings(settings)
-    True
+    Examples:
+        >>> config = iada.TrainerConfig(method="logit-adjustment", epochs=20)
+        >>> config.ce_epochs, config.milestones
+        (0, (16, 18))
+        >>> config = iada.TrainerConfig(method=iada.MetaIADAOptions(interval=4), epochs=20)
+        >>> settings = {"method": "meta-iada", "interval": 4, "epochs": 20}
+        >>> config == iada.TrainerConfig.from_settings(settings)
+        True
 
     Two defaults are not the paper's, so that a first run on other data trains: clip_norm and
     keep_semidefinite. The published runs (`iada.experiments`) have neither.

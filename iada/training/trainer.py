@@ -45,12 +45,13 @@ from iada.utils.workers import lost_workers_named
 class Trainer:
     """Trains a backbone and a linear head by one of `iada.methods.registry.METHODS`, or your own.
 
-    >>> config = iada.TrainerConfig(epochs=2, ce_epochs=1)
-    >>> trainer = iada.Trainer(backbone, head, train_set, meta_set, config)
-    >>> [row["epoch"] for row in trainer.fit()]
-    [0, 1]
-    >>> trainer.class_accuracy(meta_set).shape
-    torch.Size([10])
+    Examples:
+        >>> config = iada.TrainerConfig(epochs=2, ce_epochs=1)
+        >>> trainer = iada.Trainer(backbone, head, train_set, meta_set, config)
+        >>> [row["epoch"] for row in trainer.fit()]
+        [0, 1]
+        >>> trainer.class_accuracy(meta_set).shape
+        torch.Size([10])
 
     Args:
         backbone: module from inputs to features (N, A).

@@ -26,8 +26,9 @@ REDUCTIONS = ("none", "mean", "sum")
 def value_checks() -> Iterator[None]:
     """Check values on accelerators too (labels in range, numbers finite), at the cost of a wait.
 
-    >>> with iada.value_checks():
-    ...     loss = iada.fused_loss(features, head.weight, head.bias, labels)
+    Examples:
+        >>> with iada.value_checks():
+        ...     loss = iada.fused_loss(features, head.weight, head.bias, labels)
     """
     token = _value_checks.set(True)
     try:

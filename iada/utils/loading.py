@@ -16,9 +16,10 @@ from iada.utils.seeds import preserved, seed_host, seed_of
 class TensorData(Dataset):
     """Inputs and labels in memory, served as (inputs, labels, index) batches.
 
-    >>> data = iada.TensorData(torch.zeros(3, 8), torch.tensor([0, 2, 1]))
-    >>> len(data), data[1][1:]
-    (3, (tensor(2), 1))
+    Examples:
+        >>> data = iada.TensorData(torch.zeros(3, 8), torch.tensor([0, 2, 1]))
+        >>> len(data), data[1][1:]
+        (3, (tensor(2), 1))
 
     Args:
         inputs: (N, ...), any dtype.

@@ -15,8 +15,9 @@ Batch = TypeVar("Batch")
 def endless(loader: Iterable[Batch], first_epoch: int = 0) -> Iterator[Batch]:
     """The batches of `loader` without end: it is read anew, and so shuffled anew, each time.
 
-    >>> for batch, meta_batch in zip(loader, iada.endless(meta_loader)):
-    ...     result = meta.step(batch, meta_batch)
+    Examples:
+        >>> for batch, meta_batch in zip(loader, iada.endless(meta_loader)):
+        ...     result = meta.step(batch, meta_batch)
 
     `zip` with the loader itself would end with the shorter of the two.
 
@@ -58,8 +59,9 @@ class Indexed(Dataset):
     The index lets `iada.MetaIADA` with `memory=iada.TrainingMemory(C, N)` follow each sample from
     epoch to epoch. `iada.Trainer` adds it by itself.
 
-    >>> data = iada.Indexed(train_set)
-    >>> loader = torch.utils.data.DataLoader(data, batch_size=100, shuffle=True)
+    Examples:
+        >>> data = iada.Indexed(train_set)
+        >>> loader = torch.utils.data.DataLoader(data, batch_size=100, shuffle=True)
 
     Args:
         dataset: of (input, label) items; the input may be a dict of tensors.

@@ -16,7 +16,7 @@ PUBLIC = {
     for name in module.__all__
     if callable(getattr(module, name)) and name != "SlowBackendWarning"  # which has no signature
 }
-SECTION = re.compile(r"^(Args|Attributes|Returns|Raises):$")
+SECTION = re.compile(r"^(Args|Attributes|Examples|Returns|Raises):$")
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
