@@ -3,12 +3,15 @@
 # make quick   the quick ones of them
 # make check   lint, types, imports   make bench   fused against eager
 # make regression   the losses' times against those it stored here before; slower by a quarter fails
+# make docs       builds the documentation into site/, notebooks run; make docs-serve shows it
 # make sanitize   the native operators' tests under AddressSanitizer and UBSan
 # make stress     200 short trainings under torchrun; counts those that do not end well
 # make fuzz       30 minutes: 10,000 random cases of each backend against torch's own error
 # make fallback   what every backend must pass, as if there were no native library
 # make matrix   compiles random combinations for four GPUs with Triton 3.6, the oldest there may be
 # make wheel   builds dist/*.whl with the native library in it, for every Python and torch from 2.11
+# make dist    that wheel and the source distribution, both checked, and the conda recipe rendered
+# make check-sdist   builds a wheel from the source distribution beside TORCH in a fresh venv
 # make check-wheel   installs that wheel beside TORCH in a fresh venv, without a compiler, and uses it
 #
 # TORCH chooses the build of torch, as pip spells it, and PIP_ARGS is passed to pip:
@@ -22,7 +25,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick check bench regression sanitize stress fuzz fallback wheel check-wheel matrix clean FORCE
+.PHONY: demo test quick check bench regression docs docs-serve sanitize stress fuzz fallback wheel dist check-wheel check-sdist matrix clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m iada demo --out demo-report
@@ -47,6 +50,13 @@ regression: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/bench/test_speed.py --benchmark-enable \
 	  --benchmark-timer=time.process_time --benchmark-storage=file://.benchmarks --benchmark-autosave \
 	  $$(ls .benchmarks/*/*.json >/dev/null 2>&1 && echo --benchmark-compare --benchmark-compare-fail=min:25%)
+
+# Its theme would advertise what comes after it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs serve
 
 stress: $(VENV)/.dev
 	$(BIN)/python tests/stress_torchrun.py
@@ -98,6 +108,10 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml $(NATIVE)
 	@$(BIN)/python -m pip install --quiet --no-build-isolation $(PIP_ARGS) -e ".[dev]"
 	@touch $(VENV)/.demo $@
 
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml $(NATIVE)
+	@$(BIN)/python -m pip install --quiet --no-build-isolation $(PIP_ARGS) -e ".[docs]"
+	@touch $(VENV)/.demo $@
+
 # The library alone, instrumented, loaded into an ordinary Python. Python and torch keep memory to
 # the end on purpose: leaks are not looked for.
 sanitize: $(VENV)/.dev
@@ -121,7 +135,16 @@ wheel: $(VENV)/.torch
 	$(BIN)/twine check --strict dist/*.whl
 	@ls -l dist
 
+# The recipe is rendered, as conda's builder would, and nothing is solved or fetched.
+dist: wheel
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) build py-rattler-build
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python recipe/render.py
+	@ls -l dist
+
 WHEEL_VENV := build/wheel-venv
+SDIST_VENV := build/sdist-venv
 USE := import torch, iada; h = torch.randn(8, 4, requires_grad=True); \
   iada.fused_loss(h, torch.randn(3, 4), None, torch.arange(8) % 3, covariance=None).backward()
 # Nothing but the venv is on the path: no compiler, and no sources that would hide the wheel.
@@ -133,6 +156,17 @@ check-wheel:
 	cd $(WHEEL_VENV) && export PATH=$(abspath $(WHEEL_VENV))/bin IADA_REQUIRE_NATIVE=1 && \
 	  unset IADA_NATIVE_LIBRARY PYTHONPATH && python -m iada_kernels && python -W error -c "$(USE)"
 
+check-sdist:
+	rm -rf $(SDIST_VENV)
+	$(PYTHON) -m venv $(SDIST_VENV)
+	$(SDIST_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) "$(or $(TORCH),torch==2.13.0+cpu)"
+	$(SDIST_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) "scikit-build-core>=1.0" cmake ninja
+	IADA_REQUIRE_NATIVE=1 $(SDIST_VENV)/bin/python -m pip wheel --quiet --no-deps \
+	  --no-build-isolation --wheel-dir $(SDIST_VENV)/wheel dist/*.tar.gz
+	$(SDIST_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) $(SDIST_VENV)/wheel/*.whl
+	cd $(SDIST_VENV) && export IADA_REQUIRE_NATIVE=1 && unset IADA_NATIVE_LIBRARY PYTHONPATH && \
+	  bin/python -m iada_kernels && bin/python -W error -c "$(USE)"
+
 # torch 2.11 brings Triton 3.6. Nothing is launched, and no native library is needed.
 OLDEST_VENV := build/triton-3.6
 matrix:
@@ -141,4 +175,4 @@ matrix:
 	$(OLDEST_VENV)/bin/python -m bench.resources --matrix --json bench/results/matrix-triton-3.6.json
 
 clean:
-	rm -rf $(VENV) build dist demo-report
+	rm -rf $(VENV) build dist site demo-report

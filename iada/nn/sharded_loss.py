@@ -59,9 +59,12 @@ ROWS = ("own", "shared")
 class ShardedIADALoss(nn.Module):
     """`IADALoss` for a head split by classes over the ranks of a process group.
 
-    >>> criterion = iada.ShardedIADALoss(10**6, 512, group, class_counts)
-    >>> head = nn.Linear(512, len(criterion.classes))  # this rank's classes
-    >>> loss = criterion(features, head.weight, head.bias, labels)
+    Examples:
+        >>> torch.distributed.init_process_group()
+        >>> group = torch.distributed.group.WORLD
+        >>> criterion = iada.ShardedIADALoss(10, 64, group, class_counts)
+        >>> head = torch.nn.Linear(64, len(criterion.classes))  # this rank's classes
+        >>> loss = criterion(features, head.weight, head.bias, labels)
 
     Each rank holds W, b, Σ, μ, n and log π of its classes alone: `classes`, blocks of
     ⌈C / ranks⌉ in the order of ranks, as DTensor's Shard(0), so that a head sharded by FSDP2
@@ -76,8 +79,12 @@ class ShardedIADALoss(nn.Module):
         structure: "diag", or "full" for as many classes as a rank has memory for, c·A².
         rows: "own": each rank passes its own rows of the batch, as many as it has. "shared": all
             pass the same rows, as tensor-parallel ranks do.
-        alpha, beta, ignore_index, reduction: as in `fused_loss`, without reduction="none".
-        device, dtype: of the buffers; float32 or float64.
+        alpha: as in `fused_loss`.
+        beta: as in `fused_loss`.
+        ignore_index: as in `fused_loss`.
+        reduction: "mean" or "sum".
+        device: of the buffers.
+        dtype: of the buffers; float32 or float64.
 
     Every rank gets the loss of the whole batch. After `backward` on every rank, the gradients of
     weight and bias are those of one process, to rounding: leave them out of

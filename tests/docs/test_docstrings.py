@@ -5,7 +5,6 @@ import inspect
 import re
 
 import pytest
-import torch
 
 import iada
 import iada_kernels
@@ -63,42 +62,14 @@ def test_arguments_are_documented_one_by_one(name):
         assert re.fullmatch(r"\w+(Error|Interrupt)", error)
 
 
-@pytest.fixture
-def names():
-    """What the examples take for granted, as small as it can be."""
-    torch.manual_seed(0)
-    backbone = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU())
-    head = torch.nn.Linear(64, 10)
-    train_labels = torch.arange(40) % 10
-    train_set = torch.utils.data.TensorDataset(torch.randn(40, 20), train_labels)
-    meta_set = torch.utils.data.TensorDataset(torch.randn(10, 20), torch.arange(10))
-    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.01)
-    return {
-        "iada": iada,
-        "iada_kernels": iada_kernels,
-        "torch": torch,
-        "backbone": backbone,
-        "head": head,
-        "optimizer": optimizer,
-        "train_labels": train_labels,
-        "train_set": train_set,
-        "meta_set": meta_set,
-        "loader": torch.utils.data.DataLoader(train_set, batch_size=10),
-        "meta_loader": torch.utils.data.DataLoader(meta_set, batch_size=10),
-        "features": torch.randn(8, 64),
-        "labels": torch.arange(8),
-        "meta": iada.MetaIADA(backbone, head, optimizer, torch.bincount(train_labels)),
-    }
-
-
 EXAMPLES = [name for name, thing in PARTS.items() if ">>>" in (thing.__doc__ or "")]
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "alone")
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_of_docstrings(name, names):
+def test_examples_of_docstrings(name, example_names):
     text = inspect.cleandoc(PARTS[name].__doc__)
-    example = doctest.DocTestParser().get_doctest(text, names, name, None, None)
+    example = doctest.DocTestParser().get_doctest(text, example_names, name, None, None)
     told = []
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     runner.run(example, out=told.append)
