@@ -12,15 +12,16 @@ from torch.autograd import gradcheck, gradgradcheck
 import iada
 from iada.meta.closed_form_step import relative_change
 from iada.nn.projection import nearest_positive_semidefinite, semidefinite_or_former
-from iada_kernels import dispatch
+from iada_kernels import dispatch, reference
 from iada_kernels.low_rank import difference_norm, unpacked
-from iada_kernels.torch_ops import low_rank
+from iada_kernels.torch_ops import class_blocks, low_rank
 from tests.helpers.problems import (
     LAYOUTS,
     TENSORS,
     assert_same,
     eager,
     fused,
+    max_norm,
     random_problem,
     reference_loss,
     value_and_gradients,
@@ -100,9 +101,20 @@ def test_low_precision_errs_no_more_than_eager(shape, dtype):
 
 
 def test_an_offset_common_to_all_rows_of_the_head_does_not_cancel():
-    problem = problem_of((20, 6, 16, 4), dtype=torch.float32, epsilon=False)
-    problem = replace(problem, weight=problem.weight + 300.0)
-    assert_error_within_ratio(problem, None, torch.device("cpu"))
+    """The projections of W are taken apart by class, which is W's differences but for rounding."""
+    problem = problem_of((1, 6, 16, 4), dtype=torch.float32)
+    weight, sigma, classes = problem.weight + 300.0, problem.covariance, torch.arange(6)
+    exact = reference.quadratic_forms(weight.double(), sigma.double(), classes)
+    by_torch = max_norm(reference.quadratic_forms(weight, sigma, classes).double() - exact)
+    error = max_norm(low_rank.class_table(weight, sigma, classes).double() - exact)
+    assert error <= max(4 * by_torch, 2**-20 * max_norm(exact))
+
+
+def test_many_classes_are_no_matter_for_tiles(monkeypatch):
+    monkeypatch.setattr(class_blocks, "MOST_LOGITS", 1)
+    problem = problem_of((5, 9, 6, 2))
+    expected = value_and_gradients(reference_loss, problem)
+    assert_same(value_and_gradients(fused(None), problem), expected)
 
 
 @pytest.mark.parametrize("shape", [(7, 4, 5, 5), (3, 6, 4, 4), (9, 3, 4, 6)], ids=str)
