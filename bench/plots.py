@@ -65,6 +65,9 @@ def _panels(rows: Sequence[dict[str, Any]], key: str, label: str) -> matplotlib.
     for line, structure in zip(panels, structures, strict=True):
         for panel, axis in zip(line, axes, strict=True):
             here = [row for row in rows if (row["structure"], row["axis"]) == (structure, axis)]
+            if not here:
+                panel.set_visible(False)
+                continue
             for side, colour, marker in zip(sides, COLOURS, MARKERS, strict=False):
                 points = [(row["size"], row[key]) for row in here if row["side"] == side]
                 points = sorted(point for point in points if point[1] > 0)

@@ -30,8 +30,8 @@ from bench.shapes import Problem, Shape, make_problem
 from bench.timing import interleave
 from iada_kernels.environment import environment, headline
 
-AXES = ("samples", "classes", "features")
-MIDDLE = {"full": (128, 128, 128), "diag": (256, 1024, 512)}
+AXES = ("samples", "classes", "features", "rank")
+MIDDLE = {"full": (128, 128, 128, 0), "diag": (256, 1024, 512, 0), "low-rank": (128, 128, 128, 16)}
 SIZES = {
     "full": {
         "samples": (32, 128, 512, 2048),
@@ -42,6 +42,12 @@ SIZES = {
         "samples": (64, 256, 1024, 4096),
         "classes": (64, 256, 1024, 4096, 16384),
         "features": (32, 128, 512, 2048),
+    },
+    "low-rank": {
+        "samples": (32, 128, 512, 2048),
+        "classes": (8, 32, 128, 512),
+        "features": (32, 128, 512),
+        "rank": (1, 4, 16, 64),
     },
 }
 EAGER_MOST = 1e9  # bytes of temporaries beyond which the eager forms are not tried
@@ -104,6 +110,8 @@ def multiply_adds(shape: Shape, side: str, present: int) -> float:
     full = shape.structure == "full"
     if "eager" in side:  # the gradient of a product is two more
         return 3.0 * n * c * a * ((a + c) if full else 1) + 6.0 * n * c * a
+    if shape.structure == "low-rank":  # projections, and two products of the backward pass
+        return 5.0 * n * c * a + present * c * a * (5.0 + 3.0 * shape.rank)
     rows = present if side == "native" and full else min(n, c)
     return 5.0 * n * c * a + rows * c * a * (a if full else 5.0)
 
@@ -113,7 +121,7 @@ def main() -> int:
     parser.add_argument("--structures", nargs="+", choices=MIDDLE, default=list(MIDDLE))
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--most", type=int, default=sys.maxsize, help="leave out larger sizes")
     parser.add_argument("--out", type=Path, default=Path("bench/results/scaling"), metavar="FOLDER")
     options = parser.parse_args()
@@ -141,30 +149,39 @@ def main() -> int:
 
 def points(structure: str, axis: str, most: int) -> Iterator[Point]:
     """The shapes along one axis."""
-    for size in SIZES[structure][axis]:
+    for size in SIZES[structure].get(axis, ()):
         if size <= most:
-            sizes = dict(zip(AXES, MIDDLE[structure], strict=True)) | {axis: size}
-            shape = (sizes["samples"], sizes["classes"], sizes["features"], structure)
-            yield Point(axis, Shape(f"{axis}-{size}", *shape))
+            n, c, a, rank = (
+                dict(zip(AXES, MIDDLE[structure], strict=True)) | {axis: size}
+            ).values()
+            yield Point(axis, Shape(f"{axis}-{size}", n, c, a, structure, rank=rank))
 
 
 def measured(point: Point, sides: list[str], rounds: int) -> list[dict[str, Any]]:
     """A row for each side that the shape allows: milliseconds, and peak bytes beyond."""
-    tried = [side for side in sides if "eager" not in side or point.shape.eager_bytes <= EAGER_MOST]
+    tried = [side for side in sides if _can(side, point.shape)]
     taken, present = in_a_process(_times, point.shape, tried, rounds)
     shape = point.shape
-    sizes = {"N": shape.samples, "C": shape.classes, "A": shape.features, "present": present}
+    sizes = {"N": shape.samples, "C": shape.classes, "A": shape.features, "rank": shape.rank}
+    sizes["present"] = present
     place = {"structure": shape.structure, "axis": point.axis, "size": point.size, **sizes}
     rows = []
     for side in tried:
         figures = {
             "ms": 1e3 * statistics.median(taken[side]),
             "ms_least": 1e3 * min(taken[side]),
-            "extra_bytes": in_a_process(_extra_bytes, point.shape, side),
+            "extra_bytes": 0 if "compiled" in side else in_a_process(_extra_bytes, shape, side),
             "multiply_adds": multiply_adds(shape, side, present),
         }
         rows.append({**place, "side": side, **figures})
     return rows
+
+
+def _can(side: str, shape: Shape) -> bool:
+    """Whether a side has this structure, and its temporaries room."""
+    if shape.structure == "low-rank":
+        return "cross" in side or side == "torch"
+    return "eager" not in side or shape.eager_bytes <= EAGER_MOST
 
 
 def in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -192,7 +209,7 @@ def _times(shape: Shape, sides: list[str], rounds: int) -> tuple[dict[str, list[
     """Seconds of each side, and the number of classes that the batch shows."""
     problem = make_problem(shape)
     calls = {side: functools.partial(SIDES[side], problem) for side in sides}
-    taken = interleave(calls, rounds, budget=6, clock=time.process_time)
+    taken = interleave(calls, rounds, budget=3, clock=time.process_time)
     return taken, len(problem.labels.unique())
 
 

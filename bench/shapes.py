@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from iada_kernels.contract import LossInputs
+from iada_kernels.low_rank import LowRankCovariance
 
 IGNORED = 255
 EAGER_LIMIT = 3e9  # bytes of temporaries beyond which the eager form is not tried
@@ -23,6 +24,7 @@ class Shape:
     features: int
     structure: str
     labels: str = "long-tail"
+    rank: int = 0  # of a low-rank Σ
 
     @property
     def eager_bytes(self) -> float:
@@ -62,7 +64,7 @@ class Problem:
     weight: Tensor
     bias: Tensor
     labels: Tensor
-    covariance: Tensor
+    covariance: Any  # Tensor, or LowRankCovariance for the loss alone
     epsilon: Tensor
     log_prior: Tensor
 
@@ -110,7 +112,11 @@ def make_problem(shape: Shape, seed: int = 0) -> Problem:
     labels = torch.multinomial(share, n, replacement=True, generator=generator)
     if shape.labels == "skewed":
         labels[torch.rand(n, generator=generator) < 0.05] = IGNORED
-    if shape.structure == "diag":
+    covariance: Tensor | LowRankCovariance
+    if shape.structure == "low-rank":
+        factors = normal(c, a, shape.rank) / a**0.5
+        covariance = LowRankCovariance(torch.rand(c, a, generator=generator), factors)
+    elif shape.structure == "diag":
         covariance = torch.rand(c, a, generator=generator)
     else:
         covariance = torch.empty(c, a, a)

@@ -14,7 +14,7 @@ from tests.helpers.launch import ROOT
 def test_a_sweep_writes_numbers_slopes_and_pictures(tmp_path, monkeypatch, capsys):
     options = ["--structures", "diag", "--axes", "features", "--most", "128", "--rounds", "3"]
     sides = ["--sides", "torch", "cross-entropy", "--out", str(tmp_path)]
-    monkeypatch.setattr(scaling, "MIDDLE", {"diag": (8, 6, 16)})
+    monkeypatch.setattr(scaling, "MIDDLE", {"diag": (8, 6, 16, 0)})
     monkeypatch.setattr("sys.argv", ["bench.scaling", *options, *sides])
     assert scaling.main() == 0
     with (tmp_path / "scaling.csv").open() as file:
