@@ -1,7 +1,7 @@
 """Sums over ranks that each hold a block of the classes, and the forms of Eq. 6 made of them.
 
 Every rank differentiates the loss of the whole batch, and `Sum` adds up their gradients, so that
-each rank's graph carries them times the number of ranks until `Shared` or `Owned` divides.
+each rank's graph carries them times the number of ranks until `Entry` divides.
 """
 
 from typing import Any, NamedTuple
@@ -64,30 +64,18 @@ class Sum(torch.autograd.Function):
         return Sum.apply(grad, ctx.group), None
 
 
-class Shared(torch.autograd.Function):
-    """What all ranks have alike; its gradient is the mean of theirs."""
+class Entry(torch.autograd.Function):
+    """What enters this rank's graph: by `is_shared` what all ranks have alike, or what it owns."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: GroupReference) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, tensor: Tensor, group: GroupReference, is_shared: bool) -> Tensor:
+        ctx.group, ctx.is_shared = group, is_shared
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return Sum.apply(grad, ctx.group) / size_of(ctx.group()), None
-
-
-class Owned(torch.autograd.Function):
-    """What this rank alone has; its gradient is divided by the number of ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: GroupReference) -> Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad / size_of(ctx.group()), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        total = Sum.apply(grad, ctx.group) if ctx.is_shared else grad
+        return total / size_of(ctx.group()), None, None
 
 
 def diagonal_form(

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.class_parallel import (
-    Owned,
+    Entry,
     Rows,
-    Shared,
     Sum,
     diagonal_form,
     full_form,
@@ -166,10 +165,10 @@ class ShardedIADALoss(nn.Module):
             features = self._all_rows(features, counts)
             epsilon = None if epsilon is None else self._all_rows(epsilon, counts)
         else:
-            features = Shared.apply(features, self._group)
-            epsilon = None if epsilon is None else Shared.apply(epsilon, self._group)
-        weight = Owned.apply(weight, self._group)
-        bias = None if bias is None else Owned.apply(bias, self._group)
+            features = Entry.apply(features, self._group, True)
+            epsilon = None if epsilon is None else Entry.apply(epsilon, self._group, True)
+        weight = Entry.apply(weight, self._group, False)
+        bias = None if bias is None else Entry.apply(bias, self._group, False)
         with full_precision(features.device):
             if self.training:
                 self._update(features.detach(), labels)
