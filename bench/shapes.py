@@ -95,6 +95,25 @@ class Problem:
         return torch.autograd.grad(value, self.differentiable)
 
 
+def class_shares(shape: Shape) -> Tensor:
+    """The share of each class (C), not normalised."""
+    c = shape.classes
+    if shape.labels == "90:10":
+        return torch.tensor([0.9, 0.1])
+    if shape.labels == "skewed":
+        return 1 / torch.arange(1, c + 1)
+    return 0.01 ** (torch.arange(c) / max(1, c - 1))
+
+
+def draw_labels(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Labels (N) as skewed as the data they stand for, some of them ignored where they are."""
+    n = shape.samples
+    labels = torch.multinomial(class_shares(shape), n, replacement=True, generator=generator)
+    if shape.labels == "skewed":
+        labels[torch.rand(n, generator=generator) < 0.05] = IGNORED
+    return labels
+
+
 def make_problem(shape: Shape, seed: int = 0) -> Problem:
     """Random tensors of this shape, never zeros; labels as skewed as the data they stand for."""
     generator = torch.Generator().manual_seed(seed)
@@ -103,15 +122,8 @@ def make_problem(shape: Shape, seed: int = 0) -> Problem:
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)
 
-    if shape.labels == "90:10":
-        share = torch.tensor([0.9, 0.1])
-    elif shape.labels == "skewed":
-        share = 1 / torch.arange(1, c + 1)
-    else:
-        share = 0.01 ** (torch.arange(c) / max(1, c - 1))
-    labels = torch.multinomial(share, n, replacement=True, generator=generator)
-    if shape.labels == "skewed":
-        labels[torch.rand(n, generator=generator) < 0.05] = IGNORED
+    share = class_shares(shape)
+    labels = draw_labels(shape, generator)
     covariance: Tensor | LowRankCovariance
     if shape.structure == "low-rank":
         factors = normal(c, a, shape.rank) / a**0.5

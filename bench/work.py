@@ -46,6 +46,8 @@ BY_CLASS = {
 # Of a record that serves several kernels, what one of them leaves alone.
 UNREAD = {
     "class_pass_kernel": ("moments.mean",),
+    "logits_kernel": ("diagonal.tangent_mean",),
+    "grad_weight_kernel": ("quadratic.diagonal.tangent_mean",),
     "grad_variances_kernel": ("groups.batch_weight",),
     "variances_step_kernel": ("groups.batch_weight",),
 }
@@ -109,13 +111,19 @@ def work_of(launch: Launch, present: int) -> Work:
     name, arguments = launch.kernel.fn.__name__, launch.leaves()
     total = 0.0
     for argument, value in arguments.items():
-        if isinstance(value, Tensor) and argument not in UNREAD.get(name, ()):
+        if isinstance(value, Tensor) and not _unread(name, argument, arguments):
             size = float(value.numel() * value.element_size())
             if argument in BY_CLASS.get(name, ()):
                 size *= min(1.0, present / len(value))
             total += size * (2 if _both_ways(name, argument, arguments) else 1)
     count = OPERATIONS.get(name)
     return Work(total, count(arguments, present) if count else 0.0)
+
+
+def _unread(name: str, argument: str, arguments: dict[str, Any]) -> bool:
+    if (name, argument) == ("grad_weight_kernel", "labels.classes"):
+        return "quadratic.weight" not in arguments  # a diagonal Σ alone asks for the classes
+    return argument in UNREAD.get(name, ())
 
 
 def _both_ways(name: str, argument: str, arguments: dict[str, Any]) -> bool:

@@ -59,6 +59,12 @@ class Region:
             np.zeros(size, int),
         )  # barriers passed
 
+    @property
+    def touched_bytes(self) -> int:
+        """Read and written, each element once for either."""
+        elements = (self.writer != NOBODY).sum() + (self.reader != NOBODY).sum()
+        return int(elements) * self.itemsize
+
 
 @dataclass
 class Sanitizer:
@@ -72,6 +78,8 @@ class Sanitizer:
     fresh: dict[int, tuple[Tensor, np.ndarray]] = field(default_factory=dict)
     barriers: set[tuple[str, int]] = field(default_factory=set)
     kernels: set[str] = field(default_factory=set)
+    # Of each launch, bytes that it read and that it wrote, each address once.
+    moved: list[tuple[str, int]] = field(default_factory=list)
 
     def allocated(self, tensor: Tensor) -> None:
         """Fresh memory is kept, so that its address means the same to the end."""
@@ -101,10 +109,11 @@ class Sanitizer:
             random.Random(self.seed).shuffle(programs)
         if self.order == "interleaved":
             _Turns(self, programs, body).run()
-            return
-        for self.program, index in programs:
-            BUILDER.set_grid_idx(*index)
-            body()
+        else:
+            for self.program, index in programs:
+                BUILDER.set_grid_idx(*index)
+                body()
+        self.moved.append((kernel, sum(region.touched_bytes for region in self.regions)))
 
     def fail(self, rule: str, tensor: str, text: str) -> None:
         if (self.kernel, rule, tensor) not in self.excused:

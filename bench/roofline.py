@@ -1,0 +1,236 @@
+"""`python -m bench.roofline`: predicted times on an H200, before any was measured.
+
+Each kernel of a training step is compiled for sm_90; its bytes and operations (bench/work.py), its
+grid, and the programs that registers and shared memory let a multiprocessor hold give
+
+    time = start + max(bytes, operations, chain)
+    bytes       through memory at its sustained rate, or at what those at work can ask for
+    operations  of the multiprocessor that gets most programs, at its sustained rate
+    chain       rounds of programs × the dependent reads of one of them × latency / stages
+
+The constants are of the data sheet or assumed, and are written into the JSON with the predictions:
+they are there to be found wrong. What torch itself launches (means over classes, filling a counter,
+scaling by 1/n) counts with its start alone. Nothing of the host is in it: a step is a CUDA graph.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.launches import recorded
+from bench.offline import CUDA_RESERVED, Usage, compiled, compiling_for, usage
+from bench.shapes import SHAPES, Shape, draw_labels
+from bench.work import Work, work_of
+from iada_kernels.environment import environment
+from iada_kernels.triton.launch import INTERPRETED, Launch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Seconds, bytes and operations; `sustained` are shares of the data sheet's rates."""
+
+    name: str = "NVIDIA H200 SXM, 141 GB"
+    architecture: str = "sm_90"
+    multiprocessors: int = 132
+    registers: int = 65536
+    shared: int = 228 * 1024
+    warps: int = 64
+    programs: int = 32
+    bytes_per_second: float = 4.8e12
+    bytes_per_second_each: float = 64 * 1.98e9  # of one multiprocessor, from the second-level cache
+    tf32_per_second: float = 494.7e12  # dense
+    float32_per_second: float = 66.9e12  # outside tensor cores
+    sustained_bytes: float = 0.85  # assumed, of a streaming kernel
+    sustained_operations: float = 0.3  # assumed, of tiles this small with their loads converted
+    start: float = 2.0e-6  # assumed: a kernel of a graph that does nothing, and its gap
+    latency: float = 0.8e-6  # assumed: memory to registers, under some load
+
+
+H200 = Machine()
+
+
+def resident(machine: Machine, used: Usage, warps: int) -> int:
+    """Programs that one multiprocessor holds at a time; registers go in units of 8 a thread."""
+    by_registers = machine.registers // (8 * math.ceil(used.registers / 8) * 32 * warps)
+    by_shared = machine.shared // (used.shared + CUDA_RESERVED)
+    return max(1, min(by_registers, by_shared, machine.warps // warps, machine.programs))
+
+
+def _cut(axis: str, block: str, times: int = 1) -> Callable[[dict[str, Any]], float]:
+    """`times` passes over an axis, `block` of it at a time."""
+    return lambda a: times * math.ceil(a[axis] / a[block])
+
+
+def _weight_steps(a: dict[str, Any]) -> float:
+    return math.ceil(min(a["rows_per_split"], a["sizes.N"]) / a["BLOCK_N"])
+
+
+def _single_launch_steps(a: dict[str, Any], rows: float) -> float:
+    """Labels twice; Σ by 16 columns for each block of classes; products of each block of rows."""
+    n, c, width = (a[f"sizes.{axis}"] for axis in "NCA")
+    size = {name: a[f"B.{name}"].value for name in ("N", "M", "J", "STEP")}
+    steps = 2 * math.ceil(n / size["N"]) + 2
+    if a["terms.covariance"] is not None:
+        steps += math.ceil(c / size["J"]) * math.ceil(width / 16)
+    products = 2 * math.ceil(width / size["STEP"]) + 2 * math.ceil(c / size["STEP"]) + 4
+    return steps + math.ceil(rows / size["M"]) * products
+
+
+# Dependent reads of one program, one for each turn of its loops; `rows` is the largest class.
+STEPS: dict[str, Callable[[dict[str, Any], float], float]] = {
+    "group_rows_kernel": lambda a, rows: 2 * math.ceil(a["N"] / a["BLOCK"]),
+    "moments_kernel": lambda a, rows: 2 + 3 * math.ceil(rows / a["BLOCK_M"]),
+    "class_pass_kernel": lambda a, rows: (
+        2 + math.ceil(rows / a["BLOCK_K"]) + math.ceil(a["C"] / a["BLOCK_J"])
+    ),
+    "add_partials_kernel": lambda a, rows: 1 + a["P"] / 4,  # reads do not wait for sums
+    "logits_kernel": lambda a, rows: 2 + _cut("sizes.A", "BLOCK_A")(a),
+    "sign_kernel": lambda a, rows: 2 + _cut("sizes.C", "BLOCK_C", 2)(a),
+    "softmax_kernel": lambda a, rows: 2 + _cut("C", "BLOCK_C", 3)(a),
+    "reduce_kernel": lambda a, rows: 1 + math.ceil(a["N"] / a["BLOCK"]) / 4,
+    "class_sums_kernel": lambda a, rows: math.ceil(min(a["rows_per_split"], a["N"]) / a["BLOCK_N"]),
+    "class_pass_weight_kernel": lambda a, rows: a["items_per_split"],
+    "grad_features_kernel": lambda a, rows: 1 + _cut("sizes.C", "BLOCK_C")(a),
+    "grad_weight_kernel": lambda a, rows: 2 + _weight_steps(a),
+    "single_launch_kernel": _single_launch_steps,
+    "single_launch_backward_kernel": lambda a, rows: 2 + math.ceil(a["sizes.C"] / a["BLOCK_C"]),
+}
+
+
+def working_programs(launch: Launch, arguments: Mapping[str, Any], present: int) -> int:
+    """Programs that do not leave at once: of a class without rows, or above Σ's diagonal."""
+    name, count = launch.kernel.fn.__name__, math.prod(launch.grid)
+    if name == "class_pass_kernel":
+        tiles = math.isqrt(launch.grid[0])
+        return tiles * (tiles + 1) // 2 * present
+    if name in ("moments_kernel", "add_partials_kernel", "single_launch_kernel"):
+        return count // launch.grid[0] * present
+    return count
+
+
+def predict(
+    machine: Machine, launch: Launch, used: Usage, work: Work, present: int, largest: int
+) -> dict[str, Any]:
+    """Seconds of one launch and what they are made of; `largest` class of the batch, in rows."""
+    name, arguments = launch.kernel.fn.__name__, launch.leaves()
+    programs = working_programs(launch, arguments, present)
+    held = resident(machine, used, launch.num_warps)
+    busiest = math.ceil(programs / machine.multiprocessors) / programs  # its share of all work
+    rates = {"tf32": machine.tf32_per_second, "tf32x3": machine.tf32_per_second / 3}
+    rate = rates.get(str(launch.arguments.get("DOT")), machine.float32_per_second)
+    rounds = math.ceil(programs / (machine.multiprocessors * held))
+    parts = {
+        "bytes": max(
+            work.bytes / (machine.bytes_per_second * machine.sustained_bytes),
+            work.bytes * busiest / machine.bytes_per_second_each,
+        ),
+        "operations": work.float_operations
+        * busiest
+        / (rate * machine.sustained_operations / machine.multiprocessors),
+        "chain": rounds * STEPS[name](arguments, largest) * machine.latency / launch.num_stages,
+    }
+    bound = max(parts, key=lambda part: parts[part])
+    return {
+        "kernel": name,
+        "grid": list(launch.grid),
+        "working_programs": programs,
+        "programs_held": held,
+        "occupancy": round(held * launch.num_warps / machine.warps, 3),
+        "registers": used.registers,
+        "shared": used.shared,
+        "bytes": work.bytes,
+        "float_operations": work.float_operations,
+        "bound": bound,
+        "us": round(1e6 * (machine.start + parts[bound]), 2),
+    }
+
+
+class _TorchLaunches(TorchDispatchMode):
+    """Counts operators of torch that compute: each is a kernel of torch on a GPU."""
+
+    # These return memory, fresh or another view of the same.
+    FREE: tuple[str, ...] = ("empty", "new_empty", "empty_like", "detach", "view", "_reshape_alias")
+    FREE += ("select", "slice", "unsqueeze", "expand", "permute", "transpose", "t", "as_strided")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in self.FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def predict_step(machine: Machine, shape: Shape) -> dict[str, Any]:
+    """Forward, backward and update in float32, as `bench.gpu` measures them."""
+    labels = draw_labels(shape, torch.Generator().manual_seed(0))
+    counts = labels[labels != shape.ignore_index].bincount()
+    present, largest = int((counts > 0).sum()), int(counts.max())
+    with compiling_for(machine.architecture):
+        with _TorchLaunches() as torch_launches:
+            _, launches = next(recorded(shape, machine.architecture))
+        kernels = [
+            predict(
+                machine, launch, usage(compiled(launch)), work_of(launch, present), present, largest
+            )
+            for launch in launches
+        ]
+    names = torch_launches.names
+    ours = sum(row["us"] for row in kernels)
+    return {
+        "shape": str(shape),
+        "classes_present": present,
+        "largest_class": largest,
+        "us": round(ours + 1e6 * machine.start * len(names), 1),
+        "us_of_bytes_alone": round(
+            1e6 * sum(row["bytes"] for row in kernels) / machine.bytes_per_second, 1
+        ),
+        "launches": len(kernels),
+        "torch_launches": names,
+        "kernels": kernels,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME")
+    parser.add_argument("--json", type=Path, help="also write the predictions to this file")
+    options = parser.parse_args()
+    if INTERPRETED:
+        print("bench.roofline: expected TRITON_INTERPRET unset; unset it", file=sys.stderr)
+        return 2
+    found = {name: predict_step(H200, SHAPES[name]) for name in options.shapes}
+    print("| shape | launches, torch's | predicted µs | of bytes alone | longest |")
+    print("|---|---|---:|---:|---|")
+    for name, step in found.items():
+        longest = max(step["kernels"], key=lambda row: row["us"])
+        print(
+            f"| {name} | {step['launches']}, {len(step['torch_launches'])} | {step['us']:.0f} "
+            f"| {step['us_of_bytes_alone']:.0f} | {longest['kernel']} {longest['us']:.0f} µs, "
+            f"{longest['bound']} |"
+        )
+    if options.json:
+        written = {
+            "predicted_on": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "measured": "nothing: written before any run on this GPU",
+            "versions": {name: environment()[name] for name in ("iada", "triton", "torch")},
+            "machine": asdict(H200),
+            "shapes": found,
+        }
+        options.json.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
