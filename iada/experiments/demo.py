@@ -81,12 +81,8 @@ def demo(options: argparse.Namespace) -> int:
 
 def all_jobs(seeds: int) -> list[Job]:
     """Every method of every row; the longest first, so that no process waits for a late one."""
-    jobs = [
-        Job(name, entry.key, seed)
-        for name in ROWS
-        for entry in recipes.load(name).methods
-        for seed in range(seeds)
-    ]
+    rows = [(name, entry.key) for name in ROWS for entry in recipes.load(name).methods]
+    jobs = [Job(*row, seed) for row in rows for seed in range(seeds)]
     return sorted(jobs, key=lambda job: job.method not in WITH_META_STEP)
 
 
@@ -116,18 +112,15 @@ def run_one(job: Job, folder: Path) -> Record:
     recipe = recipes.load(job.recipe)
     entry = next(entry for entry in recipe.methods if entry.key == job.method)
     split = make_split(recipe, read_parts(recipe, None, Limits()), job.seed)
-    options = RunOptions(
-        folder.joinpath(*map(str, job)), torch.device("cpu"), evaluate_every=EVALUATE_EVERY
-    )
+    folder = folder.joinpath(*map(str, job))
+    options = RunOptions(folder, torch.device("cpu"), evaluate_every=EVALUATE_EVERY)
     return run(plan(recipe, entry, job.seed, split, Limits(), options))
 
 
 def write_results(records: Sequence[Record], path: Path) -> None:
     """The records without DETAILS, a line each."""
-    lines = (
-        json.dumps({name: value for name, value in record.items() if name not in DETAILS})
-        for record in records
-    )
+    kept = [{name: r[name] for name in r if name not in DETAILS} for r in records]
+    lines = map(json.dumps, kept)
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 

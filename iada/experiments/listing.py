@@ -86,13 +86,13 @@ def derived_records(recipe: Recipe, records: Iterable[Record]) -> list[Record]:
     for record in records:
         for key, entry in recipe.derived.items():
             if record["method"] == entry.of:
-                figures = {
-                    epoch: {m: record[epoch].get(source) for m, source in entry.metrics.items()}
-                    for epoch in ("last", "best")
-                }
                 names = ("experiment", "title", "seed", "settings", "deviations", "class_counts")
-                copied = {name: record.get(name) for name in (*names, "best_epoch", "best_by")}
-                derived.append({**copied, "method": key, "method_name": entry.title, **figures})
+                made = {name: record.get(name) for name in (*names, "best_epoch", "best_by")}
+                made |= {"method": key, "method_name": entry.title}
+                for epoch in ("last", "best"):
+                    figures = record[epoch]
+                    made[epoch] = {m: figures.get(source) for m, source in entry.metrics.items()}
+                derived.append(made)
     return derived
 
 

@@ -31,6 +31,8 @@ from iada.utils.checks import (
 MANY, FEW = 100, 20  # training images of a class: more than MANY, fewer than FEW
 CALIBRATION_BINS = 15
 
+Runs = Sequence[Mapping[str, Any]]  # records of finished runs
+
 METRICS = {
     "top1": "Top-1 accuracy",
     "balanced": "Balanced accuracy",
@@ -136,7 +138,10 @@ def measure(
     if groups is not None:
         size = len(group_names) or int(groups.max()) + 1
         check_sizes("groups", groups, "the group of each row", (len(labels),))
-        _check_range("groups", groups, size)
+        low, high = groups.aminmax()
+        if low < 0 or high >= size:
+            expected, got = f"numbers in [0, {size})", f"numbers from {int(low)} to {int(high)}"
+            raise refusal("groups", expected, got, "name every group in group_names")
         hits = (predictions == labels).double()
         group = groups.long().cpu()
         total = torch.bincount(group, minlength=size)
@@ -145,7 +150,10 @@ def measure(
         metrics["worst_group"] = float(share[~share.isnan()].min())
         if group_counts is not None:
             weights = torch.as_tensor(group_counts).cpu()
-            metrics["weighted_average"] = _weighted(share, weights)
+            check_sizes("group_counts", weights, "training images of each group", (size,))
+            used = weights > 0
+            weighted = (share * weights.double())[used].sum() / weights[used].sum()
+            metrics["weighted_average"] = number_or_none(weighted)
         names = list(group_names) or [str(group) for group in range(size)]
         by_group = dict(zip(names, map(number_or_none, share), strict=True))
     reliability = reliability_bins(logits, labels.to(logits.device))
@@ -203,7 +211,7 @@ def _calibration_sums(logits: Tensor, labels: Tensor, bins: int) -> Tensor:
     return rows.new_zeros(3, bins).index_add_(1, bin_of, rows)
 
 
-def mean_std(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Spread]]:
+def mean_std(records: Runs) -> dict[str, dict[str, Spread]]:
     """The metrics of runs that differ in their seed: {"last": {metric: Spread}, "best": {...}}.
 
     Over the runs where a metric is defined; one that is defined in none is left out.
@@ -225,9 +233,7 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), std, len(values))
 
 
-def paired(
-    records: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], metric: str
-) -> Paired | None:
+def paired(records: Runs, others: Runs, metric: str) -> Paired | None:
     """The metric of runs less that of others of the same seeds, at the last epoch; None without."""
     ours, theirs = (
         {run.get("seed", 0): (run.get("last") or {}).get(metric) for run in runs}
@@ -266,13 +272,6 @@ def _check(logits: Tensor, labels: Tensor, class_counts: Tensor | Sequence[int])
     check_sizes("class_counts", counts, expected, (logits.shape[1],))
 
 
-def _check_range(name: str, values: Tensor, size: int) -> None:
-    low, high = values.aminmax()
-    if low < 0 or high >= size:
-        got = f"numbers from {int(low)} to {int(high)}"
-        raise refusal(name, f"numbers in [0, {size})", got, "name every group in group_names")
-
-
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole in float64, NaN where the whole is 0."""
     return part.double() / whole.double()
@@ -281,9 +280,3 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 def _mean(values: Tensor) -> float | None:
     """Over what is known, None if nothing is."""
     return number_or_none(values[~values.isnan()].mean())
-
-
-def _weighted(share: Tensor, weights: Tensor) -> float | None:
-    check_sizes("group_counts", weights, "training images of each group", (len(share),))
-    used = weights > 0
-    return number_or_none((share * weights.double())[used].sum() / weights[used].sum())

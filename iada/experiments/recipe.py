@@ -307,8 +307,7 @@ def parse_change(text: str) -> tuple[str, str, Any]:
 def changes_of(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """{section: {key: value}} of several such texts."""
     changes: dict[str, dict[str, Any]] = {}
-    for text in texts:
-        section, key, value = parse_change(text)
+    for section, key, value in map(parse_change, texts):
         changes.setdefault(section, {})[key] = value
     return changes
 

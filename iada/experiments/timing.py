@@ -57,14 +57,9 @@ def estimate(planned: PlannedRun) -> Estimate:
     start = _now(device)
     trainer.outputs(views.test, rows=torch.arange(count))
     test = (_now(device) - start) / count * len(split.test)
-    return Estimate(
-        seconds[0],
-        seconds[1],
-        test,
-        steps * config.ce_epochs,
-        steps * (config.epochs - config.ce_epochs),
-        -(-config.epochs // planned.options.evaluate_every) + 1,
-    )
+    phases = steps * config.ce_epochs, steps * (config.epochs - config.ce_epochs)
+    tests = -(-config.epochs // planned.options.evaluate_every) + 1
+    return Estimate(seconds[0], seconds[1], test, *phases, tests)
 
 
 def _now(device: torch.device) -> float:

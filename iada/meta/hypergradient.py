@@ -1,6 +1,6 @@
 """From the training gradient to the head's tangents: virtual step, meta loss, v and ḣ."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iada.meta.backbone_passes import BackbonePasses, RandomState
-from iada.meta.feature_jvp import GRAPH, FeatureJVP
+from iada.meta.feature_jvp import GRAPH, Directions, FeatureJVP
 from iada.meta.learner import HeadGradients, Learner, ShardedBatch, check_meta_loss, linear
 from iada.meta.options import MetaStepOptions
 from iada.meta.scope import moved_parameters
@@ -76,9 +76,8 @@ class MetaPasses:
         del values
         directions = {p: slopes[p] * grad for p, grad in learner.unscaled(found).items()}
 
-        below: dict[Tensor, Tensor] = {
-            p: directions[p] for p in backbone.parameters() if p in directions
-        }
+        parameters = backbone.parameters()
+        below: dict[Tensor, Tensor] = {p: directions[p] for p in parameters if p in directions}
         first = repeat and self.feature_jvp.mode == GRAPH
         if first:
             features = self.passes.forward_replayed(rows.inputs, random_state)
@@ -99,22 +98,20 @@ class MetaPasses:
         learner = self.learner
         with torch.set_grad_enabled(self.options.moves_backbone):
             features = self.passes.forward_frozen(rows.inputs)
-        value, grads = learner.head_gradients(
-            lambda h, w, b: F.cross_entropy(linear(h, w, b), rows.labels),
-            learner.gather(features, rows),
-        )
+
+        def loss(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return F.cross_entropy(linear(features, weight, bias), rows.labels)
+
+        value, grads = learner.head_gradients(loss, learner.gather(features, rows))
         return value, learner.gradients(features, grads, rows, moved)
 
-    def _tangents(
-        self, directions: Mapping[Tensor, Tensor], features: Tensor | None
-    ) -> HeadTangents:
+    def _tangents(self, directions: Directions, features: Tensor | None) -> HeadTangents:
         head = self.learner.classifier.head
         weight = directions.get(head.weight)
+        weight = torch.zeros_like(head.weight) if weight is None else weight
         bias = None if head.bias is None else directions.get(head.bias)
         dtype = torch.promote_types(torch.float32, head.weight.dtype)
         if features is not None:
             dtype = torch.promote_types(dtype, features.dtype)
-        weight = torch.zeros_like(head.weight) if weight is None else weight
-        return HeadTangents(
-            features, weight.detach().to(dtype), None if bias is None else bias.to(dtype)
-        )
+        bias = None if bias is None else bias.to(dtype)
+        return HeadTangents(features, weight.detach().to(dtype), bias)

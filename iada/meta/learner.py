@@ -5,6 +5,7 @@ down the backbone. Where processes share a batch, each computes the whole head b
 its own rows down; the backbone's gradients are added up over the processes.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,30 +148,25 @@ class Learner:
         return [p for group in groups for p in group["params"] if p.requires_grad and p in own]
 
     def head_gradients(
-        self,
-        loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-        features: Tensor,
+        self, loss: Callable[[Tensor, Tensor, Tensor | None], Tensor], features: Tensor
     ) -> tuple[Tensor, HeadGradients]:
         """A loss of (features, weight, bias), detached, and its gradients; features (N, A).
 
         The loss depends on the features; weight or bias it may leave out.
         """
         head = self.classifier.head
-        features = features.detach().requires_grad_()
-        leaves = [features]
-        for parameter in (head.weight, head.bias):
-            if parameter is not None:
-                leaf = parameter.detach()
-                leaves.append(leaf.requires_grad_(parameter.requires_grad))
+        features, (weight, bias) = features.detach().requires_grad_(), detached(head)
+        weight.requires_grad_(head.weight.requires_grad)
+        if bias is not None:
+            bias.requires_grad_(head.bias.requires_grad)
         with torch.enable_grad():
-            value = loss(features, leaves[1], leaves[2] if head.bias is not None else None)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        given = torch.autograd.grad(value, wanted, allow_unused=True)
-        found = dict(zip(map(id, wanted), given, strict=True))
-        grads = [found.get(id(leaf)) for leaf in leaves]
-        bias = grads[2] if head.bias is not None else None
-        assert grads[0] is not None
-        return value.detach(), HeadGradients(grads[0], grads[1], bias)
+            value = loss(features, weight, bias)
+        leaves: list[Any] = [features, weight, bias]
+        asked = [leaf is not None and leaf.requires_grad for leaf in leaves]
+        wanted = itertools.compress(leaves, asked)
+        given = iter(torch.autograd.grad(value, list(wanted), allow_unused=True))
+        grads: list[Any] = [next(given) if was_asked else None for was_asked in asked]
+        return value.detach(), HeadGradients(*grads)
 
     def gradients(
         self,

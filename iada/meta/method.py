@@ -14,6 +14,8 @@ from iada.nn.functional import fused_loss
 from iada.utils.distributed import Group
 
 HeadLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Batch = Sequence[Any]  # (inputs, labels) or (inputs, labels, index)
+Order = Sequence[list[int]]  # rows of the training set for each step
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,7 @@ class Method(nn.Module):
         """Which of the next `count` steps will look at theirs, so that it can be loaded ahead."""
         return [False] * count
 
-    def begin_epoch(
-        self, epoch: int, order: Sequence[list[int]], first_step: int
-    ) -> Sequence[list[int]]:
+    def begin_epoch(self, epoch: int, order: Order, first_step: int) -> Order:
         """Called before the steps of each epoch of the method's own, and when one goes on.
 
         Args:
@@ -124,9 +124,7 @@ class Method(nn.Module):
         """
         return order
 
-    def step(
-        self, batch: Sequence[Any], meta_batch: Sequence[Any] | None = None
-    ) -> Tensor | MetaStep:
+    def step(self, batch: Batch, meta_batch: Batch | None = None) -> Tensor | MetaStep:
         """One step on (inputs, labels, ...); its loss (), or a `MetaStep`, detached."""
         rows = self._shard(batch)
         return self._supervised_step(rows, lambda h, w, b: self.loss(h, w, b, rows.labels))

@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iada.meta.method import Order
 from iada.methods.cmo import CMO, CMOOptions, ForegroundPool, Paste
 from iada.methods.options import MethodRun
 from iada.nn.functional import fused_loss
@@ -150,21 +151,16 @@ class AFR(CMO):
         assert run.train_set is not None
         self.train_set, self.finetune_epoch = run.train_set, finetune_epoch
         self.attacker = copy.deepcopy(run.backbone).eval().requires_grad_(False)
-        width, count = run.head.in_features, 2 * run.head.out_features
-        device = run.head.weight.device
-        self.categories = nn.utils.skip_init(
-            nn.Linear, width, count, device=device, dtype=run.dtype
-        )
+        sizes = run.head.in_features, 2 * run.head.out_features
+        place: dict[str, Any] = {"device": run.head.weight.device, "dtype": run.dtype}
+        self.categories = nn.utils.skip_init(nn.Linear, *sizes, **place)
         self._begin_categories()
-        deviation = torch.as_tensor(getattr(run.train_set, "deviation", 1.0))
-        deviation = deviation.to(device, run.dtype)
+        deviation = torch.as_tensor(getattr(run.train_set, "deviation", 1.0)).to(**place)
         self.register_buffer("unit", 1 / deviation.view(-1, 1, 1), persistent=False)
         self.register_buffer("attacked", torch.zeros(len(self.labels), dtype=torch.bool))
         self.prepared_epoch = -1
 
-    def begin_epoch(
-        self, epoch: int, order: Sequence[list[int]], first_step: int
-    ) -> Sequence[list[int]]:
+    def begin_epoch(self, epoch: int, order: Order, first_step: int) -> Order:
         """The rows with the foregrounds'; every ten epochs of the second stage a new attacker."""
         stage_epoch = epoch - self.finetune_epoch
         self._second_stage = stage_epoch >= 0

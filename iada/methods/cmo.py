@@ -11,12 +11,12 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from iada.meta.method import MetaStep
+from iada.meta.method import Batch, MetaStep, Order
 from iada.methods.head_loss import HeadLossMethod
 from iada.methods.options import MethodOptions, MethodRun
 from iada.utils.checks import check_label_values, refusal
@@ -87,16 +87,12 @@ class CMO(HeadLossMethod):
         self.pool = ForegroundPool(self.labels.numpy(), np.arange(len(labels)))
         self._plans: deque[Paste | None] = deque()
 
-    def begin_epoch(
-        self, epoch: int, order: Sequence[list[int]], first_step: int
-    ) -> Sequence[list[int]]:
+    def begin_epoch(self, epoch: int, order: Order, first_step: int) -> Order:
         """The rows, and after them the foregrounds' in those steps that paste."""
         active = self.first_epoch + FIRST_WITHOUT <= epoch < self.last_epoch - LAST_WITHOUT
         return self._plan(order, first_step, SHARE if active else 0.0)
 
-    def _plan(
-        self, order: Sequence[list[int]], first_step: int, share: float
-    ) -> Sequence[list[int]]:
+    def _plan(self, order: Order, first_step: int, share: float) -> Order:
         """Decide for each step whether it pastes, and what."""
         self._plans.clear()
         wanted = []
@@ -117,9 +113,7 @@ class CMO(HeadLossMethod):
         """Which of the foregrounds are to be attacked: none."""
         return ()
 
-    def step(
-        self, batch: Sequence[Any], meta_batch: Sequence[Any] | None = None
-    ) -> Tensor | MetaStep:
+    def step(self, batch: Batch, meta_batch: Batch | None = None) -> Tensor | MetaStep:
         """The loss of the mixed images, or of the images as they are; detached."""
         plan = self._plans.popleft()
         if plan is None:

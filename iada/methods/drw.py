@@ -6,13 +6,13 @@ NeurIPS 2019: Σ ω_y CE(z, y) / Σ ω_y with ω = 1 until the re-weighting, fro
 weights, and the rest of the schedule is CE's.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from iada.meta.learner import linear
+from iada.meta.method import Order
 from iada.methods.head_loss import HeadLossMethod
 from iada.methods.options import MethodOptions, MethodRun
 from iada.nn.priors import class_balanced_weights
@@ -39,9 +39,7 @@ class DeferredReweighting(HeadLossMethod):
         self.reweight_epoch = reweight_epoch
         self.reweights = False
 
-    def begin_epoch(
-        self, epoch: int, order: Sequence[list[int]], first_step: int
-    ) -> Sequence[list[int]]:
+    def begin_epoch(self, epoch: int, order: Order, first_step: int) -> Order:
         """The rows as they are; looks whether it is time for the weights."""
         self.reweights = epoch >= self.reweight_epoch
         return order

@@ -30,11 +30,8 @@ def load_weights(backbone: nn.Module, head: nn.Linear, path: str | Path) -> bool
         got = f"{len(tensors)} tensors, not all that begin or end as {first!r}"
         raise refusal(str(path), "the weights of this backbone", got, "pass its own file")
     backbone.load_state_dict(state, strict=False)
-    weights = [
-        name
-        for name, tensor in tensors.items()
-        if name.endswith("weight") and tensor.shape == head.weight.shape
-    ]
+    shaped = [name for name, tensor in tensors.items() if tensor.shape == head.weight.shape]
+    weights = [name for name in shaped if name.endswith("weight")]
     bias = tensors.get(f"{weights[0].removesuffix('weight')}bias") if len(weights) == 1 else None
     if len(weights) != 1 or (bias is None) != (head.bias is None):
         return False
@@ -63,11 +60,8 @@ def _state_of(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, T
             if candidate != inner and not candidate.endswith(f".{inner}"):
                 continue
             prefix = candidate.removesuffix(inner)
-            state = {
-                name: tensors[key]
-                for name in shapes
-                if (key := prefix + name.removeprefix(wrapper)) in tensors
-            }
+            keys = {name: prefix + name.removeprefix(wrapper) for name in shapes}
+            state = {name: tensors[key] for name, key in keys.items() if key in tensors}
             if all(name in state and state[name].shape == shapes[name] for name in needed):
                 return state
     return None

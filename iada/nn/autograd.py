@@ -8,13 +8,7 @@ from torch import Tensor
 from iada.nn.class_covariance import ClassCovariance
 from iada.utils.autocast import full_precision
 from iada_kernels import torch_ops
-from iada_kernels.contract import (
-    Backend,
-    ClassStatistics,
-    LossInputs,
-    LossNeeds,
-    LossOptions,
-)
+from iada_kernels.contract import Backend, ClassStatistics, LossInputs, LossNeeds, LossOptions
 
 OTHERS = 4  # arguments of `apply` before the tensors
 LABELS = 3  # their place among the tensors of `LossInputs`; the others have gradients

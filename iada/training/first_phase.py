@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from iada.methods.meta_iada import MetaSAugOptions
 from iada.training.config import TrainerConfig
@@ -144,11 +144,7 @@ def load_first_phase(path: Path) -> dict[str, Any]:
 
 def _names(trainer: Trainer) -> list[str]:
     """Of the optimizer's parameters, in its order."""
-    modules: dict[str, nn.Module] = {"backbone": trainer.backbone, "head": trainer.head}
-    known: dict[Tensor, str] = {
-        parameter: f"{prefix}.{name}"
-        for prefix, module in modules.items()
-        for name, parameter in module.named_parameters()
-    }
+    known: dict[Tensor, str] = {p: f"head.{n}" for n, p in trainer.head.named_parameters()}
+    known |= {p: f"backbone.{n}" for n, p in trainer.backbone.named_parameters()}
     groups = trainer.optimizer.param_groups
     return [known[parameter] for group in groups for parameter in group["params"]]

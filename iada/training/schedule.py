@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.optim import lr_scheduler
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from iada.training.config import TrainerConfig
 from iada.utils.checks import refusal
@@ -14,9 +15,7 @@ from iada.utils.checks import refusal
 WARMUP_START = 0.01  # share of lr that warm-up starts from
 
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: TrainerConfig
-) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> Optimizer:
     """`config.optimizer` of torch.optim over those parameters that are trained.
 
     Raises ValueError for options that it does not take, or values that it refuses.
@@ -42,9 +41,7 @@ def build_optimizer(
         ) from error
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainerConfig, steps: int
-) -> lr_scheduler.LRScheduler:
+def build_schedule(optimizer: Optimizer, config: TrainerConfig, steps: int) -> LRScheduler:
     """Warm-up, then `config.schedule`; to be stepped once an epoch or, on demand, once a step.
 
     A last stage, as AFR's second, has a cosine of its own. steps: of one epoch.
@@ -53,9 +50,7 @@ def build_schedule(
     last_epochs, last_lr = config.last_stage
     warmup, total = round(config.warmup_epochs * unit), (config.epochs - last_epochs) * unit
     if config.schedule == "cosine":
-        main: lr_scheduler.LRScheduler = lr_scheduler.CosineAnnealingLR(
-            optimizer, max(1, total - warmup)
-        )
+        main: LRScheduler = lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - warmup))
     else:
         marks = config.milestones if config.schedule == "multistep" else ()
         # The main schedule counts from the end of warm-up, milestones from the start of the run.

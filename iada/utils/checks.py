@@ -50,9 +50,7 @@ def check_choice(
         raise refusal(name, f"one of {', '.join(map(repr, allowed))}", repr(value), remedy)
 
 
-def check_count(
-    name: str, value: object, least: int = 1, remedy: str = "pass such a number"
-) -> None:
+def check_count(name: str, value: object, least: int = 1, remedy: str = "pass one") -> None:
     """Raises ValueError for what is no whole number from `least` on."""
     if type(value) is not int or value < least:
         raise refusal(name, f"a whole number from {least} on", repr(value), remedy)

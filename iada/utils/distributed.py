@@ -280,13 +280,9 @@ def running_statistics(module: nn.Module) -> list[Tensor]:
     """Means and variances that BatchNorm layers keep of this rank's rows alone, to be averaged."""
     kinds = nn.modules.batchnorm._BatchNorm
     layers = [m for m in module.modules() if isinstance(m, kinds)]
-    return [
-        buffer
-        for layer in layers
-        if not isinstance(layer, nn.SyncBatchNorm)  # sees all rows by itself
-        for buffer in (layer.running_mean, layer.running_var)
-        if buffer is not None
-    ]
+    alone = [m for m in layers if not isinstance(m, nn.SyncBatchNorm)]  # which sees all rows
+    buffers = [buffer for m in alone for buffer in (m.running_mean, m.running_var)]
+    return [buffer for buffer in buffers if buffer is not None]
 
 
 def _exchange(

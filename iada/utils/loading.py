@@ -12,6 +12,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 from iada.utils.checks import check_label_values, check_labels, check_tensor, refusal
 from iada.utils.seeds import preserved, seed_host, seed_of
 
+WholeBatch = tuple[Any, Tensor, Tensor]  # inputs, labels (N) and index (N)
+
 
 class TensorData(Dataset):
     """Inputs and labels in memory, served as (inputs, labels, index) batches.
@@ -57,9 +59,7 @@ class WholeBatches(Protocol):
     labels: Tensor
     in_memory: bool
 
-    def whole_batch(
-        self, seed: int, step: int, indices: Sequence[int]
-    ) -> tuple[Any, Tensor, Tensor]:
+    def whole_batch(self, seed: int, step: int, indices: Sequence[int]) -> WholeBatch:
         """Inputs, labels (N) and index (N) of these samples at this step of this run."""
 
 
@@ -171,7 +171,7 @@ class _AtStep(Dataset):
         self.dataset = dataset
         self.seed = seed
 
-    def __getitems__(self, place: tuple[int, Sequence[int]]) -> tuple[Any, Tensor, Tensor]:
+    def __getitems__(self, place: tuple[int, Sequence[int]]) -> WholeBatch:
         return self.dataset.whole_batch(self.seed, *place)
 
 

@@ -30,19 +30,9 @@ def _loss_forward_update(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _loss_forward(*head, epsilon, log_prior, None, *numbers)
 
 
-def _loss_backward(
-    grad_loss: Tensor,
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    residual: Tensor,
-    partial: Tensor,
-    covariance_dim: int,
-    alpha: float,
-    beta: float,
-    ignore_index: int,
-    needs: int,
-) -> tuple[Tensor, ...]:
+def _loss_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """`arguments`: as `native.loss` calls the operator."""
+    _, features, weight, _, _, _, covariance_dim, *_, needs = arguments
     classes, width = weight.shape
     sigma = (classes, width, width) if covariance_dim == 3 else (classes, width)
 

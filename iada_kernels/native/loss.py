@@ -18,13 +18,7 @@ import torch
 from torch import Tensor
 
 from iada_kernels import torch_ops
-from iada_kernels.contract import (
-    ClassStatistics,
-    LossGradients,
-    LossInputs,
-    LossNeeds,
-    LossOptions,
-)
+from iada_kernels.contract import ClassStatistics, LossGradients, LossInputs, LossNeeds, LossOptions
 from iada_kernels.layout import contiguous_as
 from iada_kernels.native import library
 from iada_kernels.native.batch import covariance_update

@@ -128,23 +128,13 @@ def loss_forward(
             pull[rows] = mean.sub_(label_weight)
 
     divisor = mean_divisor(ignored, options)
-    return reduced(join(losses).masked_fill(ignored, 0.0), divisor, options), SavedRows(
-        target,
-        join(log_sums),
-        join(wrongs).masked_fill_(ignored, 0.0),
-        pull,
-        spread,
-        signs,
-        divisor,
-    )
+    wrong = join(wrongs).masked_fill_(ignored, 0.0)
+    saved = SavedRows(target, join(log_sums), wrong, pull, spread, signs, divisor)
+    return reduced(join(losses).masked_fill(ignored, 0.0), divisor, options), saved
 
 
 def loss_backward(
-    inputs: LossInputs,
-    options: LossOptions,
-    saved: SavedRows,
-    grad_loss: Tensor,
-    needs: LossNeeds,
+    inputs: LossInputs, options: LossOptions, saved: SavedRows, grad_loss: Tensor, needs: LossNeeds
 ) -> LossGradients:
     """The gradients asked for: of features and weight in their dtype, others in the compute's."""
     if saved.divisor is not None:
@@ -156,10 +146,8 @@ def loss_backward(
         torch.mul(saved.pull, factor[:, None], out=grads.features)
     if needs.epsilon and saved.pull is not None and saved.sign is not None:
         pull, sign = saved.pull, saved.sign
-        slopes = [
-            torch.linalg.vecdot(pull[rows], sign[rows].to(pull.dtype))
-            for rows in _tiles(*pull.shape)
-        ]
+        tiles = _tiles(*pull.shape)
+        slopes = [torch.linalg.vecdot(pull[rows], sign[rows].to(pull.dtype)) for rows in tiles]
         grads.epsilon = join(slopes) * factor
     if needs.covariance and saved.spread is not None:
         rows = saved.spread * (0.5 * options.alpha * factor[:, None])
@@ -173,11 +161,7 @@ def loss_backward(
 
 
 def _head_gradients(
-    inputs: LossInputs,
-    options: LossOptions,
-    saved: SavedRows,
-    factor: Tensor,
-    needs_weight: bool,
+    inputs: LossInputs, options: LossOptions, saved: SavedRows, factor: Tensor, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor]:
     """∂L/∂W in the dtype of W, if needed, and Σ_i D_i (C); factor: P times the row's weight."""
     head, offset = _head(inputs), _offset(inputs, options.beta)

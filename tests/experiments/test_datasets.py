@@ -357,7 +357,7 @@ DAMAGE = [
     ("celeba", replace_text(ATTRIBUTES, "000002.jpg -1 -1", "000002.jpg -1 -2"), "line 4: .*-2"),
     ("celeba", replace_text(ATTRIBUTES, "000002.jpg -1", "000002.jpg"), "line 4: .* 3 fields"),
     ("celeba", replace_text(ATTRIBUTES, "000003.jpg", "000002.jpg"), "line 5: .*000002.jpg again"),
-    ("celeba", replace_text(PARTITION, "000002.jpg 0", "000002.jpg 4"), "line 2: .* got 4"),
+    ("celeba", replace_text(PARTITION, "000002.jpg 0", "000002.jpg 4"), "line 2: .* got '4'"),
     ("celeba", replace_text(PARTITION, "000002.jpg 0\n", ""), "line 4: .* got 000002.jpg"),
     ("celeba", remove("img_align_celeba/000004.jpg"), "line 6: .* got no such file"),
     ("civilcomments", remove(COMMENTS), "identities.csv: expected the table"),

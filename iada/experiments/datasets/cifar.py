@@ -17,19 +17,14 @@ from iada.utils.checks import refusal
 
 PIXELS = 3 * 32 * 32
 # All that a pickled array calls, under the names that numpy gave it before and since version 2.
-SAFE = {
+SAFE: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): codecs.encode,
-    **{
-        (f"numpy.{core}.{module}", name): np.empty(0).__reduce_ex__(protocol)[0]
-        for core in ("core", "_core")
-        for module, name, protocol in (
-            ("multiarray", "_reconstruct", 2),
-            ("numeric", "_frombuffer", 5),
-        )
-    },
 }
+for _core in ("core", "_core"):
+    SAFE[f"numpy.{_core}.multiarray", "_reconstruct"] = np.empty(0).__reduce_ex__(2)[0]
+    SAFE[f"numpy.{_core}.numeric", "_frombuffer"] = np.empty(0).__reduce_ex__(5)[0]
 
 FILES = {
     10: {

@@ -4,6 +4,7 @@ Each fault is told by file and line, before anything is handed out. A file that 
 FileNotFoundError, one that is damaged a ValueError; both carry the message of `refusal`.
 """
 
+import contextlib
 import csv
 import io
 import os
@@ -102,24 +103,18 @@ def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
 
 def integer(text: str, allowed: Container[int], expected: str, where: str) -> int:
     """`text` as one of the allowed whole numbers."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise refusal(where, expected, repr(text), DAMAGED) from None
-    if value not in allowed:
-        raise refusal(where, expected, str(value), DAMAGED)
-    return value
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) in allowed:
+            return value
+    raise refusal(where, expected, repr(text), DAMAGED)
 
 
 def number(text: str, expected: str, where: str) -> float:
     """`text` as a number in [0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise refusal(where, expected, repr(text), DAMAGED) from None
-    if not 0 <= value <= 1:
-        raise refusal(where, expected, text, DAMAGED)
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    raise refusal(where, expected, repr(text), DAMAGED)
 
 
 def check_image_file(path: Path, where: str) -> None:

@@ -32,20 +32,17 @@ def read_glt(
     names = _class_names(annotation, file)
     root = None if images is None else folder_at(images, "the images")
     sections = {"train": "train", "validation": "val", "test": TESTS[protocol]}
-    by_part = {
-        part: _entries(annotation, name, len(names), file) for part, name in sections.items()
-    }
+    by_part = {p: _entries(annotation, name, len(names), file) for p, name in sections.items()}
     most = max(attribute for entries in by_part.values() for _, _, attribute in entries)
     groups = tuple(f"attribute {number}" for number in range(most + 1))  # the same for all parts
     drop = _leading(Path(by_part["train"][0][0]), root, f"{file}, train")
     parts = {}
     for part, entries in by_part.items():
-        paths = [_place(Path(entry), root, drop) for entry, _, _ in entries]
+        written, labels, attributes = zip(*entries, strict=True)
+        paths = [_place(Path(entry), root, drop) for entry in written]
         for image in paths:
             check_image_file(image, f"{file}, {sections[part]}")
-        labels = torch.tensor([label for _, label, _ in entries])
-        attributes = torch.tensor([attribute for _, _, attribute in entries])
-        parts[part] = Labelled(paths, labels, names, attributes, groups)
+        parts[part] = Labelled(paths, torch.tensor(labels), names, torch.tensor(attributes), groups)
     check_every_class(parts["train"], "train", file)
     if protocol == "alt":
         counts = parts["train"].class_counts()

@@ -71,11 +71,8 @@ def _images(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]
         class_folder = folder / name
         if not class_folder.is_dir():
             raise missing(class_folder, f"the images of class {name!r}", "add them")
-        images = sorted(
-            Path(entry.path)
-            for entry in _visible(class_folder)
-            if Path(entry.name).suffix.lower() in SUFFIXES
-        )
+        files = (Path(entry.path) for entry in _visible(class_folder))
+        images = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
         if not images:
             raise refusal(str(class_folder), "images", "none", "add some, or take the class away")
         for image in images:
@@ -105,9 +102,7 @@ ENDINGS = {"train": "_train.txt", "validation": "_val.txt", "test": "_test.txt"}
 
 
 def read_lists(
-    path: str | os.PathLike,
-    images: str | os.PathLike | None = None,
-    num_classes: int | None = None,
+    path: str | os.PathLike, images: str | os.PathLike | None = None, num_classes: int | None = None
 ) -> dict[str, Labelled]:
     """The images named in `*_train.txt`, `*_val.txt` and `*_test.txt`, by path.
 

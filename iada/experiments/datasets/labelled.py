@@ -1,6 +1,6 @@
 """Samples with their labels: what every reader returns and every scenario cuts up."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,9 @@ class Labelled(Dataset):
     def relabelled(self, labels: Tensor) -> "Labelled":
         """The same samples with other labels; their groups stay as they were."""
         return replace(self, labels=labels)
+
+
+Parts = Mapping[str, Labelled]  # "train", "validation", "test", as far as a data set has them
 
 
 def check_every_class(part: Labelled, name: str, source: Path) -> None:

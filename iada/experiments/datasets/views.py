@@ -20,8 +20,11 @@ from iada.experiments.datasets.files import missing
 from iada.experiments.datasets.images import open_image, scaled_part
 from iada.experiments.datasets.labelled import Labelled
 from iada.utils.checks import check_choice, refusal
+from iada.utils.loading import WholeBatch
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel
+Range = tuple[float, float]
+Tokenizer = Callable[..., Any]
 Box = tuple[float, float, float, float]  # left, upper, right, lower
 
 CIFAR10: Normalisation = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -50,9 +53,7 @@ class View(Dataset):
         """The inputs of the samples `rows`, (n), at this step of the run."""
         raise NotImplementedError
 
-    def whole_batch(
-        self, seed: int, step: int, indices: Sequence[int]
-    ) -> tuple[Any, Tensor, Tensor]:
+    def whole_batch(self, seed: int, step: int, indices: Sequence[int]) -> WholeBatch:
         """Inputs, labels and index of these samples at this step: see `WholeBatches`."""
         rows = torch.as_tensor(indices)
         if self.labels.is_cuda:
@@ -145,7 +146,7 @@ class FileView(View):
         augment: bool = False,
         size: int = 224,
         shape: str = "crop",
-        scale: tuple[float, float] = (0.08, 1.0),
+        scale: Range = (0.08, 1.0),
         normalise: Normalisation = IMAGENET,
     ) -> None:
         if isinstance(data.inputs, Tensor) or (len(data) and isinstance(data.inputs[0], str)):
@@ -177,9 +178,7 @@ class FileView(View):
         return (scaled.float() / 255 - self.mean) / self.deviation
 
 
-def random_part(
-    width: int, height: int, scale: tuple[float, float], chances: Sequence[float]
-) -> Box:
+def random_part(width: int, height: int, scale: Range, chances: Sequence[float]) -> Box:
     """A box of a random area and aspect that lies in the image.
 
     `chances` are numbers in [0, 1): two for each of ten tries, two for the place. The middle, if
@@ -216,9 +215,7 @@ class TextView(View):
             longest text.
     """
 
-    def __init__(
-        self, data: Labelled, tokenizer: Callable[..., Any], max_length: int = 300
-    ) -> None:
+    def __init__(self, data: Labelled, tokenizer: Tokenizer, max_length: int = 300) -> None:
         if isinstance(data.inputs, Tensor) or not all(isinstance(t, str) for t in data.inputs):
             raise refusal("data", "texts", "others", "use MemoryView or FileView")
         self.texts, self.labels = data.inputs, data.labels
@@ -232,7 +229,7 @@ class TextView(View):
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
 
-def load_tokenizer(path: str | os.PathLike) -> Callable[..., Any]:
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a folder, such as a downloaded model; nothing is fetched."""
     try:
         transformers = import_module("transformers")

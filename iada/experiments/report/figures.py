@@ -23,6 +23,7 @@ from iada.experiments.report.style import Picture, SeriesStyle, series_styles
 from iada.experiments.report.variants import (
     Record,
     Variant,
+    Variants,
     differing_settings,
     setting,
     with_styles,
@@ -39,9 +40,7 @@ RECOMMENDED = {"alpha": 0.5, "beta": 1.0}  # by the paper's section 5.6
 SHOTS = ("many", "medium", "few")
 
 
-def draw_all(
-    experiment: str, title: str, variants: Sequence[Variant], headline: str
-) -> list[Picture]:
+def draw_all(experiment: str, title: str, variants: Variants, headline: str) -> list[Picture]:
     """Every figure that the records allow, in reading order.
 
     headline: the metric that the sensitivity is shown of.
@@ -75,7 +74,7 @@ def draw_all(
     return pictures
 
 
-def main_variants(variants: Sequence[Variant]) -> list[Variant]:
+def main_variants(variants: Variants) -> list[Variant]:
     """All variants, but of a sweep over α and β the recommended values only, if they are in it."""
     swept = [variant for sweep in _sweeps(variants) for variant in sweep]
     wanted = RECOMMENDED.items()
@@ -86,7 +85,7 @@ def main_variants(variants: Sequence[Variant]) -> list[Variant]:
     return with_styles([variant for variant in variants if variant not in left_out])
 
 
-def _sweeps(variants: Sequence[Variant]) -> list[list[Variant]]:
+def _sweeps(variants: Variants) -> list[list[Variant]]:
     """The variants of each kind that differ in α and β alone, with three values of one of them."""
     sweeps = []
     for kind in dict.fromkeys(variant.kind for variant in variants):
@@ -99,7 +98,7 @@ def _sweeps(variants: Sequence[Variant]) -> list[list[Variant]]:
 
 
 def _series(
-    variants: Sequence[Variant], rows_of: Callable[[Record], Sequence[float | None] | None]
+    variants: Variants, rows_of: Callable[[Record], Sequence[float | None] | None]
 ) -> list[Series]:
     """One series a variant, over the records that `rows_of` has something of, in percent."""
     series = []
@@ -131,7 +130,7 @@ def _by_size(record: Record, length: int) -> np.ndarray:
     return np.argsort(-np.asarray(counts), kind="stable")
 
 
-def _class_accuracy(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+def _class_accuracy(name: str, title: str, variants: Variants) -> Picture | None:
     def recall(record: Record) -> list[float | None] | None:
         rows = record.get("confusion")
         if not rows or len(rows) > MOST_BARS:
@@ -145,7 +144,7 @@ def _class_accuracy(name: str, title: str, variants: Sequence[Variant]) -> Pictu
     return bars(name, caption, _class_names(variants[0].records[0]), series)
 
 
-def _shots(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+def _shots(name: str, title: str, variants: Variants) -> Picture | None:
     def row(record: Record) -> list[float | None]:
         return [(record.get("last") or {}).get(shot) for shot in SHOTS]
 
@@ -158,7 +157,7 @@ def _shots(name: str, title: str, variants: Sequence[Variant]) -> Picture | None
     return bars(name, caption, [METRICS[SHOTS[index]] for index in known], series)
 
 
-def _groups(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+def _groups(name: str, title: str, variants: Variants) -> Picture | None:
     tested = [record for variant in variants for record in variant.has("group_accuracy")]
     names = list(dict.fromkeys(group for record in tested for group in record["group_accuracy"]))
     if not names:
@@ -172,7 +171,7 @@ def _groups(name: str, title: str, variants: Sequence[Variant]) -> Picture | Non
     return bars(name, caption, names, _series(variants, row))
 
 
-def _adversarial_share(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+def _adversarial_share(name: str, title: str, variants: Variants) -> Picture | None:
     """Of the first variant, beside that of its control if there is one."""
     rows = [r for r in variants[0].has("epsilon") if r["epsilon"].get("class_share")]
     if not rows:
@@ -202,7 +201,7 @@ def _label_logs(variant: Variant) -> list[Mapping[str, Any]]:
 
 
 def _clean_against_flipped(
-    name: str, title: str, variant: Variant, control: Sequence[Variant]
+    name: str, title: str, variant: Variant, control: Variants
 ) -> Picture | None:
     logs = _label_logs(variant)
     if not logs:
@@ -234,9 +233,7 @@ def _clean_against_flipped(
     return epsilon_by_label(name, caption, shares, clean, flipped)
 
 
-def _sensitivity(
-    name: str, title: str, variants: Sequence[Variant], headline: str
-) -> Picture | None:
+def _sensitivity(name: str, title: str, variants: Variants, headline: str) -> Picture | None:
     panels: dict[str, list[Series]] = {}
     positions: dict[str, list[float]] = {}
     for sweep in _sweeps(variants)[:1]:
@@ -261,7 +258,7 @@ def _sensitivity(
     return curves(name, caption, panels, ylabel=ylabel, positions=positions)
 
 
-def _longest_line(variants: Sequence[Variant], key: str) -> dict[float, Variant]:
+def _longest_line(variants: Variants, key: str) -> dict[float, Variant]:
     """The variants along one setting, by its values, at the value of the other that most have."""
     (other,) = (name for name in SWEPT if name != key)
     lines: dict[Any, dict[float, Variant]] = {}
@@ -275,7 +272,7 @@ def _longest_line(variants: Sequence[Variant], key: str) -> dict[float, Variant]
     return dict(sorted(lines[best].items()))
 
 
-def _confusion(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+def _confusion(name: str, title: str, variants: Variants) -> Picture | None:
     tested = {v.label: [np.array(r["confusion"]) for r in v.has("confusion")] for v in variants}
     matrices = {label: np.sum(counts, axis=0) for label, counts in tested.items() if counts}
     if not matrices:
@@ -284,7 +281,7 @@ def _confusion(name: str, title: str, variants: Sequence[Variant]) -> Picture | 
     return confusions(name, caption, matrices, _class_names(variants[0].records[0]))
 
 
-def _reliability(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+def _reliability(name: str, title: str, variants: Variants) -> Picture | None:
     series = _series(variants, lambda record: (record.get("reliability") or {}).get("accuracy"))
     if not series:
         return None
@@ -300,7 +297,7 @@ def _reliability(name: str, title: str, variants: Sequence[Variant]) -> Picture 
     return curves(name, caption, panels, ylabel="accuracy (%)", positions=positions)
 
 
-def _curves(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+def _curves(name: str, title: str, variants: Variants) -> Picture | None:
     panels = _curve_panels(variants, {"accuracy": "balanced accuracy (%)", "loss": "training loss"})
     if not panels:
         return None
@@ -309,7 +306,7 @@ def _curves(name: str, title: str, variants: Sequence[Variant]) -> Picture | Non
     return curves(name, f"Training, {title}{band}.", panels)
 
 
-def _terms(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+def _terms(name: str, title: str, variants: Variants) -> Picture | None:
     panels = _curve_panels(variants, TERMS)
     if not panels:
         return None
@@ -320,7 +317,7 @@ def _terms(name: str, title: str, variants: Sequence[Variant]) -> Picture | None
     return curves(name, caption, panels)
 
 
-def _curve_panels(variants: Sequence[Variant], keys: Mapping[str, str]) -> dict[str, list[Series]]:
+def _curve_panels(variants: Variants, keys: Mapping[str, str]) -> dict[str, list[Series]]:
     """A panel for each of the curve's quantities that some record has, one series a variant."""
     panels: dict[str, list[Series]] = {}
     for key, label in keys.items():
@@ -332,7 +329,7 @@ def _curve_panels(variants: Sequence[Variant], keys: Mapping[str, str]) -> dict[
     return panels
 
 
-def _surrogate(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+def _surrogate(name: str, title: str, variants: Variants) -> Picture | None:
     measured = [record for variant in variants for record in variant.has("surrogate")]
     if not measured:
         return None
@@ -355,7 +352,7 @@ def _surrogate(name: str, title: str, variants: Sequence[Variant]) -> Picture | 
     return bars(name, caption, names, _series(variants, gap), "gap (nats)", top=None, height=2.6)
 
 
-def _spectra(name: str, title: str, variants: Sequence[Variant]) -> Picture | None:
+def _spectra(name: str, title: str, variants: Variants) -> Picture | None:
     panels, sentences = {}, []
     for variant in variants:
         records = variant.has("spectrum")

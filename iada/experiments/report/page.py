@@ -104,11 +104,7 @@ def versions() -> str:
 
 
 def _section(
-    experiment: str,
-    title: str,
-    variants: Sequence[Variant],
-    published: Published,
-    figures: Path,
+    experiment: str, title: str, variants: Sequence[Variant], published: Published, figures: Path
 ) -> str:
     known: list[Mapping[str, float]] = [
         published_of(published, experiment, variant, variants) for variant in variants
@@ -123,10 +119,8 @@ def _section(
     for picture in draw_all(experiment, title, variants, metrics[0] if metrics else "top1"):
         (figures / f"{picture.name}.png").write_bytes(picture.wide)
         parts.append(figure(picture))
-    parts.append(
-        f"<details><summary>Settings and runs</summary>{settings(variants)}"
-        f"{runs_table(variants).html()}</details>"
-    )
+    tables = f"{settings(variants)}{runs_table(variants).html()}"
+    parts.append(f"<details><summary>Settings and runs</summary>{tables}</details>")
     return "\n".join(parts)
 
 

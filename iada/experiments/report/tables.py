@@ -6,19 +6,17 @@ from collections.abc import Mapping, Sequence
 
 from iada.experiments.metrics import METRICS, Paired, Spread, paired
 from iada.experiments.report.table import Cell, Table
-from iada.experiments.report.variants import Record, Variant, differing_settings
+from iada.experiments.report.variants import Record, Variant, Variants, differing_settings
 
-# (experiment, method or method's name) → metric → percent
-Published = Mapping[tuple[str, str], Mapping[str, float]]
+Figures = Mapping[str, float]  # metric → percent
+Published = Mapping[tuple[str, str], Figures]  # by experiment, and method or method's name
 SHOWN = ("processor", "capability", "device", "torch", "backend")  # of a machine
 LOWER_IS_BETTER = ("ece", "nll")
 IN_NATS = ("nll",)
 OURS = "meta-iada"
 
 
-def headline_metrics(
-    variants: Sequence[Variant], published: Sequence[Mapping[str, float]]
-) -> list[str]:
+def headline_metrics(variants: Variants, published: Sequence[Figures]) -> list[str]:
     """The metrics to show first: those published, else the groups' or top-1, else any."""
     chosen = [m for m in METRICS if any(m in figures for figures in published)]
     measured = {m for v in variants for figures in v.figures.values() for m in figures}
@@ -29,8 +27,8 @@ def headline_metrics(
 
 
 def published_of(
-    published: Published, experiment: str, variant: Variant, variants: Sequence[Variant]
-) -> Mapping[str, float]:
+    published: Published, experiment: str, variant: Variant, variants: Variants
+) -> Figures:
     """The published figures of a variant: under its name, or under its method where no other
     variant has that. Empty if there are none."""
     if (experiment, variant.name) in published:
@@ -40,7 +38,7 @@ def published_of(
 
 
 def headline_table(
-    variants: Sequence[Variant], metrics: Sequence[str], published: Sequence[Mapping[str, float]]
+    variants: Variants, metrics: Sequence[str], published: Sequence[Figures]
 ) -> Table:
     """Last and best epoch side by side and the published figure, for each of `metrics`.
 
@@ -75,7 +73,7 @@ def headline_table(
     return Table(head, rows)
 
 
-def details(variants: Sequence[Variant], metrics: Sequence[str]) -> str:
+def details(variants: Variants, metrics: Sequence[str]) -> str:
     """Every metric that some variant has, as HTML: the last epoch, below it the best.
 
     Empty if all of them are among `metrics`, which are shown already.
@@ -94,7 +92,7 @@ def details(variants: Sequence[Variant], metrics: Sequence[str]) -> str:
 
 
 def overview_table(
-    titles: Mapping[str, str], variants: Mapping[str, Sequence[Variant]], decimals: int = 2
+    titles: Mapping[str, str], variants: Mapping[str, Variants], decimals: int = 2
 ) -> Table:
     """Methods by experiments: each experiment's first headline metric at the last epoch."""
     labels = dict.fromkeys(v.label for part in variants.values() for v in part)
@@ -111,7 +109,7 @@ def overview_table(
     return Table(["method", *(titles[name] for name in variants)], rows)
 
 
-def runs_table(variants: Sequence[Variant]) -> Table:
+def runs_table(variants: Variants) -> Table:
     """One row a run: its time, its best epoch and its machine."""
     rows = []
     for variant in variants:
@@ -125,7 +123,7 @@ def runs_table(variants: Sequence[Variant]) -> Table:
     return Table(["method", "seed", "best epoch", "minutes", "machine"], rows)
 
 
-def settings(variants: Sequence[Variant]) -> str:
+def settings(variants: Variants) -> str:
     """The settings that differ between variants, and below the table those that do not; HTML."""
     runs = [record for variant in variants for record in variant.records]
     differing = [name for name in differing_settings(runs) if name != "method"]
@@ -184,7 +182,7 @@ def paired_gaps(
     return {name: gap for name, gap in gaps.items() if gap is not None and gap.error is not None}
 
 
-def _best(variants: Sequence[Variant], metric: str, decimals: int = 2) -> set[str]:
+def _best(variants: Variants, metric: str, decimals: int = 2) -> set[str]:
     """The labels of the variants that are best in `metric` at the last epoch, as far as is shown.
 
     None of fewer than two that can be compared.

@@ -59,6 +59,9 @@ class Variant:
         return [record for record in self.records if record.get(key)]
 
 
+Variants = Sequence[Variant]
+
+
 def by_experiment(records: Sequence[Record]) -> dict[str, list[Record]]:
     """The records of each experiment, in order of appearance."""
     groups: dict[str, list[Record]] = {}

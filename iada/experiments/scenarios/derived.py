@@ -1,12 +1,10 @@
 """Data sets made out of others: Colored MNIST, and a part cut off where there is none."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from iada.experiments.datasets.labelled import Labelled
+from iada.experiments.datasets.labelled import Labelled, Parts
 from iada.experiments.scenarios.sampling import part_of, pick_evenly
 from iada.utils.checks import check_count, refusal
 
@@ -18,9 +16,7 @@ AGREEMENT = {"train": 0.8, "validation": 0.5, "test": 0.1}  # colour with label
 SHARES = {"train": 3, "validation": 1, "test": 2}  # sixths of MNIST's training digits
 
 
-def colored_mnist(
-    parts: Mapping[str, Labelled], *, channels: int = 3, seed: int = 0
-) -> dict[str, Labelled]:
+def colored_mnist(parts: Parts, *, channels: int = 3, seed: int = 0) -> dict[str, Labelled]:
     """MNIST's digits in red and green, the colour agreeing with the label more often than not.
 
     y = [digit ≥ 5], of which a quarter are turned around; the colour is red for 0 and green for 1
@@ -56,7 +52,7 @@ def _some(count: int, share: float, rng: np.random.Generator) -> Tensor:
 
 
 def hold_out(
-    parts: Mapping[str, Labelled], *, name: str = "test", per_class: int, seed: int = 0
+    parts: Parts, *, name: str = "test", per_class: int, seed: int = 0
 ) -> dict[str, Labelled]:
     """The parts with `per_class` training samples of each class cut off, as the part `name`.
 

@@ -1,12 +1,10 @@
 """A long tail cut out of a balanced data set: CIFAR10-LT and CIFAR100-LT."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from iada.experiments.datasets.labelled import Labelled
+from iada.experiments.datasets.labelled import Labelled, Parts
 from iada.experiments.scenarios.sampling import part_of, rows_by_key, training_pieces
 from iada.experiments.scenarios.split import Split, requested
 from iada.utils.checks import check_choice, check_count, refusal
@@ -37,7 +35,7 @@ def class_sizes(
 
 
 def long_tail(
-    parts: Mapping[str, Labelled],
+    parts: Parts,
     *,
     ratio: float,
     convention: str = "ldam",

@@ -1,18 +1,11 @@
 """Training labels made wrong, as Meta-WeightNet and its successors do (Shu et al., 2019)."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from iada.experiments.datasets.labelled import Labelled
-from iada.experiments.scenarios.sampling import (
-    all_rows,
-    part_of,
-    pick_evenly,
-    training_pieces,
-)
+from iada.experiments.datasets.labelled import Parts
+from iada.experiments.scenarios.sampling import all_rows, part_of, pick_evenly, training_pieces
 from iada.experiments.scenarios.split import Split, requested
 from iada.utils.checks import check_choice, check_count, refusal
 
@@ -43,12 +36,7 @@ def transition(kind: str, share: float, num_classes: int, rng: np.random.Generat
 
 
 def noisy_labels(
-    parts: Mapping[str, Labelled],
-    *,
-    kind: str,
-    share: float,
-    meta_size: int = 1000,
-    seed: int = 0,
+    parts: Parts, *, kind: str, share: float, meta_size: int = 1000, seed: int = 0
 ) -> Split:
     """Noise in the training labels; a clean meta set, balanced over classes, out of train.
 

@@ -5,16 +5,16 @@ have tails within the classes too; Waterbirds, CelebA, CivilComments and Colored
 """
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from iada.experiments.datasets.labelled import Labelled
+from iada.experiments.datasets.labelled import Labelled, Parts
 from iada.experiments.scenarios.sampling import (
     Picked,
+    Pieces,
     all_rows,
     part_of,
     pick_evenly,
@@ -27,7 +27,7 @@ SOURCES = ("validation", "train")
 
 
 def as_given(
-    parts: Mapping[str, Labelled],
+    parts: Parts,
     *,
     meta_per_class: int = 10,
     meta_from: str = "validation",
@@ -65,11 +65,7 @@ def as_given(
 
 
 def subpopulation(
-    parts: Mapping[str, Labelled],
-    *,
-    meta_per_group: int = 10,
-    meta_from: str = "validation",
-    seed: int = 0,
+    parts: Parts, *, meta_per_group: int = 10, meta_from: str = "validation", seed: int = 0
 ) -> Split:
     """The data set's own parts, with groups; a meta set of as many samples of each group.
 
@@ -93,7 +89,7 @@ def subpopulation(
 
 
 def generalized_long_tail(
-    parts: Mapping[str, Labelled],
+    parts: Parts,
     *,
     features: Tensor,
     clusters: int = 6,
@@ -158,21 +154,14 @@ def _one_class(
     return class_rows[torch.tensor(turns)]
 
 
-def _source(parts: Mapping[str, Labelled], meta_from: str) -> Labelled:
+def _source(parts: Parts, meta_from: str) -> Labelled:
     check_choice("meta_from", meta_from, SOURCES, "the test part is not to be touched")
     return part_of(parts, meta_from)
 
 
-def _split(
-    parts: Mapping[str, Labelled],
-    meta_from: str,
-    chosen: Picked | None,
-    request: dict[str, Any],
-) -> Split:
+def _split(parts: Parts, meta_from: str, chosen: Picked | None, request: dict[str, Any]) -> Split:
     """All rows of every part, but for those chosen for the meta set."""
-    pieces: dict[str, tuple[str, Tensor] | None] = {
-        name: (name, all_rows(part)) for name, part in parts.items()
-    }
+    pieces: Pieces = {name: (name, all_rows(part)) for name, part in parts.items()}
     part_of(parts, "train")
     if chosen is not None:
         pieces[meta_from] = (meta_from, chosen.left)

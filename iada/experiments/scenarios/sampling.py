@@ -1,14 +1,16 @@
 """Drawing samples evenly over classes, groups or clusters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from iada.experiments.datasets.labelled import Labelled
+from iada.experiments.datasets.labelled import Labelled, Parts
 from iada.utils.checks import check_count, refusal
+
+Pieces = dict[str, tuple[str, Tensor] | None]  # of a split: part and rows, None for none
 
 
 class Picked(NamedTuple):
@@ -18,7 +20,7 @@ class Picked(NamedTuple):
     left: Tensor
 
 
-def part_of(parts: Mapping[str, Labelled], name: str) -> Labelled:
+def part_of(parts: Parts, name: str) -> Labelled:
     """The part of this name, which the scenario needs."""
     if name not in parts:
         remedy = "add it, or cut one off with iada.experiments.scenarios.hold_out"
@@ -31,9 +33,7 @@ def all_rows(part: Labelled) -> Tensor:
     return torch.arange(len(part))
 
 
-def training_pieces(
-    parts: Mapping[str, Labelled], rows: Tensor, meta: Tensor
-) -> dict[str, tuple[str, Tensor] | None]:
+def training_pieces(parts: Parts, rows: Tensor, meta: Tensor) -> Pieces:
     """These training rows and, if there are any, those of the meta set; the other parts whole."""
     whole = {
         name: (name, all_rows(parts[name])) for name in ("validation", "test") if name in parts

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from iada.experiments.datasets.files import DAMAGED, arrays_of, bytes_of
-from iada.experiments.datasets.labelled import Labelled, joined
+from iada.experiments.datasets.labelled import Labelled, Parts, joined
 from iada.utils.checks import refusal
 from iada.utils.files import atomic_write
 
@@ -46,7 +46,7 @@ class Split:
     @classmethod
     def of(
         cls,
-        parts: Mapping[str, Labelled],
+        parts: Parts,
         pieces: Mapping[str, tuple[str, Tensor] | None],
         request: Mapping[str, Any],
         train_labels: Tensor | None = None,
@@ -69,7 +69,7 @@ class Split:
     @classmethod
     def _built(
         cls,
-        parts: Mapping[str, Labelled],
+        parts: Parts,
         rows: dict[str, Tensor],
         record: dict[str, Any],
         train_labels: Tensor | None,
@@ -135,7 +135,7 @@ class Split:
             file.write(json.dumps(self.record, indent=1, ensure_ascii=False).encode())
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, parts: Mapping[str, Labelled]) -> Self:
+    def load(cls, folder: str | os.PathLike, parts: Parts) -> Self:
         """The split that `save` wrote, of the same data set; ValueError for another one."""
         record_file = Path(folder) / RECORD
         try:
