@@ -89,7 +89,7 @@ assert accuracy["Logit Adjustment"].mean() > accuracy["CE"].mean()
 # %% [markdown]
 # ## Class by class
 #
-# Both methods with the prior give up a little on the large classes for much on the small ones.
+# The methods differ where images are few; the large classes are learned by all of them.
 
 # %% alt="Test accuracy of each class, from the largest to the smallest, for four methods"
 figure, axis = plt.subplots(figsize=(6.4, 3.2), dpi=130, layout="constrained")
@@ -103,8 +103,8 @@ plt.show()
 # %% [markdown]
 # ## What ε does
 #
-# Small classes are made harder (ε > 0) more often than large ones, as in the paper's Fig. 3: a
-# margin that the prior gives them too, which is why the two methods end so close.
+# Small classes are made harder (ε > 0) more often than the largest, as in the paper's Fig. 3. A
+# margin for small classes is what the prior gives as well.
 
 # %%
 epsilon, labels = runs["Meta-IADA"][0].observe.epsilon, data["train"].labels
