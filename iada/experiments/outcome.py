@@ -90,7 +90,7 @@ def covariance_diagnostics(
     rows = torch.arange(GAP_ROWS) * count // GAP_ROWS if count > GAP_ROWS else torch.arange(count)
     outputs = trainer.outputs(train, rows=rows)
     weight, bias = detached(trainer.method.head)
-    sigma, bias = covariance.covariance.cpu(), None if bias is None else bias.cpu()
+    sigma, bias = covariance.shrunk().cpu(), None if bias is None else bias.cpu()
     strengths = None if epsilon is None else epsilon[rows].nan_to_num(0.0).float()
     features, labels = outputs.features.float(), outputs.labels
     inputs = LossInputs(features, weight.cpu(), bias, labels, sigma, strengths)

@@ -105,7 +105,7 @@ class SampleEpsilon(nn.Module):
     ) -> Observed:
         """The characteristics f of the whole batch, which the memory takes in, and ε's unit."""
         features, rows = forward.global_features, forward.rows
-        sigma = covariance.covariance
+        sigma = covariance.shrunk()
         unit = self.scale.at(covariance, rows.labels)
         if self.perturbation is None:
             return Observed(features[:, :0], unit, sigma)

@@ -274,15 +274,22 @@ class MetaIADA(BilevelMethod):
     def meta_step(
         self, forward: ForwardPass, observed: Observed, meta_rows: ShardedBatch
     ) -> tuple[Tensor, Observed]:
-        """Eq. 7 to 9: moves Ω and Σ."""
-        former = None if self._change_measured else observed.sigma.clone()
+        """Eq. 7 to 9: moves Ω and Σ.
+
+        Of a shrunk Σ a class's own part moves, by its share of the gradient; S is a constant.
+        """
+        seen, state = observed.sigma, self.covariance
+        former = None if self._change_measured else seen.clone()
         epsilon = self.sample_epsilon.differentiable(observed)
         if self.options.hypergradient == DOUBLE_BACKWARD:
             features = forward.features
-            sigma = self._by_double_backward(forward, epsilon, meta_rows)
+            sigma = self._by_double_backward(forward, epsilon, meta_rows, seen)
         else:
-            features, sigma = self._by_closed_form(forward, epsilon, meta_rows)
-        sigma = self._keep(sigma)
+            features, sigma = self._by_closed_form(forward, epsilon, meta_rows, seen)
+        if state.shrinkage:
+            share = state.class_share().view(-1, *[1] * (sigma.dim() - 1))
+            sigma = state.covariance + share * (sigma - seen)
+        sigma = state.shrunk(self._keep(sigma))
         if former is not None:
             self.covariance_change.copy_(relative_change(sigma, former, self.head.in_features))
             self._change_measured = True
@@ -296,10 +303,14 @@ class MetaIADA(BilevelMethod):
         return *self._head_gradients(forward, observed.sigma, epsilon), epsilon
 
     def _by_closed_form(
-        self, forward: ForwardPass, epsilon: Tensor | None, meta_rows: ShardedBatch
+        self,
+        forward: ForwardPass,
+        epsilon: Tensor | None,
+        meta_rows: ShardedBatch,
+        sigma: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Eq. 7 to 9 by the head's closed forms: the features to go on with, and Σ."""
-        head, sigma = self.head, self.covariance.covariance
+        head = self.head
         constant = None if epsilon is None else epsilon.detach()
         _, gradients = self._head_gradients(forward, sigma, constant)
         meta = self._meta_passes.run(forward, gradients, meta_rows)
@@ -314,7 +325,9 @@ class MetaIADA(BilevelMethod):
             tangents=meta.tangents,
             class_weights=self.class_weights,
             covariance_lr=self._covariance_step_size(),
-            in_place=self.persistent and not (scaled or self.keep_semidefinite),
+            in_place=sigma is self.covariance.covariance
+            and self.persistent
+            and not (scaled or self.keep_semidefinite),
             skip_overflow=scaled,
         )
         if grad_epsilon is not None and self.rate_free_perturbation:
@@ -323,7 +336,11 @@ class MetaIADA(BilevelMethod):
         return meta.features, sigma
 
     def _by_double_backward(
-        self, forward: ForwardPass, epsilon: Tensor | None, meta_rows: ShardedBatch
+        self,
+        forward: ForwardPass,
+        epsilon: Tensor | None,
+        meta_rows: ShardedBatch,
+        sigma: Tensor,
     ) -> Tensor:
         """Eq. 7 to 9 by the oracle: Σ."""
         head, features = self.head, forward.features
@@ -331,7 +348,7 @@ class MetaIADA(BilevelMethod):
         trained = moved_parameters(backbone, head, self._learner.trained(), self.options.scope)
         if not self.options.moves_backbone:
             features = features.detach()
-        sigma = self.covariance.covariance.clone().requires_grad_()
+        sigma = sigma.clone().requires_grad_()
         loss = self._loss(sigma, epsilon, forward.rows.labels)(features, head.weight, head.bias)
         wanted = [sigma, *self.sample_epsilon.trained()]
         step = (self.optimizer, self.options.virtual)

@@ -75,5 +75,5 @@ class ISDAOptions(CovarianceOptions):
     """ISDA (Wang et al., NeurIPS 2019)."""
 
     def build(self, run: MethodRun) -> HeadLossMethod:
-        covariance = run.covariance(self.structure, self.rank)
+        covariance = run.covariance(self.structure, self.rank, self.shrinkage)
         return HeadLossMethod(run, covariance=covariance, alpha=self.alpha)

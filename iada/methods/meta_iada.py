@@ -45,11 +45,11 @@ class LearnedCovarianceOptions(BilevelOptions, CovarianceOptions):
         memory = TrainingMemory(run.head.out_features, len(run.train_set))  # type: ignore[arg-type]
         shared = [field.name for field in fields(LearnedCovarianceOptions)]
         options = {name: getattr(self, name) for name in shared}
-        for name in ("alpha_ramp", "structure", "rank"):
+        for name in ("alpha_ramp", "structure", "rank", "shrinkage"):
             del options[name]
         return MetaIADA(
             class_counts=run.class_counts,
-            covariance=run.covariance(self.structure, self.rank),
+            covariance=run.covariance(self.structure, self.rank, self.shrinkage),
             memory=run.placed(memory),
             **options,
             **run.arguments,

@@ -55,11 +55,11 @@ class MethodRun:
         broadcast([*module.parameters(), *module.buffers()], self.group)
         return module
 
-    def covariance(self, structure: str, rank: int = 0) -> ClassCovariance:
+    def covariance(self, structure: str, rank: int, shrinkage: float) -> ClassCovariance:
         """A new Σ; the rank is that of the low-rank structure."""
         sizes = self.head.out_features, self.head.in_features
         own = rank if structure == "low-rank" else None
-        return self.placed(ClassCovariance(*sizes, structure, own))
+        return self.placed(ClassCovariance(*sizes, structure, own, shrinkage=shrinkage))
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,15 @@ class CovarianceOptions(MethodOptions):
         alpha: of Eq. 6.
         alpha_ramp: alpha rises linearly from 0 over the method's epochs, as in ISDA.
         structure: of the covariance, see `ClassCovariance`.
-        rank: of the low-rank structure, in which others have none.
+        rank: of the low-rank structure; others have none.
+        shrinkage: of the classes' covariances to one that they share, see `ClassCovariance`.
     """
 
     alpha: float = setting(0.5, least=0)
     alpha_ramp: bool = False
     structure: str = setting("full", choices=STRUCTURES)
     rank: int = setting(32, least=0)
+    shrinkage: float = setting(0.0, least=0)
 
     @property
     def counts_epochs(self) -> bool:

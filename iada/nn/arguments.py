@@ -55,7 +55,7 @@ def loss_of_rows(
     """
     leading, features = None, inputs.features
     if isinstance(inputs.covariance, ClassCovariance):
-        inputs = inputs._replace(covariance=inputs.covariance.covariance)
+        inputs = inputs._replace(covariance=inputs.covariance.shrunk())
     elif isinstance(inputs.covariance, LowRankCovariance):
         inputs = inputs._replace(covariance=_packed(inputs.covariance, inputs.weight))
     soft = _is_soft(inputs)

@@ -16,10 +16,13 @@ COVARIANCE = 4
 
 
 def lender(owner: ClassCovariance | None) -> ClassCovariance | None:
-    """None where there is no backward, and under torch.compile, which makes no change in place."""
-    if owner is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """None where there is no backward, and under torch.compile, which makes no change in place.
+
+    Nor of a shrunk Σ, which is the loss's own.
+    """
+    if owner is None or owner.shrinkage or not torch.is_grad_enabled():
         return None
-    return owner
+    return None if torch.compiler.is_compiling() else owner
 
 
 class IADALossFunction(torch.autograd.Function):

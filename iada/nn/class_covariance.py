@@ -14,6 +14,7 @@ from iada.utils.checks import (
     check_device,
     check_float,
     check_labels,
+    check_number,
     refusal,
 )
 from iada.utils.distributed import (
@@ -56,6 +57,10 @@ class ClassCovariance(nn.Module):
         structure: "full" keeps (C, A, A), "diag" the variances only, (C, A), "low-rank" a diagonal
             and `rank` directions of each class.
         rank: r of "low-rank", 0 or more, for which 32 is a start. None for the others.
+        shrinkage: n₀ ≥ 0: losses see (1 − λ_c) Σ_c + λ_c S, with λ_c = n₀ / (n₀ + n_c) and S the
+            mean of the Σ_c weighted by n_c, so that few samples do not make a covariance of few
+            directions (Friedman, "Regularized Discriminant Analysis", JASA 1989). Costs a copy
+            of Σ a loss. Not for the low-rank structure.
         device: of the buffers.
         dtype: of the buffers; float32 or float64.
         process_group: of torch.distributed, whose ranks pass each their rows of every batch, as
@@ -80,6 +85,7 @@ class ClassCovariance(nn.Module):
         structure: str = "full",
         rank: int | None = None,
         *,
+        shrinkage: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         process_group: Group = None,
@@ -93,6 +99,11 @@ class ClassCovariance(nn.Module):
             options = " or ".join(map(repr, STRUCTURES))
             raise refusal("structure", options, repr(structure), "pass one of these")
         self.structure = structure
+        check_number("shrinkage", shrinkage)
+        if shrinkage < 0 or (shrinkage and structure == "low-rank"):
+            expected = "0 with structure='low-rank'" if shrinkage > 0 else "0 or more"
+            raise refusal("shrinkage", expected, repr(shrinkage), "0 leaves Σ as it is")
+        self.shrinkage = shrinkage
         self._lent: list[weakref.ref[LentCovariance]] = []
         shape = (num_classes, num_features)
         self.rank = _checked_rank(structure, rank)
@@ -122,6 +133,22 @@ class ClassCovariance(nn.Module):
         if self.structure == "diag":
             return torch.diag_embed(self.covariance)
         return self.covariance if self.structure == "full" else self.low_rank.dense()
+
+    def class_share(self) -> Tensor:
+        """1 − λ_c of `shrinkage`, (C): how much of what losses see is the class's own Σ."""
+        count = self.count.to(self.covariance.dtype)
+        return torch.where(count > 0, count / (count + self.shrinkage), 0.0)
+
+    @torch.no_grad()
+    def shrunk(self, covariance: Tensor | None = None) -> Tensor:
+        """Σ, or another in its place, as losses see it; itself without `shrinkage`."""
+        sigma = self.covariance if covariance is None else covariance
+        if not self.shrinkage:
+            return sigma
+        weight = self.count.to(sigma.dtype)
+        shared = (weight / weight.sum().clamp(min=1)) @ sigma.flatten(1)
+        own = self.class_share()[:, None]
+        return (own * sigma.flatten(1)).addcmul_(1 - own, shared).view_as(sigma)
 
     @torch.no_grad()
     def update(
@@ -223,6 +250,7 @@ class ClassCovariance(nn.Module):
     def extra_repr(self) -> str:
         num_classes, width = self.mean.shape
         rank = f", rank={self.rank}" if self.structure == "low-rank" else ""
+        rank += f", shrinkage={self.shrinkage}" if self.shrinkage else ""
         return f"{num_classes}, {width}, structure={self.structure!r}{rank}"
 
 

@@ -46,7 +46,7 @@ def sign_of_divergence(
     head: nn.Linear, covariance: ClassCovariance, alpha: float
 ) -> tuple[str, str] | None:
     """What was expected and what came, or None."""
-    sigma, mean = covariance.covariance, covariance.mean
+    sigma, mean = covariance.shrunk(), covariance.mean
     weight = head.weight.to(sigma.dtype)
     trace = covariance.variances.sum(dim=1)
     lowest, place = trace.min(dim=0)

@@ -46,6 +46,7 @@ class IADALoss(nn.Module):
         process_group: of torch.distributed, whose ranks call it in training mode each with their
             rows of the batch, as many as they have. None for a single process.
         rank: of the low-rank structure, see `ClassCovariance`.
+        shrinkage: of the classes' covariances to one that they share, see `ClassCovariance`.
 
     With a process group, in training mode, the mean over the ranks of what is returned is the loss
     of one process with the whole batch, and so for the gradients, which DistributedDataParallel and
@@ -74,11 +75,14 @@ class IADALoss(nn.Module):
         dtype: torch.dtype | None = None,
         process_group: Group = None,
         rank: int | None = None,
+        shrinkage: float = 0.0,
     ) -> None:
         super().__init__()
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = (num_classes, num_features, structure, rank)
-        self.covariance = ClassCovariance(*sizes, **place, process_group=process_group)
+        self.covariance = ClassCovariance(
+            *sizes, **place, process_group=process_group, shrinkage=shrinkage
+        )
         self._group = GroupReference(process_group)
         prior = None if class_counts is None else log_class_prior(class_counts, num_classes)
         for name, values in {"log_prior": prior, "class_weight": class_weight}.items():
@@ -117,14 +121,14 @@ class IADALoss(nn.Module):
             ValueError: as `fused_loss`; the statistics are then untouched.
         """
         state = self.covariance
-        sigma = state.covariance
+        sigma = state.covariance if self.training else state.shrunk()
         inputs = LossInputs(features, weight, bias, labels, sigma, epsilon, self.log_prior)
         options = LossOptions(
             self.alpha, self.beta, self.ignore_index, self.reduction, self.label_smoothing
         )
         extras = Extras(self.class_weight, row_weight, return_logits)
         group = self._group()
-        if self.training and group is not None:
+        if self.training and (group is not None or state.shrinkage):
             return self._of_own_rows(inputs, options, extras, group)
 
         def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
@@ -142,7 +146,7 @@ class IADALoss(nn.Module):
     def _of_own_rows(
         self, inputs: LossInputs, options: LossOptions, extras: Extras, group: Group
     ) -> Tensor:
-        """This rank's share of the loss of all rows, which the covariance takes in first."""
+        """This rank's share of the loss of all rows, which the covariance takes in by itself."""
         state = self.covariance
         with contextlib.ExitStack() as checks:
 
@@ -157,6 +161,7 @@ class IADALoss(nn.Module):
                 state.update(
                     features, inputs.labels, ignore_index=ignore_index, backend=self.backend
                 )
+                inputs = inputs._replace(covariance=state.shrunk())
                 return IADALossFunction.apply(options, passes, None, lender(state), *inputs)
 
             checks.enter_context(others_told(group))

@@ -252,6 +252,7 @@ def main():
     check_ddp(group, inside=True, structure="diag", backend="torch", **weighted)
     check_ddp(group, inside=True, label_smoothing=0.1, backend="torch")
     check_ddp(group, inside=True, structure="low-rank", rank=WIDTH)
+    check_ddp(group, inside=True, shrinkage=3.0)
     check_rows(group)
     check_errors(group)
     check_evaluation(group)

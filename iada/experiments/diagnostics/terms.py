@@ -105,7 +105,7 @@ class TermsLog:
         head, method = trainer.head, trainer.method
         with evaluating(trainer.backbone, head):
             features = trainer.backbone(inputs)
-        covariance = None if method.covariance is None else method.covariance.covariance
+        covariance = None if method.covariance is None else method.covariance.shrunk()
         epsilon = result.epsilon if isinstance(result, MetaStep) else None
         given = LossInputs(features, head.weight, head.bias, labels, covariance, epsilon)
         terms = regularization_terms(given._replace(log_prior=getattr(method, "log_prior", None)))
