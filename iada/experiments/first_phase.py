@@ -53,15 +53,9 @@ def take_up_first_phase(trainer: Trainer, phase: Trainer, split: Split) -> None:
     if state is None or state["epoch"] < phase.config.epochs:
         state = _finished(phase, path, state, split)
     if state["tested"] != fingerprint(split.test):
-        state["history"] = [
-            {name: row[name] for name in ("epoch", "loss")} for row in state["history"]
-        ]
+        rows = state["history"]
+        state["history"] = [{name: row[name] for name in ("epoch", "loss")} for row in rows]
     start_from(trainer, state)
-
-
-def exported(phase: Trainer, split: Split) -> dict[str, Any]:
-    """What `phase` leaves after the epochs that it has had, to be saved as `FILE`."""
-    return {**first_phase_state(phase), "tested": fingerprint(split.test)}
 
 
 def _finished(
@@ -70,7 +64,7 @@ def _finished(
     if not phase.resume() and state is not None:
         start_from(phase, state)
     phase.fit()
-    state = exported(phase, split)
+    state = {**first_phase_state(phase), "tested": fingerprint(split.test)}
 
     def keep() -> None:
         with folder_lock(path.parent):

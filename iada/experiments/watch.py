@@ -36,18 +36,16 @@ class Watch:
         self.epsilon(trainer, batch, result)
 
     def state_dict(self) -> dict[str, Any]:
-        sums, counts = self.terms.state_dict(), self.epsilon.state_dict()
-        sums = {"sums": {epoch: local.clone() for epoch, local in sums["sums"].items()}}
-        counts = {name: local.clone() for name, local in counts.items()}
-        add_up([*sums["sums"].values(), *counts.values()], current_group())
-        return {"terms": sums, "epsilon": counts}
+        sums = {epoch: seen.clone() for epoch, seen in self.terms.state_dict()["sums"].items()}
+        counts = {name: seen.clone() for name, seen in self.epsilon.state_dict().items()}
+        add_up([*sums.values(), *counts.values()], current_group())
+        return {"terms": {"sums": sums}, "epsilon": counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if rank_of(current_group()) > 0:
-            sums = state["terms"]["sums"].items()
-            none = {epoch: torch.zeros_like(seen) for epoch, seen in sums}
+            sums = {k: torch.zeros_like(seen) for k, seen in state["terms"]["sums"].items()}
             counts = {k: torch.zeros_like(seen) for k, seen in state["epsilon"].items()}
-            state = {"terms": {"sums": none}, "epsilon": counts}
+            state = {"terms": {"sums": sums}, "epsilon": counts}
         self._load(state)
 
     def gather(self) -> None:

@@ -204,13 +204,11 @@ class Learner:
         self, features: Tensor, parameters: Sequence[Tensor], grad: Tensor, retain: bool
     ) -> Sequence[Tensor | None]:
         if self._reentrant is None:
-            self._reentrant = any(
-                node.name() == "CheckpointFunctionBackward" for node, _ in graph_order(features)
-            )
+            names = [node.name() for node, _ in graph_order(features)]
+            self._reentrant = "CheckpointFunctionBackward" in names
         if not self._reentrant:
-            return torch.autograd.grad(
-                features, parameters, grad, retain_graph=retain, allow_unused=True
-            )
+            options = {"retain_graph": retain, "allow_unused": True}
+            return torch.autograd.grad(features, parameters, grad, **options)
         # torch.utils.checkpoint(use_reentrant=True) allows backward() alone.
         every = list(self.classifier.parameters())
         before = [p.grad for p in every]

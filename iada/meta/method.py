@@ -136,9 +136,8 @@ class Method(nn.Module):
 
     def loss(self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         """The method's loss () of the head on features (N, A), labels (N)."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has neither `loss` nor a `step` of its own"
-        )
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} has neither `loss` nor a `step` of its own")
 
     def cross_entropy(
         self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor

@@ -89,9 +89,8 @@ def fit_categories(categories: nn.Linear, embeddings: Tensor, targets: Tensor) -
     """Fit a linear layer to tell apart `targets` (N) by embeddings (N, A), by Balanced Softmax."""
     counts = torch.bincount(targets, minlength=categories.out_features)
     prior = log_class_prior(counts).to(embeddings)
-    optimizer = torch.optim.LBFGS(
-        categories.parameters(), max_iter=FITTING_STEPS, line_search_fn="strong_wolfe"
-    )
+    search: dict[str, Any] = {"max_iter": FITTING_STEPS, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS(categories.parameters(), **search)
 
     def closure() -> Tensor:
         optimizer.zero_grad()

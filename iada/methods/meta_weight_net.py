@@ -71,9 +71,8 @@ class MetaWeightNet(BilevelMethod):
         options.refuse_double_backward("for Meta-Weight-Net", "leave it at 'jvp'")
         super().__init__(options=options, **run.arguments)
         self.weight_net = weight_net
-        self.weight_optimizer = torch.optim.Adam(
-            weight_net.parameters(), lr=weight_lr, weight_decay=WEIGHT_DECAY
-        )
+        parameters = weight_net.parameters()
+        self.weight_optimizer = torch.optim.Adam(parameters, weight_lr, weight_decay=WEIGHT_DECAY)
 
     def observe(self, forward: ForwardPass) -> Tensor:
         """CE of each sample, (N), detached."""
@@ -90,9 +89,8 @@ class MetaWeightNet(BilevelMethod):
         _, gradients = self._weighted(forward, weights.detach())
         meta = self._meta_passes.run(forward, gradients, meta_rows)
         self._meta_loss = meta.meta_loss
-        slopes = loss_tangents(
-            forward.global_features, *detached(self.head), forward.rows.labels, meta.tangents
-        )
+        inputs = (forward.global_features, *detached(self.head), forward.rows.labels)
+        slopes = loss_tangents(*inputs, meta.tangents)
         self.weight_optimizer.zero_grad()
         weights.backward(slopes.to(weights.dtype) / len(slopes))
         self.weight_optimizer.step()

@@ -59,10 +59,8 @@ def build_backbone(
     try:
         module = importlib.import_module(library)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"backbone {name}: {error.name} is not installed; pip install {library}",
-            name=error.name,
-        ) from error
+        text = f"backbone {name}: {error.name} is not installed; pip install {library}"
+        raise ModuleNotFoundError(text, name=error.name) from error
     if library == "transformers":
         model = _transformer(module, model_name, num_classes, pretrained)
         ids = torch.ones(1, 4, dtype=torch.int64)
@@ -104,9 +102,8 @@ def _transformer(module: Any, path: str, num_classes: int, pretrained: bool) -> 
             return kind.from_pretrained(path, config=config)
         return kind.from_config(config)
     except (OSError, ValueError) as error:
-        got = "a folder" if Path(path).exists() else "nothing at this path"
+        there = "a folder" if Path(path).exists() else "nothing at this path"
+        got = f"{there}: {str(error).splitlines()[0]}"
         expected = "transformers/PATH, PATH with config.json of a sequence classifier"
         remedy = "save one there by model.save_pretrained(PATH)"
-        raise refusal(
-            "backbone", expected, f"{got}: {str(error).splitlines()[0]}", remedy
-        ) from error
+        raise refusal("backbone", expected, got, remedy) from error

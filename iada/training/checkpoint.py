@@ -5,7 +5,6 @@ One process at a time is in a run's folder, and a checkpoint there is this run's
 
 import contextlib
 import copy
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ import torch
 
 from iada.utils.checks import refusal
 from iada.utils.distributed import Group, by_first
-from iada.utils.files import atomic_write, check_writable, remove_leftovers
+from iada.utils.files import atomic_write, check_writable, load_plain, remove_leftovers
 from iada.utils.lock import folder_lock
 
 FORMAT = "iada-checkpoint-2"
+CHECKPOINT = "checkpoint.pt"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -58,31 +58,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if former.exists():
             got, remedy = f"only {former.name}", "rename that, or delete it to begin anew"
         raise FileNotFoundError(f"checkpoint: expected a file at {path}, got {got}; {remedy}")
-    try:
-        _check_bits(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes can fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        remedy = f"put {former.name}, the one before it, in its place" if former.exists() else ""
-        raise ValueError(
-            f"checkpoint: expected one written by iada at {path}, got a file that cannot be read "
-            f"({reason}); it is damaged or foreign, {remedy or 'take another'}"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(
-            f"checkpoint: expected format {FORMAT!r} at {path}, got {found!r}; "
-            "load it with the version of iada, or the program, that wrote it"
-        )
-    return state
-
-
-def _check_bits(path: Path) -> None:
-    """zipfile.BadZipFile for a changed bit: torch.save writes checksums, torch.load reads none."""
-    with zipfile.ZipFile(path) as file:
-        changed = file.testzip()
-    if changed is not None:
-        raise zipfile.BadZipFile(f"{changed} is not what was written")
+    remedy = "take another, or the version of iada that wrote it"
+    if former.exists():
+        remedy = f"put {former.name}, the one before it, in its place"
+    expected, remedy = f"one written by iada at {path}", f"it is damaged or foreign, {remedy}"
+    return load_plain(path, expected, remedy, FORMAT, "checkpoint")
 
 
 def load_parts(parts: dict[str, Any], state: dict[str, Any]) -> None:
@@ -101,9 +81,6 @@ def load_parts(parts: dict[str, Any], state: dict[str, Any]) -> None:
             f"checkpoint: expected the model and data of this run, got another's ({error}); "
             "build the same backbone, head and data set, or choose another folder"
         ) from error
-
-
-CHECKPOINT = "checkpoint.pt"
 
 
 class RunFolder:

@@ -27,13 +27,11 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainerConfig) -
     unknown = [name for name in config.optimizer_options if name not in known]
     if unknown:
         taken = ", ".join(name for name in known if name not in ("params", *common))
-        raise refusal(
-            "optimizer_options", f"some of {taken}", repr(unknown[0]), "rename or remove it"
-        )
+        expected, remedy = f"some of {taken}", "rename or remove it"
+        raise refusal("optimizer_options", expected, repr(unknown[0]), remedy)
+    trained = [p for p in parameters if p.requires_grad]
     try:
-        return kind(
-            [p for p in parameters if p.requires_grad], **options | config.optimizer_options
-        )
+        return kind(trained, **options | config.optimizer_options)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"optimizer_options: expected what torch.optim.{config.optimizer} takes, got "
@@ -54,9 +52,8 @@ def build_schedule(optimizer: Optimizer, config: TrainerConfig, steps: int) -> L
     else:
         marks = config.milestones if config.schedule == "multistep" else ()
         # The main schedule counts from the end of warm-up, milestones from the start of the run.
-        main = lr_scheduler.MultiStepLR(
-            optimizer, [mark * unit - warmup for mark in marks], config.gamma
-        )
+        steps_to = [mark * unit - warmup for mark in marks]
+        main = lr_scheduler.MultiStepLR(optimizer, steps_to, config.gamma)
     parts, ends = [main], []
     if warmup:
         rise = lr_scheduler.LinearLR(optimizer, WARMUP_START, total_iters=warmup)

@@ -67,9 +67,8 @@ def check_float(name: str, tensor: Tensor, expected: str, sizes: tuple[int | Non
 def check_tensor(name: str, tensor: Tensor, expected: str) -> None:
     """A torch tensor, whatever its dtype."""
     if not isinstance(tensor, Tensor):
-        raise refusal(
-            name, expected, f"a {type(tensor).__name__}", "wrap it with torch.as_tensor(...)"
-        )
+        got = f"a {type(tensor).__name__}"
+        raise refusal(name, expected, got, "wrap it with torch.as_tensor(...)")
     if is_sharded(tensor):
         remedy = (
             f"pass {name}.full_tensor(grad_placements=[Partial('avg')]), or compute the loss in "

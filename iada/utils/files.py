@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -53,14 +54,29 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def load_plain(path: Path, expected: str, remedy: str) -> Any:
-    """What torch.save wrote, on the CPU, read without running code; ValueError where that fails."""
+def load_plain(
+    path: Path, expected: str, remedy: str, form: str | None = None, name: str | None = None
+) -> Any:
+    """What torch.save wrote, on the CPU, read without running code.
+
+    Raises ValueError for a file that cannot be read or has a changed bit and, with `form`, for
+    what is no dict with this under "format". name: of the file in messages, its path by default.
+    """
+    name = name or str(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # torch.save writes checksums, torch.load reads none
+            with zipfile.ZipFile(path) as file:
+                if (changed := file.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"{changed} is not what was written")
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         got = f"a file that cannot be read ({reason})"
-        raise refusal(str(path), expected, got, remedy) from error
+        raise refusal(name, expected, got, remedy) from error
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if form is not None and found != form:
+        raise refusal(name, f"{expected} of format {form!r}", repr(found), remedy)
+    return content
 
 
 def fsync(file: IO) -> None:

@@ -38,11 +38,9 @@ def hypergradient(
     if is_dense(inputs):
         return torch_ops.hypergradient(inputs, options, tangents, needs_covariance)
     dtype = inputs.compute_dtype
-    moved = (contiguous_as(tensor, dtype) for tensor in tangents)
+    tensors = operator_inputs(inputs, dtype) + [contiguous_as(moved, dtype) for moved in tangents]
     numbers = (*options[:3], REDUCTIONS[options.reduction], needs_covariance)
-    grad_epsilon, residual, curvature = _hypergradient(
-        *operator_inputs(inputs, dtype), *moved, *numbers
-    )
+    grad_epsilon, residual, curvature = _hypergradient(*tensors, *numbers)
     sums = None
     if needs_covariance and inputs.covariance is not None:
         labels = inputs.labels.contiguous()

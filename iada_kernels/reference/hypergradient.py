@@ -15,10 +15,7 @@ from iada_kernels.reference.loss import adjusted_logits, perturbation_sign
 
 
 def directional_derivative(
-    inputs: LossInputs,
-    options: LossOptions,
-    tangents: HeadTangents,
-    sign: Tensor | None = None,
+    inputs: LossInputs, options: LossOptions, tangents: HeadTangents, sign: Tensor | None = None
 ) -> Tensor:
     """L̇ = Σ_i Σ_j D_ij ż̃_ij, over the rows that count and divided by their number for the mean.
 
@@ -50,10 +47,7 @@ def directional_derivative(
 
 
 def hypergradient(
-    inputs: LossInputs,
-    options: LossOptions,
-    tangents: HeadTangents,
-    sign: Tensor | None = None,
+    inputs: LossInputs, options: LossOptions, tangents: HeadTangents, sign: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """(∂L̇/∂ε (N), ∂L̇/∂Σ symmetric, or by d and U of a packed one), None for what is not there."""
     covariance, epsilon = (

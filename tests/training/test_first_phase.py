@@ -228,5 +228,5 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="expected a first phase, got a file that cannot be read"):
         load_first_phase(path)
     torch.save({"format": "other"}, path)
-    with pytest.raises(ValueError, match="expected format 'iada-first-phase-1', got 'other'"):
+    with pytest.raises(ValueError, match="of format 'iada-first-phase-1', got 'other'"):
         load_first_phase(path)

@@ -31,10 +31,9 @@ def read_digits(path: str | os.PathLike | None = None) -> dict[str, Labelled]:
     labels = torch.from_numpy(digits.target.astype(np.int64))
     every = Labelled(images, labels, names)
     rng = np.random.default_rng(0)
-    rows: dict[str, list[torch.Tensor]] = {part: [] for part in SIZES}
+    by_class = []
     for c in range(len(names)):
         shuffled = torch.from_numpy(rng.permutation(np.flatnonzero(digits.target == c)))
-        pieces = shuffled[: sum(SIZES.values())].split(list(SIZES.values()))
-        for part, piece in zip(rows.values(), pieces, strict=True):
-            part.append(piece)
-    return {part: every.subset(torch.cat(pieces)) for part, pieces in rows.items()}
+        by_class.append(shuffled[: sum(SIZES.values())].split(list(SIZES.values())))
+    rows = map(torch.cat, zip(*by_class, strict=True))
+    return {part: every.subset(chosen) for part, chosen in zip(SIZES, rows, strict=True)}

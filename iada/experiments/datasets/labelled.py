@@ -86,16 +86,14 @@ class Labelled(Dataset):
             got = f"{int(rows.min())} to {int(rows.max())}"
             raise refusal("rows", f"row numbers in [0, {len(self)})", got, "check the split")
         inputs = self.inputs
-        chosen = (
-            inputs[rows] if isinstance(inputs, Tensor) else [inputs[row] for row in rows.tolist()]
-        )
-        return replace(
-            self,
-            inputs=chosen,
-            labels=self.labels[rows],
-            groups=None if self.groups is None else self.groups[rows],
-            members=None if self.members is None else self.members[rows],
-        )
+        if isinstance(inputs, Tensor):
+            chosen: Any = inputs[rows]
+        else:
+            chosen = [inputs[row] for row in rows.tolist()]
+        groups = None if self.groups is None else self.groups[rows]
+        members = None if self.members is None else self.members[rows]
+        labels = self.labels[rows]
+        return replace(self, inputs=chosen, labels=labels, groups=groups, members=members)
 
     def relabelled(self, labels: Tensor) -> "Labelled":
         """The same samples with other labels; their groups stay as they were."""

@@ -63,9 +63,8 @@ def long_tail(
     check_count("largest", largest)
     before = meta_per_class if convention == "metasaug" else 0
     sizes = class_sizes(largest - before, ratio, train.num_classes, convention)
-    train_rows, meta, moved = _cut(
-        train, sizes, meta_per_class, before, np.random.default_rng(seed)
-    )
+    rng = np.random.default_rng(seed)
+    train_rows, meta, moved = _cut(train, sizes, meta_per_class, before, rng)
     asked = {"ratio": ratio, "convention": convention, "meta_per_class": meta_per_class}
     request = requested("long-tail", seed, **asked, largest=largest) | {"meta_out_of_train": moved}
     return Split.of(parts, training_pieces(parts, train_rows, meta), request)
