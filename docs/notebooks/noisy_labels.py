@@ -103,7 +103,8 @@ def train_cross_entropy(seed=0):
     backbone, head, optimizer = classifier(seed)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     for _ in range(EPOCHS):
-        for batch, given in DataLoader(train_set, batch_size=64, shuffle=True):
+        for rows in torch.randperm(len(train_set)).split(64):
+            batch, given = train_set[rows]
             loss = F.cross_entropy(head(backbone(batch)), given)
             optimizer.zero_grad()
             loss.backward()
