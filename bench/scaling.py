@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import iada
-from bench.memory import peak_bytes
+from bench.memory import peak_bytes, return_freed_memory
 from bench.shapes import Problem, Shape, make_problem
 from bench.timing import interleave
 from iada_kernels.environment import environment, headline
@@ -51,6 +51,7 @@ SIZES = {
     },
 }
 EAGER_MOST = 1e9  # bytes of temporaries beyond which the eager forms are not tried
+FIGURES = ("ms", "extra_bytes")  # that pictures show
 FITTED = 3  # the largest sizes, of which the slope is taken
 
 
@@ -124,7 +125,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--most", type=int, default=sys.maxsize, help="leave out larger sizes")
     parser.add_argument("--out", type=Path, default=Path("bench/results/scaling"), metavar="FOLDER")
+    parser.add_argument(
+        "--from", dest="rows", type=Path, metavar="CSV", help="draw these rows, measure nothing"
+    )
     options = parser.parse_args()
+    if options.rows:
+        plot(read_csv(options.rows), options.out)
+        return 0
     torch.set_num_threads(1)
     machine = environment()
     print(headline(machine, MEANINGS) + "\n", flush=True)
@@ -141,10 +148,14 @@ def main() -> int:
     table = slope_table(rows)
     (options.out / "slopes.md").write_text(table + "\n")
     print("\n" + table)
+    plot(rows, options.out)
+    return 0
+
+
+def plot(rows: list[dict[str, Any]], folder: Path) -> None:
     from bench.plots import plot_scaling  # matplotlib is needed here alone
 
-    plot_scaling(rows, options.out)
-    return 0
+    plot_scaling(rows, folder)
 
 
 def points(structure: str, axis: str, most: int) -> Iterator[Point]:
@@ -214,6 +225,7 @@ def _times(shape: Shape, sides: list[str], rounds: int) -> tuple[dict[str, list[
 
 
 def _extra_bytes(shape: Shape, side: str) -> int:
+    return_freed_memory()
     SIDES[side](make_problem(shape))  # libraries load, compilers compile
     problem = make_problem(shape)
     gradients = problem.differentiable[: 3 if "cross" in side else 4]
@@ -227,6 +239,14 @@ def write_csv(path: Path, rows: list[dict[str, Any]], machine: dict[str, str]) -
         for row in rows:
             rounded = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
             writer.writerow(rounded | machine)
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return [
+            row | {"size": int(row["size"])} | {key: float(row[key]) for key in FIGURES}
+            for row in csv.DictReader(file)
+        ]
 
 
 def lines(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:

@@ -25,8 +25,15 @@ def test_a_sweep_writes_numbers_slopes_and_pictures(tmp_path, monkeypatch, capsy
     ]
     assert all(float(row["ms"]) > 0 and row["processor"] for row in rows)
     assert "| diag, torch |" in capsys.readouterr().out
-    for name in ("time.svg", "memory.svg"):
-        assert (tmp_path / name).read_text().lstrip().startswith("<?xml")
+    pictures = {name: (tmp_path / name).read_text() for name in ("time.svg", "memory.svg")}
+    assert all("cross-entropy" in picture for picture in pictures.values())
+    again = tmp_path / "again"
+    again.mkdir()
+    arguments = ["bench.scaling", "--from", str(tmp_path / "scaling.csv"), "--out", str(again)]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert scaling.main() == 0
+    for name in pictures:
+        assert (again / name).exists()
 
 
 def test_the_slope_of_a_power_is_its_exponent():
