@@ -17,11 +17,11 @@ semidefinite matrix whose diagonal is d,
 import torch
 from torch import Tensor
 
-from iada_kernels.low_rank import unpacked
-from iada_kernels.torch_ops.blocking import blocks
+from iada_kernels.low_rank import LowRankCovariance, unpacked
 from iada_kernels.torch_ops.low_rank import counts_classes
 
-MOST_ROWS = 256  # of a class that are taken in at a time, unless the rank is larger
+MOST_ROWS = 256  # of a class (on accelerators: of the batch) that are taken in at a time
+MOST_SCRATCH = 2**24  # elements of what is made for several classes at once on accelerators
 ITERATIONS = 6  # of the subspace, where no eigenvectors can be had without waiting
 
 
@@ -77,31 +77,53 @@ def _update_masked(
     """The same with shapes that do not depend on the labels, and nothing that waits.
 
     The leading columns are those of a subspace iteration, to rounding orthogonal: what they
-    miss of the best ones goes to d like all else.
+    miss of the best ones goes to d like all else. Of each class's Gram matrix the part of the
+    batch's rows is the one of all rows, masked, so that no class has a copy of them.
     """
-    (num_classes, width), count = shift.shape, len(labels)
-    state = unpacked(covariance, width)
-    rank = state.factors.shape[2]
-    for classes in blocks(num_classes, width * (rank + count + 1)):
-        index = torch.arange(num_classes, device=labels.device)[classes]
-        mask = (labels == index[:, None]).to(centred.dtype)
-        weight = w[classes, :, None]
-        share = (w[classes] / size[:-1][classes, None].clamp(min=1)).sqrt()
-        factors = state.factors[classes].mT
-        columns = torch.cat(
-            [
-                (1 - weight).sqrt() * factors,
-                (weight * (1 - weight)).sqrt() * shift[classes, None],
-                (mask * share)[:, :, None] * centred,
-            ],
-            dim=1,
-        )
-        leading = _leading_basis(columns @ columns.mT, rank).mT @ columns
-        dropped = columns.square().sum(dim=1) - leading.square().sum(dim=1)
-        diagonal = (1 - w[classes]) * state.diagonal[classes] + dropped.clamp_(min=0)
-        changed = weight > 0
-        state.diagonal[classes] = torch.where(changed[:, 0], diagonal, state.diagonal[classes])
-        state.factors[classes] = torch.where(changed, leading, factors).mT
+    state = unpacked(covariance, shift.shape[1])
+    share = (w / size[:-1, None].clamp(min=1)).sqrt()
+    state.diagonal.mul_(1 - w)
+    old, between = (1 - w).sqrt(), (w * (1 - w)).sqrt() * shift
+    for rows in range(0, len(labels), MOST_ROWS):
+        part = slice(rows, rows + MOST_ROWS)
+        _absorb(state, centred[part], labels[part], share, old, between)
+        old, between = torch.ones_like(old), torch.zeros_like(between)
+
+
+def _absorb(
+    state: LowRankCovariance,
+    centred: Tensor,
+    labels: Tensor,
+    share: Tensor,
+    old: Tensor,
+    between: Tensor,
+) -> None:
+    """Columns old · U, `between` and share · (the rows of the class), truncated, for all classes.
+
+    share, old: (C, 1). between: (C, A).
+    """
+    (num_classes, width), rank = between.shape, state.factors.shape[2]
+    gram_of_rows = centred @ centred.T
+    step = max(1, MOST_SCRATCH // max(rank * width, (rank + 1 + len(labels)) ** 2))
+    every = torch.arange(num_classes, device=labels.device)
+    for start in range(0, num_classes, step):
+        place = slice(start, start + step)
+        factors = state.factors[place].mT
+        own = torch.cat([old[place, :, None] * factors, between[place, None]], dim=1)
+        mask = (labels == every[place, None]).to(centred.dtype) * share[place]
+        cross = (own @ centred.T) * mask[:, None]
+        inner = gram_of_rows * mask[:, :, None] * mask[:, None, :]
+        upper = torch.cat([own @ own.mT, cross], dim=2)
+        gram = torch.cat([upper, torch.cat([cross.mT, inner], dim=2)], dim=1)
+        basis = _leading_basis(gram, rank).mT
+        leading = basis[:, :, : rank + 1] @ own
+        of_rows = (basis[:, :, rank + 1 :] * mask[:, None]).flatten(0, 1)
+        leading += (of_rows @ centred).view_as(leading)
+        everything = own.square().sum(dim=1) + mask.square() @ centred.square()
+        dropped = everything - leading.square().sum(dim=1)
+        present = share[place] > 0
+        state.diagonal[place] += torch.where(present, dropped.clamp_(min=0), 0.0)
+        state.factors[place] = torch.where(present[:, :, None], leading, factors).mT
 
 
 def _leading_basis(gram: Tensor, rank: int) -> Tensor:

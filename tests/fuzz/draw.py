@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iada_kernels.low_rank import LowRankCovariance
 from tests.helpers.problems import LAYOUTS, REDUCTIONS, TENSORS, Problem, lay_out, sign_argument
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -146,6 +147,12 @@ def draw_covariance(draw: Draw, classes: int, width: int, structure: str | None)
         return None
     if structure == "diag":
         sigma = draw.normal(classes, width).square()
+    elif structure == "low-rank":
+        rank = draw.choice((1, 2, width, width + 1))
+        factors = draw.normal(classes, width, rank) * draw.choice((0, 1, 1, 100)) / rank**0.5
+        diagonal = draw.normal(classes, width).square() * draw.choice((0, 1, 1))
+        factors *= (scale / width) ** 0.5
+        sigma, scale = LowRankCovariance(diagonal * scale / width, factors).packed(), width
     else:
         rank = draw.choice((1, width + 2))
         factor = draw.normal(classes, width, rank) / rank**0.5

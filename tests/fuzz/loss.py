@@ -8,6 +8,7 @@ from torch import Tensor
 
 import iada
 from iada_kernels import reference
+from iada_kernels.low_rank import LowRankCovariance, is_low_rank, unpacked
 from tests.fuzz.draw import Draw, compute_dtype, draw_problem
 from tests.fuzz.exact import NUDGES, about, about_columns, exact_gradients
 from tests.fuzz.judge import Judged, broken, holds, judged
@@ -17,8 +18,13 @@ Found = dict[str, Tensor]
 Loss = Callable[[Problem], Tensor]
 
 
-def fuzz_loss(draw: Draw, backend: str, device: torch.device) -> list[Judged]:
-    problem = draw_problem(draw, draw.choice((None, "full", "full", "diag")))
+def fuzz_loss(
+    draw: Draw,
+    backend: str,
+    device: torch.device,
+    structures: tuple[str | None, ...] = (None, "full", "full", "diag"),
+) -> list[Judged]:
+    problem = draw_problem(draw, draw.choice(structures))
     smoothing = draw.choice((0.0, 0.0, 0.0, 0.1))
     if backend == "torch" and not has_an_infinity(problem.log_prior):  # others do without it
         problem = problem.with_options(label_smoothing=smoothing)
@@ -209,7 +215,10 @@ def permuted(p: Problem, orders: list[Tensor]) -> Problem:
     ignored = labels == p.options["ignore_index"]
     labels = torch.where(ignored, -100, classes.argsort()[labels.masked_fill(ignored, 0)])
     sigma = p.covariance
-    if sigma is not None:
+    if sigma is not None and is_low_rank(sigma, len(width)):
+        parts = unpacked(sigma, len(width))
+        sigma = LowRankCovariance(*(part[classes][:, width] for part in parts)).packed()
+    elif sigma is not None:
         sigma = sigma[classes][:, width]
         sigma = sigma[:, :, width] if sigma.dim() == 3 else sigma
     return Problem(

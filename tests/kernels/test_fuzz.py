@@ -10,8 +10,10 @@ from iada_kernels import torch_ops
 from iada_kernels.torch_ops import loss as torch_loss
 from tests.conftest import is_interpreted
 from tests.fuzz.__main__ import main
+from tests.fuzz.draw import COMPILED, Draw
 from tests.fuzz.exact import exact_gradients, exact_hypergradient
-from tests.fuzz.run import run_case
+from tests.fuzz.loss import fuzz_loss
+from tests.fuzz.run import Case, circumstances, run_case
 from tests.helpers.problems import (
     TENSORS,
     assert_same,
@@ -29,6 +31,16 @@ def test_a_sample_of_the_cases(target):
     for number in range(20 if is_interpreted(target) else 150):
         case = run_case(1, number, *target)
         assert not case.failed, f"{case.kind} {number}: {case.worst}"
+
+
+def test_a_sample_of_low_rank_cases():
+    """Of any sizes, ranks, scales, dtypes and layouts: by torch operators alone."""
+    for number in range(30):
+        draw = Draw(1, number, COMPILED)
+        with circumstances(draw, "torch", CPU):
+            results = fuzz_loss(draw, "torch", CPU, ("low-rank",))
+        case = Case(1, number, "loss", results)
+        assert not case.failed, f"{number}: {case.worst}"
 
 
 @pytest.mark.parametrize("structure", [None, "full", "diag"])
