@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.figure
+import matplotlib.lines
 import numpy as np
 
 LOOK = {  # of a side: colour and marker
@@ -75,22 +76,27 @@ def _panels(
     panels = figure.subplots(len(structures), len(axes), squeeze=False)
     for line, structure in zip(panels, structures, strict=True):
         for panel, axis in zip(line, axes, strict=True):
-            here = [row for row in rows if (row["structure"], row["axis"]) == (structure, axis)]
+            place = (structure, axis)
+            here = [row for row in rows if (row["structure"], row["axis"]) == place]
+            here = [row for row in here if row[key] > least]
             if not here:
                 panel.set_visible(False)
                 continue
             for side in sides:
-                points = [(row["size"], row[key]) for row in here if row["side"] == side]
-                points = sorted(point for point in points if point[1] > least)
-                colour, marker = LOOK[side]
-                shape: Any = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2}
-                panel.plot(*np.array(points).reshape(-1, 2).T, label=side, **shape)
+                points = sorted((row["size"], row[key]) for row in here if row["side"] == side)
+                panel.plot(*np.array(points).reshape(-1, 2).T, **_drawn_as(side))
             panel.set(xscale="log", yscale="log", xlabel=axis, title=f"Σ {structure}")
             panel.set_xticks(sorted({row["size"] for row in here}), minor=False)
             panel.xaxis.set_major_formatter("{x:.0f}")
             panel.minorticks_off()
             panel.grid(True, which="major", linewidth=0.4, alpha=0.5)
         line[0].set_ylabel(label)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    handles = [matplotlib.lines.Line2D([], [], label=side, **_drawn_as(side)) for side in sides]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(sides), frameon=False)
     return figure
+
+
+def _drawn_as(side: str) -> Any:
+    """The look of a side's line."""
+    colour, marker = LOOK[side]
+    return {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2}
