@@ -69,8 +69,6 @@ class SampleEpsilon(nn.Module):
         log_proportion: Ω sees log π_y in the place of π_y.
     """
 
-    log_prior: Tensor
-
     def __init__(
         self,
         perturbation: PerturbationNet | float,
@@ -89,7 +87,7 @@ class SampleEpsilon(nn.Module):
             self.value = float(perturbation)
         self.optimizer, self.scale, self.scaler = optimizer, scale, scaler
         self.log_proportion = log_proportion
-        self.register_buffer("log_prior", log_prior, persistent=False)
+        self.log_prior = nn.Buffer(log_prior, persistent=False)
 
     def trained(self) -> list[Tensor]:
         """Ω's parameters that learn."""

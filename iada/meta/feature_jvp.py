@@ -103,8 +103,8 @@ def _layer_of(node: str, backbone: nn.Module, run: Callable[[], Tensor]) -> str:
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
             outputs = output if isinstance(output, tuple | list) else [output]
-            tensors = [part for part in outputs if isinstance(part, Tensor)]
-            if not found and any(_has(tensor, node) for tensor in tensors):
+            tensors = [] if found else [part for part in outputs if isinstance(part, Tensor)]
+            if any(behind.name() == node for part in tensors for behind, _ in graph_order(part)):
                 found.append(f"{name!r} ({type(module).__name__})")
 
         return hook
@@ -118,7 +118,3 @@ def _layer_of(node: str, backbone: nn.Module, run: Callable[[], Tensor]) -> str:
         for handle in handles:
             handle.remove()
     return found[0] if found else f"'' ({type(backbone).__name__})"
-
-
-def _has(tensor: Tensor, name: str) -> bool:
-    return any(node.name() == name for node, _ in graph_order(tensor))

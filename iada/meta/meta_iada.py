@@ -132,9 +132,6 @@ class MetaIADA(BilevelMethod):
 
     covariance: ClassCovariance
     class_weights: Tensor | None
-    held: Tensor
-    projections: Tensor
-    covariance_change: Tensor
 
     def __init__(
         self,
@@ -204,9 +201,8 @@ class MetaIADA(BilevelMethod):
             network, perturbation_optimizer, scale, log_prior, scaler, log_proportion
         )
         counter = torch.zeros((), dtype=torch.int64, device=device)
-        self.register_buffer("held", counter)
-        self.register_buffer("projections", counter.clone())
-        self.register_buffer("covariance_change", torch.full((), torch.nan, **place))
+        self.held, self.projections = nn.Buffer(counter), nn.Buffer(counter.clone())
+        self.covariance_change = nn.Buffer(torch.full((), torch.nan, **place))
         self._change_measured = False
 
     @property
@@ -374,11 +370,11 @@ class MetaIADA(BilevelMethod):
         """Σ after Eq. 9, on demand positive semidefinite, and kept if it is to persist."""
         if self.project:
             sigma, changed = nearest_positive_semidefinite(sigma, self.head.in_features)
-            self.projections += changed
+            self.projections.add_(changed)
         elif self.keep_semidefinite and sigma is not self.covariance.covariance:
             width = self.head.in_features
             sigma, back = semidefinite_or_former(sigma, self.covariance.covariance, width)
-            self.held += back
+            self.held.add_(back)
         if self.persistent and sigma is not self.covariance.covariance:
             self.covariance.covariance.copy_(sigma)
         return sigma

@@ -134,9 +134,6 @@ class AFR(CMO):
         mixing: how they do, one of MIXINGS.
     """
 
-    attacked: Tensor
-    unit: Tensor
-
     def __init__(
         self,
         run: MethodRun,
@@ -155,8 +152,8 @@ class AFR(CMO):
         self.categories = nn.utils.skip_init(nn.Linear, *sizes, **place)
         self._begin_categories()
         deviation = torch.as_tensor(getattr(run.train_set, "deviation", 1.0)).to(**place)
-        self.register_buffer("unit", 1 / deviation.view(-1, 1, 1), persistent=False)
-        self.register_buffer("attacked", torch.zeros(len(self.labels), dtype=torch.bool))
+        self.unit = nn.Buffer(1 / deviation.view(-1, 1, 1), persistent=False)
+        self.attacked = nn.Buffer(torch.zeros(len(self.labels), dtype=torch.bool))
         self.prepared_epoch = -1
 
     def begin_epoch(self, epoch: int, order: Order, first_step: int) -> Order:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from iada.meta.learner import linear
 from iada.methods.head_loss import HeadLossMethod
@@ -26,14 +26,12 @@ class ClassBalanced(HeadLossMethod):
         focal_gamma: γ.
     """
 
-    class_weights: Tensor
-
     def __init__(
         self, run: MethodRun, class_beta: float = 0.9999, focal_gamma: float = 0.0
     ) -> None:
         super().__init__(run)
         weights = class_balanced_weights(run.class_counts, class_beta)
-        self.register_buffer("class_weights", weights.to(self.log_prior), persistent=False)
+        self.class_weights = nn.Buffer(weights.to(self.log_prior), persistent=False)
         self.focal_gamma = focal_gamma
 
     def loss(self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ weights, and the rest of the schedule is CE's.
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from iada.meta.learner import linear
 from iada.meta.method import Order
@@ -28,14 +28,12 @@ class DeferredReweighting(HeadLossMethod):
         reweight_epoch: from which epoch on that is; 160 of 200 in the paper.
     """
 
-    class_weights: Tensor
-
     def __init__(
         self, run: MethodRun, class_beta: float = 0.9999, reweight_epoch: int = 160
     ) -> None:
         super().__init__(run)
         weights = class_balanced_weights(run.class_counts, class_beta)
-        self.register_buffer("class_weights", weights.to(self.log_prior), persistent=False)
+        self.class_weights = nn.Buffer(weights.to(self.log_prior), persistent=False)
         self.reweight_epoch = reweight_epoch
         self.reweights = False
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from iada.meta.method import Method
 from iada.methods.options import CovarianceOptions, MethodOptions, MethodRun
@@ -24,8 +24,6 @@ class HeadLossMethod(Method):
         alpha, beta: of Eq. 6; plain attributes.
     """
 
-    log_prior: Tensor
-
     def __init__(
         self,
         run: MethodRun,
@@ -37,7 +35,7 @@ class HeadLossMethod(Method):
         super().__init__(**run.arguments)
         log_prior = log_class_prior(run.class_counts, run.head.out_features)
         log_prior = log_prior.to(run.head.weight.device, run.dtype)
-        self.register_buffer("log_prior", log_prior, persistent=False)
+        self.log_prior = nn.Buffer(log_prior, persistent=False)
         self.covariance = covariance
         self.alpha, self.beta = alpha, beta
 

@@ -48,15 +48,13 @@ class LDAM(DeferredReweighting):
         run, class_beta, reweight_epoch: see `DeferredReweighting`.
     """
 
-    margins: Tensor
-
     def __init__(
         self, run: MethodRun, class_beta: float = 0.9999, reweight_epoch: int = 160
     ) -> None:
         super().__init__(run, class_beta, reweight_epoch)
         margins = checked_counts(run.class_counts) ** -0.25
         margins = (margins * (MAX_MARGIN / margins.max())).to(self.log_prior)
-        self.register_buffer("margins", margins, persistent=False)
+        self.margins = nn.Buffer(margins, persistent=False)
 
     @property
     def head(self) -> nn.Linear:

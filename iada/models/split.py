@@ -71,7 +71,8 @@ def split_classifier(
     if logits.dim() != 2:
         got = f"{kind} with logits of shape {tuple(logits.shape)}"
         raise refusal("model", "one row of logits a sample, (N, C)", got, REMEDY)
-    if any(p is q for p in head.parameters() for q in _others(model, head)):
+    others = [p for m in model.modules() if m is not head for p in m.parameters(recurse=False)]
+    if any(p is q for p in head.parameters() for q in others):
         got = f"{kind}, which shares the weight of {name} with another layer"
         raise refusal("model", "a head with a weight of its own", got, REMEDY)
     if not name:
@@ -80,10 +81,6 @@ def split_classifier(
     if num_classes is not None and head.out_features != num_classes:
         head = nn.Linear(head.in_features, num_classes).to(head.weight)
     return Features(model), head
-
-
-def _others(model: nn.Module, head: nn.Linear) -> list[nn.Parameter]:
-    return [p for m in model.modules() if m is not head for p in m.parameters(recurse=False)]
 
 
 def _call(model: nn.Module, inputs: Any) -> Tensor:

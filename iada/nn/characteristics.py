@@ -46,13 +46,6 @@ class TrainingMemory(nn.Module):
         dtype: of the buffers.
     """
 
-    class_means: Tensor
-    class_sums: Tensor
-    class_counts: Tensor
-    epochs: Tensor
-    samples: Tensor
-    seen: Tensor
-
     def __init__(
         self,
         num_classes: int,
@@ -67,12 +60,12 @@ class TrainingMemory(nn.Module):
             return torch.zeros(shape, device=device, dtype=dtype)
 
         # The last axis of each is (loss, margin).
-        self.register_buffer("class_means", zeros(num_classes, 2))
-        self.register_buffer("class_sums", zeros(num_classes, 2))
-        self.register_buffer("class_counts", zeros(num_classes, dtype=torch.int64))
-        self.register_buffer("epochs", zeros(dtype=torch.int64))
-        self.register_buffer("samples", zeros(num_samples, 2))
-        self.register_buffer("seen", zeros(num_samples, dtype=torch.bool))
+        self.class_means = nn.Buffer(zeros(num_classes, 2))
+        self.class_sums = nn.Buffer(zeros(num_classes, 2))
+        self.class_counts = nn.Buffer(zeros(num_classes, dtype=torch.int64))
+        self.epochs = nn.Buffer(zeros(dtype=torch.int64))
+        self.samples = nn.Buffer(zeros(num_samples, 2))
+        self.seen = nn.Buffer(zeros(num_samples, dtype=torch.bool))
 
     @torch.no_grad()
     def record(
@@ -100,7 +93,7 @@ class TrainingMemory(nn.Module):
         self.class_means.copy_(torch.where(self.class_counts[:, None] > 0, means, self.class_means))
         self.class_sums.zero_()
         self.class_counts.zero_()
-        self.epochs += 1
+        self.epochs.add_(1)
 
 
 @torch.no_grad()

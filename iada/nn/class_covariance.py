@@ -11,6 +11,8 @@ from iada.nn.lent_covariance import LentCovariance
 from iada.utils.autocast import full_precision
 from iada.utils.checks import (
     check_batch_values,
+    check_choice,
+    check_count,
     check_device,
     check_float,
     check_labels,
@@ -74,10 +76,6 @@ class ClassCovariance(nn.Module):
         count: n, (C) int64.
     """
 
-    covariance: Tensor
-    mean: Tensor
-    count: Tensor
-
     def __init__(
         self,
         num_classes: int,
@@ -92,12 +90,9 @@ class ClassCovariance(nn.Module):
     ) -> None:
         super().__init__()
         self._group = GroupReference(process_group)
-        for name, size in (("num_classes", num_classes), ("num_features", num_features)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise refusal(name, "a positive int", repr(size), "pass the size of the head")
-        if structure not in STRUCTURES:
-            options = " or ".join(map(repr, STRUCTURES))
-            raise refusal("structure", options, repr(structure), "pass one of these")
+        check_count("num_classes", num_classes, remedy="pass the size of the head")
+        check_count("num_features", num_features, remedy="pass the size of the head")
+        check_choice("structure", structure, STRUCTURES)
         self.structure = structure
         check_number("shrinkage", shrinkage)
         if shrinkage < 0 or (shrinkage and structure == "low-rank"):
@@ -110,10 +105,10 @@ class ClassCovariance(nn.Module):
         sigma: tuple[int, ...] = (num_classes, num_features * (1 + self.rank))
         if structure == "full":
             sigma = (*shape, num_features)
-        self.register_buffer("covariance", torch.zeros(sigma, device=device, dtype=dtype))
-        self.register_buffer("mean", torch.zeros(shape, device=device, dtype=dtype))
+        self.covariance = nn.Buffer(torch.zeros(sigma, device=device, dtype=dtype))
+        self.mean = nn.Buffer(torch.zeros(shape, device=device, dtype=dtype))
         count = torch.zeros(num_classes, device=device, dtype=torch.int64)
-        self.register_buffer("count", count)
+        self.count = nn.Buffer(count)
 
     @property
     def low_rank(self) -> LowRankCovariance:

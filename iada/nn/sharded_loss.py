@@ -14,6 +14,8 @@ where ranks have their own rows, N·A for s, 3 N·A for a diagonal Σ, 2 (C·A +
 No rank holds more than its classes' logits, (N, C / ranks), but for a full Σ the head and (N, C).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,7 @@ from iada.utils.autocast import full_precision
 from iada.utils.checks import (
     check_batch_values,
     check_choice,
+    check_count,
     check_device,
     check_finite,
     check_float,
@@ -116,9 +119,7 @@ class ShardedIADALoss(nn.Module):
         check_choice("rows", rows, ROWS)
         check_choice("structure", structure, ("diag", "full"))
         check_choice("reduction", reduction, ("mean", "sum"))
-        if num_classes < 2:
-            remedy = "a head of one class has no loss"
-            raise refusal("num_classes", "an int of at least 2", repr(num_classes), remedy)
+        check_count("num_classes", num_classes, 2, "a head of one class has no loss")
         self._group = GroupReference(process_group)
         most = -(-num_classes // size_of(process_group))
         first = min(num_classes, rank_of(process_group) * most)
@@ -126,13 +127,12 @@ class ShardedIADALoss(nn.Module):
         self.num_classes, self.num_features, self.rows = num_classes, num_features, rows
         self.structure = structure
         count = max(1, len(self.classes))  # a rank without classes keeps the zeros of one
-        self.covariance = ClassCovariance(
-            count, num_features, structure, device=device, dtype=dtype
-        )
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.covariance = ClassCovariance(count, num_features, structure, **place)
         prior = None
         if class_counts is not None:
             prior = log_class_prior(class_counts, num_classes)[first : self.classes.stop]
-            prior = prior.to(device=device, dtype=dtype)
+            prior = prior.to(**place)
         self.register_buffer("log_prior", prior)
         self.alpha, self.beta = alpha, beta
         self.ignore_index, self.reduction = ignore_index, reduction
@@ -265,6 +265,5 @@ class ShardedIADALoss(nn.Module):
         return reduced(losses, mean_divisor(ignored, options), options)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.classes} of {self.num_classes} classes, {self.num_features}, {self.rows} rows"
-        )
+        classes = f"{self.classes} of {self.num_classes} classes"
+        return f"{classes}, {self.num_features}, {self.rows} rows"

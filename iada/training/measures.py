@@ -30,19 +30,13 @@ class EpochMeasures(nn.Module):
         adversarial, visits: samples with ε > 0, and with any ε, of each class, (C) int64.
     """
 
-    losses: Tensor
-    meta_losses: Tensor
-    epsilon_histogram: Tensor
-    adversarial: Tensor
-    visits: Tensor
-
     def __init__(self, steps: int, num_classes: int) -> None:
         super().__init__()
-        for name in ("losses", "meta_losses"):
-            self.register_buffer(name, torch.full((steps,), torch.nan))
-        sizes = {"epsilon_histogram": HISTOGRAM_BINS, "adversarial": num_classes}
-        for name, size in {**sizes, "visits": num_classes}.items():
-            self.register_buffer(name, torch.zeros(size, dtype=torch.int64))
+        self.losses = nn.Buffer(torch.full((steps,), torch.nan))
+        self.meta_losses = nn.Buffer(torch.full((steps,), torch.nan))
+        self.epsilon_histogram = nn.Buffer(torch.zeros(HISTOGRAM_BINS, dtype=torch.int64))
+        self.adversarial = nn.Buffer(torch.zeros(num_classes, dtype=torch.int64))
+        self.visits = nn.Buffer(torch.zeros(num_classes, dtype=torch.int64))
 
     @torch.no_grad()
     def record(self, place: int, result: Tensor | MetaStep, labels: Tensor) -> None:

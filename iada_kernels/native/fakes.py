@@ -35,18 +35,10 @@ def _loss_backward(*arguments: Any) -> tuple[Tensor, ...]:
     _, features, weight, _, _, _, covariance_dim, *_, needs = arguments
     classes, width = weight.shape
     sigma = (classes, width, width) if covariance_dim == 3 else (classes, width)
-
-    def empty_if(need: int, shape: tuple[int, ...]) -> Tensor:
-        return weight.new_empty(shape if needs & need else (0,))
-
-    return (
-        torch.empty_like(features) if needs & FEATURES else weight.new_empty(0),
-        empty_if(WEIGHT, (classes, width)),
-        empty_if(BIAS, (classes,)),
-        empty_if(COVARIANCE, sigma),
-        empty_if(EPSILON, (features.shape[0],)),
-        empty_if(PRIOR, (classes,)),
-    )
+    shapes = {WEIGHT: (classes, width), BIAS: (classes,), COVARIANCE: sigma}
+    shapes |= {EPSILON: (features.shape[0],), PRIOR: (classes,)}
+    others = [weight.new_empty(shapes[need] if needs & need else (0,)) for need in shapes]
+    return torch.empty_like(features) if needs & FEATURES else weight.new_empty(0), *others
 
 
 def _hypergradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,10 +55,8 @@ def _in_place(*arguments: Any) -> None:
     """Of operators that return nothing."""
 
 
-def _characteristics(
-    features: Tensor, logits: Tensor, labels: Tensor, weight: Tensor, neighbours: int
-) -> Tensor:
-    return weight.new_empty(features.shape[0], 8)
+def _characteristics(features: Tensor, *others: Any) -> Tensor:
+    return others[2].new_empty(features.shape[0], 8)  # in the dtype of the weight
 
 
 FAKES: dict[str, Callable[..., Any]] = {
@@ -78,9 +68,3 @@ FAKES: dict[str, Callable[..., Any]] = {
     "covariance_step": _in_place,
     "characteristics": _characteristics,
 }
-
-
-def register() -> None:
-    """Tell torch; to be called once, after the library is loaded."""
-    for name, fake in FAKES.items():
-        torch.library.register_fake(f"iada_native::{name}", fake)

@@ -73,7 +73,8 @@ if PATH is not None:
     _autograd = torch.library.Library("iada_native", "IMPL", "Autograd")
     for _operator in OPERATORS:
         _autograd.impl(_operator, torch.library.fallthrough_kernel)
-    fakes.register()
+    for _operator, _fake in fakes.FAKES.items():
+        torch.library.register_fake(f"iada_native::{_operator}", _fake)
 
 
 def is_available() -> bool:

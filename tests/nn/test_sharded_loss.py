@@ -44,7 +44,7 @@ def test_arguments_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             iada.ShardedIADALoss(3, 4, None, **options)
-    with pytest.raises(ValueError, match="^num_classes: expected an int of at least 2"):
+    with pytest.raises(ValueError, match="^num_classes: expected a whole number from 2 on"):
         iada.ShardedIADALoss(1, 4, None)
 
 

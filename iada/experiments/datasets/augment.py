@@ -1,14 +1,13 @@
 """Augmentations of whole batches of small images, uint8 (N, C, H, W) to uint8."""
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from iada.experiments.datasets.counter_rng import draws
+from iada.experiments.datasets.files import required
 from iada.utils.seeds import preserved, seed_host, seed_of
 
 PAD = 4  # pixels on each side before a crop, as the published CIFAR protocols have it
@@ -49,13 +48,9 @@ def auto_augment() -> Callable[[Tensor, int, int, Sequence[int]], Tensor]:
     kornia draws from torch's global generator, and chooses one pair of operations for a whole
     batch: it is given the samples one by one, each with the seed of its place in the run.
     """
-    try:
-        policy: Any = import_module("kornia.augmentation.auto").AutoAugment("cifar10")
-    except ImportError as error:
-        raise ImportError(
-            "augment='autoaugment-cutout' needs kornia: pip install 'iada[paper]', or "
-            "pip install --no-deps kornia kornia-rs"
-        ) from error
+    hint = "augment='autoaugment-cutout' needs kornia: pip install 'iada[paper]', or "
+    hint += "pip install --no-deps kornia kornia-rs"
+    policy = required("kornia.augmentation.auto", hint).AutoAugment("cifar10")
 
     def augmented(images: Tensor, seed: int, step: int, indices: Sequence[int]) -> Tensor:
         changed = torch.empty_like(images)

@@ -17,10 +17,9 @@ _SECOND = 0x94D049BB133111EB - 2**64
 def draws(seed: int, step: int, rows: Tensor, bounds: tuple[int, ...]) -> list[Tensor]:
     """For each bound (below 2³¹) whole numbers in [0, bound), (N): one for each of `rows` (N)."""
     samples = _mixed(rows.long() * _GOLDEN + seed_of(seed, step))
-    return [
-        (_mixed(samples + _wrapped((place + 1) * _GOLDEN)) >> 33 & 0x7FFFFFFF) * bound >> 31
-        for place, bound in enumerate(bounds)
-    ]
+    steps = [((place + 1) * _GOLDEN + 2**63) % 2**64 - 2**63 for place in range(len(bounds))]
+    drawn = [_mixed(samples + step) >> 33 & 0x7FFFFFFF for step in steps]  # the steps wrap as well
+    return [bits * bound >> 31 for bits, bound in zip(drawn, bounds, strict=True)]
 
 
 def _mixed(bits: Tensor) -> Tensor:
@@ -32,8 +31,3 @@ def _mixed(bits: Tensor) -> Tensor:
 def _shifted(bits: Tensor, places: int) -> Tensor:
     """To the right, zeros coming in: torch's own shift repeats the sign."""
     return bits >> places & (1 << 64 - places) - 1
-
-
-def _wrapped(number: int) -> int:
-    """A Python integer as the 64-bit one it wraps to."""
-    return (number + 2**63) % 2**64 - 2**63

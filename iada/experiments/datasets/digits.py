@@ -5,6 +5,7 @@ import os
 import numpy as np
 import torch
 
+from iada.experiments.datasets.files import required
 from iada.experiments.datasets.labelled import Labelled
 
 # Images of each class. The rarest digit has 174; what a digit has beyond these is left out.
@@ -20,12 +21,8 @@ def read_digits(path: str | os.PathLike | None = None) -> dict[str, Labelled]:
 
     Raises ImportError without scikit-learn.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        text = "the digits are scikit-learn's: pip install 'iada[demo]'"
-        raise ImportError(text) from error
-    digits = load_digits()
+    hint = "the digits are scikit-learn's: pip install 'iada[demo]'"
+    digits = required("sklearn.datasets", hint).load_digits()
     names = tuple(str(name) for name in digits.target_names)
     images = torch.from_numpy(np.rint(digits.images[:, None] * (255 / LEVELS)).astype(np.uint8))
     labels = torch.from_numpy(digits.target.astype(np.int64))

@@ -9,13 +9,23 @@ import csv
 import io
 import os
 from collections.abc import Container, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from iada.utils.checks import refusal
 
 DAMAGED = "mend the file, or fetch it again"
+
+
+def required(name: str, hint: str) -> Any:
+    """The module of an optional package; ImportError with the hint where it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(hint) from error
 
 
 def missing(path: Path, expected: str, remedy: str) -> FileNotFoundError:

@@ -39,7 +39,9 @@ def read_glt(
     parts = {}
     for part, entries in by_part.items():
         written, labels, attributes = zip(*entries, strict=True)
-        paths = [_place(Path(entry), root, drop) for entry in written]
+        paths = [Path(entry) for entry in written]
+        if root is not None:
+            paths = [root.joinpath(*path.parts[drop:]) for path in paths]
         for image in paths:
             check_image_file(image, f"{file}, {sections[part]}")
         parts[part] = Labelled(paths, torch.tensor(labels), names, torch.tensor(attributes), groups)
@@ -123,7 +125,3 @@ def _leading(path: Path, root: Path | None, where: str) -> int:
         if path.parts[drop] != path.anchor and root.joinpath(*path.parts[drop:]).is_file():
             return drop
     raise missing(root / path.name, f"the images of {where}, such as {path}", "pass their folder")
-
-
-def _place(path: Path, root: Path | None, drop: int) -> Path:
-    return path if root is None else root.joinpath(*path.parts[drop:])

@@ -6,7 +6,6 @@ Each view makes whole batches, `iada.utils.loading.WholeBatches`.
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset
 
 from iada.experiments.datasets.augment import auto_augment, crop_flip, cutout
 from iada.experiments.datasets.counter_rng import draws
-from iada.experiments.datasets.files import missing
+from iada.experiments.datasets.files import missing, required
 from iada.experiments.datasets.images import open_image, scaled_part
 from iada.experiments.datasets.labelled import Labelled
 from iada.utils.checks import check_choice, refusal
@@ -231,11 +230,8 @@ class TextView(View):
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a folder, such as a downloaded model; nothing is fetched."""
-    try:
-        transformers = import_module("transformers")
-    except ImportError as error:
-        text = "texts are tokenised by transformers: pip install 'iada[paper]'"
-        raise ImportError(text) from error
+    hint = "texts are tokenised by transformers: pip install 'iada[paper]'"
+    transformers = required("transformers", hint)
     folder = Path(path)
     if not folder.is_dir():
         remedy = "pass a model's folder; to `paper`: --set model.backbone=transformers/FOLDER"

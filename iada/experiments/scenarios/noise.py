@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from iada.experiments.datasets.labelled import Parts
-from iada.experiments.scenarios.sampling import all_rows, part_of, pick_evenly, training_pieces
+from iada.experiments.scenarios.sampling import part_of, pick_evenly, training_pieces
 from iada.experiments.scenarios.split import Split, requested
 from iada.utils.checks import check_choice, check_count, refusal
 
@@ -56,7 +56,7 @@ def noisy_labels(
     if each:
         meta, train_rows = pick_evenly(train.labels, train.class_names, each, rng, "class", spare=1)
     else:
-        meta, train_rows = torch.empty(0, dtype=torch.int64), all_rows(train)
+        meta, train_rows = torch.empty(0, dtype=torch.int64), torch.arange(len(train))
     request = requested("noise", seed, kind=kind, share=share, meta_size=meta_size)
     request["transition"] = table.tolist()
     pieces = training_pieces(parts, train_rows, meta)

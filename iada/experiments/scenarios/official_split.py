@@ -11,15 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iada.experiments.datasets.files import required
 from iada.experiments.datasets.labelled import Labelled, Parts
-from iada.experiments.scenarios.sampling import (
-    Picked,
-    Pieces,
-    all_rows,
-    part_of,
-    pick_evenly,
-    picked,
-)
+from iada.experiments.scenarios.sampling import Picked, Pieces, part_of, pick_evenly, picked
 from iada.experiments.scenarios.split import Split, requested
 from iada.utils.checks import check_choice, check_count, check_sizes, refusal
 
@@ -60,7 +54,7 @@ def as_given(
     names = source.class_names
     chosen = pick_evenly(source.labels, names, meta_per_class, rng, "class", spare)
     if meta_in_train:
-        chosen = chosen._replace(left=all_rows(source))
+        chosen = chosen._replace(left=torch.arange(len(source)))
     return _split(parts, meta_from, chosen, request)
 
 
@@ -139,15 +133,12 @@ def _one_class(
     class_rows: Tensor, features: np.ndarray, clusters: int, each: int, rng: np.random.Generator
 ) -> Tensor:
     """Up to `each` rows of each cluster of one class, the clusters in turn."""
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise ImportError("clusters need scikit-learn: pip install 'iada[paper]'") from error
+    cluster = required("sklearn.cluster", "clusters need scikit-learn: pip install 'iada[paper]'")
     if not len(class_rows):
         return class_rows
     count = min(clusters, len(np.unique(features, axis=0)))
     state = int(rng.integers(2**31))
-    assigned = KMeans(count, n_init=10, random_state=state).fit(features).labels_
+    assigned = cluster.KMeans(count, n_init=10, random_state=state).fit(features).labels_
     order = rng.permutation(len(class_rows))
     rounds = [order[assigned[order] == cluster][:each] for cluster in range(count)]
     turns = [rows[turn] for turn in range(each) for rows in rounds if turn < len(rows)]
@@ -161,7 +152,7 @@ def _source(parts: Parts, meta_from: str) -> Labelled:
 
 def _split(parts: Parts, meta_from: str, chosen: Picked | None, request: dict[str, Any]) -> Split:
     """All rows of every part, but for those chosen for the meta set."""
-    pieces: Pieces = {name: (name, all_rows(part)) for name, part in parts.items()}
+    pieces: Pieces = {name: (name, torch.arange(len(part))) for name, part in parts.items()}
     part_of(parts, "train")
     if chosen is not None:
         pieces[meta_from] = (meta_from, chosen.left)

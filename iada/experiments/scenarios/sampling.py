@@ -28,16 +28,10 @@ def part_of(parts: Parts, name: str) -> Labelled:
     return parts[name]
 
 
-def all_rows(part: Labelled) -> Tensor:
-    """Every row number of a part."""
-    return torch.arange(len(part))
-
-
 def training_pieces(parts: Parts, rows: Tensor, meta: Tensor) -> Pieces:
     """These training rows and, if there are any, those of the meta set; the other parts whole."""
-    whole = {
-        name: (name, all_rows(parts[name])) for name in ("validation", "test") if name in parts
-    }
+    others = [name for name in ("validation", "test") if name in parts]
+    whole = {name: (name, torch.arange(len(parts[name]))) for name in others}
     return {"train": ("train", rows), "meta": ("train", meta) if len(meta) else None, **whole}
 
 
