@@ -14,11 +14,12 @@ from torch import Tensor
 class LowRankCovariance(NamedTuple):
     """Σ_c = diag(d_c) + U_c U_cᵀ of each class, as people pass it to `iada.fused_loss`.
 
-    >>> sigma = iada.LowRankCovariance(torch.ones(2, 3), torch.ones(2, 3, 1))
-    >>> sigma.dense()[0]
-    tensor([[2., 1., 1.],
-            [1., 2., 1.],
-            [1., 1., 2.]])
+    Examples:
+        >>> sigma = iada.LowRankCovariance(torch.ones(2, 3), torch.ones(2, 3, 1))
+        >>> sigma.dense()[0]
+        tensor([[2., 1., 1.],
+                [1., 2., 1.],
+                [1., 1., 2.]])
 
     Attributes:
         diagonal: d, (C, A), not negative, in squared units of the features.
