@@ -16,6 +16,8 @@ from iada.nn.perturbation_net import PerturbationNet
 from iada.nn.priors import log_class_prior
 from iada.nn.sharded_loss import ShardedIADALoss
 from iada.training.config import TrainerConfig
+from iada.training.label_issues import LabelIssues, SampleLog, label_issues
+from iada.training.loggers import open_logger
 from iada.training.trainer import Trainer
 from iada.utils.checks import value_checks
 from iada.utils.loading import TensorData
@@ -27,12 +29,14 @@ __all__ = [
     "ClassCovariance",
     "IADALoss",
     "Indexed",
+    "LabelIssues",
     "LowRankCovariance",
     "MetaIADA",
     "MetaIADAOptions",
     "MetaStep",
     "Method",
     "PerturbationNet",
+    "SampleLog",
     "ShardedIADALoss",
     "TensorData",
     "Trainer",
@@ -44,6 +48,8 @@ __all__ = [
     "eager_loss",
     "endless",
     "fused_loss",
+    "label_issues",
     "log_class_prior",
+    "open_logger",
     "value_checks",
 ]

@@ -1,10 +1,12 @@
-"""What `python -m iada` does: `demo`, `train`, `paper` and `features`."""
+"""`python -m iada`: `train`, `predict`, `export`, `labels`; `paper`, `features`; `demo`."""
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +20,15 @@ from iada.experiments.command import add_paper
 from iada.experiments.demo import add_demo
 from iada.experiments.experiment import Limits, make_split, read_parts
 from iada.experiments.features import add_features
+from iada.experiments.labels import add_labels
+from iada.experiments.own_data import add_own_data, train_own
+from iada.experiments.use import add_use
 from iada.methods.meta_iada import LearnedCovarianceOptions
 from iada.methods.options import BilevelOptions, CovarianceOptions
 from iada.methods.registry import METHODS
 from iada.models import mlp
 from iada.training.config import TrainerConfig
+from iada.training.loggers import open_logger
 from iada.training.trainer import Trainer
 from iada.utils.checks import refusal
 from iada.utils.distributed import (
@@ -95,13 +101,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_train(commands)
     add_paper(commands)
     add_features(commands)
+    add_use(commands)
+    add_labels(commands)
     options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options.words = ["python", "-m", "iada", *words]  # for reports to say what made them
     try:
         return options.run(options)
     except KeyboardInterrupt as stop:
         if launched_rank() == 0:
             print(f"\n{stop}" if str(stop) else "\nstopped")
         return 130
+    except BrokenPipeError:  # as `| head` leaves behind
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, FloatingPointError) as error:
         if not told_by_first(error):
             print(f"error: {error}", file=sys.stderr)
@@ -109,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         text = str(error)
         if isinstance(error, ModuleNotFoundError) and "pip install" not in text:
-            extra = "paper" if options.command == "paper" else "demo"
+            extra = {"paper": "paper", "demo": "demo"}.get(options.command, "own")
             text = f"{error.name} is not installed; pip install 'iada[{extra}]'"
         print(f"error: {text}", file=sys.stderr)
         return 2
@@ -118,16 +131,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "train",
-        help="train by a TOML configuration",
+        help="train on data of your own, or by a TOML configuration",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=_settings_help(),
         epilog="Ctrl-C finishes the step and leaves a checkpoint; --resume goes on from it.\n"
         "With several processes: torchrun --nproc-per-node 2 -m iada train --config run.toml",
     )
-    parser.add_argument("--config", type=Path, required=True, help="a TOML file, see above")
+    parser.add_argument("--data", type=Path, help="data of your own")
+    parser.add_argument("--config", type=Path, help="or a TOML file, see above")
     parser.add_argument("--out", type=Path, default=Path("runs/run"), help="folder to write")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
+    add_own_data(parser)
     parser.set_defaults(run=_train)
 
 
@@ -145,12 +159,16 @@ def _settings_help() -> str:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if (options.config is None) == (options.data is None):
+        got = "neither" if options.data is None else "both"
+        remedy = "python -m iada train --data PHOTOS trains on a folder of class folders"
+        raise refusal("train", "--data PATH or --config FILE", got, remedy)
     with launched_group():
-        return _train_here(options)
+        return _train_here(options) if options.data is None else train_own(options)
 
 
 def _train_here(options: argparse.Namespace) -> int:
-    sections = read_toml(options.config, SECTIONS)
+    sections = read_toml(options.config, SECTIONS, recipes.changes_of(options.changes))
     data, model, config = sections["data"], sections["model"], sections["trainer"]
     parts = _load_data(data, options.config.parent)
     num_classes = 1 + max(int(part.labels.max()) for part in parts.values())
@@ -173,7 +191,12 @@ def _train_here(options: argparse.Namespace) -> int:
         say("resumed" if trainer.resume() else f"nothing to resume in {options.out}: from new")
     else:
         by_first(lambda: _check_fresh(options.out), trainer.group)
-    trainer.fit()
+    with contextlib.ExitStack() as entered:
+        if options.logger is not None and first:
+            settings = config.settings()
+            logger = open_logger(options.logger, options.out.name, options.out, settings)
+            trainer.logger = entered.enter_context(logger)
+        trainer.fit()
     accuracy = trainer.class_accuracy(parts["test"])
     balanced = float(accuracy.nanmean())
     result = {

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -40,6 +41,20 @@ def headline(found: dict[str, str], contestants: dict[str, str]) -> str:
     machine = found.get("device", f"{found['processor']}, {found['threads']} threads of torch")
     meanings = "; ".join(f"{name} = {meaning}" for name, meaning in contestants.items())
     return f"{versions}; {machine}\n{meanings}"
+
+
+def source_commit() -> str:
+    """The commit of the git checkout that this package runs from, "+" after it where files there
+    differ; empty for an installed package, or without git."""
+    folder = Path(__file__).resolve().parents[1]
+    if not (folder / ".git").exists():
+        return ""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
 
 
 def triton_version() -> str:

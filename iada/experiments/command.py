@@ -11,7 +11,14 @@ import torch
 
 from iada.experiments import recipe as recipes
 from iada.experiments.datasets import BUNDLED
-from iada.experiments.experiment import Limits, best_device, limited, make_split, read_parts
+from iada.experiments.experiment import (
+    Limits,
+    Parts,
+    best_device,
+    limited,
+    make_split,
+    read_parts,
+)
 from iada.experiments.listing import comparison, derived_records, listing, published_figures
 from iada.experiments.progress import Series
 from iada.experiments.recipe import Recipe
@@ -68,7 +75,7 @@ def paper(options: argparse.Namespace) -> int:
 def _paper(options: argparse.Namespace) -> int:
     if options.list:
         known = read_records([options.out, RESULTS])
-        _say(listing([recipes.load(name) for name in recipes.names()], known))
+        say(listing([recipes.load(name) for name in recipes.names()], known))
         return 0
     if options.table is None:
         raise refusal("--table", "a table of the papers", "none", "pass one, or --list")
@@ -87,7 +94,7 @@ def _paper(options: argparse.Namespace) -> int:
     limits = Limits(options.epochs, options.train_limit, options.test_limit, tuple(options.changes))
     run_options = RunOptions(
         options.out,
-        best_device() if options.device is None else _device(options.device),
+        best_device() if options.device is None else device_named(options.device),
         options.workers,
         progress=True,
         tensorboard=options.tensorboard,
@@ -96,7 +103,7 @@ def _paper(options: argparse.Namespace) -> int:
     chosen = _chosen(options)
     _check_one_data_set(chosen)
     if current_group() is not None:
-        _check_processes(chosen, run_options.device)
+        check_processes(chosen, run_options.device)
     if options.dry_run:
         for recipe in chosen:
             _dry_run(recipe, options, limits, run_options)
@@ -112,7 +119,8 @@ def _paper(options: argparse.Namespace) -> int:
     return 0
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device that `--device` names."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -129,7 +137,7 @@ def _check_one_data_set(chosen: Sequence[Recipe]) -> None:
         raise refusal("--row", expected, f"all of {rows}", "pass one of these")
 
 
-def _check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
+def check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
     """All that the options name can be trained by several processes."""
     alone = [
         c.key
@@ -150,7 +158,7 @@ def _check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
         raise refusal("--device", "a kind of device for several processes", str(device), remedy)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Print it, once for all processes."""
     if rank_of(current_group()) == 0:
         print(text, flush=True)
@@ -164,15 +172,18 @@ def _chosen(options: argparse.Namespace) -> list[Recipe]:
         check_choice("--row", options.row, [name.split("/")[1] for name in rows], "see --list")
         rows = [f"{table}/{options.row}"]
     changes = recipes.changes_of(options.changes)
-    return [_with_methods(recipes.load(name, changes), options.methods) for name in rows]
+    return [with_methods(recipes.load(name, changes), options.methods) for name in rows]
 
 
-def _with_methods(recipe: Recipe, methods: list[str] | None) -> Recipe:
+def with_methods(
+    recipe: Recipe, methods: Sequence[str] | None, option: str = "--methods"
+) -> Recipe:
+    """The recipe with these of its methods, in this order; None for all."""
     if methods is None:
         return recipe
     by_key = {entry.key: entry for entry in recipe.methods}
     for key in methods:
-        check_choice("--methods", key, by_key, f"see {recipe.name}.toml")
+        check_choice(option, key, by_key)
     return replace(recipe, methods=tuple(by_key[key] for key in dict.fromkeys(methods)))
 
 
@@ -183,31 +194,51 @@ def _run(
     run_options: RunOptions,
     series: Series,
 ) -> None:
+    say(f"{recipe.name}: {recipe.title} ({recipe.source})")
+    for deviation in limits.words(recipe.methods[0].trainer.epochs):
+        say(f"  other than published: {deviation}")
+    parts = read_parts(recipe, options.data, limits)
+    command, run_options = _command(recipe, options), replace(run_options, root=options.out)
+    folder, seeds = options.out / recipe.name, _seeds(options)
+    run_methods(recipe, parts, seeds, limits, replace(run_options, folder=folder), series, command)
+
+
+def run_methods(
+    recipe: Recipe,
+    parts: Parts,
+    seeds: Sequence[int],
+    limits: Limits,
+    run_options: RunOptions,
+    series: Series,
+    command: str,
+) -> None:
+    """Every method of the recipe with every seed, in METHOD/seedN of the options' folder.
+
+    Prints the figures, and writes the report there. command: what it says that makes the runs.
+    """
     from iada.experiments.report import write_page
 
-    _say(f"{recipe.name}: {recipe.title} ({recipe.source})")
-    for deviation in limits.words(recipe.methods[0].trainer.epochs):
-        _say(f"  other than published: {deviation}")
-    parts = read_parts(recipe, options.data, limits)
+    folder = run_options.folder
     records = []
-    for seed in _seeds(options):
+    for seed in seeds:
         split = make_split(recipe, parts, seed)
         for entry in recipe.methods:
             name = f"{entry.title}, seed {seed}"
-            _say(f"\n{series.begin()}: {name}")
-            folder = options.out / recipe.name / entry.key / f"seed{seed}"
-            run_here = replace(run_options, folder=folder, root=options.out, progress=name)
-            made = not (folder / RECORD).exists()
+            outlook = series.outlook()
+            begun = series.begin()
+            say(f"\n{begun}: {name}")
+            own, shown_as = folder / entry.key / f"seed{seed}", f"{begun}{outlook}: {name}"
+            run_here = replace(run_options, folder=own, progress=shown_as)
+            made = not (own / RECORD).exists()
             records.append(run(plan(recipe, entry, seed, split, limits, run_here)))
-            _say(f"  {series.end(records[-1], recipe, made)}")
-    _say(f"\n{comparison(recipe, records)}")
-    folder = options.out / recipe.name
-    command, published = _command(recipe, options), published_figures([recipe])
+            say(f"  {series.end(records[-1], recipe, made)}")
+    say(f"\n{comparison(recipe, records)}")
+    published = published_figures([recipe])
     shown = [*records, *derived_records(recipe, records)]
     page = by_first(
         lambda: write_page(shown, folder, published, recipe.source, command), current_group()
     )
-    _say(f"\nReport: {page}")
+    say(f"\nReport: {page}")
 
 
 def _seeds(options: argparse.Namespace) -> Sequence[int]:
@@ -240,18 +271,18 @@ def _dry_run(
     seeds = _seeds(options)
     split = make_split(recipe, parts, seeds[0])
     meta = 0 if split.meta is None else len(split.meta)
-    _say(f"{recipe.name}: {recipe.title} ({recipe.source}), on {run_options.device}")
-    _say(f"  {len(split.train)} training, {meta} meta and {len(split.test)} test samples")
+    say(f"{recipe.name}: {recipe.title} ({recipe.source}), on {run_options.device}")
+    say(f"  {len(split.train)} training, {meta} meta and {len(split.test)} test samples")
     total = 0.0
     for entry in recipe.methods:
         times = estimate(plan(recipe, entry, seeds[0], split, limits, run_options))
         total += len(seeds) * times.total
-        _say(
+        say(
             f"  {entry.title}: {times.plain_steps} steps of {1e3 * times.plain_step:.0f} ms, "
             f"{times.method_steps} of {1e3 * times.method_step:.0f} ms, {times.tests} tests of "
             f"{times.test:.1f} s: about {_duration(times.total)} a seed"
         )
-    _say(f"  {len(seeds)} seeds: about {_duration(total)}")
+    say(f"  {len(seeds)} seeds: about {_duration(total)}")
 
 
 def _duration(seconds: float) -> str:

@@ -35,6 +35,7 @@ NORMALISATIONS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "digits": ((0.0,), (
 FILE_OPTIONS: dict[str, dict[str, Any]] = {
     "waterbirds": {"shape": "square", "scale": (0.7, 1.0)},
     "celeba": {"shape": "whole", "scale": (0.7, 1.0)},
+    "own": {"photo": True},
 }
 Parts = dict[str, Labelled]
 

@@ -12,7 +12,7 @@ from torch import nn
 from iada.experiments import recipe as recipes
 from iada.experiments.datasets.features import write_features
 from iada.experiments.experiment import Limits, best_device, make_view, read_parts
-from iada.experiments.run import build_model
+from iada.experiments.model_file import build_model
 from iada.utils.checks import refusal
 from iada.utils.evaluate import outputs
 from iada.utils.files import check_writable
@@ -56,7 +56,7 @@ def features(options: argparse.Namespace) -> int:
     limits = Limits(train=options.train_limit, test=options.test_limit)
     parts = read_parts(recipe, options.data, limits)
     device = best_device() if options.device is None else torch.device(options.device)
-    backbone, head = build_model(model, parts["train"])
+    backbone, head = build_model(model, parts["train"].num_classes)
     backbone, head = backbone.to(device), head.to(device)
     computed = {}
     for name, part in parts.items():

@@ -10,11 +10,11 @@ from torch.utils.data import Dataset
 from iada.experiments.datasets import Labelled
 from iada.experiments.diagnostics import TermsLog, spectrum, surrogate_gap
 from iada.experiments.epsilon_log import EpsilonLog
-from iada.experiments.label_issues import detection
 from iada.experiments.metrics import Measured, measure
 from iada.experiments.recipe import Recipe
 from iada.experiments.scenarios import Split
 from iada.meta.learner import detached
+from iada.training.label_issues import detection
 from iada.training.trainer import Trainer
 from iada_kernels.contract import LossInputs
 
@@ -30,6 +30,9 @@ def measured_on(trainer: Trainer, view: Dataset, data: Labelled, split: Split) -
         counts = split.train.group_counts()
         groups = {"groups": data.groups, "group_names": data.group_names, "group_counts": counts}
     measured = measure(outputs.logits.float(), outputs.labels, split.train.class_counts(), **groups)
+    if split.wrong is not None:  # the counts are those of wrong labels: no class is rare by them
+        shots = dict.fromkeys(("many", "medium", "few"))
+        measured = measured._replace(metrics={**measured.metrics, **shots})
     if data.members is None:
         return measured
     hit = outputs.logits.argmax(dim=1) == outputs.labels  # WILDS: groups that overlap
@@ -47,13 +50,17 @@ def last_and_best(
 ) -> dict[str, Any]:
     """The last epoch and the best: by the validation set where the protocol has one, else, as
     several published tables have it, by the test set."""
-    metric = recipe.metrics[-1] if "worst_group" in recipe.metrics else recipe.metrics[0]
-    judge = f"validation_{metric}"
-    if not any(judge in row for row in history):
-        judge = f"test_{metric}"
+    judge = judge_of(recipe, history)
     best = max(history, key=lambda row: -1.0 if row.get(judge) is None else row[judge])
     test = {name.removeprefix("test_"): v for name, v in best.items() if name.startswith("test_")}
     return {"last": last.metrics, "best": test, "best_epoch": best["epoch"], "best_by": judge}
+
+
+def judge_of(recipe: Recipe, history: Sequence[Mapping[str, Any]]) -> str:
+    """What the best epoch is chosen by, as the history names it."""
+    metric = recipe.metrics[-1] if "worst_group" in recipe.metrics else recipe.metrics[0]
+    validated = any(f"validation_{metric}" in row for row in history)
+    return f"validation_{metric}" if validated else f"test_{metric}"
 
 
 def curve(history: Sequence[Mapping[str, Any]], terms: TermsLog) -> list[dict[str, Any]]:

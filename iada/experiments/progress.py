@@ -35,6 +35,11 @@ class Series:
         self._start = time.monotonic()
         return f"run {self.begun} of {len(self.costs)}"
 
+    def outlook(self) -> str:
+        """The time left of all runs that have not begun; empty until it is known."""
+        left = self.seconds_left()
+        return f", about {timedelta(seconds=round(left))} left in all" if left else ""
+
     def end(self, record: dict[str, Any], recipe: Recipe, made: bool) -> str:
         """Called after each run; what came of it, and the time left. made: or was there before."""
         if made:

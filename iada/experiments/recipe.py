@@ -22,6 +22,7 @@ from iada.utils.settings import check_settings
 
 AUGMENTS = ("none", "crop-flip", "autoaugment-cutout")
 Figures = dict[str, float]
+Sections = dict[str, dict[str, Any]]  # of a TOML file
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,32 @@ def load(name: str, changes: dict[str, dict[str, Any]] | None = None) -> Recipe:
     own setting would undo, too.
     """
     check_choice("recipe", name, names(), "see --list")
-    sections = _sections(name)
+    return from_sections(name, _sections(name), changes)
+
+
+def sections_of(source: str | Path) -> Sections:
+    """The sections of the recipe called `source`, or of a TOML file."""
+    if isinstance(source, str):
+        return _sections(source)
+    try:
+        sections = tomllib.loads(source.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise refusal(str(source), "TOML", str(error), "mend that line") from error
+    plain = [key for key, values in sections.items() if not isinstance(values, dict)]
+    if plain:
+        raise refusal(f"{source} {plain[0]}", "a section", "a value", f"write [{plain[0]}]")
+    return sections
+
+
+def merged(base: Sections, sections: Sections) -> Sections:
+    """The base's sections; each key of the others' replaces its own."""
+    return base | {name: {**base.get(name, {}), **values} for name, values in sections.items()}
+
+
+def from_sections(
+    name: str, sections: Sections, changes: dict[str, dict[str, Any]] | None = None
+) -> Recipe:
+    """The recipe that these sections make, with `changes` as in `load`."""
     for section, values in (changes or {}).items():
         methods = {f"methods.{key}": key for key in sections["methods"]}
         if section in methods:
@@ -185,7 +211,7 @@ def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) ->
             raise refusal(f"trainer.{key}", expected, got, remedy)
 
 
-def _build(name: str, sections: dict[str, Any]) -> Recipe:
+def _build(name: str, sections: Sections) -> Recipe:
     about = sections["experiment"]
     unknown = set(sections) - {"experiment", "data", "scenario", "model", "trainer", "methods"}
     unknown -= {"published", "derived", "sweeps"}
@@ -248,16 +274,13 @@ def _method_entry(key: str, values: dict[str, Any], shared: dict[str, Any]) -> M
     return MethodEntry(key, title, config, published, **meta)
 
 
-def _sections(name: str) -> dict[str, Any]:
+def _sections(name: str) -> Sections:
     text = (_root() / f"{name}.toml").read_text(encoding="utf-8")
     sections = tomllib.loads(text)
     base = sections.pop("base", None)
     if base is None:
         return sections
-    merged = _sections(base)
-    for section, values in sections.items():
-        merged[section] = {**merged.get(section, {}), **values}
-    return merged
+    return merged(_sections(base), sections)
 
 
 def _root() -> Traversable:

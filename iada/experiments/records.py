@@ -29,7 +29,7 @@ def read_records(folders: Iterable[Path]) -> list[Record]:
     unique: dict[tuple[Any, ...], Record] = {}
     for folder in folders:
         for path in [folder] if folder.is_file() else sorted(folder.rglob(RECORD)):
-            content = _content(path)
+            content = read_json(path)
             for record in map(renamed, content if isinstance(content, list) else [content]):
                 key = (record["experiment"], record["method"], record["seed"])
                 unique.setdefault((*key, deviations_of(record)), record)
@@ -43,7 +43,7 @@ def deviations_of(record: Record) -> str:
 
 def previous_record(path: Path, request: Mapping[str, Any]) -> Record:
     """What a previous run wrote to `path`; ValueError if it is not of the same request."""
-    record = renamed(_content(path))
+    record = renamed(read_json(path))
     for name, value in request.items():
         if name not in ("title", "method_name") and not _agrees(record, name, value):
             expected, got = "no run, or one with the same settings", f"one with another {name}"
@@ -55,7 +55,7 @@ def equal_run(root: Path, request: Mapping[str, Any]) -> Record | None:
     """The record of a finished run with the same settings on the same data, under this name."""
     for path in sorted(root.rglob(RECORD)):
         try:
-            record = renamed(_content(path))
+            record = renamed(read_json(path))
         except ValueError:
             continue  # whoever asks for that run is told
         if all(_agrees(record, name, request[name]) for name in request if name not in NAMES):
@@ -69,7 +69,8 @@ def renamed(record: Record) -> Record:
     return {RENAMED.get(name, name): value for name, value in record.items()}
 
 
-def _content(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a file holds; ValueError naming it where it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -4,36 +4,47 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from iada.experiments.datasets import Labelled
-from iada.experiments.experiment import Limits, Views, make_views, shorter
+from iada.experiments.experiment import Limits, Views, make_view, make_views, shorter
 from iada.experiments.first_phase import FOLDER, first_phase_digest, take_up_first_phase
+from iada.experiments.model_file import (
+    BEST,
+    DESCRIPTION,
+    SAMPLES,
+    build_model,
+    describe,
+    feature_width,
+    save_weights,
+    write_samples,
+)
 from iada.experiments.outcome import (
     covariance_diagnostics,
     curve,
     epsilon_record,
+    judge_of,
     last_and_best,
     measured_on,
 )
-from iada.experiments.recipe import MethodEntry, ModelSettings, Recipe
+from iada.experiments.recipe import MethodEntry, Recipe
 from iada.experiments.records import RECORD, equal_run, previous_record, write_record
 from iada.experiments.scenarios import Split
 from iada.experiments.watch import Watch
-from iada.models import build_backbone, load_weights
 from iada.training.checkpoint import CHECKPOINT
 from iada.training.first_phase import can_share, first_phase_config
+from iada.training.loggers import open_logger
 from iada.training.trainer import Trainer
 from iada.utils.checks import refusal
-from iada.utils.distributed import by_first, current_group, gather_objects, size_of
+from iada.utils.distributed import by_first, current_group, gather_objects, rank_of, size_of
 from iada.utils.files import check_writable
 from iada.utils.lock import folder_lock
-from iada_kernels.environment import environment
+from iada_kernels.environment import environment, source_commit
 
 REQUEST = "run.json"
 
@@ -44,6 +55,9 @@ class RunOptions:
 
     root: the folder of all runs, of which equal ones and equal first phases are made once.
     progress: whether to show it, or as what.
+    logger: one of `iada.training.loggers.LOGGERS`, for another log.
+    data: where the data lies; with it the run keeps what others need to use its model: model.json,
+    the weights of its best epoch and of its last, and samples.csv.
     """
 
     folder: Path
@@ -53,6 +67,8 @@ class RunOptions:
     tensorboard: bool = False
     evaluate_every: int = 1
     root: Path | None = None
+    data: Path | None = None
+    logger: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,8 @@ def _run(planned: PlannedRun) -> dict[str, Any]:
     start = time.monotonic()
     if not trainer.epoch and not trainer.batch:
         _share_first_phase(planned, trainer)
-    trainer.fit()
+    with _logger_of(planned, trainer):
+        trainer.fit()
     seconds = time.monotonic() - start
     watch.gather()
 
@@ -132,12 +149,31 @@ def _run(planned: PlannedRun) -> dict[str, Any]:
             **covariance_diagnostics(trainer, views.train, watch.epsilon.mean_epsilon()),
             # Of this call alone, where a run was interrupted.
             "seconds": None if resumed else seconds,
+            "finished": f"{datetime.now(UTC):%Y-%m-%dT%H:%MZ}",
+            "commit": source_commit(),
             "machine": machine | ({"processes": str(processes)} if processes > 1 else {}),
         }
+        if options.data is not None:
+            plain = make_view(planned.recipe, split.train, options.device)
+            file = options.folder / SAMPLES
+            write_samples(file, split, trainer.outputs(plain), watch.epsilon)
         write_record(options.folder / RECORD, record)
         return record
 
     return by_first(measured, trainer.group)
+
+
+@contextlib.contextmanager
+def _logger_of(planned: PlannedRun, trainer: Trainer) -> Iterator[None]:
+    """The trainer's logger while inside; TensorBoard's log is the trainer's own."""
+    options, recipe = planned.options, planned.recipe
+    if options.logger in (None, "tensorboard") or rank_of(trainer.group) > 0:
+        yield
+        return
+    name = f"{recipe.name} {planned.entry.key} seed {planned.entry.trainer.seed}"
+    settings = {**recipe.model.as_record(), **trainer.config.settings()}
+    with open_logger(options.logger, name, options.folder, settings) as trainer.logger:
+        yield
 
 
 def _begin(planned: PlannedRun, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -153,6 +189,10 @@ def _begin(planned: PlannedRun, request: dict[str, Any]) -> dict[str, Any] | Non
         previous_record(folder / REQUEST, request)
     write_record(folder / REQUEST, request)
     planned.split.save(folder)
+    if planned.options.data is not None:
+        data = {"path": str(planned.options.data.resolve()), **planned.recipe.data}
+        about = describe(planned.recipe.model, planned.split.train, data)
+        write_record(folder / DESCRIPTION, {**about, "method": planned.entry.trainer.method_name})
     return None
 
 
@@ -161,7 +201,8 @@ def build_trainer(planned: PlannedRun) -> tuple[Trainer, Views, Watch]:
     config, split, options = planned.entry.trainer, planned.split, planned.options
     views = make_views(planned.recipe, planned.entry, split, options.device)
     torch.manual_seed(config.seed)
-    backbone, head = build_model(planned.recipe.model, split.train)
+    width = feature_width(split.train)
+    backbone, head = build_model(planned.recipe.model, split.train.num_classes, width)
     watch = Watch.of(split, config.epochs, options.device)
 
     def measures(trainer: Trainer) -> dict[str, float | None]:
@@ -175,6 +216,8 @@ def build_trainer(planned: PlannedRun) -> tuple[Trainer, Views, Watch]:
                 metrics = measured_on(trainer, getattr(views, name), data, split).metrics
                 measured |= {f"{name}_{metric}": value for metric, value in metrics.items()}
                 measured.setdefault("accuracy", metrics["balanced"])  # shown while it runs
+        if options.data is not None:
+            by_first(lambda: _keep_best(trainer, planned, measured), trainer.group)
         return measured
 
     trainer = Trainer(
@@ -189,35 +232,19 @@ def build_trainer(planned: PlannedRun) -> tuple[Trainer, Views, Watch]:
         measure=measures,
         progress=options.progress,
         num_workers=options.workers,
-        tensorboard=options.tensorboard,
+        tensorboard=options.tensorboard or options.logger == "tensorboard",
     )
     return trainer, views, watch
 
 
-def build_model(model: ModelSettings, train: Labelled) -> tuple[nn.Module, nn.Linear]:
-    """Backbone and head for these training samples; "identity" is the backbone of features."""
-    if model.backbone == "identity":
-        if not isinstance(train.inputs, Tensor) or train.inputs.dim() != 2:
-            remedy = "pass data.reader=features, or another backbone"
-            raise refusal("model.backbone", "features for 'identity'", "others", remedy)
-        return nn.Identity(), nn.Linear(train.inputs.shape[1], train.num_classes)
-    if model.frozen and not (model.pretrained or model.weights):
-        remedy = "pass --set model.weights=FILE, or model.frozen=false"
-        raise refusal("model.weights", "a file, as the backbone is frozen", "none", remedy)
-    backbone, head = build_backbone(
-        model.backbone,
-        train.num_classes,
-        pretrained=model.pretrained,
-        weights=model.weights if model.pretrained else "",
-        image_size=model.image_size,
-    )
-    if model.weights and not model.pretrained:
-        load_weights(backbone, head, model.weights)
-    if model.frozen:
-        backbone.requires_grad_(False)
-        for child in backbone.children():  # the trainer leaves parts in evaluation mode so
-            child.eval()
-    return backbone, head
+def _keep_best(trainer: Trainer, planned: PlannedRun, measured: dict[str, float | None]) -> None:
+    """Write the weights, if no epoch before has been as good."""
+    judge = judge_of(planned.recipe, [measured])
+    value = measured[judge]
+    former = [row[judge] for row in trainer.history if row.get(judge) is not None]
+    if value is not None and (not former or value > max(former)):
+        path, epoch = planned.options.folder / BEST, trainer.epoch + 1
+        save_weights(path, trainer.backbone, trainer.head, epoch, {judge: value})
 
 
 def _share_first_phase(planned: PlannedRun, trainer: Trainer) -> None:

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from iada.training.measures import HISTOGRAM_BINS, PHASES
 from iada.utils.checks import refusal
 from iada.utils.files import atomic_write, fsync, remove_leftovers
+
+Logger = Callable[[int, dict[str, float]], None]  # steps so far, and an epoch's numbers by name
 
 CSV_FILE = "log.csv"
 COLUMNS = (
@@ -36,37 +38,67 @@ LISTS = ("adversarial_share", "covariance_trace")  # one number a class
 MOST_CURVES = 100  # classes with a TensorBoard curve each; more of them share a histogram
 
 
-@contextlib.contextmanager
-def open_logs(
-    epoch: int,
-    epochs: int,
-    folder: Path | None = None,
-    tensorboard: bool = False,
-    progress: bool | str = False,
-) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that writes one epoch's row to the logs that are wanted, from `epoch` on.
+class Logs:
+    """The logs that are wanted of a run, from one of its epochs on.
 
-    progress: whether to show it, or what to show it as.
+    Args:
+        epoch, epochs: the first one, and of the whole run.
+        steps, done: of an epoch, and of the first one before.
+        folder: for log.csv. tensorboard: write there for TensorBoard too.
+        progress: whether to show it, or what to show it as.
+        logger: called with the steps so far and the numbers of each epoch.
     """
-    with contextlib.ExitStack() as stack:
-        logs: list[CsvLog | TensorBoardLog | ProgressBar | ProgressLines] = []
+
+    def __init__(
+        self,
+        epoch: int,
+        epochs: int,
+        steps: int = 1,
+        done: int = 0,
+        *,
+        folder: Path | None = None,
+        tensorboard: bool = False,
+        progress: bool | str = False,
+        logger: Logger | None = None,
+    ) -> None:
+        self.steps, self.logger = steps, logger
+        self._opened = contextlib.ExitStack()
+        self.logs: list[CsvLog | TensorBoardLog | ProgressBar | ProgressLines] = []
+        self.bar: ProgressBar | None = None
         if folder is not None:
-            logs.append(CsvLog(folder, epoch))
+            self.logs.append(CsvLog(folder, epoch))
             if tensorboard:
-                logs.append(stack.enter_context(contextlib.closing(TensorBoardLog(folder, epoch))))
-        if progress:
-            title = progress if isinstance(progress, str) else ""
-            if importlib.util.find_spec("tqdm") is None:
-                logs.append(ProgressLines(epochs, epoch, title))
-            else:
-                bar = ProgressBar(epochs, epoch, title)
-                logs.append(stack.enter_context(contextlib.closing(bar)))
+                log = contextlib.closing(TensorBoardLog(folder, epoch))
+                self.logs.append(self._opened.enter_context(log))
+        title = progress if isinstance(progress, str) else ""
+        if progress and importlib.util.find_spec("tqdm") is not None:
+            self.bar = ProgressBar(epochs, steps, epoch * steps + done, title)
+            self.logs.append(self._opened.enter_context(contextlib.closing(self.bar)))
+        elif progress:
+            self.logs.append(ProgressLines(epochs, epoch, title))
 
-        def write(row: dict[str, Any]) -> None:
-            for log in logs:
-                log.write(row)
+    def step(self) -> None:
+        """One more step; nothing is read of it."""
+        if self.bar is not None:
+            self.bar.step()
 
-        yield write
+    def write(self, row: dict[str, Any]) -> None:
+        """One more epoch."""
+        for log in self.logs:
+            log.write(row)
+        if self.logger is not None:
+            numbers = {
+                name: float(value)
+                for name, value in row.items()
+                if isinstance(value, int | float) and name != "epoch"
+            }
+            self.logger((row["epoch"] + 1) * self.steps, {"epoch": row["epoch"], **numbers})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
 
 
 def measured(values: Any) -> dict[str, float | None]:
@@ -191,19 +223,24 @@ class TensorBoardLog:
 
 
 class ProgressBar:
-    """A tqdm bar over epochs with the numbers of the last one."""
+    """A tqdm bar over steps, with the time left and the numbers of the last epoch."""
 
-    def __init__(self, epochs: int, first_epoch: int, title: str = "") -> None:
+    def __init__(self, epochs: int, steps: int, first_step: int, title: str = "") -> None:
         from tqdm.auto import tqdm
 
-        self.bar = tqdm(total=epochs, initial=first_epoch, unit="epoch", desc=title or None)
+        self.epochs = epochs
+        total = epochs * steps
+        self.bar = tqdm(total=total, initial=first_step, unit="step", desc=title or None)
         self.shown: dict[str, str] = {}
+
+    def step(self) -> None:
+        """One more step."""
+        self.bar.update()
 
     def write(self, row: dict[str, Any]) -> None:
         """One more epoch."""
         self.shown |= _shown(row)  # what not every epoch measures stays
-        self.bar.set_postfix(self.shown)
-        self.bar.update()
+        self.bar.set_postfix({"epoch": f"{row['epoch'] + 1}/{self.epochs}", **self.shown})
 
     def close(self) -> None:
         """Leave the bar as it stands."""

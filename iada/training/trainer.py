@@ -19,7 +19,7 @@ from iada.training.checkpoint import RunFolder, load_parts
 from iada.training.config import TrainerConfig, check_same_run
 from iada.training.divergence import FINITE, LossWatch, all_finite, diverged
 from iada.training.interrupt import stop_flag
-from iada.training.logs import measured, open_logs
+from iada.training.logs import Logger, Logs, measured
 from iada.training.measures import EpochMeasures, PhaseTimes, number_or_none
 from iada.training.meta_stream import MetaStream
 from iada.training.schedule import build_optimizer, build_schedule
@@ -74,6 +74,8 @@ class Trainer:
         num_workers: of the loaders of training, meta set and evaluation, each; data in memory is
             read without.
         tensorboard: write the log for TensorBoard too, into `folder`.
+        logger: called after each epoch with (steps so far, its numbers by name), on rank 0:
+            `iada.open_logger` has those of TensorBoard, W&B and MLflow.
         method: an `iada.Method` of your own, built with this backbone and head, whose optimizer
             the schedule of `config` then moves; with `TrainerConfig(method=None)`.
 
@@ -106,6 +108,7 @@ class Trainer:
         progress: bool | str = False,
         num_workers: int = 0,
         tensorboard: bool = False,
+        logger: Logger | None = None,
         method: Method | None = None,
     ) -> None:
         if not isinstance(head, nn.Linear):
@@ -124,7 +127,7 @@ class Trainer:
         self._run_folder = None if folder is None else RunFolder(Path(folder))
         self.observe, self.measure = observe, measure
         self.progress, self.num_workers = progress, num_workers
-        self.tensorboard = tensorboard
+        self.tensorboard, self.logger = tensorboard, logger
         self._group = GroupReference(current_group())
         rows = {"batch_size": len(train_set) // self._steps}  # type: ignore[arg-type]
         if meta_set is not None:
@@ -192,10 +195,11 @@ class Trainer:
         ):
             self._enter_folder(entered)
             entered.callback(setattr, self, "_meta_stream", None)  # ends its workers
-            places = (self.folder, self.tensorboard, self.progress) if rank == 0 else ()
-            with open_logs(self.epoch, config.epochs, *places) as write:
+            names = ("folder", "tensorboard", "progress", "logger") if rank == 0 else ()
+            wanted = {name: getattr(self, name) for name in names}
+            with Logs(self.epoch, config.epochs, self._steps, self.batch, **wanted) as logs:
                 while self.epoch < config.epochs:
-                    if not self._run_epoch(stopped, write):
+                    if not self._run_epoch(stopped, logs):
                         self.save()
                         where = "" if self.folder is None else f"; resume from {self.folder}"
                         raise KeyboardInterrupt(f"stopped at epoch {self.epoch}{where}")
@@ -208,9 +212,7 @@ class Trainer:
         if not self._run_folder.has_our_checkpoint:
             self.save()
 
-    def _run_epoch(
-        self, stopped: Callable[[], bool], write: Callable[[dict[str, Any]], None]
-    ) -> bool:
+    def _run_epoch(self, stopped: Callable[[], bool], logs: Logs) -> bool:
         """The rest of the current epoch; False if asked to stop, with a state to be saved."""
         config, epoch = self.config, self.epoch
         order = epoch_order(len(self.train_set), config.batch_size, config.seed, epoch)  # type: ignore[arg-type]
@@ -234,12 +236,13 @@ class Trainer:
             with self._times.phase("step"):
                 self.step_on(batch, meta_batch, meta_phase)
                 watch.look(self.batch)
+            logs.step()
             if self.batch < len(order) and any_rank(stopped(), self.group):
                 self._check_sound(watch)  # a diverged state must not replace a good checkpoint
                 return False
         with self._times.phase("step"):
             self._check_sound(watch)
-        self._end_epoch(write)
+        self._end_epoch(logs)
         return not any_rank(stopped(), self.group)
 
     def step_on(self, batch: Any, meta_batch: Any, meta_phase: bool) -> None:
@@ -266,7 +269,7 @@ class Trainer:
         if self.config.schedule_each == "step":
             self.scheduler.step()
 
-    def _end_epoch(self, write: Callable[[dict[str, Any]], None]) -> None:
+    def _end_epoch(self, logs: Logs) -> None:
         covariance = self.method.covariance
         row = {"epoch": self.epoch, **self._measures.summary(covariance, self.group)}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -284,7 +287,7 @@ class Trainer:
         row |= found
         kept = ("epoch", "loss", "accuracy", *found)
         self.history.append({name: row[name] for name in kept if name in row})
-        write({**row, **self._times.take()})
+        logs.write({**row, **self._times.take()})
         self.method.end_epoch()
         if self.config.schedule_each == "epoch":
             self.scheduler.step()

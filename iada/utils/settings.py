@@ -76,9 +76,13 @@ def from_table(kind: type) -> Callable[[Mapping[str, Any]], Any]:
 
 
 def read_toml(
-    path: Path, sections: Mapping[str, Callable[[Mapping[str, Any]], Any]]
+    path: Path,
+    sections: Mapping[str, Callable[[Mapping[str, Any]], Any]],
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """What a TOML file's tables become: of each section, by the function that it is given to.
+
+    changes: {section: {key: value}} over the file's own.
 
     Raises ValueError naming the file, the section and the key, and OSError if it cannot be read.
     """
@@ -87,6 +91,8 @@ def read_toml(
             tables = tomllib.load(file)
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: expected TOML, got {error}; mend that line") from error
+    for section, values in (changes or {}).items():
+        tables[section] = {**tables.get(section, {}), **values}
     for section in tables:
         if section not in sections:
             known = ", ".join(f"[{name}]" for name in sections)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import iada
-from iada.cli import SECTIONS
+from iada.cli import SECTIONS, main
 from iada.training.schedule import build_optimizer, build_schedule
 from iada.utils.settings import read_toml
 
@@ -55,6 +55,27 @@ def test_settings_of_the_training_page(tmp_path):
     optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], config)
     assert type(optimizer) is torch.optim.AdamW
     build_schedule(optimizer, config, steps=10)
+
+
+def test_three_commands_for_your_own_photos(tmp_path, monkeypatch, capsys):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("jinja2")
+    for name in ("cat", "dog"):
+        (tmp_path / "PHOTOS" / name).mkdir(parents=True)
+        for place in range(8):
+            picture = image.new("RGB", (8, 8), (30 * place, 0, 0))
+            picture.save(tmp_path / "PHOTOS" / name / f"{place}.png")
+    section = README.split("## On your own photos")[1].split("\n## ")[0]
+    commands = re.findall(r"^    python -m iada ([^#>\n]*)", section, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["train", "labels", "predict"]
+    monkeypatch.chdir(tmp_path)
+    quick = "--backbone resnet8 --epochs 2 --meta-per-class 2 --device cpu"
+    for command in commands:
+        words = command.replace("NEW-PHOTOS", "PHOTOS").split()
+        assert main([*words, *(quick.split() if words[0] == "train" else ())]) == 0
+    assert "PHOTOS/cat/0.png,dog" in (out := capsys.readouterr().out) or "0.png,cat" in out
+    assert (tmp_path / "runs/photos/index.html").exists()
+    assert (tmp_path / "runs/photos/labels.html").exists()
 
 
 def test_your_own_data_and_backbones(tmp_path):

@@ -123,7 +123,7 @@ def test_the_command_writes_a_report(shorter, monkeypatch, tmp_path, capsys):
     assert paired_differences(records)[0] in page
     assert "python -m iada demo --seeds 2" in page
     for name in ("long-tail-adversarial-share", "noise-clean-flipped", "noise-curves"):
-        assert (out / f"figures/digits-{name}.png").stat().st_size > 0
+        assert (out / f"figures/digits-{name}.svg").stat().st_size > 0
 
 
 def test_differences_are_paired_by_seed():

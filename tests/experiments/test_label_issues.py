@@ -5,9 +5,9 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from iada.experiments.epsilon_log import EpsilonLog
-from iada.experiments.label_issues import detection, label_issues
 from iada.experiments.outcome import epsilon_record
 from iada.meta.method import MetaStep
+from iada.training.label_issues import detection, label_issues
 
 
 @pytest.mark.parametrize("levels", [3, 1000])  # with and without equal values
@@ -22,7 +22,7 @@ def test_detection_is_scikit_learns(levels):
     assert found["base_rate"] == pytest.approx(float(wrong.double().mean()))
     if levels == 1000:
         count = int(wrong.sum())
-        first = wrong[label_issues(epsilon)[:count]].double().mean()
+        first = wrong[label_issues(epsilon).indices[:count]].double().mean()
         assert found["precision"] == pytest.approx(float(first), abs=1 / count)
 
 
@@ -37,7 +37,7 @@ def test_what_equal_values_are_worth():
 
 def test_samples_that_were_not_visited_are_left_out():
     epsilon = torch.tensor([torch.nan, -0.5, 0.5])
-    assert label_issues(epsilon).tolist() == [1, 2, 0]
+    assert label_issues(epsilon).indices.tolist() == [1, 2, 0]
     assert detection(epsilon, torch.tensor([True, True, False]))["auroc"] == 1.0
     assert detection(epsilon, torch.tensor([True, False, False])) is None
     with pytest.raises(ValueError, match="wrong: expected bool"):
@@ -47,7 +47,7 @@ def test_samples_that_were_not_visited_are_left_out():
 def test_a_run_records_it_where_labels_are_known_to_be_wrong():
     labels, wrong = torch.tensor([0, 0, 1]), torch.tensor([True, False, False])
     result = MetaStep(torch.zeros(()), torch.zeros(()), torch.tensor([-0.5, 0.5, -0.7]))
-    trainer = type("Run", (), {"epoch": 9})
+    trainer = type("Run", (), {"epoch": 9, "method": None})
     for noise in (wrong, None):
         log = EpsilonLog(labels, noise, 2, epochs=10)
         assert epsilon_record(log) is None

@@ -275,7 +275,7 @@ def test_an_interrupted_run_goes_on(images, tmp_path, monkeypatch):
     assert not list((tmp_path / "cut").rglob("record.json"))
     assert main([*command, "--out", str(tmp_path / "cut")]) == 0
     whole, cut = (read_records([tmp_path / name])[0] for name in ("whole", "cut"))
-    for name in set(whole) - {"seconds"}:
+    for name in set(whole) - {"seconds", "finished"}:
         assert cut[name] == whole[name], name
 
 
@@ -451,7 +451,8 @@ def test_texts_with_groups_run_whole(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("iada.experiments.experiment.load_tokenizer", lambda path: tokenizer)
     monkeypatch.setattr(
-        "iada.experiments.run.build_backbone", lambda *_, **__: (Mean(), torch.nn.Linear(4, 2))
+        "iada.experiments.model_file.build_backbone",
+        lambda *_, **__: (Mean(), torch.nn.Linear(4, 2)),
     )
     command = ["paper", "--table", "6", "--row", "civilcomments", "--data", str(tmp_path / "data")]
     command += ["--device", "cpu", "--out", str(tmp_path / "runs"), "--methods", "ce", "meta-iada"]
@@ -529,9 +530,9 @@ def test_epsilon_is_counted_by_class_and_label():
     epsilon = torch.tensor([0.5, -0.5, 0.5, -0.2, -1.0])
     result = MetaStep(torch.zeros(()), torch.zeros(()), epsilon)
     batch = (None, labels, torch.arange(5))
-    counts(type("Run", (), {"epoch": 7}), batch, result)  # before the last fifth
+    counts(type("Run", (), {"epoch": 7, "method": None}), batch, result)  # before the last fifth
     assert counts.as_record() is None
-    counts(type("Run", (), {"epoch": 8}), batch, result)
+    counts(type("Run", (), {"epoch": 8, "method": None}), batch, result)
     found = counts.as_record()
     assert found["class_share"] == [1 / 2, 1 / 3, None]
     assert (found["share_clean"], found["share_flipped"]) == (2 / 3, 0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from iada.experiments.command import _check_processes
+from iada.experiments.command import check_processes
 from iada.experiments.recipe import load
 from iada.experiments.records import read_records
 from tests.helpers.launch import torchrun
@@ -76,11 +76,11 @@ def test_methods_of_one_process_are_told_before_anything_is_run():
     several = "ce ce-drw ldam-drw .*here"
     message = f"--methods: expected .* got cmo, .*afr.*pass --methods {several}"
     with pytest.raises(ValueError, match=message):
-        _check_processes([recipe], torch.device("cpu"))
+        check_processes([recipe], torch.device("cpu"))
 
 
 def test_a_device_of_one_process_is_told():
     recipe = load("table7/cifar10-10")
-    _check_processes([recipe], torch.device("cuda"))
+    check_processes([recipe], torch.device("cuda"))
     with pytest.raises(ValueError, match="--device: expected a kind of device .* pass cuda"):
-        _check_processes([recipe], torch.device("cuda:1"))
+        check_processes([recipe], torch.device("cuda:1"))

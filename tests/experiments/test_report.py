@@ -135,7 +135,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.images, self.sources, self.rows, self.text = [], [], [], [], ""
+        self.open, self.pictures, self.ids, self.rows, self.text = [], [], set(), [], ""
         self.headings, self.links = [], []
         self.feed(text)
         self.close()
@@ -143,10 +143,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         found = dict(attributes)
-        if tag == "img":
-            self.images.append(found)
-        if tag == "source":
-            self.sources.append(found)
+        if tag == "svg":
+            self.pictures.append(found)
+        if "id" in found:
+            assert found["id"] not in self.ids
+            self.ids.add(found["id"])
         if tag == "a":
             self.links.append(found["href"])
         if tag == "tr":
@@ -173,7 +174,7 @@ class Page(HTMLParser):
 
 def read(path):
     page = Page(path.read_text(encoding="utf-8"))
-    assert all(image.get("alt", "").strip() for image in page.images)
+    assert all(picture["aria-label"].strip() for picture in page.pictures)
     return page
 
 
@@ -191,7 +192,7 @@ def sketch(monkeypatch):
     def paint(name, caption, alt, draw, panels=1, columns=1, height=3.0):
         figure = Figure()
         draw(figure, list(figure.subplots(panels, 1, squeeze=False).flat))
-        return Picture(name, caption, alt, bytes(24), bytes(24))
+        return Picture(name, caption, alt, "<svg/>", "<svg/>")
 
     monkeypatch.setattr(charts, "paint", paint)
 
@@ -208,15 +209,17 @@ def comparison(tmp_path_factory):
 def test_page_is_whole_and_stands_alone(comparison):
     path, page = comparison
     assert path.name == "index.html"
-    assert len(page.images) == len(page.sources) >= 8
-    assert all(image["src"].startswith("data:image/png;base64,") for image in page.images)
-    assert all(source["srcset"].startswith("data:image/png") for source in page.sources)
-    text = re.sub("base64,[A-Za-z0-9+/=]*", "", path.read_text())
+    assert len(page.pictures) >= 16  # each for wide and for narrow screens
+    text = re.sub(r"base64,\s*[A-Za-z0-9+/=\s]*", "", path.read_text())
+    used = re.findall(r'(?:url\(|href=")#([^)"]*)', text)
+    assert used
+    assert set(used) <= page.ids
+    assert "#000000" not in text  # black is the text's colour, on dark screens too
     assert "http" not in text
     assert "A &lt;comparison&gt;" in text
     assert "NaN" not in text
     assert "nan" not in [word.strip(",.()%:") for word in page.text.split()]
-    assert all("nan" not in image["alt"].split() for image in page.images)
+    assert all("nan" not in picture["aria-label"].split() for picture in page.pictures)
     assert json.loads((path.parent / "records.json").read_text()) == make_comparison()
 
 
@@ -374,7 +377,7 @@ def test_what_is_missing_is_left_out(key, gone, sketch, tmp_path):
         record[key] = None
     assert set(names(whole)) - set(names(null)) == gone
     page = read(write_page(absent, tmp_path))
-    assert len(page.images) == len(names(whole)) - len(gone)
+    assert len(page.pictures) == 2 * (len(names(whole)) - len(gone))
 
 
 def test_bare_records_give_a_page(sketch, tmp_path):

@@ -14,6 +14,7 @@ from iada.experiments.datasets.glt import read_glt
 from iada.experiments.datasets.image_files import read_folder, read_lists
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.datasets.mnist import read_mnist
+from iada.experiments.datasets.own import read_own
 from iada.experiments.datasets.subpopulations import (
     read_celeba,
     read_civilcomments,
@@ -42,6 +43,7 @@ READERS: dict[str, Callable[..., dict[str, Labelled]]] = {
     "glt": read_glt,
     "digits": read_digits,
     "features": read_features,
+    "own": read_own,
 }
 BUNDLED = ("digits",)  # readers that need no path
 

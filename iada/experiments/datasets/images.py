@@ -20,20 +20,38 @@ SUFFIXES = frozenset(
 SMALL = 64  # pixels a side: images up to this size are kept in memory
 
 
-def open_image(path: Path) -> "Image":
-    """The image of a file, decoded, as RGB; OSError naming the file where that fails."""
+def open_image(path: Path, photo: bool = False) -> "Image":
+    """The image of a file, decoded, as RGB; OSError naming the file where that fails.
+
+    photo: as a person sees it: turned as its EXIF orientation says, on white where it is
+    transparent, and 16-bit grey levels in 8 bits. The papers' data sets are read without.
+    """
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError("image files are read by Pillow: pip install 'iada[paper]'") from error
     try:
         with Image.open(io.BytesIO(path.read_bytes())) as image:
-            return image.convert("RGB")
+            return _as_seen(image) if photo else image.convert("RGB")
     except FileNotFoundError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         text = refusal(str(path), "an image", f"{error}", "fetch that image again")
         raise OSError(str(text)) from error
+
+
+def _as_seen(image: "Image") -> "Image":
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def pixels(image: "Image") -> Tensor:
@@ -48,16 +66,16 @@ def scaled_part(image: "Image", box: tuple[float, float, float, float], size: in
     return pixels(image.resize((size, size), Resampling.BILINEAR, box=box))
 
 
-def small_images(paths: Sequence[Path]) -> Tensor | None:
+def small_images(paths: Sequence[Path], photo: bool = False) -> Tensor | None:
     """All images as one uint8 tensor (N, 3, H, W); None unless all are of one small size."""
     if not paths:
         return None
-    first = open_image(paths[0])
+    first = open_image(paths[0], photo)
     if max(first.size) > SMALL:
         return None
     images = torch.empty((len(paths), 3, first.height, first.width), dtype=torch.uint8)
     for row, path in enumerate(paths):
-        image = open_image(path)
+        image = open_image(path, photo)
         if image.size != first.size:
             return None
         images[row] = pixels(image)

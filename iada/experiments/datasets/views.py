@@ -137,6 +137,7 @@ class FileView(View):
             takes the largest square in the middle, as the CelebA protocol does.
         scale: the share of the area that a random part has.
         normalise: mean and deviation of each channel, of values in [0, 1].
+        photo: see `open_image`.
     """
 
     def __init__(
@@ -147,13 +148,14 @@ class FileView(View):
         shape: str = "crop",
         scale: Range = (0.08, 1.0),
         normalise: Normalisation = IMAGENET,
+        photo: bool = False,
     ) -> None:
         if isinstance(data.inputs, Tensor) or (len(data) and isinstance(data.inputs[0], str)):
             raise refusal("data", "image files", "others", "use MemoryView or TextView")
         check_choice("shape", shape, SHAPES)
         if not 0 < scale[0] <= scale[1] <= 1:
             raise refusal("scale", "0 < low ≤ high ≤ 1", repr(scale), "pass shares of the area")
-        self.files, self.labels = data.inputs, data.labels
+        self.files, self.labels, self.photo = data.inputs, data.labels, photo
         self.augments, self.size, self.shape, self.scale = augment, size, shape, scale
         self.mean, self.deviation = (torch.tensor(values).view(-1, 1, 1) for values in normalise)
 
@@ -166,7 +168,7 @@ class FileView(View):
         )
 
     def _image(self, index: int, chance: list[int]) -> Tensor:
-        image = open_image(self.files[index])  # type: ignore[arg-type]
+        image = open_image(self.files[index], self.photo)  # type: ignore[arg-type]
         if self.augments:
             box = random_part(image.width, image.height, self.scale, [c / _FINE for c in chance])
         else:

@@ -12,6 +12,7 @@ import numpy as np
 from iada.experiments.report.style import BLUE, RED, Picture, SeriesStyle, legend, paint
 
 MOST_BARS = 30  # categories on an axis with a bar and a name each; more are a line
+ROUNDING = float(np.finfo(np.float32).eps)
 NUMBERED = 12  # classes up to which a confusion matrix has its numbers written in
 
 
@@ -57,7 +58,7 @@ def bars(
             shape = {"color": one.style.colour, "hatch": one.style.hatch, "label": one.label}
             edge = {"edgecolor": "black", "linewidth": 0.3, "error_kw": {"lw": 0.8}}
             centre = x + (i - (len(series) - 1) / 2) * width
-            spread = np.nan_to_num(error) if error.any() else None
+            spread = _within(np.nan_to_num(mean), np.nan_to_num(error), top)
             axes.bar(centre, np.nan_to_num(mean), width, yerr=spread, **shape, **edge)
         axes.set(ylabel=ylabel, xlabel=xlabel, ylim=(0, top))
         if len(categories) <= MOST_BARS:
@@ -147,7 +148,7 @@ def confusions(
         for axes, (label, share) in zip(panels, shares.items(), strict=True):
             image = axes.imshow(share, cmap="cividis", vmin=0, vmax=100)
             axes.set(xlabel="predicted", ylabel="true")
-            axes.set_title(label, pad=12)  # else it touches the panel above
+            axes.set_title(label)
             axes.grid(False)
             if len(classes) <= NUMBERED:
                 _write_numbers(axes, share)
@@ -163,8 +164,13 @@ def confusions(
     return paint(name, caption, alt, draw, len(shares), columns, 3.0 if columns == 3 else 3.8)
 
 
-def spectra(name: str, caption: str, panels: Mapping[str, np.ndarray], alt: str) -> Picture:
-    """Eigenvalues of each class, (C, A) descending, log scale, the classes from dark to light."""
+def spectra(
+    name: str, caption: str, panels: Mapping[str, np.ndarray], alt: str, order: str
+) -> Picture:
+    """Eigenvalues of each class, (C, A) descending, log scale, the classes from dark to light.
+
+    What is rounding beside the largest, in float32, is left out. order: what the colours follow.
+    """
 
     def draw(figure: Any, axes_of: Sequence[Any]) -> None:
         import matplotlib
@@ -176,15 +182,24 @@ def spectra(name: str, caption: str, panels: Mapping[str, np.ndarray], alt: str)
         colours = matplotlib.colormaps["viridis"]
         for axes, (label, values) in zip(axes_of, panels.items(), strict=True):
             for rank, row in enumerate(values):
-                shown = np.where(row > 0, row, np.nan)
+                shown = np.where(row > ROUNDING * values.max(), row, np.nan)
                 colour = colours(rank / (most - 1))
                 axes.plot(np.arange(1, len(row) + 1), shown, color=colour, lw=1)
             axes.set(title=label, xlabel="direction", ylabel="eigenvalue", yscale="log")
         scale = ScalarMappable(Normalize(1, most), colours)
-        label, ticks = "class, from most images to fewest", MaxNLocator(integer=True)
-        figure.colorbar(scale, ax=list(axes_of), label=label, ticks=ticks)
+        ticks = MaxNLocator(integer=True)
+        figure.colorbar(scale, ax=list(axes_of), label=order, ticks=ticks)
 
     return paint(name, caption, alt, draw, len(panels), 2, 3.0)
+
+
+def _within(mean: np.ndarray, error: np.ndarray, top: float | None) -> np.ndarray | None:
+    """Error bars down and up, (2, N); those of percentages end at 0 and 100. None without any."""
+    if not error.any():
+        return None
+    if top is None:
+        return np.stack([error, error])
+    return np.stack([np.minimum(error, mean), np.minimum(error, np.maximum(100 - mean, 0))])
 
 
 def _band(axes: Any, x: Sequence[float] | np.ndarray, one: Series) -> None:
@@ -210,7 +225,8 @@ def _label_ticks(axes: Any, names: Sequence[str]) -> None:
 def _write_numbers(axes: Any, share: np.ndarray) -> None:
     for (row, column), value in np.ndenumerate(share):
         if value >= 0.5:
-            look = {"color": "white" if value < 55 else "black", "ha": "center", "va": "center"}
+            # Not black, which follows the page's scheme.
+            look = {"color": "white" if value < 55 else "#111111", "ha": "center", "va": "center"}
             axes.text(column, row, f"{value:.0f}", fontsize=6.5 if len(share) > 5 else 10, **look)
 
 

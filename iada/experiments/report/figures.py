@@ -25,6 +25,7 @@ from iada.experiments.report.variants import (
     Variant,
     Variants,
     differing_settings,
+    is_noisy,
     setting,
     with_styles,
 )
@@ -126,7 +127,8 @@ def _class_names(record: Record) -> list[str]:
 
 def _by_size(record: Record, length: int) -> np.ndarray:
     """Class indices from most to fewest training images; as they are where these are unknown."""
-    counts = record.get("class_counts") or [0] * length
+    counts = [] if is_noisy(record) else record.get("class_counts")
+    counts = counts or [0] * length
     return np.argsort(-np.asarray(counts), kind="stable")
 
 
@@ -146,7 +148,8 @@ def _class_accuracy(name: str, title: str, variants: Variants) -> Picture | None
 
 def _shots(name: str, title: str, variants: Variants) -> Picture | None:
     def row(record: Record) -> list[float | None]:
-        return [(record.get("last") or {}).get(shot) for shot in SHOTS]
+        last = {} if is_noisy(record) else record.get("last") or {}
+        return [last.get(shot) for shot in SHOTS]
 
     series = _series(variants, row)
     known = [i for i in range(3) if any(np.isfinite(one.values[:, i]).any() for one in series)]
@@ -183,9 +186,10 @@ def _adversarial_share(name: str, title: str, variants: Variants) -> Picture | N
     names = _class_names(rows[0]) or [f"C{index + 1}" for index in range(len(order))]
     caption = (
         f"Share of adversarial samples (ε > 0) in each class late in training, "
-        f"{variants[0].label}, {title}: the paper's Fig. 3. Classes run from most to fewest "
-        "training images."
+        f"{variants[0].label}, {title}: the paper's Fig. 3."
     )
+    if not is_noisy(rows[0]):
+        caption += " Classes run from most to fewest training images."
     if len(variants) > 1:
         caption += f" Beside it {variants[1].label}, whose shares owe nothing to learning."
     ordered = [Series(one.label, one.style, one.values[:, order]) for one in series]
@@ -353,20 +357,23 @@ def _surrogate(name: str, title: str, variants: Variants) -> Picture | None:
 
 
 def _spectra(name: str, title: str, variants: Variants) -> Picture | None:
-    panels, sentences = {}, []
+    panels, sentences, sized = {}, [], True
     for variant in variants:
         records = variant.has("spectrum")
         if not records:
             continue
         values = np.array(records[0]["spectrum"], dtype=float)
         panels[variant.label] = values[_by_size(records[0], len(values))]
+        sized &= not is_noisy(records[0])
         ranks = effective_rank(torch.from_numpy(values))
         span = f"from {ranks.min():.1f} to {ranks.max():.1f}"
         sentences.append(f"{variant.label}: effective rank {span}.")
     if not panels:
         return None
     caption = (
-        f"Eigenvalues of each class's covariance at the end of the first seed, {title}. "
-        + " ".join(sentences)
+        f"Eigenvalues of each class's covariance at the end of the first seed, {title}, down to "
+        "what float32 can tell from 0. " + " ".join(sentences)
     )
-    return spectra(name, caption, panels, f"Falling lines, one a class. {' '.join(sentences)}")
+    alt = f"Falling lines, one a class. {' '.join(sentences)}"
+    order = "class, from most images to fewest" if sized else "class"
+    return spectra(name, caption, panels, alt, order)

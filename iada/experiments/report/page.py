@@ -1,11 +1,11 @@
 """A page of finished runs that a person can open and send on: one file, figures inside."""
 
-import base64
 import html
 import json
+import re
 import string
-import struct
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from importlib import resources
 from pathlib import Path
 
@@ -25,8 +25,10 @@ from iada.experiments.report.tables import (
 )
 from iada.experiments.report.variants import Record, Variant, by_experiment, variants_of
 from iada.utils.checks import refusal
+from iada_kernels.environment import source_commit
 from iada_kernels.version import __version__
 
+NAMESPACE = r' xmlns(:\w+)?="[^"]*"'  # which a picture needs outside of a page alone
 PAGE, RECORDS, FIGURES = "index.html", "records.json", "figures"
 
 
@@ -38,7 +40,7 @@ def write_page(
     command: str | None = None,
     introduction: Sequence[str] = (),
 ) -> Path:
-    """Write index.html, which needs no other file, records.json and figures/*.png into `folder`.
+    """Write index.html, which needs no other file, records.json and figures/*.svg into `folder`.
 
     A section for each experiment: last and best epoch, mean ± standard deviation over seeds, the
     published figure beside them, every figure that the records have the numbers of, settings and
@@ -66,41 +68,64 @@ def write_page(
         content.append("<p>In percent, at the last epoch; the best of each column in bold.</p>")
     for name, part in variants.items():
         content.append(_section(name, titles[name], part, published or {}, folder / FIGURES))
-    text = render(title, "\n".join(content), _footer(command))
+    text = render(title, "\n".join(content), _footer(command), made(records))
     (folder / RECORDS).write_text(json.dumps(list(records)) + "\n", encoding="utf-8")
     path = folder / PAGE
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def render(title: str, content: str, footer: str) -> str:
+def render(title: str, content: str, footer: str, subtitle: str = "") -> str:
     """The page around `content` and `footer`, which are HTML."""
     template = (
         resources.files("iada.experiments.report").joinpath("page.html").read_text(encoding="utf-8")
     )
     return string.Template(template).substitute(
-        title=html.escape(title), content=content, footer=footer
+        title=html.escape(title), content=content, footer=footer, subtitle=html.escape(subtitle)
     )
 
 
 def figure(picture: Picture) -> str:
-    """The picture as HTML, inside the page."""
-    sources = []
-    for image in (picture.narrow, picture.wide):
-        width, height = struct.unpack(">II", image[16:24])
-        source = "data:image/png;base64," + base64.b64encode(image).decode()
-        sources.append((source, f'width="{width}" height="{height}"'))
-    (narrow, narrow_size), (wide, wide_size) = sources
+    """The picture as HTML, inside the page: the one of its two that the screen has room for."""
+    label = f'<svg role="img" aria-label="{html.escape(picture.alt)}"'
+    shown = [
+        f'<div class="{kind}">{re.sub(NAMESPACE, "", drawn).replace("<svg", label, 1)}</div>'
+        for kind, drawn in (("wide", picture.wide), ("narrow", picture.narrow))
+    ]
     return (
-        f'<figure><picture><source media="(max-width: 40rem)" srcset="{narrow}" {narrow_size}>'
-        f'<img src="{wide}" {wide_size} alt="{html.escape(picture.alt)}"></picture>'
-        f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
+        f"<figure>{''.join(shown)}<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
     )
 
 
 def versions() -> str:
-    """Of this package and torch."""
-    return f"iada {__version__}, torch {torch.__version__}"
+    """Of this package and torch, with the commit of a checkout."""
+    commit = source_commit()
+    own = f"iada {__version__} ({commit})" if commit else f"iada {__version__}"
+    return f"{own}, torch {torch.__version__}"
+
+
+def made(records: Sequence[Record]) -> str:
+    """When the last run ended, what versions and commits the runs are of, how long they took."""
+    words = []
+    ends = [record["finished"] for record in records if record.get("finished")]
+    if ends:
+        words.append(f"{datetime.fromisoformat(max(ends)):%d %B %Y, %H:%M} UTC")
+    for name, values in (
+        ("iada", [_version(record) for record in records]),
+        ("commit", [record.get("commit") for record in records]),
+    ):
+        known = sorted({value for value in values if value})
+        words += [f"{name} {', '.join(known)}"] * bool(known)
+    seconds = [record["seconds"] for record in records if record.get("seconds") is not None]
+    if seconds:
+        number = f"{len(seconds)} of {len(records)}" if len(seconds) < len(records) else "all"
+        words.append(f"{number} runs took {timedelta(seconds=round(sum(seconds)))}")
+    return "; ".join(words)
+
+
+def _version(record: Record) -> str | None:
+    machine = record.get("machine")
+    return machine.get("iada") if isinstance(machine, Mapping) else None
 
 
 def _section(
@@ -117,7 +142,7 @@ def _section(
         parts.append(details(variants, metrics))
     figures.mkdir(exist_ok=True)
     for picture in draw_all(experiment, title, variants, metrics[0] if metrics else "top1"):
-        (figures / f"{picture.name}.png").write_bytes(picture.wide)
+        (figures / f"{picture.name}.svg").write_text(picture.wide, encoding="utf-8")
         parts.append(figure(picture))
     tables = f"{settings(variants)}{runs_table(variants).html()}"
     parts.append(f"<details><summary>Settings and runs</summary>{tables}</details>")
@@ -136,7 +161,8 @@ def _explanation(variants: Sequence[Variant], with_published: bool) -> str:
     if judges == {"validation"}:
         text += "The best epoch is the one that is best on the validation set."
     elif judges == {"test"}:
-        text += "The best epoch is picked with hindsight, by test accuracy, as in several papers."
+        text += "The best epoch is picked with hindsight, by the accuracy on what it is tested on"
+        text += ", as in several papers." if with_published else "."
     if with_published:
         text += " The published figures are the papers' own."
     deviations = dict.fromkeys(

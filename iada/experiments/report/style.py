@@ -1,6 +1,7 @@
 """How figures look: colours, sizes, and the two pictures of each, for wide and narrow screens."""
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,8 +40,17 @@ RC: dict[Any, Any] = {
     "legend.frameon": False,
     "hatch.linewidth": 0.6,
     "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.hspace": 0.06,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "iada",
     "savefig.dpi": 160,
 }
+# What is drawn in black takes the colour of the page's text, and the grid that of its lines, so
+# that one picture serves light and dark screens.
+SCHEME = {"#000000": "currentColor", "#e5e5e5": "var(--line, #e5e5e5)"}
 LEGEND_LINES = 4  # that a figure has room for
 WIDE, NARROW = 8.4, 4.0  # inches; on screen the text of both has about the size of the page's
 
@@ -55,13 +65,13 @@ class SeriesStyle(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure: file name without ending, caption, text for those who cannot see it, two PNGs."""
+    """A figure: file name without ending, caption, text for those who cannot see it, two SVGs."""
 
     name: str
     caption: str
     alt: str
-    wide: bytes
-    narrow: bytes
+    wide: str
+    narrow: str
 
 
 def series_styles(methods: Sequence[str]) -> list[SeriesStyle]:
@@ -98,7 +108,7 @@ def paint(
     from matplotlib.figure import Figure
 
     pages = []
-    for width, across in ((WIDE, min(columns, panels)), (NARROW, 1)):
+    for kind, width, across in (("wide", WIDE, min(columns, panels)), ("narrow", NARROW, 1)):
         with matplotlib.rc_context(RC):
             down = -(-panels // across)
             figure = Figure(figsize=(width, height * down + 0.3), layout="constrained")
@@ -106,10 +116,21 @@ def paint(
             for spare in axes[panels:]:
                 spare.set_visible(False)
             draw(figure, axes[:panels])
-            file = io.BytesIO()
-            figure.savefig(file, format="png", metadata={"Software": None})
-            pages.append(file.getvalue())
+            file = io.StringIO()
+            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+            pages.append(_inline(file.getvalue(), f"{name}-{kind}-"))
     return Picture(name, caption, alt, *pages)
+
+
+def _inline(text: str, prefix: str) -> str:
+    """matplotlib's SVG as a part of a page: its ids are its own, its black the text's colour."""
+    text = text[text.index("<svg") :].strip()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r'(url\(|href=")#', rf"\1#{prefix}", text).replace("xlink:href", "href")
+    for colour, shown in SCHEME.items():
+        text = text.replace(colour, shown)
+    return text
 
 
 def legend(figure: Any, axes: Any) -> None:

@@ -112,6 +112,12 @@ def differing_settings(records: Sequence[Record]) -> list[str]:
     ]
 
 
+def is_noisy(record: Record) -> bool:
+    """Whether labels were made wrong: the training counts of its classes then say nothing."""
+    scenario = (record.get("split") or {}).get("scenario")
+    return scenario == "noise" or (record.get("epsilon") or {}).get("share_flipped") is not None
+
+
 def setting(record: Record, name: str) -> Any:
     """One setting of a run, None where it is not recorded."""
     return (record.get("settings") or {}).get(name)

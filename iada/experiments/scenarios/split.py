@@ -168,7 +168,7 @@ def fingerprint(part: Labelled) -> dict[str, Any]:
         state.update(part.inputs[::step].contiguous().numpy().tobytes())
     else:
         for item in part.inputs:
-            state.update((item.name if isinstance(item, Path) else item).encode() + b"\0")
+            state.update((item if isinstance(item, str) else item.name).encode() + b"\0")
     return {"count": len(part), "hash": state.hexdigest()}
 
 

@@ -1,0 +1,317 @@
+"""Data of your own: class folders, a list file, an .npz, or a Hugging Face data set on disk.
+
+What the data set has no part for is cut off its training samples, class by class.
+"""
+
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iada.experiments.datasets.files import (
+    DAMAGED,
+    at_line,
+    bytes_of,
+    check_image_file,
+    lines_of,
+    missing,
+)
+from iada.experiments.datasets.image_files import read_folder
+from iada.experiments.datasets.images import open_image, small_images
+from iada.experiments.datasets.labelled import Labelled
+from iada.utils.checks import refusal
+
+KINDS = "a folder of class folders, a list of lines `path label`, an .npz, or a saved data set"
+PARTS = ("train", "validation", "test")
+NAMED_AT_MOST = 5  # damaged files in one message
+IMAGE_COLUMNS, TEXT_COLUMNS = ("image", "img", "pixel_values"), ("text", "sentence", "content")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "target")
+
+
+def read_own(
+    path: str | os.PathLike,
+    validation: float | str = 0.2,
+    test: float | str = 0.0,
+    meta: str = "",
+    memory: bool | None = None,
+    check: bool = True,
+) -> dict[str, Labelled]:
+    """Training samples with what is held out, from any of KINDS; every image is looked at.
+
+    path: class folders (`<class>/` or `train/<class>/`, beside it `val` and `test` if there are),
+    a text or CSV file with a line `path label` or `path,label` for each image, an .npz with
+    (train_)inputs and (train_)labels, or what `datasets.Dataset.save_to_disk` wrote.
+    validation, test: a share of each class's training samples to hold out, 0 for none, or a path
+    of the same kinds. Parts that the data set has itself are taken as they are, unless a path is
+    given. meta: a path to a clean meta set, "" for none.
+    memory: keep decoded images in memory; None where all are of one size up to 64×64.
+    check: whether to look at every image first.
+
+    Raises ValueError, or OSError for a file, for fewer than two classes, an unknown class, or files
+    that are no images, which are named.
+    """
+    parts = _read(Path(path))
+    if "train" not in parts:
+        expected = "a part 'train'"
+        raise refusal(str(path), expected, ", ".join(parts), "name it so, or pass its path")
+    train = parts["train"]
+    if train.num_classes < 2:
+        got = f"1 ({train.class_names[0]})"
+        raise refusal(
+            str(path), "at least 2 classes", got, "add samples of another class, a folder for each"
+        )
+    for name, source in (("validation", validation), ("test", test), ("meta", meta)):
+        if source and isinstance(source, str):
+            given = _read(Path(source))
+            parts[name] = next(given[part] for part in (name, "train", "test") if part in given)
+    parts = {name: _with_classes(part, train, name) for name, part in parts.items()}
+    for name, share in (("test", test), ("validation", validation)):
+        if isinstance(share, float | int) and share and name not in parts:
+            parts |= _held_out(parts["train"], name, share)
+    return _decoded(parts, memory, check)
+
+
+def read_unlabelled(path: Path) -> Labelled:
+    """Images to be classified: all of a folder and those below it, one image, or a list file."""
+    if path.is_dir():
+        from iada.experiments.datasets.images import SUFFIXES
+
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise refusal(str(path), "images in it or below it", "none", "pass their folder")
+    elif path.suffix.lower() in (".txt", ".csv"):
+        files = [path.parent / name for name, _ in _entries(path, labelled=False)]
+    else:
+        files = [path]
+    for file in files:
+        check_image_file(file, str(path))
+    return Labelled(files, torch.zeros(len(files), dtype=torch.int64), ("",))
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An encoded image in a Hugging Face data set: what `open_image` needs of a path."""
+
+    rows: Any
+    column: str
+    row: int
+    name: str
+
+    def read_bytes(self) -> bytes:
+        """The encoded image."""
+        cell = self.rows[self.row][self.column]
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _read(path: Path) -> dict[str, Labelled]:
+    """The parts at a path, images as paths."""
+    if path.is_dir():
+        saved = any((path / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
+        return _hugging_face(path) if saved else read_folder(path, memory=False)
+    if not path.is_file():
+        raise missing(path, KINDS, "pass where the data lies")
+    readers: dict[str, Callable[[Path], dict[str, Labelled]]] = {".npz": _arrays}
+    return readers.get(path.suffix.lower(), _list)(path)
+
+
+def _entries(path: Path, labelled: bool = True) -> list[tuple[str, str]]:
+    """(path, label) of each line, after a header `path,label` if there is one."""
+    comma = path.suffix.lower() == ".csv"
+    entries = []
+    for number, line in enumerate(lines_of(path), 1):
+        if not line.strip():
+            continue
+        fields = line.rsplit("," if comma else None, 1) if labelled else [line, ""]
+        if len(fields) != 2:
+            form = "path,label" if comma else "path label"
+            raise refusal(at_line(path, number), f"a line `{form}`", repr(line), DAMAGED)
+        entries.append((fields[0].strip().strip('"'), fields[1].strip().strip('"')))
+    if entries and entries[0][0].lower() in ("path", "file", "image", "filename"):
+        entries = entries[1:]
+    if not entries:
+        raise refusal(str(path), "lines with paths", "none", DAMAGED)
+    return entries
+
+
+def _list(path: Path) -> dict[str, Labelled]:
+    """The images that a list file names, from its folder on; labels are names or numbers."""
+    entries = _entries(path)
+    names = sorted({label for _, label in entries}, key=lambda n: (len(n) * n.isdigit(), n))
+    files = [path.parent / name for name, _ in entries]
+    for file in files:
+        check_image_file(file, str(path))
+    place = {name: row for row, name in enumerate(names)}
+    labels = torch.tensor([place[label] for _, label in entries])
+    return {"train": Labelled(files, labels, tuple(names))}
+
+
+def read_arrays(path: Path) -> Labelled:
+    """The inputs of an .npz, with labels 0 where it has none."""
+    return next(iter(_arrays(path, labelled=False).values()))
+
+
+def _arrays(path: Path, labelled: bool = True) -> dict[str, Labelled]:
+    """Images (N, H, W), (N, H, W, 3) or (N, 3, H, W) uint8, or features (N, A), and labels (N)."""
+    try:
+        with np.load(io.BytesIO(bytes_of(path)), allow_pickle=False) as loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+    except Exception as error:  # zipfile, zlib and numpy each have errors of their own
+        raise refusal(str(path), "an .npz of arrays", f"{error!r}", DAMAGED) from error
+    arrays |= {f"train_{name}": arrays[name] for name in ("inputs", "labels") if name in arrays}
+    if not labelled:
+        arrays.setdefault("train_labels", np.zeros(len(arrays.get("train_inputs", ())), np.int64))
+    if not {"train_inputs", "train_labels"} <= set(arrays):
+        got = ", ".join(arrays) or "none"
+        raise refusal(str(path), "arrays inputs and labels", got, "name them so")
+    count = int(arrays["train_labels"].max(initial=0)) + 1
+    names = tuple(map(str, arrays.get("class_names", range(count))))
+    parts = {}
+    for part in (*PARTS, "meta"):
+        if f"{part}_inputs" in arrays:
+            inputs, labels = arrays[f"{part}_inputs"], arrays.get(f"{part}_labels")
+            parts[part] = _array_part(inputs, labels, names, f"{path} {part}")
+    return parts
+
+
+def _array_part(
+    inputs: np.ndarray, labels: np.ndarray | None, names: tuple[str, ...], where: str
+) -> Labelled:
+    if labels is None or labels.shape != (len(inputs),) or labels.dtype.kind not in "iu":
+        got = "none" if labels is None else f"{labels.dtype} {labels.shape}"
+        raise refusal(f"{where}_labels", f"{len(inputs)} whole numbers", got, DAMAGED)
+    tensor = torch.from_numpy(inputs) if inputs.dtype.kind in "fu" else torch.empty(0)
+    if inputs.dtype == np.uint8 and inputs.ndim in (3, 4):
+        images = tensor[:, None] if inputs.ndim == 3 else tensor
+        images = images if images.shape[1] in (1, 3) else images.permute(0, 3, 1, 2)
+        if images.shape[1] in (1, 3):
+            tensor = images.expand(-1, 3, -1, -1).contiguous()
+    elif inputs.dtype.kind == "f" and inputs.ndim == 2 and np.isfinite(inputs).all():
+        tensor = tensor.float()
+    else:
+        got = f"{inputs.dtype} {inputs.shape}"
+        expected = "uint8 images (N, H, W), (N, H, W, 3), (N, 3, H, W), or finite features (N, A)"
+        raise refusal(f"{where}_inputs", expected, got, "convert them")
+    return Labelled(tensor, torch.from_numpy(labels.astype(np.int64)), names)
+
+
+def _hugging_face(path: Path) -> dict[str, Labelled]:
+    """What `save_to_disk` wrote: an image or a text column, and one of class labels."""
+    try:
+        import datasets
+    except ImportError as error:
+        text = f"{path} is a Hugging Face data set; pip install datasets"
+        raise ImportError(text) from error
+    loaded = datasets.load_from_disk(str(path))
+    splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
+    return {
+        name: _columns(datasets, splits[name], f"{path} {name}") for name in PARTS if name in splits
+    }
+
+
+def _columns(datasets: Any, rows: Any, where: str) -> Labelled:
+    features = rows.features
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    inputs = next(iter(images), _first(TEXT_COLUMNS, features))
+    label = _first(LABEL_COLUMNS, features)
+    if inputs is None or label is None:
+        expected = f"a column of images or of {TEXT_COLUMNS[0]}, and a column {LABEL_COLUMNS[0]!r}"
+        raise refusal(where, expected, ", ".join(features), "rename the columns")
+    given = rows[label]
+    kind = features[label]
+    names = kind.names if isinstance(kind, datasets.ClassLabel) else sorted(set(given))
+    place = {name: row for row, name in enumerate(names)}
+    known = given if isinstance(kind, datasets.ClassLabel) else [place[value] for value in given]
+    if not images:
+        texts = list(rows[inputs])
+        return Labelled(texts, torch.tensor(list(known)), tuple(map(str, names)))
+    encoded = rows.cast_column(inputs, datasets.Image(decode=False))
+    stored: Any = [
+        StoredImage(encoded, inputs, row, f"{where} row {row}") for row in range(len(rows))
+    ]
+    return Labelled(stored, torch.tensor(list(known)), tuple(map(str, names)))
+
+
+def _first(names: Sequence[str], known: Mapping[str, Any]) -> str | None:
+    return next((name for name in names if name in known), None)
+
+
+def _with_classes(part: Labelled, train: Labelled, name: str) -> Labelled:
+    """The part with the training samples' classes, by their names."""
+    if part.class_names == train.class_names:
+        return part
+    other = [one for one in part.class_names if one not in train.class_names]
+    if other:
+        expected = f"the classes of the training samples ({', '.join(train.class_names)})"
+        raise refusal(name, expected, f"{other[0]!r} too", "rename it, or take it away")
+    place = torch.tensor([train.class_names.index(one) for one in part.class_names])
+    return replace(part, labels=place[part.labels], class_names=train.class_names)
+
+
+def _held_out(train: Labelled, name: str, share: float) -> dict[str, Labelled]:
+    """A share of each class, at least one sample of it and never the last one."""
+    if not 0 < share < 1:
+        raise refusal(f"--{name}", "a share in (0, 1), or a path", repr(share), "0.2 is usual")
+    rng = np.random.default_rng(0)
+    taken = torch.zeros(len(train), dtype=torch.bool)
+    for c in range(train.num_classes):
+        own = (train.labels == c).nonzero().flatten().numpy()
+        count = min(len(own) - 1, max(1, round(share * len(own))))
+        taken[rng.permutation(own)[: max(count, 0)]] = True
+    if not taken.any():
+        expected = "a class with two samples or more, to hold one out"
+        raise refusal(f"--{name}", expected, "one of each", "pass a path, or add samples")
+    rows = torch.arange(len(train))
+    return {"train": train.subset(rows[~taken]), name: train.subset(rows[taken])}
+
+
+def _decoded(parts: dict[str, Labelled], memory: bool | None, check: bool) -> dict[str, Labelled]:
+    """The parts, small images of one size in memory; every image file is read once before."""
+    files = {
+        name: part.inputs
+        for name, part in parts.items()
+        if not isinstance(part.inputs, Tensor) and not isinstance(part.inputs[0], str)
+    }
+    if not files:
+        return parts
+    if check:
+        check_images([file for part in files.values() for file in part])  # type: ignore[misc]
+    decoded: dict[str, Tensor] = {}
+    for name, listed in files.items() if memory is not False else ():
+        images = small_images(listed, photo=True)  # type: ignore[arg-type]
+        if images is None or any(images.shape[1:] != one.shape[1:] for one in decoded.values()):
+            if memory:
+                remedy = "pass memory=None to read them as needed"
+                raise refusal("memory", "images of one small size", "others", remedy)
+            return parts
+        decoded[name] = images
+    return {
+        name: replace(part, inputs=decoded[name]) if name in decoded else part
+        for name, part in parts.items()
+    }
+
+
+def check_images(files: Sequence[Path]) -> None:
+    """OSError naming the files that are no whole images; each is decoded once."""
+
+    def fault(file: Path) -> str | None:
+        try:
+            open_image(file, photo=True)
+        except OSError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
+        faults = [text for text in pool.map(fault, files) if text is not None]
+    if faults:
+        more = f"\nand {len(faults) - NAMED_AT_MOST} more" * (len(faults) > NAMED_AT_MOST)
+        raise OSError("\n".join(faults[:NAMED_AT_MOST]) + more)

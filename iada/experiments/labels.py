@@ -1,0 +1,181 @@
+"""`python -m iada labels`: the samples whose labels a trained run believes least."""
+
+import argparse
+import base64
+import csv
+import io
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iada.experiments.datasets import Labelled
+from iada.experiments.datasets.images import open_image
+from iada.experiments.datasets.own import read_own
+from iada.experiments.model_file import DESCRIPTION, SAMPLES, run_folder
+from iada.experiments.own_data import add_own_data, train_own
+from iada.experiments.records import read_json
+from iada.training.label_issues import LabelIssues, label_issues
+from iada.utils.checks import refusal
+from iada.utils.files import atomic_write
+from iada_kernels.version import __version__
+
+LABELS, PAGE = "labels.csv", "labels.html"
+COLUMNS = ("rank", "score", "path", "label", "prediction", "probability", "epsilon", "loss")
+BY = ("both", "epsilon", "loss")
+THUMBNAIL = 160  # pixels a side at most
+
+
+def add_labels(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser's."""
+    parser = commands.add_parser(
+        "labels",
+        help="the samples that are most likely mislabelled",
+        description=f"Rank the training samples by how little their labels are believed: "
+        f"{LABELS}, and {PAGE} with the images of the first. RUN is the --out of a train --data by "
+        "Meta-IADA, or a run in it; DATA is trained on first, by the options of train --data.",
+    )
+    parser.add_argument("source", metavar="RUN_OR_DATA", type=Path)
+    parser.add_argument("--by", choices=BY, default="both", help="what ranks (default both)")
+    parser.add_argument("--top", type=int, default=100, help="images on the page (default 100)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: the run's)")
+    add_own_data(parser)
+    parser.set_defaults(run=labels)
+
+
+def labels(options: argparse.Namespace) -> int:
+    """Run the command; its exit code."""
+    if options.top < 0:
+        raise refusal("--top", "0 or more", str(options.top), "raise it")
+    source, folder = options.source, options.out
+    if source.is_file() or not any(source.rglob(DESCRIPTION)):
+        options.data, options.out = source, options.out or Path("runs") / source.stem
+        train_own(options)
+        source = folder = options.out
+    run = run_folder(source)
+    rows = read_samples(run / SAMPLES)
+    issues = ranked(rows, options.by)
+    data = training_samples(run)
+    listed = _listed(rows, issues, data)
+    folder = folder or source
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / LABELS, listed)
+    shown = [(line, _thumbnail(data, row)) for line, row in listed[: options.top]]
+    page = render(source.name, shown, len(listed), _differing(listed), options.by)
+    with atomic_write(folder / PAGE) as file:
+        file.write(page.encode())
+    print(f"written: {folder / LABELS}, {len(listed)} samples, and {folder / PAGE}")
+    return 0
+
+
+def read_samples(path: Path) -> list[dict[str, str]]:
+    """The lines of a run's samples.csv."""
+    if not path.exists():
+        remedy = "let the run end: python -m iada train --data … goes on where it stopped"
+        raise refusal(str(path), "what a finished run writes", "nothing", remedy)
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def ranked(rows: Sequence[dict[str, str]], by: str) -> LabelIssues:
+    """The samples by ε, by loss or by both, as far as the run knows them."""
+    known = {}
+    for name in ("epsilon", "loss"):
+        values = torch.tensor([float(row[name] or "nan") for row in rows], dtype=torch.float64)
+        if by in (name, "both") and not values.isnan().all():
+            known[name] = values
+    if not known:
+        got, remedy = "neither", "train with --method meta-iada"
+        raise refusal(SAMPLES, "the ε or the loss of each sample", got, remedy)
+    return label_issues(**known)
+
+
+def training_samples(run: Path) -> Labelled:
+    """The data set's training part, as the run read it; image files as their paths."""
+    data = dict(read_json(run / DESCRIPTION)["data"])
+    path = data.pop("path")
+    options = {name: value for name, value in data.items() if name not in ("reader", "memory")}
+    return read_own(path, **options, memory=False, check=False)["train"]
+
+
+def _listed(
+    rows: Sequence[dict[str, str]], issues: LabelIssues, data: Labelled
+) -> list[tuple[dict[str, Any], int]]:
+    """(line of the CSV, row in the data), in the ranking's order."""
+    listed = []
+    for rank, index in enumerate(issues.indices.tolist(), 1):
+        line, score = rows[index], float(issues.scores[index])
+        row = int(line["row"])
+        if row >= len(data) or data.class_names[int(data.labels[row])] != line["label"]:
+            remedy = "put the data back as it was, or train again"
+            raise refusal(SAMPLES, "the data of the run", f"another sample {row}", remedy)
+        known = {name: line[name] for name in COLUMNS if name in line}
+        listed.append(({**known, "rank": rank, "score": score, "path": _name(data, row)}, row))
+    return listed
+
+
+def _name(data: Labelled, row: int) -> str:
+    inputs = data.inputs
+    return f"row {row}" if isinstance(inputs, Tensor) else str(inputs[row])
+
+
+def _differing(listed: Sequence[tuple[dict[str, Any], int]]) -> int:
+    return sum(line["prediction"] != line["label"] for line, _ in listed)
+
+
+def _write_csv(path: Path, listed: Sequence[tuple[dict[str, Any], int]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**line, "score": f"{line['score']:.6f}"} for line, _ in listed)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _thumbnail(data: Labelled, row: int) -> str:
+    """A small image as a data address; empty for what is no image."""
+    inputs: Any = data.inputs
+    if isinstance(inputs, Tensor) and (inputs.dtype != torch.uint8 or inputs.dim() != 4):
+        return ""
+    if not isinstance(inputs, Tensor) and isinstance(inputs[row], str):
+        return ""
+    from PIL import Image
+
+    if isinstance(inputs, Tensor):
+        image = Image.fromarray(inputs[row].permute(1, 2, 0).contiguous().numpy())
+    else:
+        image = open_image(inputs[row], photo=True)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    content = io.BytesIO()
+    image.save(content, "PNG" if max(image.size) <= 64 else "JPEG", quality=85)
+    kind = "png" if max(image.size) <= 64 else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def render(
+    title: str,
+    shown: Sequence[tuple[dict[str, Any], str]],
+    count: int,
+    differing: int,
+    by: str,
+) -> str:
+    """The page. shown: (line of the CSV, image as an address, or "") of each sample."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("pages are written by jinja2: pip install 'iada[own]'") from error
+    template = resources.files("iada.experiments.report").joinpath("labels.html")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        title=title,
+        shown=shown,
+        count=count,
+        differing=differing,
+        by={"both": "ε and loss", "epsilon": "ε", "loss": "the loss over training"}[by],
+        version=__version__,
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+    )

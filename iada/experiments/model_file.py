@@ -1,0 +1,272 @@
+"""A trained classifier as files that others need nothing else for: weights, and what they are of.
+
+A run's folder has model.json, best.pt (the best epoch's weights) and checkpoint.pt (the last
+epoch's); `python -m iada export` writes one of the two as a single .safetensors file.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from iada.experiments.datasets import (
+    CIFAR10,
+    IMAGENET,
+    FeatureView,
+    FileView,
+    Labelled,
+    MemoryView,
+    TextView,
+    load_tokenizer,
+)
+from iada.experiments.recipe import ModelSettings
+from iada.experiments.records import read_json
+from iada.experiments.scenarios import Split
+from iada.methods.ldam import CosineLinear
+from iada.models import build_backbone, load_weights, mlp
+from iada.training.checkpoint import CHECKPOINT
+from iada.training.label_issues import SampleLog
+from iada.utils.checks import refusal
+from iada.utils.evaluate import Outputs, outputs
+from iada.utils.files import atomic_write
+from iada_kernels.version import __version__
+
+DESCRIPTION, BEST, SAMPLES = "model.json", "best.pt", "samples.csv"
+WHICH = ("best", "last")
+SAMPLE_COLUMNS = ("row", "label", "prediction", "probability", "epsilon", "loss")
+HIDDEN = (128, 64)  # of the backbone "mlp"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A classifier with what it takes.
+
+    backbone, head: in evaluation mode. about: of `describe`, and with it "epoch" of the weights.
+    """
+
+    backbone: nn.Module
+    head: nn.Linear
+    about: dict[str, Any]
+
+    def outputs(self, data: Labelled, device: torch.device, workers: int = 0) -> Outputs:
+        """Features, logits and (given) labels of samples like those it was trained on."""
+        backbone, head = self.backbone.to(device), self.head.to(device)
+        return outputs(backbone, head, self._view(data, device), num_workers=workers)
+
+    def _view(self, data: Labelled, device: torch.device) -> Dataset:
+        kind, size = self.about["inputs"], self.about["size"]
+        scale: Any = tuple(map(tuple, self.about["normalise"]))
+        got: Any = "image files"
+        if isinstance(data.inputs, Tensor):
+            features = data.inputs.is_floating_point()
+            got = f"{data.inputs.dtype} {tuple(data.inputs.shape)}"
+            if features and kind == "features" and data.inputs.shape[1] == size:
+                return FeatureView(data, device)
+            if not features and kind == "images" and tuple(data.inputs.shape[2:]) == (size, size):
+                return MemoryView(data, scale, device=device)
+        elif isinstance(data.inputs[0], str):
+            got = "texts"
+            if kind == "texts":
+                name = self.about["model"]["backbone"].removeprefix("transformers/")
+                return TextView(data, load_tokenizer(name))
+        elif kind == "images":
+            return FileView(data, False, size, self.about["shape"], normalise=scale, photo=True)
+        expected = f"{kind} as it was trained on" + (f", of size {size}" if size else "")
+        raise refusal("data", expected, got, "pass such data")
+
+
+def describe(model: ModelSettings, train: Labelled, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What model.json says: the classes, the backbone, and how inputs reach it.
+
+    data: where the training samples come from, and how they were read.
+    """
+    inputs, size, shape, scale = "images", model.image_size, "crop", IMAGENET
+    if isinstance(train.inputs, Tensor):
+        inputs = "features" if train.inputs.is_floating_point() else "images"
+        size, shape = train.inputs.shape[-1], "whole"
+        scale = CIFAR10 if size <= 64 else IMAGENET
+    elif isinstance(train.inputs[0], str):
+        inputs, size = "texts", 0
+    return {
+        "iada": __version__,
+        "classes": list(train.class_names),
+        "model": dataclasses.asdict(model),
+        "inputs": inputs,
+        "size": size,
+        "shape": shape,
+        "normalise": scale,
+        "data": dict(data),
+    }
+
+
+def build_model(
+    model: ModelSettings, num_classes: int, width: int | None = None
+) -> tuple[nn.Module, nn.Linear]:
+    """Backbone and head; for features (N, width) the backbone is "identity" or a small "mlp"."""
+    if (model.backbone in ("identity", "mlp")) != (width is not None):
+        got = "others" if width is None else f"features of width {width}"
+        remedy = "pass 'identity' or 'mlp' for features, and another backbone for all else"
+        raise refusal("model.backbone", f"inputs for {model.backbone!r}", got, remedy)
+    if width is not None:
+        if model.backbone == "mlp":
+            return mlp(width, HIDDEN, num_classes)
+        return nn.Identity(), nn.Linear(width, num_classes)
+    if model.frozen and not (model.pretrained or model.weights):
+        remedy = "pass --set model.weights=FILE, or model.frozen=false"
+        raise refusal("model.weights", "a file, as the backbone is frozen", "none", remedy)
+    backbone, head = build_backbone(
+        model.backbone,
+        num_classes,
+        pretrained=model.pretrained,
+        weights=model.weights if model.pretrained else "",
+        image_size=model.image_size,
+    )
+    if model.weights and not model.pretrained:
+        load_weights(backbone, head, model.weights)
+    if model.frozen:
+        backbone.requires_grad_(False)
+        for child in backbone.children():  # the trainer leaves parts in evaluation mode so
+            child.eval()
+    return backbone, head
+
+
+def feature_width(data: Labelled) -> int | None:
+    """A of features (N, A); None of other inputs."""
+    inputs = data.inputs
+    return inputs.shape[1] if isinstance(inputs, Tensor) and inputs.is_floating_point() else None
+
+
+def write_samples(path: Path, split: Split, final: Outputs, log: SampleLog) -> None:
+    """samples.csv: what training says of each training sample, a line each, in their order.
+
+    row: within the data set's training part. prediction and probability: of the last epoch's
+    classifier, which was trained on it. epsilon: the mean late in training. loss: the mean over
+    training. Empty where it is not known.
+    """
+    train, rows = split.train, split.rows["train"].tolist()
+    probability, prediction = final.logits.float().softmax(dim=1).max(dim=1)
+    nothing = [float("nan")] * len(train)
+    epsilon, loss = (
+        nothing if values is None else values.tolist()
+        for values in (log.mean_epsilon(), log.mean_loss())
+    )
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(SAMPLE_COLUMNS)
+    names = train.class_names
+    for i, row in enumerate(rows):
+        known = [names[train.labels[i]], names[prediction[i]], f"{probability[i]:.6f}"]
+        numbers = ["" if value != value else f"{value:.9g}" for value in (epsilon[i], loss[i])]
+        writer.writerow([row, *known, *numbers])
+    with atomic_write(path) as output:
+        output.write(text.getvalue().encode())
+
+
+def save_weights(
+    path: Path, backbone: nn.Module, head: nn.Linear, epoch: int, judged: Mapping[str, float]
+) -> None:
+    """Weights alone, all or nothing. epoch: after which. judged: what they were chosen by."""
+    state = {"backbone": backbone.state_dict(), "head": _head_state(head)}
+    with atomic_write(path) as file:
+        torch.save({**state, "epoch": epoch, "judged": dict(judged)}, file)
+
+
+def load_trained(path: Path, which: str = "best") -> TrainedModel:
+    """The classifier of a run's folder, or of an exported .safetensors file.
+
+    A folder of one run below it stands for that run. Raises ValueError, or OSError, naming what
+    is missing.
+    """
+    if path.is_file():
+        about, state = _from_safetensors(path)
+    else:
+        folder = run_folder(path)
+        about = read_json(folder / DESCRIPTION)
+        file = folder / (BEST if which == "best" else CHECKPOINT)
+        if not file.exists():
+            raise refusal(str(folder), f"{file.name}", "none", "let the run end one epoch")
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        state = {"backbone": saved["backbone"], "head": saved["head"]}
+        about |= {"epoch": saved["epoch"]}
+    settings = dataclasses.replace(ModelSettings(**about["model"]), pretrained=False, weights="")
+    settings = dataclasses.replace(settings, frozen=False)
+    width = about["size"] if about["inputs"] == "features" else None
+    backbone, head = build_model(settings, len(about["classes"]), width)
+    try:
+        backbone.load_state_dict(state["backbone"])
+        head.load_state_dict({"bias": torch.zeros_like(head.bias), **state["head"]})
+    except RuntimeError as error:
+        got = str(error).splitlines()[-1].strip()
+        raise refusal(str(path), "weights of its model", got, "export it again") from error
+    return TrainedModel(backbone, CosineLinear(head) if about.get("cosine") else head, about)
+
+
+def run_folder(path: Path) -> Path:
+    """The folder of the run at a path: itself, or the one run below it."""
+    if (path / DESCRIPTION).exists():
+        return path
+    runs = sorted(file.parent for file in path.rglob(DESCRIPTION)) if path.is_dir() else []
+    if len(runs) == 1:
+        return runs[0]
+    expected = "a folder that `python -m iada train --data` wrote"
+    if runs:
+        raise refusal(
+            str(path), f"{expected}, of one run", f"{len(runs)} runs", f"pass one, as {runs[0]}"
+        )
+    raise refusal(str(path), expected, "no model.json in it", "pass the --out of a run")
+
+
+def export(model: TrainedModel, path: Path) -> None:
+    """One .safetensors file: tensors backbone.* and head.*, model.json's text in its metadata."""
+    save = _safetensors().save
+    parts = {"backbone": model.backbone.state_dict(), "head": _head_state(model.head)}
+    tensors = {
+        f"{part}.{name}": tensor.detach().cpu().contiguous().clone()
+        for part, state in parts.items()
+        for name, tensor in state.items()
+    }
+    with atomic_write(path) as file:
+        file.write(save(tensors, {"iada": json.dumps(model.about)}))
+
+
+def _from_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    library = _safetensors()
+    try:
+        content = path.read_bytes()
+        tensors = library.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about = json.loads(header["__metadata__"]["iada"])
+    except (library.SafetensorError, KeyError, ValueError) as error:
+        remedy = "export it again, or pass a run's folder"
+        raise refusal(
+            str(path), "what `python -m iada export` wrote", f"{error}", remedy
+        ) from error
+    state: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        state[part][rest] = tensor
+    return about, state
+
+
+def _safetensors() -> Any:
+    try:
+        from safetensors import torch as library
+    except ImportError as error:
+        raise ImportError("safetensors is not installed; pip install 'iada[own]'") from error
+    from safetensors import SafetensorError
+
+    library.SafetensorError = SafetensorError  # type: ignore[attr-defined]
+    return library
+
+
+def _head_state(head: nn.Linear) -> dict[str, Tensor]:
+    """weight, and bias where it has one."""
+    return {name: value for name, value in head.state_dict().items() if value is not None}

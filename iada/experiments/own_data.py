@@ -1,0 +1,189 @@
+"""`python -m iada train --data`: methods on data of your own, and a report of them."""
+
+import argparse
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from iada.experiments import recipe as recipes
+from iada.experiments.command import check_processes, device_named, run_methods, say, with_methods
+from iada.experiments.datasets.own import KINDS
+from iada.experiments.experiment import Limits, Parts, best_device, read_parts
+from iada.experiments.progress import Series
+from iada.experiments.recipe import MethodEntry, Recipe
+from iada.experiments.run import RunOptions
+from iada.methods.options import BilevelOptions
+from iada.models import BUILT_IN
+from iada.training.loggers import LOGGERS
+from iada.utils.checks import refusal
+from iada.utils.distributed import by_first, current_group
+from iada.utils.files import check_writable
+
+BASE = "base/own"
+PRETRAINED_LR = 0.01  # weights that know something are moved less
+
+
+def add_own_data(parser: argparse.ArgumentParser) -> None:
+    """Add the options of training on data of your own."""
+    own = parser.add_argument_group("on data of your own", f"They are {KINDS}.")
+    own.add_argument(
+        "--method",
+        nargs="+",
+        default=["meta-iada"],
+        metavar="M",
+        help="one or several to compare (default meta-iada): see [trainer] method above",
+    )
+    own.add_argument("--backbone", help="resnet32, timm/NAME, torchvision/NAME, mlp (features), …")
+    own.add_argument("--pretrained", action="store_true", help="with its library's weights")
+    own.add_argument("--image-size", type=int, help="pixels a side (default 64; of libraries 224)")
+    own.add_argument("--epochs", type=int, help="of the whole run (default 60)")
+    own.add_argument(
+        "--meta-per-class",
+        type=int,
+        metavar="N",
+        help="training samples of each class that become the clean meta set (default 10)",
+    )
+    own.add_argument("--meta", metavar="PATH", help="a clean meta set, in place of these")
+    own.add_argument(
+        "--validation",
+        metavar="SHARE|PATH",
+        help="what is held out of training, or where it lies (default 0.2)",
+    )
+    own.add_argument("--test", metavar="SHARE|PATH", help="the same, to be tested on at the end")
+    own.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each (default 1)")
+    own.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file of such settings")
+    own.add_argument("--device", help="a torch device (default: the accelerator, or cpu)")
+    own.add_argument("--workers", type=int, default=0, help="processes that load image files")
+    own.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
+    own.add_argument("--logger", choices=list(LOGGERS), help="another log beside log.csv")
+    own.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="changes",
+        help="change a setting, as in trainer.lr=0.01",
+    )
+
+
+def train_own(options: argparse.Namespace) -> int:
+    """Run the command; its exit code."""
+    if options.seeds < 1:
+        raise refusal("--seeds", "at least 1", str(options.seeds), "raise it")
+    recipe = own_recipe(options)
+    by_first(lambda: check_writable(options.out), current_group())  # before reading all the images
+    say(f"reading {options.data}")
+    parts = read_parts(recipe, options.data, Limits())
+    recipe = fitting(recipe, parts)
+    if not {"validation", "test"} & set(parts):
+        expected = "a share of the samples to hold out, or a path"
+        raise refusal("--validation", expected, "none", "pass 0.2, or the path of others")
+    counts = parts["train"].class_counts()
+    held = ", ".join(f"{len(part)} for {name}" for name, part in parts.items() if name != "train")
+    say(
+        f"{len(counts)} classes of {int(counts.min())} to {int(counts.max())} training samples, "
+        f"{held}; backbone {recipe.model.backbone}"
+    )
+    run_options = RunOptions(
+        options.out,
+        best_device() if options.device is None else device_named(options.device),
+        options.workers,
+        tensorboard=options.tensorboard,
+        logger=options.logger,
+        data=options.data,
+    )
+    if current_group() is not None:
+        check_processes([recipe], run_options.device)
+    seeds = range(options.seeds)
+    series = Series([(recipe, entry, seed) for seed in seeds for entry in recipe.methods])
+    run_methods(recipe, parts, seeds, Limits(), run_options, series, shlex.join(options.words))
+    say(f"Next: python -m iada labels {options.out}, or predict {options.out} PHOTOS")
+    return 0
+
+
+def own_recipe(options: argparse.Namespace) -> Recipe:
+    """base/own, the file of `--recipe`, the options, and `--set`, each over those before."""
+    sections = recipes.sections_of(BASE)
+    own: recipes.Sections = {} if options.recipe is None else recipes.sections_of(options.recipe)
+    backbone = options.backbone or own.get("model", {}).get("backbone", "")
+    pretrained = options.pretrained or own.get("model", {}).get("pretrained", False)
+    if "/" in backbone:  # a library's: made for images of another size than small ones are
+        library: recipes.Sections = {"model": {"image_size": 224}, "data": {"memory": False}}
+        sections = recipes.merged(sections, library)
+    if pretrained:
+        sections = recipes.merged(sections, {"trainer": {"lr": PRETRAINED_LR}})
+    sections = recipes.merged(sections, {"experiment": {"title": options.data.resolve().stem}})
+    sections = recipes.merged(sections, own)
+    if options.meta is not None and options.meta_per_class:
+        raise refusal("--meta", "no --meta-per-class beside it", "both", "leave one of them out")
+    given: recipes.Sections = {
+        "model": {
+            "backbone": options.backbone,
+            "image_size": options.image_size,
+            "pretrained": options.pretrained or None,
+        },
+        "trainer": {"epochs": options.epochs},
+        "scenario": {"meta_per_class": options.meta_per_class if options.meta is None else 0},
+        "data": {
+            "meta": options.meta,
+            "validation": _share_or_path(options.validation),
+            "test": _share_or_path(options.test),
+        },
+    }
+    changes: recipes.Sections = {
+        section: {name: value for name, value in values.items() if value is not None}
+        for section, values in given.items()
+    }
+    changes = recipes.merged(changes, recipes.changes_of(options.changes))
+    recipe = recipes.from_sections(f"own/{options.data.resolve().stem}", sections, changes)
+    return _with_fair_meta(with_methods(recipe, options.method, "--method"))
+
+
+def _with_fair_meta(recipe: Recipe) -> Recipe:
+    """A meta set only where a method learns from it, and its samples as training samples of the
+    methods that need none: all have seen the same."""
+    needing = [isinstance(entry.trainer.method, BilevelOptions) for entry in recipe.methods]
+    scenario = dict(recipe.scenario)
+    if not any(needing):
+        scenario["meta_per_class"] = 0
+    shared = any(needing) and scenario["meta_per_class"] and scenario["meta_from"] == "train"
+
+    def fair(entry: MethodEntry, needs: bool) -> MethodEntry:
+        if needs or not shared:
+            return entry
+        return replace(entry, with_meta=True, title=f"{entry.title} on train + meta")
+
+    methods = tuple(map(fair, recipe.methods, needing))
+    return replace(recipe, scenario=scenario, methods=methods)
+
+
+def fitting(recipe: Recipe, parts: Parts) -> Recipe:
+    """The recipe with a backbone that can take these inputs; ValueError where it cannot."""
+    inputs, model = parts["train"].inputs, recipe.model
+    default = recipes.sections_of(BASE)["model"]["backbone"]
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        kind, fits = "features", model.backbone in ("mlp", "identity")
+        if model.backbone == default:
+            model, fits = replace(model, backbone="mlp"), True
+        remedy = "pass --backbone mlp, or identity for a head alone"
+    elif not isinstance(inputs, Tensor) and isinstance(inputs[0], str):
+        kind, fits = "texts", model.backbone.startswith("transformers/")
+        remedy = "pass --backbone transformers/FOLDER"
+    else:
+        kind = "images"
+        fits = model.backbone in BUILT_IN or model.backbone.startswith(("timm/", "torchvision/"))
+        remedy = "pass --backbone resnet32, timm/NAME or torchvision/NAME"
+    if not fits:
+        raise refusal("--backbone", f"one for {kind}", repr(model.backbone), remedy)
+    return replace(recipe, model=model)
+
+
+def _share_or_path(text: str | None) -> float | str | None:
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text

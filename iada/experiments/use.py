@@ -1,0 +1,88 @@
+"""`python -m iada predict` and `export`: what a model of your own data is used for."""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from iada.experiments.command import device_named
+from iada.experiments.datasets import Labelled
+from iada.experiments.datasets.own import check_images, read_arrays, read_unlabelled
+from iada.experiments.experiment import best_device
+from iada.experiments.model_file import WHICH, export, load_trained
+from iada.utils.files import check_writable
+
+
+def add_use(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands to the parser's."""
+    run = "the --out of a train --data, a run in it, or an exported file"
+    parser = commands.add_parser(
+        "predict",
+        help="classify photos by a trained model",
+        description="A line `path,class,probability` of CSV for each input, on stdout or in --out.",
+    )
+    parser.add_argument("model", metavar="RUN", type=Path, help=run)
+    parser.add_argument("inputs", metavar="PHOTOS", type=Path, help="a folder, an image, a list")
+    parser.add_argument("--which", choices=WHICH, default="best", help="epoch (default best)")
+    parser.add_argument("--out", type=Path, help="a CSV file to write")
+    parser.add_argument("--device", help="a torch device (default: the accelerator, or cpu)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load image files")
+    parser.set_defaults(run=predict)
+    parser = commands.add_parser("export", help="a trained model as one .safetensors file")
+    parser.add_argument("model", metavar="RUN", type=Path, help=run)
+    parser.add_argument("out", metavar="FILE", type=Path, help="the .safetensors to write")
+    parser.add_argument("--which", choices=WHICH, default="best", help="epoch (default best)")
+    parser.set_defaults(run=export_model)
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Run the command; its exit code."""
+    model = load_trained(options.model, options.which)
+    data = _inputs(options.inputs)
+    device = best_device() if options.device is None else device_named(options.device)
+    logits = model.outputs(data, device, options.workers).logits
+    probability, chosen = logits.float().softmax(dim=1).max(dim=1)
+    names = _names(data, options.inputs)
+    classes = model.about["classes"]
+    rows = [
+        (name, classes[c], f"{p:.4f}")
+        for name, c, p in zip(names, chosen.tolist(), probability.tolist(), strict=True)
+    ]
+    if options.out is None:
+        _write(sys.stdout, rows)
+        return 0
+    check_writable(options.out.parent)
+    with open(options.out, "w", encoding="utf-8", newline="") as file:
+        _write(file, rows)
+    print(f"written: {options.out}, {len(rows)} lines")
+    return 0
+
+
+def export_model(options: argparse.Namespace) -> int:
+    """Run the command; its exit code."""
+    model = load_trained(options.model, options.which)
+    check_writable(options.out.parent)
+    export(model, options.out)
+    print(f"written: {options.out}, the model of epoch {model.about['epoch']}")
+    return 0
+
+
+def _inputs(path: Path) -> Labelled:
+    if path.suffix.lower() == ".npz":
+        return read_arrays(path)
+    data = read_unlabelled(path)
+    check_images(data.inputs)  # type: ignore[arg-type]
+    return data
+
+
+def _names(data: Labelled, path: Path) -> list[str]:
+    if path.suffix.lower() == ".npz":
+        return [f"row {row}" for row in range(len(data))]
+    return list(map(str, data.inputs))
+
+
+def _write(file: TextIO, rows: list[tuple[str, str, str]]) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("path", "class", "probability"))
+    writer.writerows(rows)
