@@ -32,10 +32,11 @@ METHODS = ("iada", "meta-iada")
 class IADAClassifier(ClassifierMixin, BaseEstimator):
     """A linear head, or a small MLP, on features, trained by implicit adversarial augmentation.
 
-    >>> from iada.sklearn import IADAClassifier
-    >>> model = IADAClassifier(method="meta-iada", random_state=0).fit(X, y, X_meta, y_meta)
-    >>> model.predict_proba(X_test)
-    >>> model.label_issues_.indices[:20]            # rows of X whose labels are worth a look
+    Examples:
+        >>> from iada.sklearn import IADAClassifier
+        >>> model = IADAClassifier(method="meta-iada", random_state=0).fit(X, y, X_meta, y_meta)
+        >>> probability = model.predict_proba(X_test)
+        >>> suspects = model.label_issues_.indices[:20]  # rows of X whose labels are worth a look
 
     Features are standardised first, by the training set's mean and deviation.
 
@@ -43,8 +44,8 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
         method: "iada": Eq. 6 with ε = 0, which is ISDA with Logit Adjustment and needs no meta set.
             "meta-iada": ε and Σ are learned on a small clean meta set, against wrong labels.
         hidden: widths of hidden layers before the head; () for a linear classifier.
-        alpha, beta: of Eq. 6: how far features spread within their class's covariance, and how much
-            the classes' shares count; 0 for neither.
+        alpha: of Eq. 6: how far features spread within their class's covariance; 0 for not at all.
+        beta: of Eq. 6: how much the classes' shares count; 0 for not at all.
         epochs: passes over the training set. Of "meta-iada" the first half is plain CE.
         batch_size: rows of a step.
         lr: of SGD with momentum 0.9, falling to 0 as a cosine.
@@ -56,9 +57,10 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: labels, in the order of predict_proba's columns.
         n_features_in_: columns of X.
-        epsilon_, loss_: of "meta-iada": the mean ε of each row of X late in training, and its mean
-            loss over all of it, (n); NaN for rows of the meta set. Of "iada" NaN, but for the loss
-            where alpha and beta are 0, which is plain cross-entropy.
+        epsilon_: of "meta-iada": the mean ε of each row of X late in training, (n); NaN for rows of
+            the meta set, and of "iada".
+        loss_: of "meta-iada": the mean loss of each row of X over training, (n); NaN for rows of
+            the meta set. Of "iada" NaN, but where alpha and beta are 0: plain cross-entropy.
         label_issues_: `iada.label_issues` of these two, where either is known; rows of the meta
             set come last.
         n_iter_: epochs that were trained.

@@ -136,10 +136,10 @@ plt.show()
 # %% [markdown]
 # ## Which labels to look at first
 #
-# Those of smallest ε. By chance 40 % of them would be wrong.
+# `iada.label_issues` has those of smallest ε first. By chance 40 % of them would be wrong.
 
 # %%
-suspects = epsilon.argsort()
+suspects = iada.label_issues(epsilon=epsilon).indices
 print(f"AUROC {roc_auc_score(wrong, -epsilon):.3f}")
 for count in (20, 100, int(wrong.sum())):
     share = wrong[suspects[:count]].float().mean()

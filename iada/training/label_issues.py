@@ -33,13 +33,14 @@ class LabelIssues(NamedTuple):
 class SampleLog(nn.Module):
     """The mean ε of each sample late in training, and its mean loss over all of it.
 
-    >>> config = iada.TrainerConfig(epochs=5, ce_epochs=2, lr=0.01)
-    >>> log = iada.SampleLog(len(train_set), config.epochs)
-    >>> trainer = iada.Trainer(backbone, head, train_set, meta_set, config, observe=log)
-    >>> history = trainer.fit()
-    >>> issues = iada.label_issues(log.mean_epsilon(), log.mean_loss())
-    >>> len(issues.indices[:20])
-    20
+    Examples:
+        >>> config = iada.TrainerConfig(epochs=5, ce_epochs=2, lr=0.01)
+        >>> log = iada.SampleLog(len(train_set), config.epochs)
+        >>> trainer = iada.Trainer(backbone, head, train_set, meta_set, config, observe=log)
+        >>> history = trainer.fit()
+        >>> issues = iada.label_issues(log.mean_epsilon(), log.mean_loss())
+        >>> len(issues.indices[:20])
+        20
 
     For the `observe` argument of `iada.Trainer`; the data set gives no index of its own. Losses
     are known of Meta-IADA and MetaSAug, which remember them, ε of Meta-IADA. Kept on the device
@@ -101,8 +102,9 @@ def label_issues(epsilon: Tensor | None = None, loss: Tensor | None = None) -> L
 
     With both, a sample's score is the mean of its two ranks, equal values having equal ranks.
 
-    >>> iada.label_issues(epsilon=torch.tensor([0.5, -0.9, 0.1])).indices
-    tensor([1, 2, 0])
+    Examples:
+        >>> iada.label_issues(epsilon=torch.tensor([0.5, -0.9, 0.1])).indices
+        tensor([1, 2, 0])
 
     Args:
         epsilon: the mean ε of each sample late in training, (N): `SampleLog.mean_epsilon`. NaN

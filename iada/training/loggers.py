@@ -25,8 +25,8 @@ def open_logger(
 ) -> Iterator[Logger]:
     """A logger of this kind, closed when the block ends.
 
-    with iada.open_logger("wandb", "cats", settings=config.settings()) as logger:
-        iada.Trainer(backbone, head, train_set, meta_set, config, logger=logger).fit()
+        with iada.open_logger("wandb", "cats", settings=config.settings()) as logger:
+            iada.Trainer(backbone, head, train_set, meta_set, config, logger=logger).fit()
 
     Args:
         kind: one of LOGGERS.

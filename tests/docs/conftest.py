@@ -31,7 +31,10 @@ def example_names():
     meta_set = torch.utils.data.TensorDataset(torch.randn(10, 20), torch.arange(10))
     optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.01)
     class_counts = torch.bincount(train_labels)
+    rows = {"X": train_set.tensors[0], "X_meta": meta_set.tensors[0], "X_test": torch.randn(8, 20)}
+    rows |= {"y": train_labels, "y_meta": meta_set.tensors[1]}
     return {
+        **{name: tensor.numpy() for name, tensor in rows.items()},
         "iada": iada,
         "iada_kernels": iada_kernels,
         "os": os,

@@ -8,13 +8,14 @@ import pytest
 
 import iada
 import iada_kernels
+from iada.sklearn import IADAClassifier
 
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
     for module in (iada, iada_kernels)
     for name in module.__all__
     if callable(getattr(module, name)) and name != "SlowBackendWarning"  # which has no signature
-}
+} | {"iada.sklearn.IADAClassifier": IADAClassifier}
 SECTION = re.compile(r"^(Args|Attributes|Examples|Returns|Raises):$")
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -60,6 +61,15 @@ def test_arguments_are_documented_one_by_one(name):
         assert not re.match(r"\s*(Raises|Returns) [A-Z\w]", line), "write a section: " + line
     for error in documented(thing, "Raises"):
         assert re.fullmatch(r"\w+(Error|Interrupt)", error)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_examples_have_their_section(name):
+    """Elsewhere the reference would not know them for what they are."""
+    section = ""
+    for line in inspect.cleandoc(PARTS[name].__doc__ or "").split("\n"):
+        section = line if line and not line.startswith(" ") else section
+        assert ">>>" not in line or section == "Examples:", line
 
 
 EXAMPLES = [name for name, thing in PARTS.items() if ">>>" in (thing.__doc__ or "")]
