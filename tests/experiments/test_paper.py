@@ -540,7 +540,8 @@ def test_epsilon_is_counted_by_class_and_label():
     assert found["histogram_flipped"][0] == 1
     json.dumps(found)
     again = MetaStep(torch.zeros(()), torch.zeros(()), torch.tensor([0.2]))
-    counts(type("Run", (), {"epoch": 9}), (None, labels[:1], torch.arange(1)), again)
+    late = type("Run", (), {"epoch": 9, "method": None})
+    counts(late, (None, labels[:1], torch.arange(1)), again)
     assert counts.mean_epsilon().tolist() == pytest.approx([0.35, -0.5, 0.5, -0.2, -1.0])
 
 
