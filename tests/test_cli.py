@@ -79,6 +79,15 @@ def test_train_writes_its_result(config, tmp_path, capsys):
     assert "add --resume" in capsys.readouterr().err
 
 
+def test_train_takes_changes_of_its_configuration(config, tmp_path, capsys):
+    words = ["train", "--config", str(config), "--out", str(tmp_path / "run"), "--set"]
+    assert main([*words, "trainer.epochs=2", "trainer.lr=0.05"]) == 0
+    settings = json.loads((tmp_path / "run" / "result.json").read_text())["config"]
+    assert (settings["epochs"], settings["lr"]) == (2, 0.05)
+    assert main([*words, "trainer.lrr=1"]) == 2
+    assert "lrr: expected one of" in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_a_resumable_checkpoint(config, tmp_path):
     steady = SETTINGS.replace("clip_norm = 0.0", "clip_norm = 0.1")  # 4000 epochs do not diverge
     config.write_text(steady.format(epochs=4000))

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from iada.experiments.report import charts, style, write_page
 from iada.experiments.report.charts import mean_and_spread
 from iada.experiments.report.figures import draw_all, main_variants
+from iada.experiments.report.page import made
 from iada.experiments.report.style import HATCHES, PALETTE, Picture, series_styles
 from iada.experiments.report.variants import by_experiment, variants_of
 
@@ -496,3 +497,22 @@ def test_matplotlib_waits_until_something_is_drawn():
         "sys.exit('matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_wrong_labels_make_no_class_rare(sketch):
+    assert "shots" in names([make_record()])
+    runs = [make_record(), make_record("meta-iada")]
+    found = names([{**run, "split": {"scenario": "noise"}} for run in runs])
+    assert "shots" not in found
+    assert "most to fewest" not in found["adversarial-share"].caption
+
+
+def test_the_page_says_when_by_what_and_how_long():
+    machine = {"iada": "0.1.0"}
+    records = [
+        {"finished": "2026-01-02T03:04Z", "commit": "abc1234", "seconds": 61, "machine": machine},
+        {"finished": "2026-01-01T00:00Z", "commit": "abc1234", "seconds": None, "machine": "cpu"},
+    ]
+    said = "02 January 2026, 03:04 UTC; iada 0.1.0; commit abc1234; 1 of 2 runs took 0:01:01"
+    assert made(records) == said
+    assert made([{}]) == ""
