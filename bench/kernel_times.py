@@ -71,8 +71,7 @@ def _step(shape: Shape, problem: Problem, state: State) -> Callable[[], object]:
 
 def _again(launch: Launch) -> Callable[[], object]:
     """The same launch on what its arguments hold by now: other numbers, the same work."""
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return lambda: launch.kernel[launch.grid](**launch.arguments, **options)
+    return lambda: launch.kernel[launch.grid](**launch.arguments, **launch.options)
 
 
 def _profiled(

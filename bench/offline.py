@@ -59,12 +59,13 @@ class _Absent:
             self.target = GPUTarget("hip", architecture, 64)
         else:
             self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+        self.device = str(self.target)  # kernels keep one cache for each device
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> str:
-        return str(self.target)  # kernels keep one cache for each device
+        return self.device
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -83,12 +84,7 @@ def compiling_for(architecture: str) -> Iterator[None]:
 
 def compiled(launch: Launch) -> Any:
     """The binary of a recorded launch, the same object for launches that share one."""
-    return launch.kernel.warmup(
-        **launch.arguments,
-        grid=launch.grid,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+    return launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options)
 
 
 def usage(binary: Any) -> Usage:

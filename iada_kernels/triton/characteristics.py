@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.layout import unit_inner_stride
+from iada_kernels.triton.config import cdiv
 from iada_kernels.triton.device import load_tile, softmax_sums, tile_axis
 from iada_kernels.triton.launch import current_configuration, launch
 from iada_kernels.triton.records import Sizes
@@ -146,7 +147,7 @@ def characteristics(
     out = torch.empty(count, COLUMNS, dtype=dtype, device=features.device)
     k = max(0, min(neighbours, count - 1))
     launch(
-        characteristics_kernel, (triton.cdiv(count, tile.rows),),
+        characteristics_kernel, (cdiv(count, tile.rows),),
         features, features.stride(0), logits, logits.stride(0), labels.contiguous(),
         weight.contiguous(), out, Sizes(count, num_classes, weight.shape[1]), k,
         like=out, tile=tile,

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iada_kernels.triton.config import Tile
+from iada_kernels.triton.config import Tile, cdiv, next_power_of_2
 from iada_kernels.triton.device import load_tile, number
 from iada_kernels.triton.launch import Number, current_configuration, launch, split
 from iada_kernels.triton.moments import Moments
@@ -243,7 +243,7 @@ def stream_and_table(
     """
     num_classes, width = covariance.shape[:2]
     tile = current_configuration(covariance.device).class_pass
-    tiles = triton.cdiv(width, tile.rows)
+    tiles = cdiv(width, tile.rows)
     count = tiles * (tiles + 1) // 2
     partials = None
     if head is not None:
@@ -277,7 +277,7 @@ def _launch(tile: Tile, update: int, covariance: Tensor, *records: tuple | None)
     """`records` in the order of the kernel."""
     num_classes, width = covariance.shape[:2]
     launch(
-        class_pass_kernel, (triton.cdiv(width, tile.rows) ** 2, num_classes),
+        class_pass_kernel, (cdiv(width, tile.rows) ** 2, num_classes),
         covariance, *records, num_classes, width, like=covariance, tile=tile,
         UPDATE=update, TABLE=records[2] is not None,
         BLOCK_A=tile.rows, BLOCK_J=tile.columns, BLOCK_K=tile.depth,
@@ -292,9 +292,9 @@ def _sum_partials(partials: Tensor | None, groups: Groups) -> Tensor | None:
     if count == 1:
         return partials[:, 0]
     table = partials.new_empty(num_classes, num_classes)
-    block = min(1024, triton.next_power_of_2(num_classes))
+    block = min(1024, next_power_of_2(num_classes))
     launch(
-        add_partials_kernel, (num_classes, triton.cdiv(num_classes, block)),
+        add_partials_kernel, (num_classes, cdiv(num_classes, block)),
         partials, table, groups.size, num_classes, count, like=partials, BLOCK=block,
     )  # fmt: skip
     return table

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iada_kernels.triton.config import cdiv
 from iada_kernels.triton.device import load_labels, load_tile, number, store_tile, tile_axis
 from iada_kernels.triton.launch import current_configuration, launch, split
 from iada_kernels.triton.records import Labels
@@ -96,7 +97,7 @@ def class_sums(residual: Tensor, labels: Labels, row_scale: Tensor, factor: floa
     configuration = current_configuration(residual.device)
     tile, (count, num_classes) = configuration.class_sums, residual.shape
     rows_per_split = configuration.split_rows
-    splits = max(1, triton.cdiv(count, rows_per_split))
+    splits = max(1, cdiv(count, rows_per_split))
     partials = residual.new_empty(splits, num_classes, num_classes)
     launch(
         class_sums_kernel, (*tile.grid(num_classes, num_classes), splits),
@@ -111,14 +112,14 @@ def weight_partials(covariance: Tensor, weight: Tensor, curvature: Tensor, size:
     """Partials (S, C, A) whose sum is ∂L/∂W through R, for full Σ. One launch."""
     configuration = current_configuration(covariance.device)
     tile, (num_classes, width) = configuration.class_pass_weight, weight.shape
-    items = num_classes * triton.cdiv(width, tile.depth)
+    items = num_classes * cdiv(width, tile.depth)
     rows, columns = tile.grid(num_classes, width)
     splits = max(1, min(items, configuration.programs // (rows * columns)))
     partials = weight.new_empty(splits, num_classes, width)
     launch(
         class_pass_weight_kernel, (rows, columns, splits),
         covariance, weight, curvature, size, partials, num_classes, width,
-        triton.cdiv(items, splits),
+        cdiv(items, splits),
         like=weight, tile=tile, BLOCK_J=tile.rows, BLOCK_A=tile.columns, BLOCK_K=tile.depth,
     )  # fmt: skip
     return partials

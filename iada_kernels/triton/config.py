@@ -10,6 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 
+def cdiv(size: int, block: int) -> int:
+    """Blocks that cover `size`. Triton's own serves kernels too and takes a microsecond here."""
+    return -(-size // block)
+
+
+def next_power_of_2(size: int) -> int:
+    """The least power of two that is not below `size`, which is positive."""
+    return 1 << (int(size) - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class Tile:
     """A program's tile: rows × columns of its result, steps of `depth` along the summed axis."""
@@ -22,7 +32,7 @@ class Tile:
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         """How many tiles a result of this size has along each axis."""
-        return -(-rows // self.rows), -(-columns // self.columns)
+        return cdiv(rows, self.rows), cdiv(columns, self.columns)
 
 
 @dataclass(frozen=True)
@@ -73,19 +83,21 @@ class Configuration:
     fast_float32: str  # and for the others
 
 
+# Where A is no multiple of 16, addresses take registers: with larger tiles, longer steps or fewer
+# warps the head's products and the rank-C update keep some in memory (bench.resources --matrix).
 NVIDIA = Configuration(
     class_pass=Tile(64, 32, 16, warps=8),
-    rank_c_update=Tile(64, 32, 16, warps=8),
+    rank_c_update=Tile(64, 16, 16, warps=8),
     class_pass_weight=Tile(64, 64, 32),
-    logits=Tile(32, 64, 32),
-    diagonal_logits=Tile(32, 32, 16, warps=8),  # 4 would spill where A is no multiple of 16
-    tangent=Tile(32, 64, 32, warps=8),
+    logits=Tile(32, 64, 32, warps=8),
+    diagonal_logits=Tile(32, 32, 16, warps=8),
+    tangent=Tile(32, 64, 16, warps=8),
     diagonal_tangent=Tile(16, 32, 16),
-    sign=Tile(32, 64, 32),
+    sign=Tile(32, 64, 16, warps=8),
     softmax=Tile(4, 256, 0),
     grad_features=Tile(32, 64, 32),
     grad_weight=Tile(32, 64, 32),
-    diagonal_weight=Tile(32, 32, 16),
+    diagonal_weight=Tile(16, 32, 16),
     class_sums=Tile(32, 32, 32),
     moments=Tile(32, 64, 0),
     statistics=Tile(16, 64, 32),
@@ -112,7 +124,11 @@ AMD = replace(
     NVIDIA,
     class_pass=Tile(32, 32, 16),
     rank_c_update=Tile(32, 32, 16),
+    logits=Tile(32, 64, 32),
     diagonal_logits=Tile(32, 32, 16),
+    tangent=Tile(32, 64, 32, warps=8),
+    sign=Tile(32, 64, 32),
+    diagonal_weight=Tile(32, 32, 16),
     single_launch=SingleLaunchLimits(1024, 128, 64, 2**15, 512, 32, 64, 256, 64),
     true_float32="ieee",
     fast_float32="ieee",

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.layout import contiguous_as
+from iada_kernels.triton.config import cdiv
 from iada_kernels.triton.device import (
     load_epsilon,
     load_samples,
@@ -217,7 +218,7 @@ def reduce_losses(z: Tensor, labels: Labels, reduction: str) -> tuple[Tensor, Te
     configuration = current_configuration(z.device)
     tile, losses = configuration.softmax, z.new_empty(len(z))
     launch(
-        softmax_kernel, (triton.cdiv(len(z), tile.rows),),
+        softmax_kernel, (cdiv(len(z), tile.rows),),
         z, labels, losses, *z.shape,
         like=z, tile=tile, BLOCK_N=tile.rows, BLOCK_C=tile.columns,
     )  # fmt: skip

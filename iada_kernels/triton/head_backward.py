@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.contract import LossInputs, LossOptions
+from iada_kernels.triton.config import cdiv
 from iada_kernels.triton.device import (
     load_labels,
     load_samples,
@@ -194,7 +195,7 @@ def grad_weight(
     if diagonal is not None and feature_gradient is not None:
         quadratic = DiagonalGradient(diagonal, weight, feature_gradient, split(options.alpha))
         tile = configuration.diagonal_weight
-    splits = max(1, triton.cdiv(sizes.N, rows_per_split))
+    splits = max(1, cdiv(sizes.N, rows_per_split))
     grad = weight.new_empty(splits, *weight.shape) if needs_weight else None
     bias = weight.new_empty(splits, sizes.C) if needs_bias else None
     rows, columns = tile.grid(*weight.shape)
@@ -216,7 +217,7 @@ def grad_variances(
     tile, (num_classes, width) = current_configuration(weight.device).statistics, weight.shape
     grad = torch.empty_like(weight)
     launch(
-        grad_variances_kernel, (num_classes, triton.cdiv(width, tile.columns)),
+        grad_variances_kernel, (num_classes, cdiv(width, tile.columns)),
         residual, row_scale, groups, weight, grad, split(alpha), num_classes, width,
         like=weight, tile=tile, SCALE_STRIDE=int(len(row_scale) > 1),
         BLOCK_J=tile.rows, BLOCK_A=tile.columns,

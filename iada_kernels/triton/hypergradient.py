@@ -26,6 +26,7 @@ from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
 from iada_kernels.layout import contiguous_as
 from iada_kernels.triton.class_pass import HeadWeight, rank_c_update, stream_and_table
 from iada_kernels.triton.class_pass_backward import class_sums
+from iada_kernels.triton.config import cdiv
 from iada_kernels.triton.device import (
     load_epsilon,
     load_samples,
@@ -231,7 +232,7 @@ def hypergradient(
     configuration = current_configuration(weight.device)
     tile = configuration.softmax
     launch(
-        curvature_kernel, (triton.cdiv(sizes.N, tile.rows),),
+        curvature_kernel, (cdiv(sizes.N, tile.rows),),
         z, z_tangent, labels, sizes.N, sizes.C,
         like=weight, tile=tile, BLOCK_N=tile.rows, BLOCK_C=tile.columns,
     )  # fmt: skip
@@ -270,7 +271,7 @@ def covariance_step(
     else:
         tile, (num_classes, width) = current_configuration(weight.device).statistics, weight.shape
         launch(
-            variances_step_kernel, (num_classes, triton.cdiv(width, tile.columns)),
+            variances_step_kernel, (num_classes, cdiv(width, tile.columns)),
             sums.residual, sums.curvature, sums.row_scale, sums.groups, weight, tangent, written,
             split(scale * sums.alpha), num_classes, width,
             like=weight, tile=tile, BLOCK_J=tile.rows, BLOCK_A=tile.columns,

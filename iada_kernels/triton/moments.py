@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iada_kernels.triton.config import cdiv
 from iada_kernels.triton.device import load_tile, tile_axis
 from iada_kernels.triton.launch import current_configuration, launch
 from iada_kernels.triton.records import Samples
@@ -95,7 +96,7 @@ def update_moments(
     num_classes, width = mean.shape
     moments = Moments(mean, torch.empty_like(mean), torch.empty_like(mean))
     launch(
-        moments_kernel, (num_classes, triton.cdiv(width, tile.columns)),
+        moments_kernel, (num_classes, cdiv(width, tile.columns)),
         samples, groups, moments, covariance, width,
         like=mean, tile=tile, BLOCK_M=tile.rows, BLOCK_A=tile.columns,
     )  # fmt: skip

@@ -18,6 +18,8 @@ features (N, A) · weight (C, A) · covariance (C, A, A) · Parts, written for c
 ∂h (N, A) and ∂ε (N) at their rows, ∂W (C, C, A), G (C, C), ∂Σ (C, A, A).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -34,6 +36,7 @@ from iada_kernels.triton.class_loss import (
     Terms,
     class_loss,
 )
+from iada_kernels.triton.config import SingleLaunchLimits, next_power_of_2
 from iada_kernels.triton.launch import current_configuration, launch, split
 from iada_kernels.triton.records import Labels, Samples, Sizes
 from iada_kernels.triton.rows import scan_rows
@@ -122,7 +125,7 @@ def loss_forward(
         losses=fresh(num_classes),
         arrived=torch.zeros(1, dtype=torch.int32, device=weight.device),
     )
-    loss = fresh()
+    loss, limits = fresh(), current_configuration(weight.device).single_launch
     launch(
         single_launch_kernel, (num_classes,),
         Samples(features, features.stride(0), epsilon, sign), Labels.of(inputs, options),
@@ -130,15 +133,15 @@ def loss_forward(
         Terms(inputs.covariance, split(options.alpha), log_prior, split(options.beta)),
         None if stream is None else Statistics(stream.mean, stream.count),
         scratch, parts, loss, sizes,
-        like=loss, tile=current_configuration(weight.device).single_launch,
-        MEAN=options.reduction == "mean", B=_blocks(weight),
+        like=loss, tile=limits,
+        MEAN=options.reduction == "mean", B=_blocks(limits, int(num_classes), int(width)),
     )  # fmt: skip
     return loss, parts
 
 
-def _blocks(weight: Tensor) -> Blocks:
-    limits = current_configuration(weight.device).single_launch
-    block_c, block_a = map(_padded, weight.shape)
+@functools.cache
+def _blocks(limits: SingleLaunchLimits, num_classes: int, width: int) -> Blocks:
+    block_c, block_a = _padded(num_classes), _padded(width)
     sizes = (
         limits.group,
         min(64, max(16, limits.block_elements // block_c)),
@@ -151,4 +154,4 @@ def _blocks(weight: Tensor) -> Blocks:
 
 
 def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from iada_kernels.contract import LossGradients, LossInputs, LossNeeds, LossOptions
 from iada_kernels.triton.class_loss import SavedParts
+from iada_kernels.triton.config import cdiv, next_power_of_2
 from iada_kernels.triton.device import load_labels, number
 from iada_kernels.triton.launch import current_configuration, launch, split
 from iada_kernels.triton.records import Labels, Sizes
@@ -126,12 +127,12 @@ def loss_backward(
         log_prior=result(needs.log_prior, num_classes),
     )
     columns = current_configuration(grad_loss.device).single_launch.columns
-    block_a = triton.next_power_of_2(width)
+    block_a = next_power_of_2(width)
     block_n = max(1, 1024 // block_a)
     programs = Programs(
-        weight=triton.cdiv(num_classes * width, columns) if needs.weight else 0,
-        bias=triton.cdiv(num_classes, columns) if needs.bias or needs.log_prior else 0,
-        rows=triton.cdiv(count, block_n) if needs.features or needs.epsilon else 0,
+        weight=cdiv(num_classes * width, columns) if needs.weight else 0,
+        bias=cdiv(num_classes, columns) if needs.bias or needs.log_prior else 0,
+        rows=cdiv(count, block_n) if needs.features or needs.epsilon else 0,
     )
     launch(
         single_launch_backward_kernel, (sum(programs) + num_classes * needs.covariance,),

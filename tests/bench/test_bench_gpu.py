@@ -144,6 +144,20 @@ def test_three_tf32_products_make_one():
     assert CEILINGS.operations("ieee") == CEILINGS.operations(None) == CEILINGS.float32
 
 
+def test_the_host_s_share_of_a_step_is_timed_without_a_warning():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    command = ["-W", "error::UserWarning", "-m", "bench.host_time", "--raw", "--seconds", "0.05"]
+    done = subprocess.run(
+        [sys.executable, *command, "--shapes", "cifar10-r32", "cifar10-wrn"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    assert 0 < found["cifar10-r32"] < found["cifar10-wrn"]  # 2 launches, 13 launches
+
+
 def test_sides_take_turns_on_a_device():
     calls = []
     watch = Stopwatch(torch.device("cpu"), rounds=4)
