@@ -30,7 +30,7 @@ from iada.models import mlp
 from iada.training.config import TrainerConfig
 from iada.training.loggers import open_logger
 from iada.training.trainer import Trainer
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.distributed import (
     by_first,
     current_group,
@@ -75,14 +75,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         if not self.hidden or min(self.hidden) < 1:
-            raise refusal("hidden", "widths from 1", repr(self.hidden), "as in [128, 64]")
+            raise argument_error("hidden", "widths from 1", repr(self.hidden), "as in [128, 64]")
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise refusal(
-                "device", "a torch device", f"{self.device!r} ({reason})", "try 'cpu'"
-            ) from error
+            got = f"{self.device!r} ({reason})"
+            raise argument_error("device", "a torch device", got, "try 'cpu'") from error
 
 
 SECTIONS = {
@@ -162,7 +161,7 @@ def _train(options: argparse.Namespace) -> int:
     if (options.config is None) == (options.data is None):
         got = "neither" if options.data is None else "both"
         remedy = "python -m iada train --data PHOTOS trains on a folder of class folders"
-        raise refusal("train", "--data PATH or --config FILE", got, remedy)
+        raise argument_error("train", "--data PATH or --config FILE", got, remedy)
     with launched_group():
         return _train_here(options) if options.data is None else train_own(options)
 
@@ -217,7 +216,7 @@ def _train_here(options: argparse.Namespace) -> int:
 def _check_fresh(folder: Path) -> None:
     if (folder / "checkpoint.pt").exists():
         remedy = "add --resume, or move it"
-        raise refusal("--out", "a folder without a checkpoint", str(folder), remedy)
+        raise argument_error("--out", "a folder without a checkpoint", str(folder), remedy)
 
 
 def _say_nothing(text: str) -> None:
@@ -228,14 +227,16 @@ def _load_data(data: DataConfig, folder: Path) -> dict[str, TensorData]:
     if data.kind == "digits":
         return _load_digits(data.scenario)
     if data.kind != "npz":
-        raise refusal("[data] kind", "'digits' or 'npz'", repr(data.kind), "choose one of them")
+        remedy = "choose one of them"
+        raise argument_error("[data] kind", "'digits' or 'npz'", repr(data.kind), remedy)
     return _load_npz(folder / data.path)
 
 
 def _load_digits(scenario: str) -> dict[str, TensorData]:
     rows = [name.removeprefix("digits/") for name in recipes.names() if name.startswith("digits/")]
     if scenario not in rows:
-        raise refusal("[data] scenario", f"one of {', '.join(rows)}", repr(scenario), "pass one")
+        remedy = "pass one"
+        raise argument_error("[data] scenario", f"one of {', '.join(rows)}", repr(scenario), remedy)
     recipe = recipes.load(f"digits/{scenario}")
     split = make_split(recipe, read_parts(recipe, None, Limits()), seed=0)
     parts = {name: getattr(split, name) for name in PARTS}
@@ -259,17 +260,18 @@ def _load_npz(path: Path) -> dict[str, TensorData]:
             continue
         missing = sorted(set(keys) - names)
         if missing:
-            raise refusal(str(path), ", ".join(keys), f"no {missing[0]}", "add the array")
+            raise argument_error(str(path), ", ".join(keys), f"no {missing[0]}", "add the array")
         inputs, labels = (np.asarray(arrays[key]) for key in keys)
         if inputs.ndim < 2 or inputs.dtype.kind not in "fiu" or not np.isfinite(inputs).all():
             got = f"{inputs.dtype} of shape {inputs.shape}"
             remedy = "mend the array; NaN and infinity are not allowed"
-            raise refusal(f"{path} {keys[0]}", "finite numbers (N, ...)", got, remedy)
+            raise argument_error(f"{path} {keys[0]}", "finite numbers (N, ...)", got, remedy)
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels < 0).any():
             got = f"{labels.dtype} of shape {labels.shape}, or negative ones"
-            raise refusal(f"{path} {keys[1]}", "class indices (N,) from 0", got, "mend the array")
+            remedy = "mend the array"
+            raise argument_error(f"{path} {keys[1]}", "class indices (N,) from 0", got, remedy)
         if len(inputs) != len(labels) or not len(inputs):
-            raise refusal(
+            raise argument_error(
                 f"{path} {part}",
                 "as many labels as inputs, at least one",
                 f"{len(inputs)} inputs and {len(labels)} labels",
@@ -278,9 +280,8 @@ def _load_npz(path: Path) -> dict[str, TensorData]:
         if parts and inputs.shape[1:] != parts["train"].inputs.shape[1:]:
             shape = tuple(parts["train"].inputs.shape[1:])
             got = f"{inputs.shape[1:]}"
-            raise refusal(
-                f"{path} {keys[0]}", f"samples of shape {shape}, as in train", got, "mend it"
-            )
+            expected = f"samples of shape {shape}, as in train"
+            raise argument_error(f"{path} {keys[0]}", expected, got, "mend it")
         parts[part] = TensorData(
             torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(labels.astype(np.int64))
         )

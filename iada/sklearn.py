@@ -23,7 +23,7 @@ from iada.models import mlp
 from iada.training.config import TrainerConfig
 from iada.training.label_issues import SampleLog, label_issues
 from iada.training.trainer import Trainer
-from iada.utils.checks import check_choice, refusal
+from iada.utils.checks import argument_error, check_choice
 from iada.utils.loading import TensorData
 
 METHODS = ("iada", "meta-iada")
@@ -110,7 +110,8 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, given = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             remedy = "add samples of another class"
-            raise refusal("y", "at least 2 classes", f"1 class, {self.classes_[0]!r}", remedy)
+            expected = "at least 2 classes"
+            raise argument_error("y", expected, f"1 class, {self.classes_[0]!r}", remedy)
         rng = check_random_state(self.random_state)
         seed = int(rng.randint(2**31 - 1))
         self._mean, deviation = X.mean(axis=0), X.std(axis=0)
@@ -166,19 +167,19 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
         for name, rows in zip(self.classes_, taken, strict=True):
             if not len(rows):
                 remedy = "pass X_meta and y_meta, or a meta_per_class from 1 on"
-                raise refusal("y", f"2 samples of class {name!r} or more", "too few", remedy)
+                raise argument_error("y", f"2 samples of class {name!r} or more", "too few", remedy)
         meta = np.sort(np.concatenate(taken))
         return np.setdiff1d(np.arange(len(given)), meta), meta
 
     def _given_meta(self, X_meta: Any, y_meta: Any) -> TensorData:
         if self.method != "meta-iada":
             remedy = "set method='meta-iada', or leave X_meta out"
-            raise refusal("X_meta", f"none with method {self.method!r}", "an array", remedy)
+            raise argument_error("X_meta", f"none with method {self.method!r}", "an array", remedy)
         X_meta, y_meta = validate_data(self, X_meta, y_meta, reset=False, dtype=np.float64)
         unknown = np.setdiff1d(y_meta, self.classes_)
         if len(unknown):
             expected = f"the classes of y ({', '.join(map(str, self.classes_))})"
-            raise refusal("y_meta", expected, repr(unknown[0]), "take these rows out")
+            raise argument_error("y_meta", expected, repr(unknown[0]), "take these rows out")
         labels = torch.from_numpy(np.searchsorted(self.classes_, y_meta))
         return TensorData(self._features(X_meta), labels)
 

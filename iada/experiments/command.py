@@ -24,7 +24,7 @@ from iada.experiments.progress import Series
 from iada.experiments.recipe import Recipe
 from iada.experiments.records import RECORD, read_records
 from iada.experiments.run import RunOptions, plan, run
-from iada.utils.checks import check_choice, refusal
+from iada.utils.checks import argument_error, check_choice
 from iada.utils.distributed import by_first, current_group, launched_group, rank_of
 from iada.utils.files import check_writable
 
@@ -78,19 +78,19 @@ def _paper(options: argparse.Namespace) -> int:
         say(listing([recipes.load(name) for name in recipes.names()], known))
         return 0
     if options.table is None:
-        raise refusal("--table", "a table of the papers", "none", "pass one, or --list")
+        raise argument_error("--table", "a table of the papers", "none", "pass one, or --list")
     unbundled = [recipe for recipe in _chosen(options) if recipe.data["reader"] not in BUNDLED]
     if options.data is None and unbundled:
         needs = "; ".join(dict.fromkeys(recipe.needs for recipe in unbundled))
-        raise refusal("--data", f"a path ({needs})", "none", "pass where the data set lies")
+        raise argument_error("--data", f"a path ({needs})", "none", "pass where the data set lies")
     for name in ("seeds", "evaluate_every"):
         if getattr(options, name) < 1:
             text = f"--{name.replace('_', '-')}"
-            raise refusal(text, "at least 1", str(getattr(options, name)), "raise it")
+            raise argument_error(text, "at least 1", str(getattr(options, name)), "raise it")
     for name in ("epochs", "train_limit", "test_limit", "workers", "seed"):
         if (getattr(options, name) or 0) < 0:
             text = f"--{name.replace('_', '-')}"
-            raise refusal(text, "0 or more", str(getattr(options, name)), "raise it")
+            raise argument_error(text, "0 or more", str(getattr(options, name)), "raise it")
     limits = Limits(options.epochs, options.train_limit, options.test_limit, tuple(options.changes))
     run_options = RunOptions(
         options.out,
@@ -125,7 +125,8 @@ def device_named(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         got = f"{name!r} ({str(error).splitlines()[0]})"
-        raise refusal("--device", "a torch device", got, "leave it out, or pass cpu") from error
+        remedy = "leave it out, or pass cpu"
+        raise argument_error("--device", "a torch device", got, remedy) from error
 
 
 def _check_one_data_set(chosen: Sequence[Recipe]) -> None:
@@ -134,7 +135,7 @@ def _check_one_data_set(chosen: Sequence[Recipe]) -> None:
     if len(kinds) > 1:
         rows = ", ".join(recipe.row for recipe in chosen)
         expected = "rows of one data set, as --data is one path"
-        raise refusal("--row", expected, f"all of {rows}", "pass one of these")
+        raise argument_error("--row", expected, f"all of {rows}", "pass one of these")
 
 
 def check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
@@ -147,7 +148,7 @@ def check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
     ]
     if alone:
         several = [c.key for c in chosen[0].methods if c.key not in alone]
-        raise refusal(
+        raise argument_error(
             "--methods",
             "those that several processes can train together",
             f"{', '.join(dict.fromkeys(alone))}, which one process trains",
@@ -155,7 +156,8 @@ def check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
         )
     if device.index is not None:
         remedy = f"pass {device.type}: each process takes the device of its LOCAL_RANK"
-        raise refusal("--device", "a kind of device for several processes", str(device), remedy)
+        expected = "a kind of device for several processes"
+        raise argument_error("--device", expected, str(device), remedy)
 
 
 def say(text: str) -> None:

@@ -19,7 +19,7 @@ from iada.experiments.metrics import paired
 from iada.experiments.report.tables import OURS, difference, overview_table
 from iada.experiments.report.variants import Variant, by_experiment, variants_of
 from iada.experiments.run import RunOptions, plan, run
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.files import check_writable
 
 Record = dict[str, Any]
@@ -57,7 +57,7 @@ def demo(options: argparse.Namespace) -> int:
     for name in ("seeds", "jobs"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise refusal(f"--{name}", "at least 1", str(value), "raise it")
+            raise argument_error(f"--{name}", "at least 1", str(value), "raise it")
     check_writable(options.out)  # before minutes of training, not after
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that workers are stopped too
     jobs = all_jobs(options.seeds)

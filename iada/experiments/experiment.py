@@ -27,7 +27,7 @@ from iada.experiments.datasets import (
 from iada.experiments.recipe import MethodEntry, Recipe, shortened
 from iada.experiments.scenarios import SCENARIOS, Split, colored_mnist
 from iada.models import build_backbone
-from iada.utils.checks import check_choice, refusal
+from iada.utils.checks import argument_error, check_choice
 from iada.utils.evaluate import outputs
 
 NORMALISATIONS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "digits": ((0.0,), (1.0,))}
@@ -74,7 +74,7 @@ def read_parts(recipe: Recipe, path: Path | None, limits: Limits) -> Parts:
     name, colored = options.pop("reader"), options.pop("colored", False)
     reader = READERS[name]
     if name not in BUNDLED and (path is None or not path.exists()):
-        raise refusal("--data", recipe.needs, f"nothing at {path}", "pass where it lies")
+        raise argument_error("--data", recipe.needs, f"nothing at {path}", "pass where it lies")
     _check_keys("data", options, reader, "reader", "colored")
     parts = reader(path, **options)
     if colored:
@@ -164,7 +164,8 @@ def _view(
         tokenizer = load_tokenizer(folder)
         return lambda piece, augment: TextView(piece, tokenizer)
     if recipe.model.augment == "autoaugment-cutout":
-        raise refusal("augment", "'none' or 'crop-flip'", "image files", "it is for small images")
+        remedy = "it is for small images"
+        raise argument_error("augment", "'none' or 'crop-flip'", "image files", remedy)
     size, options = recipe.model.image_size, FILE_OPTIONS.get(recipe.data["reader"], {})
     return lambda piece, augment: FileView(piece, augment is not None, size, **options)
 

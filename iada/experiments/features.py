@@ -13,7 +13,7 @@ from iada.experiments import recipe as recipes
 from iada.experiments.datasets.features import write_features
 from iada.experiments.experiment import Limits, best_device, make_view, read_parts
 from iada.experiments.model_file import build_model
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.evaluate import outputs
 from iada.utils.files import check_writable
 
@@ -51,7 +51,7 @@ def features(options: argparse.Namespace) -> int:
         model = replace(model, weights=options.weights, pretrained=False)
     if not (model.weights or model.pretrained):
         expected = "a file of the backbone's weights"
-        raise refusal("--weights", expected, "none", "or pass --set model.pretrained=true")
+        raise argument_error("--weights", expected, "none", "or pass --set model.pretrained=true")
     check_writable(options.out.parent)
     limits = Limits(train=options.train_limit, test=options.test_limit)
     parts = read_parts(recipe, options.data, limits)

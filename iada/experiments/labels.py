@@ -20,7 +20,7 @@ from iada.experiments.model_file import DESCRIPTION, SAMPLES, run_folder
 from iada.experiments.own_data import add_own_data, train_own
 from iada.experiments.records import read_json
 from iada.training.label_issues import LabelIssues, label_issues
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.files import atomic_write
 from iada_kernels.version import __version__
 
@@ -50,7 +50,7 @@ def add_labels(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def labels(options: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     if options.top < 0:
-        raise refusal("--top", "0 or more", str(options.top), "raise it")
+        raise argument_error("--top", "0 or more", str(options.top), "raise it")
     source, folder = options.source, options.out
     if source.is_file() or not any(source.rglob(DESCRIPTION)):
         options.data, options.out = source, options.out or Path("runs") / source.stem
@@ -76,7 +76,7 @@ def read_samples(path: Path) -> list[dict[str, str]]:
     """The lines of a run's samples.csv."""
     if not path.exists():
         remedy = "let the run end: python -m iada train --data … goes on where it stopped"
-        raise refusal(str(path), "what a finished run writes", "nothing", remedy)
+        raise argument_error(str(path), "what a finished run writes", "nothing", remedy)
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -90,7 +90,7 @@ def ranked(rows: Sequence[dict[str, str]], by: str) -> LabelIssues:
             known[name] = values
     if not known:
         got, remedy = "neither", "train with --method meta-iada"
-        raise refusal(SAMPLES, "the ε or the loss of each sample", got, remedy)
+        raise argument_error(SAMPLES, "the ε or the loss of each sample", got, remedy)
     return label_issues(**known)
 
 
@@ -112,7 +112,7 @@ def _listed(
         row = int(line["row"])
         if row >= len(data) or data.class_names[int(data.labels[row])] != line["label"]:
             remedy = "put the data back as it was, or train again"
-            raise refusal(SAMPLES, "the data of the run", f"another sample {row}", remedy)
+            raise argument_error(SAMPLES, "the data of the run", f"another sample {row}", remedy)
         known = {name: line[name] for name in COLUMNS if name in line}
         listed.append(({**known, "rank": rank, "score": score, "path": _name(data, row)}, row))
     return listed

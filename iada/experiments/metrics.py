@@ -19,13 +19,13 @@ from torch import Tensor
 
 from iada.training.measures import number_or_none
 from iada.utils.checks import (
+    argument_error,
     check_finite,
     check_float,
     check_label_values,
     check_labels,
     check_sizes,
     check_tensor,
-    refusal,
 )
 
 MANY, FEW = 100, 20  # training images of a class: more than MANY, fewer than FEW
@@ -141,7 +141,7 @@ def measure(
         low, high = groups.aminmax()
         if low < 0 or high >= size:
             expected, got = f"numbers in [0, {size})", f"numbers from {int(low)} to {int(high)}"
-            raise refusal("groups", expected, got, "name every group in group_names")
+            raise argument_error("groups", expected, got, "name every group in group_names")
         hits = (predictions == labels).double()
         group = groups.long().cpu()
         total = torch.bincount(group, minlength=size)
@@ -257,7 +257,7 @@ def _check(logits: Tensor, labels: Tensor, class_counts: Tensor | Sequence[int])
     check_float("logits", logits, "a floating-point tensor (N, C)", (None, None))
     if logits.numel() == 0:
         shape = f"shape {tuple(logits.shape)}"
-        raise refusal("logits", "at least one row and one class", shape, "pass a test set")
+        raise argument_error("logits", "at least one row and one class", shape, "pass a test set")
     check_labels(labels, len(logits))
     check_label_values(labels.long(), logits.shape[1], None)
     check_finite("logits", logits, "look for what overflowed in the model")

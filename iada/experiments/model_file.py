@@ -34,7 +34,7 @@ from iada.methods.ldam import CosineLinear
 from iada.models import build_backbone, load_weights, mlp
 from iada.training.checkpoint import CHECKPOINT
 from iada.training.label_issues import SampleLog
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.evaluate import Outputs, outputs
 from iada.utils.files import atomic_write
 from iada_kernels.version import __version__
@@ -80,7 +80,7 @@ class TrainedModel:
         elif kind == "images":
             return FileView(data, False, size, self.about["shape"], normalise=scale, photo=True)
         expected = f"{kind} as it was trained on" + (f", of size {size}" if size else "")
-        raise refusal("data", expected, got, "pass such data")
+        raise argument_error("data", expected, got, "pass such data")
 
 
 def describe(model: ModelSettings, train: Labelled, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,14 +114,14 @@ def build_model(
     if (model.backbone in ("identity", "mlp")) != (width is not None):
         got = "others" if width is None else f"features of width {width}"
         remedy = "pass 'identity' or 'mlp' for features, and another backbone for all else"
-        raise refusal("model.backbone", f"inputs for {model.backbone!r}", got, remedy)
+        raise argument_error("model.backbone", f"inputs for {model.backbone!r}", got, remedy)
     if width is not None:
         if model.backbone == "mlp":
             return mlp(width, HIDDEN, num_classes)
         return nn.Identity(), nn.Linear(width, num_classes)
     if model.frozen and not (model.pretrained or model.weights):
         remedy = "pass --set model.weights=FILE, or model.frozen=false"
-        raise refusal("model.weights", "a file, as the backbone is frozen", "none", remedy)
+        raise argument_error("model.weights", "a file, as the backbone is frozen", "none", remedy)
     backbone, head = build_backbone(
         model.backbone,
         num_classes,
@@ -192,7 +192,7 @@ def load_trained(path: Path, which: str = "best") -> TrainedModel:
         about = read_json(folder / DESCRIPTION)
         file = folder / (BEST if which == "best" else CHECKPOINT)
         if not file.exists():
-            raise refusal(str(folder), f"{file.name}", "none", "let the run end one epoch")
+            raise argument_error(str(folder), f"{file.name}", "none", "let the run end one epoch")
         saved = torch.load(file, map_location="cpu", weights_only=True)
         state = {"backbone": saved["backbone"], "head": saved["head"]}
         about |= {"epoch": saved["epoch"]}
@@ -205,7 +205,7 @@ def load_trained(path: Path, which: str = "best") -> TrainedModel:
         head.load_state_dict({"bias": torch.zeros_like(head.bias), **state["head"]})
     except RuntimeError as error:
         got = str(error).splitlines()[-1].strip()
-        raise refusal(str(path), "weights of its model", got, "export it again") from error
+        raise argument_error(str(path), "weights of its model", got, "export it again") from error
     return TrainedModel(backbone, CosineLinear(head) if about.get("cosine") else head, about)
 
 
@@ -218,10 +218,9 @@ def run_folder(path: Path) -> Path:
         return runs[0]
     expected = "a folder that `python -m iada train --data` wrote"
     if runs:
-        raise refusal(
-            str(path), f"{expected}, of one run", f"{len(runs)} runs", f"pass one, as {runs[0]}"
-        )
-    raise refusal(str(path), expected, "no model.json in it", "pass the --out of a run")
+        remedy = f"pass one, as {runs[0]}"
+        raise argument_error(str(path), f"{expected}, of one run", f"{len(runs)} runs", remedy)
+    raise argument_error(str(path), expected, "no model.json in it", "pass the --out of a run")
 
 
 def export(model: TrainedModel, path: Path) -> None:
@@ -246,9 +245,8 @@ def _from_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, T
         about = json.loads(header["__metadata__"]["iada"])
     except (library.SafetensorError, KeyError, ValueError) as error:
         remedy = "export it again, or pass a run's folder"
-        raise refusal(
-            str(path), "what `python -m iada export` wrote", f"{error}", remedy
-        ) from error
+        expected = "what `python -m iada export` wrote"
+        raise argument_error(str(path), expected, f"{error}", remedy) from error
     state: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")

@@ -17,7 +17,7 @@ from iada.experiments.run import RunOptions
 from iada.methods.options import BilevelOptions
 from iada.models import BUILT_IN
 from iada.training.loggers import LOGGERS
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.distributed import by_first, current_group
 from iada.utils.files import check_writable
 
@@ -71,7 +71,7 @@ def add_own_data(parser: argparse.ArgumentParser) -> None:
 def train_own(options: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     if options.seeds < 1:
-        raise refusal("--seeds", "at least 1", str(options.seeds), "raise it")
+        raise argument_error("--seeds", "at least 1", str(options.seeds), "raise it")
     recipe = own_recipe(options)
     by_first(lambda: check_writable(options.out), current_group())  # before reading all the images
     say(f"reading {options.data}")
@@ -79,7 +79,7 @@ def train_own(options: argparse.Namespace) -> int:
     recipe = fitting(recipe, parts)
     if not {"validation", "test"} & set(parts):
         expected = "a share of the samples to hold out, or a path"
-        raise refusal("--validation", expected, "none", "pass 0.2, or the path of others")
+        raise argument_error("--validation", expected, "none", "pass 0.2, or the path of others")
     counts = parts["train"].class_counts()
     held = ", ".join(f"{len(part)} for {name}" for name, part in parts.items() if name != "train")
     say(
@@ -117,7 +117,8 @@ def own_recipe(options: argparse.Namespace) -> Recipe:
     sections = recipes.merged(sections, {"experiment": {"title": options.data.resolve().stem}})
     sections = recipes.merged(sections, own)
     if options.meta is not None and options.meta_per_class:
-        raise refusal("--meta", "no --meta-per-class beside it", "both", "leave one of them out")
+        remedy = "leave one of them out"
+        raise argument_error("--meta", "no --meta-per-class beside it", "both", remedy)
     given: recipes.Sections = {
         "model": {
             "backbone": options.backbone,
@@ -176,7 +177,7 @@ def fitting(recipe: Recipe, parts: Parts) -> Recipe:
         fits = model.backbone in BUILT_IN or model.backbone.startswith(("timm/", "torchvision/"))
         remedy = "pass --backbone resnet32, timm/NAME or torchvision/NAME"
     if not fits:
-        raise refusal("--backbone", f"one for {kind}", repr(model.backbone), remedy)
+        raise argument_error("--backbone", f"one for {kind}", repr(model.backbone), remedy)
     return replace(recipe, model=model)
 
 

@@ -17,7 +17,7 @@ from iada.experiments.metrics import METRICS
 from iada.experiments.scenarios import SCENARIOS
 from iada.methods.registry import METHODS
 from iada.training.config import TrainerConfig
-from iada.utils.checks import check_choice, refusal
+from iada.utils.checks import argument_error, check_choice
 from iada.utils.settings import check_settings
 
 AUGMENTS = ("none", "crop-flip", "autoaugment-cutout")
@@ -135,7 +135,7 @@ def table_name(table: str) -> str:
     for candidate in (name, f"table{name}", name.replace("afr-", "afr-table")):
         if candidate in tables:
             return candidate
-    raise refusal("--table", f"one of {', '.join(tables)}", repr(table), "see --list")
+    raise argument_error("--table", f"one of {', '.join(tables)}", repr(table), "see --list")
 
 
 def load(name: str, changes: dict[str, dict[str, Any]] | None = None) -> Recipe:
@@ -156,10 +156,10 @@ def sections_of(source: str | Path) -> Sections:
     try:
         sections = tomllib.loads(source.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise refusal(str(source), "TOML", str(error), "mend that line") from error
+        raise argument_error(str(source), "TOML", str(error), "mend that line") from error
     plain = [key for key, values in sections.items() if not isinstance(values, dict)]
     if plain:
-        raise refusal(f"{source} {plain[0]}", "a section", "a value", f"write [{plain[0]}]")
+        raise argument_error(f"{source} {plain[0]}", "a section", "a value", f"write [{plain[0]}]")
     return sections
 
 
@@ -183,12 +183,12 @@ def from_sections(
             sections[section] = {**sections.get(section, {}), **values}
         else:
             expected = f"data, scenario, model, trainer, {', '.join(methods)}"
-            raise refusal(f"section {section}", expected, repr(section), "rename it")
+            raise argument_error(f"section {section}", expected, repr(section), "rename it")
     recipe = _build(name, sections)
     for key in (changes or {}).get("trainer", {}):
         if not any(key in entry.trainer.settings() for entry in recipe.methods):
             expected = f"a setting of one of {', '.join(sections['methods'])}"
-            raise refusal(f"trainer.{key}", expected, "one that none has", "leave it out")
+            raise argument_error(f"trainer.{key}", expected, "one that none has", "leave it out")
     return recipe
 
 
@@ -197,7 +197,7 @@ def _check_own(section: str, values: dict[str, Any]) -> None:
     for key in values:
         if key in ("title", "published", "method", "with_meta"):
             expected = "a setting of the trainer"
-            raise refusal(f"{section}.{key}", expected, repr(key), "choose another")
+            raise argument_error(f"{section}.{key}", expected, repr(key), "choose another")
 
 
 def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) -> None:
@@ -208,7 +208,7 @@ def _check_shared(values: dict[str, Any], methods: dict[str, dict[str, Any]]) ->
             expected = "a setting that all methods of this recipe share"
             got = f"one that {', '.join(overriding)} set for themselves"
             remedy = f"pass methods.{overriding[0]}.{key} and the like"
-            raise refusal(f"trainer.{key}", expected, got, remedy)
+            raise argument_error(f"trainer.{key}", expected, got, remedy)
 
 
 def _build(name: str, sections: Sections) -> Recipe:
@@ -216,7 +216,7 @@ def _build(name: str, sections: Sections) -> Recipe:
     unknown = set(sections) - {"experiment", "data", "scenario", "model", "trainer", "methods"}
     unknown -= {"published", "derived", "sweeps"}
     if unknown:
-        raise refusal(f"{name} [{min(unknown)}]", "a known section", "another", "rename it")
+        raise argument_error(f"{name} [{min(unknown)}]", "a known section", "another", "rename it")
     for metric in about["metrics"]:
         check_choice(f"{name} metrics", metric, METRICS, "mend it")
     check_choice(f"{name} [scenario] name", sections["scenario"]["name"], SCENARIOS, "mend it")
@@ -320,7 +320,7 @@ def parse_change(text: str) -> tuple[str, str, Any]:
     target, equals, value = text.partition("=")
     section, dot, key = target.strip().rpartition(".")
     if not (equals and dot and key):
-        raise refusal("--set", "section.key=value", repr(text), "as in scenario.ratio=50")
+        raise argument_error("--set", "section.key=value", repr(text), "as in scenario.ratio=50")
     try:
         return section, key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from iada.training.config import with_defaults
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.files import atomic_write
 
 Record = dict[str, Any]
@@ -47,7 +47,8 @@ def previous_record(path: Path, request: Mapping[str, Any]) -> Record:
     for name, value in request.items():
         if name not in ("title", "method_name") and not _agrees(record, name, value):
             expected, got = "no run, or one with the same settings", f"one with another {name}"
-            raise refusal(str(path.parent), expected, got, "choose another --out, or move it")
+            remedy = "choose another --out, or move it"
+            raise argument_error(str(path.parent), expected, got, remedy)
     return record
 
 
@@ -75,7 +76,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         got, remedy = f"a damaged file ({error})", "delete it: the run goes on or is made again"
-        raise refusal(str(path), "a run's record", got, remedy) from error
+        raise argument_error(str(path), "a run's record", got, remedy) from error
 
 
 def _agrees(record: Mapping[str, Any], name: str, value: Any) -> bool:

@@ -40,7 +40,7 @@ from iada.training.checkpoint import CHECKPOINT
 from iada.training.first_phase import can_share, first_phase_config
 from iada.training.loggers import open_logger
 from iada.training.trainer import Trainer
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.distributed import by_first, current_group, gather_objects, rank_of, size_of
 from iada.utils.files import check_writable
 from iada.utils.lock import folder_lock
@@ -120,7 +120,7 @@ def _run(planned: PlannedRun) -> dict[str, Any]:
     request = _request(planned, trainer)
     if any(other != request for other in gather_objects(request, trainer.group)):
         remedy = "start all processes on the same files, or one process alone"
-        raise refusal("--data", "the same split on every process", "several", remedy)
+        raise argument_error("--data", "the same split on every process", "several", remedy)
     finished = by_first(lambda: _begin(planned, request), trainer.group)
     if finished is not None:
         return finished

@@ -14,7 +14,7 @@ from iada.meta.learner import linear
 from iada.nn.characteristics import PROPORTION, TrainingMemory, characteristics
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.perturbation_net import PerturbationNet
-from iada.utils.checks import check_choice, refusal
+from iada.utils.checks import argument_error, check_choice
 
 EPSILON_UNITS = ("feature", "class-deviation")
 
@@ -34,7 +34,7 @@ class EpsilonScale:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.factor) and self.factor > 0):
             remedy = "epsilon=0.0 is without a perturbation"
-            raise refusal("epsilon_scale", "a number above 0", repr(self.factor), remedy)
+            raise argument_error("epsilon_scale", "a number above 0", repr(self.factor), remedy)
         check_choice("epsilon_unit", self.unit, EPSILON_UNITS)
 
     @torch.no_grad()

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from iada.meta.graph_jvp import graph_order
 from iada.utils.checks import (
+    argument_error,
     check_label_values,
     check_labels,
     check_tensor,
-    refusal,
     values_are_checked,
 )
 from iada.utils.distributed import (
@@ -76,11 +76,11 @@ def check_classifier(backbone: nn.Module, head: nn.Module) -> None:
     if not isinstance(head, nn.Linear):
         expected = "the classifier's last layer, an nn.Linear"
         remedy = "split the model into a backbone that returns features and its last nn.Linear"
-        raise refusal("head", expected, f"a {type(head).__name__}", remedy)
+        raise argument_error("head", expected, f"a {type(head).__name__}", remedy)
     if not isinstance(head.weight, nn.Parameter):
         expected = "an nn.Linear whose weight is a parameter"
         remedy = "remove it: torch.nn.utils.parametrize.remove_parametrizations(head, 'weight')"
-        raise refusal("head", expected, "a parametrized one", remedy)
+        raise argument_error("head", expected, "a parametrized one", remedy)
     check_unwrapped(backbone, head)
 
 
@@ -129,7 +129,8 @@ class Learner:
                 if low < 0 or high >= num_samples:
                     expected = f"places in [0, {num_samples}), the memory's num_samples"
                     remedy = "build TrainingMemory for the whole training set"
-                    raise refusal(f"{name} index", expected, f"{int(low)} to {int(high)}", remedy)
+                    got = f"{int(low)} to {int(high)}"
+                    raise argument_error(f"{name} index", expected, got, remedy)
         rank = rank_of(self.group)
         start = sum(counts[:rank])
         return ShardedBatch(inputs, labels, index, counts, slice(start, start + counts[rank]))
@@ -276,7 +277,7 @@ def _no_batch(name: str, batch: Any) -> ValueError:
             "pass one from iada.endless(meta_loader); only a step before which needs_meta_batch "
             "is False (interval > 1) goes without"
         )
-    return refusal(name, "(inputs, labels) or (inputs, labels, index)", got, remedy)
+    return argument_error(name, "(inputs, labels) or (inputs, labels, index)", got, remedy)
 
 
 def linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -294,4 +295,5 @@ def check_meta_loss(value: Tensor) -> None:
     """Finite, where values are checked."""
     if values_are_checked(value.device) and not torch.isfinite(value):
         got, remedy = str(float(value)), "look for bad numbers in its inputs, or lower lr"
-        raise refusal("meta_batch", "a finite cross-entropy after the virtual step", got, remedy)
+        expected = "a finite cross-entropy after the virtual step"
+        raise argument_error("meta_batch", expected, got, remedy)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iada.meta.scope import Scope, check_scope
-from iada.utils.checks import check_choice, check_count, refusal
+from iada.utils.checks import argument_error, check_choice, check_count
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class VirtualStep:
         if self.momentum and not isinstance(optimizer, torch.optim.SGD):
             expected = "torch.optim.SGD as the optimizer"
             remedy = "leave it False: the virtual step is then plain SGD at the optimizer's lr"
-            raise refusal("virtual_momentum", expected, f"a {type(optimizer).__name__}", remedy)
+            got = f"a {type(optimizer).__name__}"
+            raise argument_error("virtual_momentum", expected, got, remedy)
 
     def take(
         self, optimizer: torch.optim.Optimizer, gradients: Mapping[Tensor, Tensor]
@@ -92,4 +93,4 @@ class MetaStepOptions:
         """Raises ValueError for double backward, which does without what the other two can have."""
         if self.hypergradient == DOUBLE_BACKWARD:
             expected = f"'jvp' or 'finite-difference' {allowed}"
-            raise refusal("hypergradient", expected, repr(DOUBLE_BACKWARD), remedy)
+            raise argument_error("hypergradient", expected, repr(DOUBLE_BACKWARD), remedy)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 SCOPES = ("full", "head")
 
@@ -17,7 +17,7 @@ def check_scope(scope: Scope) -> None:
         return
     if isinstance(scope, bool) or not isinstance(scope, int) or scope < 1:
         expected = "'full', 'head' or a positive int, the number of last blocks"
-        raise refusal("scope", expected, repr(scope), "'full' is the paper's")
+        raise argument_error("scope", expected, repr(scope), "'full' is the paper's")
 
 
 def moved_parameters(
@@ -38,7 +38,7 @@ def moved_parameters(
         if scope > len(blocks):
             remedy = "'full' moves all of the backbone"
             expected = f"at most {len(blocks)}, the blocks of the backbone"
-            raise refusal("scope", expected, repr(scope), remedy)
+            raise argument_error("scope", expected, repr(scope), remedy)
         moved.update(parameter for block in blocks[-scope:] for parameter in block.parameters())
     return [parameter for parameter in trained if parameter in moved]
 

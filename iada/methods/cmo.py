@@ -19,7 +19,7 @@ from torch import Tensor
 from iada.meta.method import Batch, MetaStep, Order
 from iada.methods.head_loss import HeadLossMethod
 from iada.methods.options import MethodOptions, MethodRun
-from iada.utils.checks import check_label_values, refusal
+from iada.utils.checks import argument_error, check_label_values
 from iada.utils.loading import labels_of
 from iada.utils.seeds import seed_of
 
@@ -79,7 +79,7 @@ class CMO(HeadLossMethod):
         labels = labels_of(run.train_set)
         if labels is None:
             expected = "an attribute `labels`, a tensor (N), for the methods cmo and afr"
-            raise refusal("train_set", expected, "none", "add it to the data set")
+            raise argument_error("train_set", expected, "none", "add it to the data set")
         super().__init__(run, beta=1.0)
         check_label_values(labels, run.head.out_features, None)
         self.labels = labels.cpu()
@@ -121,7 +121,7 @@ class CMO(HeadLossMethod):
         inputs, labels = batch[0], batch[1]
         if not isinstance(inputs, Tensor) or inputs.dim() != 4:
             got = f"shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else "no tensor"
-            raise refusal("inputs", "images (N, channels, H, W)", got, "take another method")
+            raise argument_error("inputs", "images (N, channels, H, W)", got, "take another method")
         count = len(labels) // 2
         foreground = self._foreground(inputs[count:], labels[count:], plan)
         mixed, rest = self._mixed(inputs[:count], foreground, plan)

@@ -11,7 +11,7 @@ from iada.methods.options import BilevelOptions, CovarianceOptions, MethodRun
 from iada.nn.characteristics import TrainingMemory
 from iada.nn.perturbation_net import PerturbationNet
 from iada.nn.priors import class_balanced_weights
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.settings import setting
 
 PERTURBATIONS = ("learned", "untrained", "constant")
@@ -119,7 +119,7 @@ class MetaIADAOptions(LearnedCovarianceOptions):
         super().__post_init__()
         if self.epsilon and self.perturbation != "constant":
             expected = f"0 with a perturbation that is {self.perturbation}"
-            raise refusal("epsilon", expected, repr(self.epsilon), "set perturbation too")
+            raise argument_error("epsilon", expected, repr(self.epsilon), "set perturbation too")
 
     @property
     def meta_learns(self) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from iada.models.small import cifar_resnet, mlp, wide_resnet
 from iada.models.split import split_classifier
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 BUILT_IN: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet8": (lambda: cifar_resnet(8), 64),
@@ -49,13 +49,13 @@ def build_backbone(
     """
     if name in BUILT_IN:
         if pretrained:
-            raise refusal("pretrained", "False", "True", f"there are no weights for {name}")
+            raise argument_error("pretrained", "False", "True", f"there are no weights for {name}")
         build, width = BUILT_IN[name]
         return build(), nn.Linear(width, num_classes)
     library, _, model_name = name.partition("/")
     if library not in LIBRARIES or not model_name:
         known = ", ".join([*BUILT_IN, *(f"{library}/NAME" for library in LIBRARIES)])
-        raise refusal("backbone", f"one of {known}", repr(name), "pass one of these")
+        raise argument_error("backbone", f"one of {known}", repr(name), "pass one of these")
     try:
         module = importlib.import_module(library)
     except ModuleNotFoundError as error:
@@ -83,7 +83,7 @@ def _vision(
     if name not in known:
         close = [other for other in known if name.lower() in other.lower()][:5]
         expected = f"a model of {library}" + (f", such as {', '.join(close)}" if close else "")
-        raise refusal("backbone", expected, repr(name), f"see {library}'s list_models()")
+        raise argument_error("backbone", expected, repr(name), f"see {library}'s list_models()")
     options: dict[str, Any] = {} if weights else {"num_classes": num_classes}
     if library == "timm":
         return module.create_model(name, pretrained=bool(weights), **options)
@@ -91,7 +91,8 @@ def _vision(
         return module.models.get_model(name, weights=weights, **options)
     except (ValueError, KeyError) as error:
         known = ", ".join(module.models.get_model_weights(name).__members__)
-        raise refusal("weights", f"one of {known}", repr(weights), "or leave it out") from error
+        remedy = "or leave it out"
+        raise argument_error("weights", f"one of {known}", repr(weights), remedy) from error
 
 
 def _transformer(module: Any, path: str, num_classes: int, pretrained: bool) -> nn.Module:
@@ -106,4 +107,4 @@ def _transformer(module: Any, path: str, num_classes: int, pretrained: bool) -> 
         got = f"{there}: {str(error).splitlines()[0]}"
         expected = "transformers/PATH, PATH with config.json of a sequence classifier"
         remedy = "save one there by model.save_pretrained(PATH)"
-        raise refusal("backbone", expected, got, remedy) from error
+        raise argument_error("backbone", expected, got, remedy) from error

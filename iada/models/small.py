@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 
 def mlp(
@@ -70,7 +70,7 @@ def _blocks(depth: int, rest: int, usual: int) -> int:
     blocks, remainder = divmod(depth - rest, 6)
     if remainder or blocks < 1:
         expected = f"6n + {rest} with n of at least 1"
-        raise refusal("depth", expected, str(depth), f"{usual} is usual")
+        raise argument_error("depth", expected, str(depth), f"{usual} is usual")
     return blocks
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 REMEDY = "write the two yourself: a module that returns features (N, A), and its last nn.Linear"
 
@@ -64,19 +64,21 @@ def split_classifier(
     last = [(name, module) for name, module, output in calls if output is logits]
     if not last:
         got = f"{kind}, which does something to it afterwards, or has none"
-        raise refusal("model", "a classifier that returns the output of an nn.Linear", got, REMEDY)
+        expected = "a classifier that returns the output of an nn.Linear"
+        raise argument_error("model", expected, got, REMEDY)
     name, head = last[0]
     if sum(module is head for _, module, _ in calls) > 1:
-        raise refusal("model", "a head used once", f"{kind}, which uses {name} again", REMEDY)
+        expected = "a head used once"
+        raise argument_error("model", expected, f"{kind}, which uses {name} again", REMEDY)
     if logits.dim() != 2:
         got = f"{kind} with logits of shape {tuple(logits.shape)}"
-        raise refusal("model", "one row of logits a sample, (N, C)", got, REMEDY)
+        raise argument_error("model", "one row of logits a sample, (N, C)", got, REMEDY)
     others = [p for m in model.modules() if m is not head for p in m.parameters(recurse=False)]
     if any(p is q for p in head.parameters() for q in others):
         got = f"{kind}, which shares the weight of {name} with another layer"
-        raise refusal("model", "a head with a weight of its own", got, REMEDY)
+        raise argument_error("model", "a head with a weight of its own", got, REMEDY)
     if not name:
-        raise refusal("model", "layers before its nn.Linear", "an nn.Linear alone", REMEDY)
+        raise argument_error("model", "layers before its nn.Linear", "an nn.Linear alone", REMEDY)
     model.set_submodule(name, nn.Identity())
     if num_classes is not None and head.out_features != num_classes:
         head = nn.Linear(head.in_features, num_classes).to(head.weight)
@@ -88,5 +90,6 @@ def _call(model: nn.Module, inputs: Any) -> Tensor:
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
         got = f"a {type(output).__name__}"
-        raise refusal("model", "a tensor, or an object with logits, as its output", got, REMEDY)
+        expected = "a tensor, or an object with logits, as its output"
+        raise argument_error("model", expected, got, REMEDY)
     return output

@@ -14,11 +14,11 @@ from torch import Tensor
 from iada.nn.class_covariance import ClassCovariance
 from iada.utils.autocast import full_precision
 from iada.utils.checks import (
+    argument_error,
     check_device,
     check_finite,
     check_float,
     check_loss_arguments,
-    refusal,
     values_are_checked,
 )
 from iada.utils.distributed import Group, add_up, size_of
@@ -124,7 +124,7 @@ def _row_weights(inputs: LossInputs, options: LossOptions, extras: Extras) -> Te
         _check_weights("class_weight", class_weight, len(inputs.weight), inputs.features)
         if options.label_smoothing:
             remedy = "pass row_weight=class_weight[labels]: smoothed classes are not weighted then"
-            raise refusal("class_weight", "None with label_smoothing", "both", remedy)
+            raise argument_error("class_weight", "None with label_smoothing", "both", remedy)
         weights = class_weight.detach()[inputs.labels.masked_fill(ignored, 0)]
     if row_weight is not None:
         _check_weights("row_weight", row_weight, len(inputs.labels), inputs.features)
@@ -140,7 +140,7 @@ def _check_weights(name: str, weights: Tensor, count: int, features: Tensor) -> 
     if values_are_checked(weights.device) and count:
         check_finite(name, weights.detach(), "look at how it is made")
         if weights.min() < 0:
-            raise refusal(name, expected, f"{float(weights.min())}", "pass 0 to leave out")
+            raise argument_error(name, expected, f"{float(weights.min())}", "pass 0 to leave out")
 
 
 def _reduce(losses: Tensor, weights: Tensor, reduction: str) -> Tensor:
@@ -172,7 +172,8 @@ def _soft_target_loss(inputs: LossInputs, options: LossOptions, extras: Extras) 
         if getattr(inputs, name) is not None:
             expected = f"class indices where there is {name}: Σ_y and s belong to one class y"
             remedy = "mixed labels: add the losses of each label with row_weight=its share"
-            raise refusal("labels", expected, f"probabilities {tuple(inputs.labels.shape)}", remedy)
+            got = f"probabilities {tuple(inputs.labels.shape)}"
+            raise argument_error("labels", expected, got, remedy)
     count, num_classes = len(inputs.features), len(inputs.weight)
     expected = f"probabilities ({count}, {num_classes}) of the classes, or class indices ({count},)"
     check_float("labels", inputs.labels, expected, (count, num_classes))
@@ -222,7 +223,7 @@ def _flat(inputs: LossInputs, extras: Extras, soft: bool) -> tuple[LossInputs, E
     """Leading dimensions of features, labels, epsilon and row_weight as one."""
     features = inputs.features
     if features.dim() == 0:
-        raise refusal("features", "(…, A)", "a scalar", "pass last-layer features")
+        raise argument_error("features", "(…, A)", "a scalar", "pass last-layer features")
     leading = features.shape[:-1]
 
     def flat(name: str, tensor: Any) -> Any:
@@ -230,7 +231,7 @@ def _flat(inputs: LossInputs, extras: Extras, soft: bool) -> tuple[LossInputs, E
             return tensor
         if tensor.shape != leading:
             expected = f"one for each row of features, {tuple(leading)}"
-            raise refusal(name, expected, f"shape {tuple(tensor.shape)}", "reshape it")
+            raise argument_error(name, expected, f"shape {tuple(tensor.shape)}", "reshape it")
         return tensor.reshape(-1)
 
     labels = inputs.labels

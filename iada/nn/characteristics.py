@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iada.utils.autocast import full_precision
-from iada.utils.checks import check_labels, check_sizes, refusal
+from iada.utils.checks import argument_error, check_labels, check_sizes
 from iada_kernels.dispatch import select_backend
 
 PROPORTION = 5  # the column of π_y
@@ -139,7 +139,7 @@ def characteristics(
     check_sizes("weight", weight, f"a head (C, {width})", (None, width))
     check_sizes("log_prior", log_prior, f"log priors ({num_classes},)", (num_classes,))
     if neighbours < 1:
-        raise refusal("neighbours", "at least 1", str(neighbours), "pass a positive number")
+        raise argument_error("neighbours", "at least 1", str(neighbours), "pass a positive number")
     dtype = torch.promote_types(torch.float32, logits.dtype)
     h, z, w = features.to(dtype), logits.to(dtype), weight.to(dtype)
     labels = labels.long()

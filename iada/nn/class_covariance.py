@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from iada.nn.lent_covariance import LentCovariance
 from iada.utils.autocast import full_precision
 from iada.utils.checks import (
+    argument_error,
     check_batch_values,
     check_choice,
     check_count,
@@ -17,7 +18,6 @@ from iada.utils.checks import (
     check_float,
     check_labels,
     check_number,
-    refusal,
 )
 from iada.utils.distributed import (
     Group,
@@ -97,7 +97,7 @@ class ClassCovariance(nn.Module):
         check_number("shrinkage", shrinkage)
         if shrinkage < 0 or (shrinkage and structure == "low-rank"):
             expected = "0 with structure='low-rank'" if shrinkage > 0 else "0 or more"
-            raise refusal("shrinkage", expected, repr(shrinkage), "0 leaves Σ as it is")
+            raise argument_error("shrinkage", expected, repr(shrinkage), "0 leaves Σ as it is")
         self.shrinkage = shrinkage
         self._lent: list[weakref.ref[LentCovariance]] = []
         shape = (num_classes, num_features)
@@ -115,7 +115,7 @@ class ClassCovariance(nn.Module):
         """The diagonal (C, A) and the factors (C, A, r) of the low-rank structure, as views."""
         if self.structure == "full":
             remedy = "build it with structure='low-rank'"
-            raise refusal("structure", "'low-rank'", repr(self.structure), remedy)
+            raise argument_error("structure", "'low-rank'", repr(self.structure), remedy)
         return unpacked(self.covariance, self.mean.shape[1])
 
     @property
@@ -254,11 +254,11 @@ def _checked_rank(structure: str, rank: int | None) -> int:
     if structure != "low-rank":
         if rank is not None:
             expected = f"None with structure={structure!r}"
-            raise refusal("rank", expected, repr(rank), "structure='low-rank' has one")
+            raise argument_error("rank", expected, repr(rank), "structure='low-rank' has one")
         return 0
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
         remedy = "32 is a start; 0 is the diagonal structure"
-        raise refusal("rank", "an int from 0 for structure='low-rank'", repr(rank), remedy)
+        raise argument_error("rank", "an int from 0 for structure='low-rank'", repr(rank), remedy)
     return rank
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from iada.utils.checks import check_sizes, check_tensor, refusal
+from iada.utils.checks import argument_error, check_sizes, check_tensor
 
 
 def log_class_prior(class_counts: Tensor, num_classes: int | None = None) -> Tensor:
@@ -34,7 +34,7 @@ def checked_counts(class_counts: Tensor, num_classes: int | None = None) -> Tens
     if not (torch.isfinite(counts) & (counts >= 0)).all():
         expected = "numbers of samples, 0 or more"
         remedy = "count the training labels: torch.bincount(labels, minlength=C)"
-        raise refusal("class_counts", expected, str(class_counts.tolist()), remedy)
+        raise argument_error("class_counts", expected, str(class_counts.tolist()), remedy)
     return counts.clamp(min=1)
 
 

@@ -32,6 +32,7 @@ from iada.nn.class_parallel import (
 from iada.nn.priors import log_class_prior
 from iada.utils.autocast import full_precision
 from iada.utils.checks import (
+    argument_error,
     check_batch_values,
     check_choice,
     check_count,
@@ -40,7 +41,6 @@ from iada.utils.checks import (
     check_float,
     check_labels,
     is_sharded,
-    refusal,
     values_are_checked,
 )
 from iada.utils.distributed import (
@@ -191,7 +191,7 @@ class ShardedIADALoss(nn.Module):
             expected = f"a DTensor sharded along its classes over the {size_of(group)} ranks"
             got = f"placements {tuple(parameter.placements)} on {mesh}"  # type: ignore[attr-defined]
             remedy = f"{name}.redistribute(mesh, [Shard(0)]), on a mesh of the group's ranks"
-            raise refusal(name, expected, got, remedy)
+            raise argument_error(name, expected, got, remedy)
         local: Tensor = parameter.to_local()  # type: ignore[attr-defined]
         return local
 

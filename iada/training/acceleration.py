@@ -11,7 +11,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
 from iada.training.config import TrainerConfig
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 
 class SingleGraph(nn.Module):
@@ -38,7 +38,7 @@ class Acceleration:
         self.device = device
         if self.dtype is not None and not torch.amp.is_autocast_available(device.type):
             got = f"{config.autocast!r} on {device.type}"
-            raise refusal("autocast", "a device that has it", got, "pass 'none'")
+            raise argument_error("autocast", "a device that has it", got, "pass 'none'")
 
     def prepare(self, backbone: nn.Module) -> nn.Module:
         """The backbone as the method is to run it, with the same parameters."""

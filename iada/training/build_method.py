@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 from iada.meta.method import Method
 from iada.methods.options import MethodRun
 from iada.training.config import TrainerConfig
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.distributed import Group
 
 
@@ -23,10 +23,11 @@ def build_method(
     """The method that `config` names; ValueError if it names none."""
     if config.method is None:
         remedy = "pass one, or set TrainerConfig's"
-        raise refusal("method", "one where the config has none", "None", remedy)
+        raise argument_error("method", "one where the config has none", "None", remedy)
     if group is not None and config.method.single_process:
         expected = f"one process for {config.method_name}"
-        raise refusal("method", expected, "several", "start one process, or take another method")
+        remedy = "start one process, or take another method"
+        raise argument_error("method", expected, "several", remedy)
     settings = (config.epochs, config.ce_epochs, config.seed, config.clip_norm)
     run = MethodRun(backbone, head, optimizer, class_counts, train_set, *settings, group)
     return config.method.build(run)
@@ -39,8 +40,8 @@ def check_own_method(
     if config.method is not None:
         got = repr(config.method_name)
         remedy = "set TrainerConfig(method=None), and ce_epochs if plain CE is to come first"
-        raise refusal("config.method", "None beside a method of your own", got, remedy)
+        raise argument_error("config.method", "None beside a method of your own", got, remedy)
     parts = method.classifier
     if parts.backbone is not backbone or parts.head is not head:
         remedy = "build it from the same two modules"
-        raise refusal("method", "one of this backbone and head", "another's", remedy)
+        raise argument_error("method", "one of this backbone and head", "another's", remedy)

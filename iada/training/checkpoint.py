@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.distributed import Group, by_first
 from iada.utils.files import atomic_write, check_writable, load_plain, remove_leftovers
 from iada.utils.lock import folder_lock
@@ -114,7 +114,7 @@ class RunFolder:
         remove_leftovers(self.path / CHECKPOINT)
         if self._has_checkpoint() and not self.has_our_checkpoint:
             remedy = "call resume() first, or move it"
-            raise refusal("folder", "no checkpoint of another run", str(self.path), remedy)
+            raise argument_error("folder", "no checkpoint of another run", str(self.path), remedy)
 
     def _has_checkpoint(self) -> bool:
         path = self.path / CHECKPOINT

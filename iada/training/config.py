@@ -9,7 +9,7 @@ import torch
 
 from iada.methods.options import MethodOptions
 from iada.methods.registry import METHODS
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.settings import check_settings, setting
 
 SCHEDULES = ("constant", "cosine", "multistep")
@@ -113,24 +113,25 @@ class TrainerConfig:
         if twice:
             name = min(twice)
             remedy = f"set {name} itself"
-            raise refusal("optimizer_options", "other arguments than lr", repr(name), remedy)
+            raise argument_error("optimizer_options", "other arguments than lr", repr(name), remedy)
         if self.warmup_epochs >= self.epochs:
             expected = f"less than epochs={self.epochs}"
-            raise refusal("warmup_epochs", expected, repr(self.warmup_epochs), "lower it")
+            raise argument_error("warmup_epochs", expected, repr(self.warmup_epochs), "lower it")
         if any(milestone < 1 for milestone in self.milestones):
-            raise refusal("milestones", "epochs from 1", repr(self.milestones), "remove others")
+            remedy = "remove others"
+            raise argument_error("milestones", "epochs from 1", repr(self.milestones), remedy)
         if self.schedule == "multistep" and any(mark >= self.epochs for mark in self.milestones):
             expected = f"epochs below epochs={self.epochs}, else lr never falls there"
             remedy = "lower them, or leave them out for 80 and 90 % of epochs"
-            raise refusal("milestones", expected, repr(self.milestones), remedy)
+            raise argument_error("milestones", expected, repr(self.milestones), remedy)
         if self.ce_epochs > self.epochs:
             expected = f"at most epochs={self.epochs}"
             remedy = "set it too: it is the part of epochs that trains with plain CE first"
-            raise refusal("ce_epochs", expected, repr(self.ce_epochs), remedy)
+            raise argument_error("ce_epochs", expected, repr(self.ce_epochs), remedy)
         if stage > self.epochs - self.ce_epochs:
             expected = f"at most epochs - ce_epochs = {self.epochs - self.ce_epochs}"
             remedy = "set it too: it is the last part of epochs"
-            raise refusal("finetune_epochs", expected, repr(stage), remedy)
+            raise argument_error("finetune_epochs", expected, repr(stage), remedy)
 
     @classmethod
     def from_settings(
@@ -201,7 +202,7 @@ def check_same_run(config: TrainerConfig, former: dict[str, Any]) -> None:
         if name not in free and former.get(name) != value:
             expected = f"{value!r} as in this run's settings"
             remedy = "resume with the former settings, or choose another folder"
-            raise refusal(f"checkpoint's {name}", expected, repr(former.get(name)), remedy)
+            raise argument_error(f"checkpoint's {name}", expected, repr(former.get(name)), remedy)
 
 
 def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +220,7 @@ def _options_of(method: MethodOptions | str | None) -> MethodOptions | None:
     if method is None or isinstance(method, MethodOptions):
         return method
     expected = f"one of {', '.join(map(repr, METHODS))}, or a method's options"
-    raise refusal("method", expected, repr(method), "pass one of these")
+    raise argument_error("method", expected, repr(method), "pass one of these")
 
 
 def _name_of(method: MethodOptions | None) -> str | None:
@@ -237,6 +238,6 @@ def _unknown_setting(key: str, method: str | None, known: list[str]) -> ValueErr
     having = [name for name, kind in METHODS.items() if key in _field_names(kind)]
     if having:
         got, remedy = f"one of {', '.join(having)}", "remove it, or choose such a method"
-        return refusal(key, f"a setting of the method {method!r}", got, remedy)
+        return argument_error(key, f"a setting of the method {method!r}", got, remedy)
     expected = f"one of {', '.join(known)}"
-    return refusal(key, expected, "an unknown key", "rename or remove it")
+    return argument_error(key, expected, "an unknown key", "rename or remove it")

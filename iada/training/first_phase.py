@@ -18,7 +18,7 @@ from iada.methods.meta_iada import MetaSAugOptions
 from iada.training.config import TrainerConfig
 from iada.training.trainer import Trainer
 from iada.utils import seeds
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.distributed import rank_of
 from iada.utils.files import atomic_write, load_plain
 
@@ -89,7 +89,7 @@ def start_from(trainer: Trainer, state: dict[str, Any]) -> None:
     """
     if state["epoch"] > trainer.config.ce_epochs:
         expected = f"at most ce_epochs={trainer.config.ce_epochs} epochs"
-        raise refusal("first phase", expected, str(state["epoch"]), "take another file")
+        raise argument_error("first phase", expected, str(state["epoch"]), "take another file")
     names, moments = _names(trainer), state["optimizer"]
     try:
         trainer.backbone.load_state_dict(state["backbone"])
@@ -100,7 +100,7 @@ def start_from(trainer: Trainer, state: dict[str, Any]) -> None:
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         remedy = "take the file of the same backbone and head"
-        raise refusal("first phase", "the model of this run", reason, remedy) from error
+        raise argument_error("first phase", "the model of this run", reason, remedy) from error
     optimizer = trainer.optimizer.state_dict()
     optimizer["state"] = {
         place: moments[name] for place, name in enumerate(names) if name in moments

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iada.meta.method import MetaStep
-from iada.utils.checks import check_float, check_sizes, refusal
+from iada.utils.checks import argument_error, check_float, check_sizes
 
 LAST_EPOCHS = 0.2  # of the run, in which ε is counted: forty of 200, as in the paper's Fig. 3 and 4
 
@@ -118,7 +118,7 @@ def label_issues(epsilon: Tensor | None = None, loss: Tensor | None = None) -> L
     known = {name: values for name, values in given.items() if values is not None}
     if not known:
         remedy = "pass one; SampleLog collects them while Meta-IADA trains"
-        raise refusal("epsilon", "the ε of each sample, or its loss", "neither", remedy)
+        raise argument_error("epsilon", "the ε of each sample, or its loss", "neither", remedy)
     count = len(next(iter(known.values())))
     scores = []
     for name, values in known.items():
@@ -158,7 +158,8 @@ def detection(epsilon: Tensor, wrong: Tensor) -> dict[str, float] | None:
     check_float("epsilon", epsilon, "the ε of each sample, (N)", (None,))
     check_sizes("wrong", wrong, "bool (N)", (len(epsilon),))
     if wrong.dtype != torch.bool:
-        raise refusal("wrong", "bool (N)", f"dtype {wrong.dtype}", "pass given != true labels")
+        remedy = "pass given != true labels"
+        raise argument_error("wrong", "bool (N)", f"dtype {wrong.dtype}", remedy)
     known = ~epsilon.isnan()
     epsilon, wrong = epsilon[known].double().cpu(), wrong[known].cpu()
     positive, negative = int(wrong.sum()), int((~wrong).sum())

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from iada.training.measures import HISTOGRAM_BINS, PHASES
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.files import atomic_write, fsync, remove_leftovers
 
 Logger = Callable[[int, dict[str, float]], None]  # steps so far, and an epoch's numbers by name
@@ -108,17 +108,18 @@ def measured(values: Any) -> dict[str, float | None]:
     """
     if not isinstance(values, Mapping):
         got = f"a {type(values).__name__}"
-        raise refusal("measure", "a dict of numbers by name", got, "return {} for none")
+        raise argument_error("measure", "a dict of numbers by name", got, "return {} for none")
     numbers: dict[str, float | None] = {}
     for name, value in values.items():
         if not isinstance(name, str) or name in OWN:
-            raise refusal("measure", "names that the log has not", repr(name), "rename it")
+            raise argument_error("measure", "names that the log has not", repr(name), "rename it")
         try:
             plain = value is None or type(value) in (int, float)
             numbers[name] = value if plain else float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             got = f"a {type(value).__name__}"
-            raise refusal(f"measure {name!r}", "a number", got, "reduce it to one") from error
+            remedy = "reduce it to one"
+            raise argument_error(f"measure {name!r}", "a number", got, remedy) from error
     return numbers
 
 
@@ -170,9 +171,8 @@ class CsvLog:
         text = self.path.read_text(encoding="utf-8")
         header, *rows = list(csv.reader(text.splitlines())) or [list(COLUMNS)]
         if tuple(header[: len(COLUMNS)]) != COLUMNS:
-            raise refusal(
-                str(self.path), "a log of this version", "other columns", "move it elsewhere"
-            )
+            remedy = "move it elsewhere"
+            raise argument_error(str(self.path), "a log of this version", "other columns", remedy)
         if not text.endswith("\n"):
             rows = rows[:-1]
         return header, [row for row in rows if len(row) == len(header) and row[0].isdigit()]
@@ -184,7 +184,7 @@ class TensorBoardLog:
     def __init__(self, folder: Path, first_epoch: int) -> None:
         if importlib.util.find_spec("tensorboard") is None:
             remedy = "pip install tensorboard, or leave it False"
-            raise refusal("tensorboard", "the package tensorboard", "none installed", remedy)
+            raise argument_error("tensorboard", "the package tensorboard", "none installed", remedy)
         from torch.utils.tensorboard import SummaryWriter
 
         # Readers drop what an interrupted run wrote from the purge step on.

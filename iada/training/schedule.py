@@ -10,7 +10,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from iada.training.config import TrainerConfig
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 WARMUP_START = 0.01  # share of lr that warm-up starts from
 
@@ -28,7 +28,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainerConfig) -
     if unknown:
         taken = ", ".join(name for name in known if name not in ("params", *common))
         expected, remedy = f"some of {taken}", "rename or remove it"
-        raise refusal("optimizer_options", expected, repr(unknown[0]), remedy)
+        raise argument_error("optimizer_options", expected, repr(unknown[0]), remedy)
     trained = [p for p in parameters if p.requires_grad]
     try:
         return kind(trained, **options | config.optimizer_options)

@@ -24,7 +24,7 @@ from iada.training.measures import EpochMeasures, PhaseTimes, number_or_none
 from iada.training.meta_stream import MetaStream
 from iada.training.schedule import build_optimizer, build_schedule
 from iada.utils import seeds as random_state
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.distributed import (
     Group,
     GroupReference,
@@ -113,13 +113,14 @@ class Trainer:
     ) -> None:
         if not isinstance(head, nn.Linear):
             got = f"a {type(head).__name__}"
-            raise refusal("head", "an nn.Linear", got, "split the model before its last layer")
+            remedy = "split the model before its last layer"
+            raise argument_error("head", "an nn.Linear", got, remedy)
         named = {"train_set": train_set, "meta_set": meta_set, "validation_set": validation_set}
         for name, dataset in named.items():
             if dataset is not None:
                 check_dataset(name, dataset)
         if tensorboard and folder is None:
-            raise refusal("folder", "one for TensorBoard's files", "None", "pass a folder")
+            raise argument_error("folder", "one for TensorBoard's files", "None", "pass a folder")
         self.config = config
         self.backbone, self.head = backbone, head
         self.train_set, self.meta_set = train_set, meta_set
@@ -148,9 +149,8 @@ class Trainer:
         self.method, self.optimizer = method, method.optimizer
         self.scheduler = build_schedule(self.optimizer, config, self._steps)
         if meta_set is None and self.method.needs_meta_batch:
-            raise refusal(
-                "meta_set", "a small clean data set", "None", "pass one, or choose another method"
-            )
+            remedy = "pass one, or choose another method"
+            raise argument_error("meta_set", "a small clean data set", "None", remedy)
         self._meta_stream: MetaStream | None = None
         self.epoch = 0
         self.batch = 0

@@ -37,7 +37,7 @@ def value_checks() -> Iterator[None]:
         _value_checks.reset(token)
 
 
-def refusal(name: str, expected: str, got: str, remedy: str) -> ValueError:
+def argument_error(name: str, expected: str, got: str, remedy: str) -> ValueError:
     """The one form of message this package raises about an argument."""
     return ValueError(f"{name}: expected {expected}, got {got}; {remedy}")
 
@@ -47,20 +47,20 @@ def check_choice(
 ) -> None:
     """Raises ValueError for a value that is none of these."""
     if value not in allowed:
-        raise refusal(name, f"one of {', '.join(map(repr, allowed))}", repr(value), remedy)
+        raise argument_error(name, f"one of {', '.join(map(repr, allowed))}", repr(value), remedy)
 
 
 def check_count(name: str, value: object, least: int = 1, remedy: str = "pass one") -> None:
     """Raises ValueError for what is no whole number from `least` on."""
     if type(value) is not int or value < least:
-        raise refusal(name, f"a whole number from {least} on", repr(value), remedy)
+        raise argument_error(name, f"a whole number from {least} on", repr(value), remedy)
 
 
 def check_float(name: str, tensor: Tensor, expected: str, sizes: tuple[int | None, ...]) -> None:
     """A floating-point tensor of the given sizes (None: any)."""
     check_tensor(name, tensor, expected)
     if not tensor.dtype.is_floating_point:
-        raise refusal(name, expected, f"dtype {tensor.dtype}", f"convert it: {name}.float()")
+        raise argument_error(name, expected, f"dtype {tensor.dtype}", f"convert it: {name}.float()")
     check_sizes(name, tensor, expected, sizes)
 
 
@@ -68,13 +68,13 @@ def check_tensor(name: str, tensor: Tensor, expected: str) -> None:
     """A torch tensor, whatever its dtype."""
     if not isinstance(tensor, Tensor):
         got = f"a {type(tensor).__name__}"
-        raise refusal(name, expected, got, "wrap it with torch.as_tensor(...)")
+        raise argument_error(name, expected, got, "wrap it with torch.as_tensor(...)")
     if is_sharded(tensor):
         remedy = (
             f"pass {name}.full_tensor(grad_placements=[Partial('avg')]), or compute the loss in "
             "the sharded module's own forward: docs/training.md"
         )
-        raise refusal(name, expected, "a DTensor, which lies on several processes", remedy)
+        raise argument_error(name, expected, "a DTensor, which lies on several processes", remedy)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -93,14 +93,14 @@ def check_sizes(name: str, tensor: Tensor, expected: str, sizes: tuple[int | Non
             f"reshape or slice it to ({', '.join(map(str, wanted))}), or mend the tensor that "
             "sets these sizes"
         )
-        raise refusal(name, expected, f"shape {tuple(tensor.shape)}", remedy)
+        raise argument_error(name, expected, f"shape {tuple(tensor.shape)}", remedy)
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, peer: str) -> None:
     """On `device`, where `peer` is."""
     if tensor.device != device:
         expected, got = f"a tensor on {device}, where {peer} is", f"one on {tensor.device}"
-        raise refusal(name, expected, got, f"move it: {name}.to({str(device)!r})")
+        raise argument_error(name, expected, got, f"move it: {name}.to({str(device)!r})")
 
 
 def check_labels(labels: Tensor, count: int) -> None:
@@ -108,7 +108,7 @@ def check_labels(labels: Tensor, count: int) -> None:
     expected = f"integer class indices ({count},), one for each row of features"
     check_tensor("labels", labels, expected)
     if labels.dtype == torch.bool or labels.dtype.is_floating_point or labels.dtype.is_complex:
-        raise refusal("labels", expected, f"dtype {labels.dtype}", "convert: labels.long()")
+        raise argument_error("labels", expected, f"dtype {labels.dtype}", "convert: labels.long()")
     check_sizes("labels", labels, expected, (count,))
 
 
@@ -136,7 +136,7 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int | Non
         if ignore_index is not None:
             allowed += f" or ignore_index={ignore_index}"
             remedy += ", or pass the value to leave out as ignore_index"
-        raise refusal("labels", allowed, f"{int(labels[row])} at row {row}", remedy)
+        raise argument_error("labels", allowed, f"{int(labels[row])} at row {row}", remedy)
 
 
 def check_finite(name: str, tensor: Tensor, remedy: str) -> None:
@@ -146,7 +146,7 @@ def check_finite(name: str, tensor: Tensor, remedy: str) -> None:
     if not torch.isfinite(tensor).all():
         place = tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())
         value = float(tensor[place])
-        raise refusal(name, "finite numbers", f"{value} at index {place}", remedy)
+        raise argument_error(name, "finite numbers", f"{value} at index {place}", remedy)
 
 
 def check_finite_features(features: Tensor, dtype: torch.dtype) -> None:
@@ -162,7 +162,7 @@ def check_finite_features(features: Tensor, dtype: torch.dtype) -> None:
 def check_number(name: str, value: float) -> None:
     """A plain finite number; tensors are refused because reading one waits for its device."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise refusal(name, "a finite Python number", repr(value), f"pass float({name})")
+        raise argument_error(name, "a finite Python number", repr(value), f"pass float({name})")
 
 
 def check_batch_values(
@@ -212,7 +212,7 @@ def _check_loss_tensors(inputs: LossInputs) -> None:
     check_float("weight", inputs.weight, f"a floating-point tensor (C, {width})", (None, width))
     num_classes = inputs.weight.shape[0]
     if num_classes == 0:
-        raise refusal("weight", "at least one class", "shape (0, A)", "give the head rows")
+        raise argument_error("weight", "at least one class", "shape (0, A)", "give the head rows")
     check_labels(inputs.labels, count)
     bias, covariance, epsilon = inputs.bias, inputs.covariance, inputs.epsilon
     if bias is not None:
@@ -235,12 +235,12 @@ def _check_loss_options(options: LossOptions) -> None:
     check_number("beta", options.beta)
     if type(options.ignore_index) is not int:
         got = repr(options.ignore_index)
-        raise refusal("ignore_index", "an int", got, "pass -100 to ignore nothing")
+        raise argument_error("ignore_index", "an int", got, "pass -100 to ignore nothing")
     check_choice("reduction", options.reduction, REDUCTIONS)
     check_number("label_smoothing", options.label_smoothing)
     if not 0 <= options.label_smoothing < 1:
         got = repr(options.label_smoothing)
-        raise refusal("label_smoothing", "a number in [0, 1)", got, "0.1 is usual")
+        raise argument_error("label_smoothing", "a number in [0, 1)", got, "0.1 is usual")
 
 
 def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:
@@ -250,9 +250,10 @@ def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:
     check_tensor("covariance", covariance, expected + " or an iada.ClassCovariance")
     if covariance.dtype not in (torch.float32, torch.float64):
         got = f"dtype {covariance.dtype}"
-        raise refusal("covariance", expected, got, "keep statistics in float32: covariance.float()")
+        remedy = "keep statistics in float32: covariance.float()"
+        raise argument_error("covariance", expected, got, remedy)
     shape = tuple(covariance.shape)
     packed = len(shape) == 2 and width and shape[1] and shape[1] % width == 0
     if shape not in (full, diagonal) and not (packed and shape[0] == num_classes):
         remedy = f"build it with iada.ClassCovariance({num_classes}, {width})"
-        raise refusal("covariance", expected, f"shape {shape}", remedy)
+        raise argument_error("covariance", expected, f"shape {shape}", remedy)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iada.utils.checks import is_sharded, refusal
+from iada.utils.checks import argument_error, is_sharded
 
 if dist.is_available():
     # The functions in there have the group of all processes as a default argument. Imported after
@@ -44,7 +44,7 @@ class GroupReference:
         if not (group is None or isinstance(group, dist.ProcessGroup)):
             expected = "a torch.distributed.ProcessGroup with this process, or None"
             remedy = "pass torch.distributed.group.WORLD, or a new_group() on its members alone"
-            raise refusal("process_group", expected, f"a {type(group).__name__}", remedy)
+            raise argument_error("process_group", expected, f"a {type(group).__name__}", remedy)
         self._reference = None if group is None else weakref.ref(group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def check_unwrapped(backbone: nn.Module, head: nn.Module) -> None:
             got, remedy = "one sharded into DTensors", f"leave out fully_shard: {remedy}"
         else:
             continue
-        raise refusal(name, "a plain module", got, remedy)
+        raise argument_error(name, "a plain module", got, remedy)
 
 
 def check_parts(rows: dict[str, int], group: Group) -> None:
@@ -129,7 +129,8 @@ def check_parts(rows: dict[str, int], group: Group) -> None:
     for name, least in rows.items():
         if least < size_of(group):
             expected = f"a row for each of {size_of(group)} processes in every batch"
-            raise refusal(name, expected, f"{least} rows", "start fewer processes, or raise it")
+            remedy = "start fewer processes, or raise it"
+            raise argument_error(name, expected, f"{least} rows", remedy)
 
 
 def own_part(count: int, group: Group) -> slice:
@@ -155,7 +156,7 @@ def agreed_row_counts(count: int, group: Group) -> list[int]:
     if min(counts) < 0:
         got = f"an error on rank {counts.index(REFUSED)}"
         remedy = "its own message says what is wrong; nothing was changed"
-        raise refusal("process_group", "arguments that fit on every rank", got, remedy)
+        raise argument_error("process_group", "arguments that fit on every rank", got, remedy)
     return counts
 
 

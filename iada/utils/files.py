@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import torch
 
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 
 @contextlib.contextmanager
@@ -72,10 +72,10 @@ def load_plain(
     except Exception as error:  # foreign bytes can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         got = f"a file that cannot be read ({reason})"
-        raise refusal(name, expected, got, remedy) from error
+        raise argument_error(name, expected, got, remedy) from error
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if form is not None and found != form:
-        raise refusal(name, f"{expected} of format {form!r}", repr(found), remedy)
+        raise argument_error(name, f"{expected} of format {form!r}", repr(found), remedy)
     return content
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
-from iada.utils.checks import check_label_values, check_labels, check_tensor, refusal
+from iada.utils.checks import argument_error, check_label_values, check_labels, check_tensor
 from iada.utils.seeds import preserved, seed_host, seed_of
 
 WholeBatch = tuple[Any, Tensor, Tensor]  # inputs, labels (N) and index (N)
@@ -68,12 +68,12 @@ def check_dataset(name: str, dataset: Any) -> None:
     expected = "a map-style data set of (input, label) items"
     if isinstance(dataset, DataLoader):
         remedy = f"pass its data set, {name}.dataset: order and batches are made here"
-        raise refusal(name, expected, "a DataLoader", remedy)
+        raise argument_error(name, expected, "a DataLoader", remedy)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         remedy = "give it __getitem__ and __len__, or read it into an iada.TensorData"
-        raise refusal(name, expected, f"a {type(dataset).__name__}", remedy)
+        raise argument_error(name, expected, f"a {type(dataset).__name__}", remedy)
     if len(dataset) == 0:
-        raise refusal(name, "at least one sample", "none", "check how it was selected")
+        raise argument_error(name, "at least one sample", "none", "check how it was selected")
 
 
 def labels_of(dataset: Any) -> Tensor | None:
@@ -122,17 +122,18 @@ def count_classes(dataset: Dataset, num_classes: int) -> Tensor:
         f"samples of each class, ({num_classes},), as the data set shows no labels or targets"
     )
     remedy = "pass torch.bincount(training_labels, minlength=C)"
-    raise refusal("class_counts", expected, "None", remedy)
+    raise argument_error("class_counts", expected, "None", remedy)
 
 
 def check_item(item: Any) -> None:
     """One sample as a tuple (input, label, ...)."""
     if isinstance(item, Mapping):
         remedy = "wrap it to give (input, label); the input may be a dict of tensors"
-        raise refusal("dataset", "items (input, label)", "a dict", remedy)
+        raise argument_error("dataset", "items (input, label)", "a dict", remedy)
     if not isinstance(item, list | tuple) or len(item) < 2:
         parts = f"a {type(item).__name__}"
-        raise refusal("dataset", "items (input, label)", parts, "return the label with each input")
+        remedy = "return the label with each input"
+        raise argument_error("dataset", "items (input, label)", parts, remedy)
 
 
 class WithIndex(Dataset):

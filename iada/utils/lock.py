@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 LOCK = ".lock"
 # What file systems without locks answer.
@@ -65,7 +65,8 @@ def _acquire(folder: Path) -> int | None:
                 raise
             got = f"{folder}, in use by {holder or 'another process'}"
             remedy = "wait for that run or stop it, or choose another folder"
-            raise refusal("folder", "one that no other process trains in", got, remedy) from error
+            expected = "one that no other process trains in"
+            raise argument_error("folder", expected, got, remedy) from error
         if os.fstat(descriptor).st_nlink:
             holder = f"process {os.getpid()} on {socket.gethostname()}"
             with contextlib.suppress(OSError):  # a full disk: the lock holds without a name

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.loading import check_dataset, check_item, labels_of
 
 Batch = TypeVar("Batch")
@@ -31,7 +31,8 @@ def endless(loader: Iterable[Batch], first_epoch: int = 0) -> Iterator[Batch]:
     """
     if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
         got = f"a {type(loader).__name__}"
-        raise refusal("loader", "a DataLoader", got, "pass the loader itself, without iter()")
+        remedy = "pass the loader itself, without iter()"
+        raise argument_error("loader", "a DataLoader", got, remedy)
     return _passes(loader, first_epoch)
 
 
@@ -49,7 +50,7 @@ def _passes(loader: Iterable[Batch], epoch: int) -> Iterator[Batch]:
             yield batch
         if empty:
             remedy = "check the data set's size, and drop_last=True with a large batch_size"
-            raise refusal("loader", "at least one batch", "none", remedy)
+            raise argument_error("loader", "at least one batch", "none", remedy)
         epoch += 1
 
 
@@ -88,5 +89,5 @@ class Indexed(Dataset):
         check_item(item)
         if len(item) != 2:
             remedy = "reduce them to two; a data set that gives its index needs no wrapper"
-            raise refusal("dataset", "items (input, label)", f"{len(item)} parts", remedy)
+            raise argument_error("dataset", "items (input, label)", f"{len(item)} parts", remedy)
         return item[0], item[1], index

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from iada.utils.checks import check_choice, refusal
+from iada.utils.checks import argument_error, check_choice
 
 BOUNDS: dict[str, tuple[str, Callable[[Any, float], bool]]] = {
     "least": ("at least", operator.ge),
@@ -45,22 +45,22 @@ def check_settings(record: Any) -> None:
         remedy = f"see {type(record).__name__}.{field.name}"
         if isinstance(default, tuple):
             if not isinstance(value, list | tuple) or any(type(item) is not int for item in value):
-                raise refusal(field.name, "a list of integers", repr(value), remedy)
+                raise argument_error(field.name, "a list of integers", repr(value), remedy)
             object.__setattr__(record, field.name, tuple(value))
         elif isinstance(default, float) and type(value) in (int, float):
             if not math.isfinite(value):
-                raise refusal(field.name, "a finite number", repr(value), remedy)
+                raise argument_error(field.name, "a finite number", repr(value), remedy)
             object.__setattr__(record, field.name, float(value))
         elif type(value) is not type(default):
             wanted = f"a value of type {type(default).__name__}"
-            raise refusal(field.name, wanted, repr(value), remedy)
+            raise argument_error(field.name, wanted, repr(value), remedy)
         if field.metadata.get("choices"):
             check_choice(field.name, value, field.metadata["choices"])
         for kind, bound in field.metadata.get("bounds", {}).items():
             words, keeps = BOUNDS[kind]
             if not keeps(value, bound):
                 remedy = f"{default} is usual"
-                raise refusal(field.name, f"{words} {bound}", repr(value), remedy)
+                raise argument_error(field.name, f"{words} {bound}", repr(value), remedy)
 
 
 def from_table(kind: type) -> Callable[[Mapping[str, Any]], Any]:
@@ -96,12 +96,14 @@ def read_toml(
     for section in tables:
         if section not in sections:
             known = ", ".join(f"[{name}]" for name in sections)
-            raise refusal(f"{path} [{section}]", known, "another section", "rename or remove it")
+            remedy = "rename or remove it"
+            raise argument_error(f"{path} [{section}]", known, "another section", remedy)
     built = {}
     for section, build in sections.items():
         values = tables.get(section, {})
         if not isinstance(values, dict):
-            raise refusal(f"{path} [{section}]", "a table", repr(values), f"write [{section}]")
+            remedy = f"write [{section}]"
+            raise argument_error(f"{path} [{section}]", "a table", repr(values), remedy)
         try:
             built[section] = build(values)
         except (TypeError, ValueError) as error:

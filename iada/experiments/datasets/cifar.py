@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iada.experiments.datasets.files import DAMAGED, bytes_of, folder_at, lines_of, missing
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 PIXELS = 3 * 32 * 32
 # All that a pickled array calls, under the names that numpy gave it before and since version 2.
@@ -73,7 +73,9 @@ def _read(path: Path, classes: int) -> dict[str, Labelled]:
         if len(counts) > 1:
             shortest = min(range(len(read)), key=lambda index: len(read[index][1]))
             expected, got = f"{max(counts)} images, as in the other batches", str(min(counts))
-            raise refusal(str(folder / (files[part][shortest] + suffix)), expected, got, DAMAGED)
+            raise argument_error(
+                str(folder / (files[part][shortest] + suffix)), expected, got, DAMAGED
+            )
         images, labels = (torch.cat(column) for column in zip(*read, strict=True))
         parts[part] = Labelled(images, labels, names)
         check_every_class(parts[part], part, folder)
@@ -99,7 +101,7 @@ def _class_names(folder: Path, suffix: str, files: dict[str, Any], classes: int)
         path = folder / files["meta"]
         names = [_text(name) for name in _list(_unpickled(path), key, path)]
     if len(names) != classes:
-        raise refusal(str(path), f"{classes} class names", str(len(names)), DAMAGED)
+        raise argument_error(str(path), f"{classes} class names", str(len(names)), DAMAGED)
     return tuple(names)
 
 
@@ -113,13 +115,15 @@ def _records(path: Path, key: str, classes: int) -> tuple[Tensor, Tensor]:
         batch = _unpickled(path)
         images, labels = batch.get("data"), _list(batch, key, path)
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2:
-            raise refusal(str(path), "data, a uint8 array (N, 3072)", _kind(images), DAMAGED)
+            raise argument_error(str(path), "data, a uint8 array (N, 3072)", _kind(images), DAMAGED)
     if images.shape[1:] != (PIXELS,) or len(images) != len(labels) or not len(labels):
         expected = f"{PIXELS} bytes and one label for each image"
-        raise refusal(str(path), expected, f"{images.shape} and {len(labels)} labels", DAMAGED)
+        got = f"{images.shape} and {len(labels)} labels"
+        raise argument_error(str(path), expected, got, DAMAGED)
     for row, label in enumerate(labels):
         if not isinstance(label, int | np.integer) or not 0 <= label < classes:
-            raise refusal(f"{path}, image {row}", f"a label in [0, {classes})", str(label), DAMAGED)
+            expected = f"a label in [0, {classes})"
+            raise argument_error(f"{path}, image {row}", expected, str(label), DAMAGED)
     numbers = torch.tensor([int(label) for label in labels], dtype=torch.int64)
     return torch.from_numpy(images.reshape(-1, 3, 32, 32).copy()), numbers
 
@@ -130,7 +134,7 @@ def _binary(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     content = np.frombuffer(bytes_of(path), dtype=np.uint8)
     if len(content) % (head + PIXELS):
         got = f"{len(content)} bytes, {len(content) % (head + PIXELS)} too many"
-        raise refusal(str(path), f"records of {head + PIXELS} bytes", got, DAMAGED)
+        raise argument_error(str(path), f"records of {head + PIXELS} bytes", got, DAMAGED)
     records = content.reshape(-1, head + PIXELS)
     return records[:, head:], records[:, head - 1]
 
@@ -149,15 +153,15 @@ def _unpickled(path: Path) -> dict[str, Any]:
     try:
         batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise refusal(str(path), "a pickle of CIFAR", f"{error!r}", DAMAGED) from error
+        raise argument_error(str(path), "a pickle of CIFAR", f"{error!r}", DAMAGED) from error
     if not isinstance(batch, dict):
-        raise refusal(str(path), "a pickled dict", _kind(batch), DAMAGED)
+        raise argument_error(str(path), "a pickled dict", _kind(batch), DAMAGED)
     return {_text(key): value for key, value in batch.items()}
 
 
 def _list(batch: dict[str, Any], key: str, path: Path) -> list[Any]:
     if not isinstance(batch.get(key), list):
-        raise refusal(str(path), f"a list {key}", _kind(batch.get(key)), DAMAGED)
+        raise argument_error(str(path), f"a list {key}", _kind(batch.get(key)), DAMAGED)
     return batch[key]
 
 

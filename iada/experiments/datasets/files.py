@@ -1,7 +1,7 @@
 """What every reader asks of files: that they are there, whole, and in the form that is expected.
 
 Each fault is told by file and line, before anything is handed out. A file that is not there is a
-FileNotFoundError, one that is damaged a ValueError; both carry the message of `refusal`.
+FileNotFoundError, one that is damaged a ValueError; both carry the message of `argument_error`.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 DAMAGED = "mend the file, or fetch it again"
 
@@ -31,7 +31,7 @@ def required(name: str, hint: str) -> Any:
 def missing(path: Path, expected: str, remedy: str) -> FileNotFoundError:
     """The error for a path that should hold `expected` and does not."""
     got = "nothing" if not path.exists() else "something else"
-    return FileNotFoundError(str(refusal(str(path), expected, got, remedy)))
+    return FileNotFoundError(str(argument_error(str(path), expected, got, remedy)))
 
 
 def at_line(path: Path, line: int) -> str:
@@ -62,7 +62,7 @@ def bytes_of(path: Path) -> bytes:
         raise missing(path, "a file", "fetch it, or pass the folder that holds it")
     content = path.read_bytes()
     if not content:
-        raise refusal(str(path), "a file with content", "an empty one", DAMAGED)
+        raise argument_error(str(path), "a file with content", "an empty one", DAMAGED)
     return content
 
 
@@ -73,7 +73,7 @@ def arrays_of(path: Path, expected: str) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
             return {name: loaded[name] for name in loaded.files}
     except Exception as error:  # zipfile, zlib and numpy each have errors of their own
-        raise refusal(str(path), expected, f"{error!r}", DAMAGED) from error
+        raise argument_error(str(path), expected, f"{error!r}", DAMAGED) from error
 
 
 def lines_of(path: Path) -> list[str]:
@@ -83,7 +83,7 @@ def lines_of(path: Path) -> list[str]:
         return content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise refusal(at_line(path, line), "UTF-8 text", "other bytes", DAMAGED) from error
+        raise argument_error(at_line(path, line), "UTF-8 text", "other bytes", DAMAGED) from error
 
 
 def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -96,19 +96,21 @@ def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
             absent = [name for name in columns if name not in header]
             if absent:
                 expected = f"a header with {', '.join(columns)}"
-                raise refusal(at_line(path, 1), expected, f"none of {', '.join(absent)}", DAMAGED)
+                got = f"none of {', '.join(absent)}"
+                raise argument_error(at_line(path, 1), expected, got, DAMAGED)
             count = 0
             for row in reader:
                 where = at_line(path, reader.line_num)
                 if len(row) != len(header):
-                    raise refusal(where, f"{len(header)} fields", str(len(row)), DAMAGED)
+                    raise argument_error(where, f"{len(header)} fields", str(len(row)), DAMAGED)
                 count += 1
                 yield reader.line_num, dict(zip(header, row, strict=True))
             if not count:
-                raise refusal(str(path), "rows below the header", "none", DAMAGED)
+                raise argument_error(str(path), "rows below the header", "none", DAMAGED)
         except (csv.Error, UnicodeDecodeError) as error:
             where = at_line(path, reader.line_num + 1)
-            raise refusal(where, "comma-separated UTF-8 text", str(error), DAMAGED) from error
+            expected = "comma-separated UTF-8 text"
+            raise argument_error(where, expected, str(error), DAMAGED) from error
 
 
 def integer(text: str, allowed: Container[int], expected: str, where: str) -> int:
@@ -116,7 +118,7 @@ def integer(text: str, allowed: Container[int], expected: str, where: str) -> in
     with contextlib.suppress(ValueError):
         if (value := int(text)) in allowed:
             return value
-    raise refusal(where, expected, repr(text), DAMAGED)
+    raise argument_error(where, expected, repr(text), DAMAGED)
 
 
 def number(text: str, expected: str, where: str) -> float:
@@ -124,7 +126,7 @@ def number(text: str, expected: str, where: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= (value := float(text)) <= 1:
             return value
-    raise refusal(where, expected, repr(text), DAMAGED)
+    raise argument_error(where, expected, repr(text), DAMAGED)
 
 
 def check_image_file(path: Path, where: str) -> None:
@@ -133,7 +135,8 @@ def check_image_file(path: Path, where: str) -> None:
         size = path.stat().st_size
     except OSError:
         remedy = "put the image there, or pass the folder of the images"
-        text = str(refusal(where, f"an image at {path}", "no such file", remedy))
+        text = str(argument_error(where, f"an image at {path}", "no such file", remedy))
         raise FileNotFoundError(text) from None
     if not size:
-        raise refusal(where, f"an image at {path}", "an empty file", "fetch that image again")
+        remedy = "fetch that image again"
+        raise argument_error(where, f"an image at {path}", "an empty file", remedy)

@@ -9,7 +9,7 @@ import torch
 
 from iada.experiments.datasets.files import DAMAGED, bytes_of, check_image_file, folder_at, missing
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import check_choice, refusal
+from iada.utils.checks import argument_error, check_choice
 
 # Which test set goes with which protocol. ALT is the training set with balanced classes: it lies in
 # an annotation file of its own (…_inter_bl.json, coco_cbl) and has the same test set as GLT.
@@ -51,7 +51,8 @@ def read_glt(
         if counts.max() > 2 * counts.min():
             expected = "training classes of one size, as the ALT protocol has them"
             got = f"{int(counts.min())} to {int(counts.max())} images"
-            raise refusal(str(file), expected, got, "pass the file of ALT's own training set")
+            remedy = "pass the file of ALT's own training set"
+            raise argument_error(str(file), expected, got, remedy)
     return parts
 
 
@@ -61,9 +62,9 @@ def _json(file: Path) -> dict[str, Any]:
         annotation = json.loads(content)
     except ValueError as error:
         line = getattr(error, "lineno", 1)
-        raise refusal(f"{file}, line {line}", "json", str(error), DAMAGED) from error
+        raise argument_error(f"{file}, line {line}", "json", str(error), DAMAGED) from error
     if not isinstance(annotation, dict):
-        raise refusal(str(file), "a json object", f"a {type(annotation).__name__}", DAMAGED)
+        raise argument_error(str(file), "a json object", f"a {type(annotation).__name__}", DAMAGED)
     return annotation
 
 
@@ -71,12 +72,12 @@ def _class_names(annotation: dict[str, Any], file: Path) -> tuple[str, ...]:
     """The names of classes 0, 1, … out of id2cat."""
     class_names = annotation.get("id2cat")
     if not isinstance(class_names, dict) or not class_names:
-        raise refusal(f"{file}, id2cat", "a name for each class", repr(class_names), DAMAGED)
+        raise argument_error(f"{file}, id2cat", "a name for each class", repr(class_names), DAMAGED)
     numbers = [str(number) for number in range(len(class_names))]
     absent = [number for number in numbers if number not in class_names]
     if absent:
         expected = f"names of classes 0 to {len(class_names) - 1}"
-        raise refusal(f"{file}, id2cat", expected, f"none of {absent[0]}", DAMAGED)
+        raise argument_error(f"{file}, id2cat", expected, f"none of {absent[0]}", DAMAGED)
     return tuple(str(class_names[number]) for number in numbers)
 
 
@@ -87,9 +88,10 @@ def _entries(
     where = f"{file}, {section}"
     columns = annotation.get(section)
     if not isinstance(columns, dict) or not isinstance(columns.get("label"), dict):
-        raise refusal(where, "a section with label", "none", DAMAGED)
+        raise argument_error(where, "a section with label", "none", DAMAGED)
     if not columns["label"]:
-        raise refusal(where, "images", "none", "this file holds another protocol: take its other")
+        remedy = "this file holds another protocol: take its other"
+        raise argument_error(where, "images", "none", remedy)
     entries = []
     for key, label in columns["label"].items():
         entry = f"{where}, {key}"
@@ -98,7 +100,7 @@ def _entries(
         path = _value(columns, "path", key, entry) if "path" in columns else key
         number = _whole(label, f"a label in [0, {classes})", entry)
         if number >= classes:
-            raise refusal(entry, f"a label in [0, {classes})", str(label), DAMAGED)
+            raise argument_error(entry, f"a label in [0, {classes})", str(label), DAMAGED)
         entries.append((str(path), number, _whole(attribute, "an attribute from 0 on", entry)))
     return entries
 
@@ -106,7 +108,7 @@ def _entries(
 def _value(section: dict[str, Any], table: str, key: str, where: str) -> Any:
     values = section.get(table)
     if not isinstance(values, dict) or key not in values:
-        raise refusal(where, f"its {table}", "none", DAMAGED)
+        raise argument_error(where, f"its {table}", "none", DAMAGED)
     return values[key]
 
 
@@ -114,7 +116,7 @@ def _whole(value: Any, expected: str, where: str) -> int:
     """A whole number from 0 on; the authors' files have some of them as strings."""
     if isinstance(value, int | str) and not isinstance(value, bool) and str(value).isdecimal():
         return int(value)
-    raise refusal(where, expected, repr(value), DAMAGED)
+    raise argument_error(where, expected, repr(value), DAMAGED)
 
 
 def _leading(path: Path, root: Path | None, where: str) -> int:

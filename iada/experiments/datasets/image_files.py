@@ -20,7 +20,7 @@ from iada.experiments.datasets.files import (
 )
 from iada.experiments.datasets.images import SUFFIXES, small_images
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 PARTS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 
@@ -45,7 +45,8 @@ def read_folder(path: str | os.PathLike, memory: bool | None = None) -> dict[str
     loaded = [] if memory is False else _decoded([paths for paths, _ in listed.values()])
     if memory and not loaded:
         expected = "images of one size, up to 64×64 pixels"
-        raise refusal("memory", expected, "others", "pass memory=None to read them as needed")
+        remedy = "pass memory=None to read them as needed"
+        raise argument_error("memory", expected, "others", remedy)
     parts = {}
     for index, (part, (paths, labels)) in enumerate(listed.items()):
         parts[part] = Labelled(loaded[index] if loaded else paths, torch.tensor(labels), names)
@@ -64,7 +65,7 @@ def _images(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]
     other = sorted(set(_classes(folder)) - set(names))
     if other:
         expected = "the classes of the training images"
-        raise refusal(str(folder / other[0]), expected, "another", "rename the folder")
+        raise argument_error(str(folder / other[0]), expected, "another", "rename the folder")
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
@@ -74,7 +75,8 @@ def _images(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]
         files = (Path(entry.path) for entry in _visible(class_folder))
         images = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
         if not images:
-            raise refusal(str(class_folder), "images", "none", "add some, or take the class away")
+            remedy = "add some, or take the class away"
+            raise argument_error(str(class_folder), "images", "none", remedy)
         for image in images:
             check_image_file(image, str(class_folder))
         paths += images
@@ -133,7 +135,8 @@ def _one_list(folder: Path, ending: str) -> Path | None:
     matches = sorted(folder.glob(f"*{ending}"))
     if len(matches) > 1:
         got = ", ".join(file.name for file in matches)
-        raise refusal(str(folder), f"one *{ending}", got, "keep one data set's lists in a folder")
+        remedy = "keep one data set's lists in a folder"
+        raise argument_error(str(folder), f"one *{ending}", got, remedy)
     return matches[0] if matches else None
 
 
@@ -148,11 +151,11 @@ def _entries(file: Path, root: Path, num_classes: int | None) -> tuple[list[Path
         where = at_line(file, number)
         fields = line.rsplit(maxsplit=1)
         if len(fields) != 2:
-            raise refusal(where, expected, repr(line), DAMAGED)
+            raise argument_error(where, expected, repr(line), DAMAGED)
         name, label = fields[0].strip(), fields[1]
         if name in seen:
             got = f"{name} of line {seen[name]} again"
-            raise refusal(where, "each image once", got, "take one of the lines away")
+            raise argument_error(where, "each image once", got, "take one of the lines away")
         seen[name] = number
         labels.append(integer(label, allowed, expected, where))
         paths.append(root / name)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +36,7 @@ def open_image(path: Path, photo: bool = False) -> "Image":
     except FileNotFoundError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        text = refusal(str(path), "an image", f"{error}", "fetch that image again")
+        text = argument_error(str(path), "an image", f"{error}", "fetch that image again")
         raise OSError(str(text)) from error
 
 

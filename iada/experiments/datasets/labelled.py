@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from iada.utils.checks import check_label_values, check_labels, check_sizes, refusal
+from iada.utils.checks import argument_error, check_label_values, check_labels, check_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Labelled(Dataset):
         ):
             got = f"{self.inputs.dtype} {tuple(self.inputs.shape)}"
             expected = "uint8 images (N, C, H, W), or float32 features (N, A)"
-            raise refusal("inputs", expected, got, "convert them")
+            raise argument_error("inputs", expected, got, "convert them")
         if self.groups is not None:
             check_sizes("groups", self.groups, f"a group ({count},) for each sample", (count,))
             known = (self.groups >= 0) & (self.groups < len(self.group_names))
@@ -49,7 +49,7 @@ class Labelled(Dataset):
                 row = int((~known).nonzero()[0, 0])
                 expected = f"groups in [0, {len(self.group_names)})"
                 got = f"{int(self.groups[row])} at row {row}"
-                raise refusal("groups", expected, got, "name every group in group_names")
+                raise argument_error("groups", expected, got, "name every group in group_names")
         if self.members is not None:
             expected = f"bool ({count}, {len(self.member_names)})"
             check_sizes("members", self.members, expected, (count, len(self.member_names)))
@@ -76,7 +76,8 @@ class Labelled(Dataset):
     def grouped(self) -> Tensor:
         """The groups, (N); ValueError where there are none."""
         if self.groups is None:
-            raise refusal("groups", "a group for each sample", "None", "use a data set with groups")
+            remedy = "use a data set with groups"
+            raise argument_error("groups", "a group for each sample", "None", remedy)
         return self.groups
 
     def subset(self, rows: Tensor) -> "Labelled":
@@ -84,7 +85,7 @@ class Labelled(Dataset):
         rows = rows.long()
         if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(self)):
             got = f"{int(rows.min())} to {int(rows.max())}"
-            raise refusal("rows", f"row numbers in [0, {len(self)})", got, "check the split")
+            raise argument_error("rows", f"row numbers in [0, {len(self)})", got, "check the split")
         inputs = self.inputs
         if isinstance(inputs, Tensor):
             chosen: Any = inputs[rows]
@@ -111,7 +112,7 @@ def check_every_class(part: Labelled, name: str, source: Path) -> None:
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
         expected = f"samples of each of the {part.num_classes} classes in {name}"
         got = f"none of {names}{more}"
-        raise refusal(str(source), expected, got, "add them, or take the class away")
+        raise argument_error(str(source), expected, got, "add them, or take the class away")
 
 
 def joined(first: Labelled, second: Labelled) -> Labelled:

@@ -10,7 +10,7 @@ import torch
 
 from iada.experiments.datasets.files import DAMAGED, bytes_of, first_file, folder_at
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 IMAGES, LABELS = 0x0803, 0x0801  # the files' first four bytes: unsigned bytes in 3 axes and in 1
 STEMS = {"train": "train", "test": "t10k"}
@@ -30,11 +30,11 @@ def read_mnist(path: str | os.PathLike) -> dict[str, Labelled]:
         images, labels = _array(image_file, IMAGES), _array(label_file, LABELS)
         if len(images) != len(labels):
             expected = f"{len(images)} labels, as {image_file.name} has images"
-            raise refusal(str(label_file), expected, str(len(labels)), DAMAGED)
+            raise argument_error(str(label_file), expected, str(len(labels)), DAMAGED)
         wrong = np.flatnonzero(labels > 9)
         if len(wrong):
             where = f"{label_file}, label {wrong[0]}"
-            raise refusal(where, "a digit in [0, 10)", str(labels[wrong[0]]), DAMAGED)
+            raise argument_error(where, "a digit in [0, 10)", str(labels[wrong[0]]), DAMAGED)
         tensor = torch.from_numpy(images[:, None].copy())
         parts[part] = Labelled(tensor, torch.from_numpy(labels.astype(np.int64)), names)
         check_every_class(parts[part], part, label_file)
@@ -54,13 +54,13 @@ def _array(path: Path, magic: int) -> np.ndarray:
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise refusal(str(path), "a whole gzip file", str(error), DAMAGED) from error
+            raise argument_error(str(path), "a whole gzip file", str(error), DAMAGED) from error
     start = 4 + 4 * (magic & 0xFF)
     if len(content) < start or int.from_bytes(content[:4]) != magic:
         got = f"{content[:4].hex() or 'no'} in {len(content)} bytes"
-        raise refusal(str(path), f"an idx file that starts {magic:08x}", got, DAMAGED)
+        raise argument_error(str(path), f"an idx file that starts {magic:08x}", got, DAMAGED)
     shape = tuple(np.frombuffer(content[4:start], dtype=">u4").tolist())
     body = np.frombuffer(content, dtype=np.uint8, offset=start)
     if len(body) != int(np.prod(shape)) or not shape[0]:
-        raise refusal(str(path), f"{shape} bytes", f"{len(body)}", DAMAGED)
+        raise argument_error(str(path), f"{shape} bytes", f"{len(body)}", DAMAGED)
     return body.reshape(shape)

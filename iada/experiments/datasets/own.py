@@ -26,7 +26,7 @@ from iada.experiments.datasets.files import (
 from iada.experiments.datasets.image_files import read_folder
 from iada.experiments.datasets.images import open_image, small_images
 from iada.experiments.datasets.labelled import Labelled
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 KINDS = "a folder of class folders, a list of lines `path label`, an .npz, or a saved data set"
 PARTS = ("train", "validation", "test")
@@ -60,13 +60,12 @@ def read_own(
     parts = _read(Path(path))
     if "train" not in parts:
         expected = "a part 'train'"
-        raise refusal(str(path), expected, ", ".join(parts), "name it so, or pass its path")
+        raise argument_error(str(path), expected, ", ".join(parts), "name it so, or pass its path")
     train = parts["train"]
     if train.num_classes < 2:
         got = f"1 ({train.class_names[0]})"
-        raise refusal(
-            str(path), "at least 2 classes", got, "add samples of another class, a folder for each"
-        )
+        remedy = "add samples of another class, a folder for each"
+        raise argument_error(str(path), "at least 2 classes", got, remedy)
     for name, source in (("validation", validation), ("test", test), ("meta", meta)):
         if source and isinstance(source, str):
             given = _read(Path(source))
@@ -85,7 +84,7 @@ def read_unlabelled(path: Path) -> Labelled:
 
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         if not files:
-            raise refusal(str(path), "images in it or below it", "none", "pass their folder")
+            raise argument_error(str(path), "images in it or below it", "none", "pass their folder")
     elif path.suffix.lower() in (".txt", ".csv"):
         files = [path.parent / name for name, _ in _entries(path, labelled=False)]
     else:
@@ -134,12 +133,12 @@ def _entries(path: Path, labelled: bool = True) -> list[tuple[str, str]]:
         fields = line.rsplit("," if comma else None, 1) if labelled else [line, ""]
         if len(fields) != 2:
             form = "path,label" if comma else "path label"
-            raise refusal(at_line(path, number), f"a line `{form}`", repr(line), DAMAGED)
+            raise argument_error(at_line(path, number), f"a line `{form}`", repr(line), DAMAGED)
         entries.append((fields[0].strip().strip('"'), fields[1].strip().strip('"')))
     if entries and entries[0][0].lower() in ("path", "file", "image", "filename"):
         entries = entries[1:]
     if not entries:
-        raise refusal(str(path), "lines with paths", "none", DAMAGED)
+        raise argument_error(str(path), "lines with paths", "none", DAMAGED)
     return entries
 
 
@@ -166,13 +165,13 @@ def _arrays(path: Path, labelled: bool = True) -> dict[str, Labelled]:
         with np.load(io.BytesIO(bytes_of(path)), allow_pickle=False) as loaded:
             arrays = {name: loaded[name] for name in loaded.files}
     except Exception as error:  # zipfile, zlib and numpy each have errors of their own
-        raise refusal(str(path), "an .npz of arrays", f"{error!r}", DAMAGED) from error
+        raise argument_error(str(path), "an .npz of arrays", f"{error!r}", DAMAGED) from error
     arrays |= {f"train_{name}": arrays[name] for name in ("inputs", "labels") if name in arrays}
     if not labelled:
         arrays.setdefault("train_labels", np.zeros(len(arrays.get("train_inputs", ())), np.int64))
     if not {"train_inputs", "train_labels"} <= set(arrays):
         got = ", ".join(arrays) or "none"
-        raise refusal(str(path), "arrays inputs and labels", got, "name them so")
+        raise argument_error(str(path), "arrays inputs and labels", got, "name them so")
     count = int(arrays["train_labels"].max(initial=0)) + 1
     names = tuple(map(str, arrays.get("class_names", range(count))))
     parts = {}
@@ -188,7 +187,7 @@ def _array_part(
 ) -> Labelled:
     if labels is None or labels.shape != (len(inputs),) or labels.dtype.kind not in "iu":
         got = "none" if labels is None else f"{labels.dtype} {labels.shape}"
-        raise refusal(f"{where}_labels", f"{len(inputs)} whole numbers", got, DAMAGED)
+        raise argument_error(f"{where}_labels", f"{len(inputs)} whole numbers", got, DAMAGED)
     tensor = torch.from_numpy(inputs) if inputs.dtype.kind in "fu" else torch.empty(0)
     if inputs.dtype == np.uint8 and inputs.ndim in (3, 4):
         images = tensor[:, None] if inputs.ndim == 3 else tensor
@@ -200,7 +199,7 @@ def _array_part(
     else:
         got = f"{inputs.dtype} {inputs.shape}"
         expected = "uint8 images (N, H, W), (N, H, W, 3), (N, 3, H, W), or finite features (N, A)"
-        raise refusal(f"{where}_inputs", expected, got, "convert them")
+        raise argument_error(f"{where}_inputs", expected, got, "convert them")
     return Labelled(tensor, torch.from_numpy(labels.astype(np.int64)), names)
 
 
@@ -225,7 +224,7 @@ def _columns(datasets: Any, rows: Any, where: str) -> Labelled:
     label = _first(LABEL_COLUMNS, features)
     if inputs is None or label is None:
         expected = f"a column of images or of {TEXT_COLUMNS[0]}, and a column {LABEL_COLUMNS[0]!r}"
-        raise refusal(where, expected, ", ".join(features), "rename the columns")
+        raise argument_error(where, expected, ", ".join(features), "rename the columns")
     given = rows[label]
     kind = features[label]
     names = kind.names if isinstance(kind, datasets.ClassLabel) else sorted(set(given))
@@ -252,7 +251,7 @@ def _with_classes(part: Labelled, train: Labelled, name: str) -> Labelled:
     other = [one for one in part.class_names if one not in train.class_names]
     if other:
         expected = f"the classes of the training samples ({', '.join(train.class_names)})"
-        raise refusal(name, expected, f"{other[0]!r} too", "rename it, or take it away")
+        raise argument_error(name, expected, f"{other[0]!r} too", "rename it, or take it away")
     place = torch.tensor([train.class_names.index(one) for one in part.class_names])
     return replace(part, labels=place[part.labels], class_names=train.class_names)
 
@@ -260,7 +259,8 @@ def _with_classes(part: Labelled, train: Labelled, name: str) -> Labelled:
 def _held_out(train: Labelled, name: str, share: float) -> dict[str, Labelled]:
     """A share of each class, at least one sample of it and never the last one."""
     if not 0 < share < 1:
-        raise refusal(f"--{name}", "a share in (0, 1), or a path", repr(share), "0.2 is usual")
+        remedy = "0.2 is usual"
+        raise argument_error(f"--{name}", "a share in (0, 1), or a path", repr(share), remedy)
     rng = np.random.default_rng(0)
     taken = torch.zeros(len(train), dtype=torch.bool)
     for c in range(train.num_classes):
@@ -269,7 +269,7 @@ def _held_out(train: Labelled, name: str, share: float) -> dict[str, Labelled]:
         taken[rng.permutation(own)[: max(count, 0)]] = True
     if not taken.any():
         expected = "a class with two samples or more, to hold one out"
-        raise refusal(f"--{name}", expected, "one of each", "pass a path, or add samples")
+        raise argument_error(f"--{name}", expected, "one of each", "pass a path, or add samples")
     rows = torch.arange(len(train))
     return {"train": train.subset(rows[~taken]), name: train.subset(rows[taken])}
 
@@ -291,7 +291,7 @@ def _decoded(parts: dict[str, Labelled], memory: bool | None, check: bool) -> di
         if images is None or any(images.shape[1:] != one.shape[1:] for one in decoded.values()):
             if memory:
                 remedy = "pass memory=None to read them as needed"
-                raise refusal("memory", "images of one small size", "others", remedy)
+                raise argument_error("memory", "images of one small size", "others", remedy)
             return parts
         decoded[name] = images
     return {

@@ -12,7 +12,7 @@ import torch
 from iada.experiments.datasets import files
 from iada.experiments.datasets.files import DAMAGED, at_line, integer
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 PARTS = ("train", "validation", "test")
 BIRDS = ("landbird", "waterbird")
@@ -64,7 +64,7 @@ def read_celeba(path: str | os.PathLike) -> dict[str, Labelled]:
     columns = ["Blond_Hair", "Male"]
     for where, name, values in _celeba_rows(attributes, columns):
         if name not in splits:
-            raise refusal(where, f"an image of {partition.name}", name, DAMAGED)
+            raise argument_error(where, f"an image of {partition.name}", name, DAMAGED)
         hair, male = (
             int(integer(value, (-1, 0, 1), f"{column}, 1 or -1", where) == 1)
             for column, value in zip(columns, values, strict=True)
@@ -73,7 +73,7 @@ def read_celeba(path: str | os.PathLike) -> dict[str, Labelled]:
         rows.append((images / name, hair, male, splits.pop(name)))
     if splits:
         expected = f"attributes of the {len(rows) + len(splits)} images of {partition.name}"
-        raise refusal(str(attributes), expected, f"none of {next(iter(splits))}", DAMAGED)
+        raise argument_error(str(attributes), expected, f"none of {next(iter(splits))}", DAMAGED)
     return _image_parts(rows, HAIR, ("female", "male"), attributes)
 
 
@@ -84,7 +84,7 @@ def _celeba_rows(file: Path, columns: list[str]) -> Iterator[tuple[str, str, lis
     for line, name, values in read(file, columns):
         where = at_line(file, line)
         if name in seen:
-            raise refusal(where, "each image once", f"{name} again", DAMAGED)
+            raise argument_error(where, "each image once", f"{name} again", DAMAGED)
         seen.add(name)
         yield where, name, values
 
@@ -105,7 +105,7 @@ def _text_rows(file: Path, wanted: list[str]) -> Iterator[tuple[int, str, list[s
         name, *values = line.split() or [""]
         if len(values) != len(columns):
             got = f"{len(line.split())} fields: {line}"
-            raise refusal(at_line(file, number), f"an image and {content}", got, DAMAGED)
+            raise argument_error(at_line(file, number), f"an image and {content}", got, DAMAGED)
         yield number, name, [values[columns.index(column)] for column in wanted]
 
 
@@ -116,10 +116,10 @@ def _text_header(file: Path, lines: list[str], wanted: list[str]) -> list[str]:
     absent = [name for name in wanted if name not in columns]
     if absent:
         expected = f"attributes with {', '.join(wanted)}"
-        raise refusal(at_line(file, 2), expected, f"no {absent[0]}", DAMAGED)
+        raise argument_error(at_line(file, 2), expected, f"no {absent[0]}", DAMAGED)
     if len(lines) - 2 != count:
         expected = f"{count} images, as its first line says"
-        raise refusal(str(file), expected, str(len(lines) - 2), DAMAGED)
+        raise argument_error(str(file), expected, str(len(lines) - 2), DAMAGED)
     return columns
 
 
@@ -134,7 +134,7 @@ def _image_parts(
     for number, part in enumerate(PARTS):
         in_part = [row for row in rows if row[3] == number]
         if not in_part:
-            raise refusal(str(file), f"rows of {part} (split {number})", "none", DAMAGED)
+            raise argument_error(str(file), f"rows of {part} (split {number})", "none", DAMAGED)
         paths, labels, values, _ = zip(*in_part, strict=True)
         label = torch.tensor(labels)
         groups = 2 * label + torch.tensor(values)
@@ -163,9 +163,9 @@ def read_civilcomments(path: str | os.PathLike) -> dict[str, Labelled]:
     for line, row in files.rows_of(file, ["comment_text", "split", *columns]):
         where = at_line(file, line)
         if row["split"] not in COMMENT_PARTS:
-            raise refusal(where, "split train, val or test", repr(row["split"]), DAMAGED)
+            raise argument_error(where, "split train, val or test", repr(row["split"]), DAMAGED)
         if not row["comment_text"].strip():
-            raise refusal(where, "a comment_text", "none", DAMAGED)
+            raise argument_error(where, "a comment_text", "none", DAMAGED)
         part = COMMENT_PARTS[row["split"]]
         texts[part].append(row["comment_text"])
         shares = [files.number(row[name], f"{name} in [0, 1]", where) for name in columns]
@@ -174,7 +174,7 @@ def read_civilcomments(path: str | os.PathLike) -> dict[str, Labelled]:
     names = _group_names(TOXICITY, ("no identity", "identity"))
     for part, rows in marks.items():
         if not rows:
-            raise refusal(str(file), f"comments of {part}", "none", DAMAGED)
+            raise argument_error(str(file), f"comments of {part}", "none", DAMAGED)
         table = torch.tensor(rows)
         labels, mentions = table[:, 0].long(), table[:, 1:]
         members = torch.cat([mentions & (labels == label)[:, None] for label in (0, 1)], dim=1)

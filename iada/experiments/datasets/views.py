@@ -18,7 +18,7 @@ from iada.experiments.datasets.counter_rng import draws
 from iada.experiments.datasets.files import missing, required
 from iada.experiments.datasets.images import open_image, scaled_part
 from iada.experiments.datasets.labelled import Labelled
-from iada.utils.checks import check_choice, refusal
+from iada.utils.checks import argument_error, check_choice
 from iada.utils.loading import WholeBatch
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel
@@ -96,13 +96,14 @@ class MemoryView(View):
     ) -> None:
         if not isinstance(data.inputs, Tensor):
             got = f"a {type(data.inputs).__name__}"
-            raise refusal("data", "images in memory", got, "use FileView for image files")
+            raise argument_error("data", "images in memory", got, "use FileView for image files")
         check_choice("augment", augment, AUGMENTATIONS)
         mean, deviation = (torch.tensor(values).view(1, -1, 1, 1) for values in normalise)
         channels = data.inputs.shape[1]
         if mean.shape[1] != channels or deviation.shape[1] != channels:
             got = f"{mean.shape[1]} and {deviation.shape[1]}"
-            raise refusal("normalise", f"{channels} means and deviations", got, "one a channel")
+            remedy = "one a channel"
+            raise argument_error("normalise", f"{channels} means and deviations", got, remedy)
         self._policy = auto_augment() if augment == "autoaugment-cutout" else None
         leave = device is None or self._policy is not None
         self.images = data.inputs if leave else data.inputs.to(device)
@@ -151,10 +152,11 @@ class FileView(View):
         photo: bool = False,
     ) -> None:
         if isinstance(data.inputs, Tensor) or (len(data) and isinstance(data.inputs[0], str)):
-            raise refusal("data", "image files", "others", "use MemoryView or TextView")
+            raise argument_error("data", "image files", "others", "use MemoryView or TextView")
         check_choice("shape", shape, SHAPES)
         if not 0 < scale[0] <= scale[1] <= 1:
-            raise refusal("scale", "0 < low ≤ high ≤ 1", repr(scale), "pass shares of the area")
+            remedy = "pass shares of the area"
+            raise argument_error("scale", "0 < low ≤ high ≤ 1", repr(scale), remedy)
         self.files, self.labels, self.photo = data.inputs, data.labels, photo
         self.augments, self.size, self.shape, self.scale = augment, size, shape, scale
         self.mean, self.deviation = (torch.tensor(values).view(-1, 1, 1) for values in normalise)
@@ -218,7 +220,7 @@ class TextView(View):
 
     def __init__(self, data: Labelled, tokenizer: Tokenizer, max_length: int = 300) -> None:
         if isinstance(data.inputs, Tensor) or not all(isinstance(t, str) for t in data.inputs):
-            raise refusal("data", "texts", "others", "use MemoryView or FileView")
+            raise argument_error("data", "texts", "others", "use MemoryView or FileView")
         self.texts, self.labels = data.inputs, data.labels
         self.tokenizer, self.max_length = tokenizer, max_length
 
@@ -242,7 +244,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         expected = "a tokenizer's files (tokenizer.json, tokenizer_config.json)"
-        raise refusal(str(folder), expected, str(error), "download the model again") from error
+        remedy = "download the model again"
+        raise argument_error(str(folder), expected, str(error), remedy) from error
 
 
 class FeatureView(View):
@@ -253,7 +256,7 @@ class FeatureView(View):
     def __init__(self, data: Labelled, device: torch.device | str) -> None:
         if not isinstance(data.inputs, Tensor) or not data.inputs.is_floating_point():
             remedy = "use MemoryView, FileView or TextView"
-            raise refusal("data", "features (N, A)", "others", remedy)
+            raise argument_error("data", "features (N, A)", "others", remedy)
         self.features, self.labels = data.inputs.to(device), data.labels.to(device)
 
     def inputs(self, seed: int, step: int, rows: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from iada.nn.class_covariance import ClassCovariance
-from iada.utils.checks import check_covariance, check_float, check_tensor, refusal
+from iada.utils.checks import argument_error, check_covariance, check_float, check_tensor
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def spectrum(covariance: Tensor | ClassCovariance) -> Tensor:
     check_tensor("covariance", covariance, "a tensor (C, A, A) or (C, A)")
     if covariance.dim() not in (2, 3):
         got = f"shape {tuple(covariance.shape)}"
-        raise refusal("covariance", "(C, A, A) or (C, A)", got, "pass one matrix a class")
+        raise argument_error("covariance", "(C, A, A) or (C, A)", got, "pass one matrix a class")
     check_covariance(covariance, *covariance.shape[:2])
     if covariance.dim() == 2:
         return covariance.double().sort(dim=1, descending=True).values.cpu()

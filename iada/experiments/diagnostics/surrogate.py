@@ -15,11 +15,11 @@ from torch import Tensor
 
 from iada.utils.autocast import full_precision
 from iada.utils.checks import (
+    argument_error,
     check_count,
     check_finite,
     check_label_values,
     check_loss_arguments,
-    refusal,
 )
 from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.low_rank import without_factors
@@ -62,7 +62,8 @@ class SurrogateGap:
         if not (counts > 0).all():
             absent = int(self.classes[(counts <= 0).nonzero()[0, 0]])
             remedy = "count the data that the model was trained on"
-            raise refusal("class_counts", "samples of each class", f"0 of class {absent}", remedy)
+            expected = "samples of each class"
+            raise argument_error("class_counts", expected, f"0 of class {absent}", remedy)
         weight = self.rows / counts
         weight = weight / weight.sum()
         return {
@@ -168,12 +169,13 @@ def _factor(difference: Tensor, sigma: Tensor) -> tuple[Tensor, float]:
 
 def _check_values(inputs: LossInputs, alpha: float, samples: int) -> None:
     if inputs.covariance is None:
-        raise refusal("covariance", "Σ of each class", "None", "pass that of the training")
+        raise argument_error("covariance", "Σ of each class", "None", "pass that of the training")
     if len(inputs.features) == 0:
-        raise refusal("features", "at least one row", "none", "pass the features of some samples")
+        remedy = "pass the features of some samples"
+        raise argument_error("features", "at least one row", "none", remedy)
     if alpha < 0:
         remedy = "αΣ is a covariance: pass the α of training"
-        raise refusal("alpha", "0 or more", repr(alpha), remedy)
+        raise argument_error("alpha", "0 or more", repr(alpha), remedy)
     check_count("samples", samples, 2, "1000 is usual")
     check_label_values(inputs.labels.long(), len(inputs.weight), None)
     for name in ("features", "weight", "covariance"):

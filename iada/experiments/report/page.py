@@ -24,7 +24,7 @@ from iada.experiments.report.tables import (
     settings,
 )
 from iada.experiments.report.variants import Record, Variant, by_experiment, variants_of
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada_kernels.environment import source_commit
 from iada_kernels.version import __version__
 
@@ -57,7 +57,7 @@ def write_page(
     one method with the same settings and seed twice. Needs matplotlib.
     """
     if not records:
-        raise refusal("records", "at least one finished run", "none", "run something first")
+        raise argument_error("records", "at least one finished run", "none", "run something first")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     variants = {name: variants_of(part) for name, part in by_experiment(records).items()}

@@ -28,7 +28,7 @@ from typing import Any
 
 from iada.experiments.metrics import Spread, mean_std
 from iada.experiments.report.style import PREFERRED, SeriesStyle, series_styles
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 
 Record = Mapping[str, Any]
 INCIDENTAL = ("seed", "checkpoint_every")  # settings that do not make another variant
@@ -143,4 +143,5 @@ def _check_seeds(label: str, runs: Sequence[Record]) -> None:
     twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
     if len(set(seeds)) < len(seeds):
         got = f"seed {twice} more than once for {label}"
-        raise refusal("records", "one record for each seed of a method", got, "leave out reruns")
+        remedy = "leave out reruns"
+        raise argument_error("records", "one record for each seed of a method", got, remedy)

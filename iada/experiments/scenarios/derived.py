@@ -6,7 +6,7 @@ from torch import Tensor
 
 from iada.experiments.datasets.labelled import Labelled, Parts
 from iada.experiments.scenarios.sampling import part_of, pick_evenly
-from iada.utils.checks import check_count, refusal
+from iada.utils.checks import argument_error, check_count
 
 CLASSES = ("0-4", "5-9")
 COLOURS = ("red", "green")
@@ -27,10 +27,11 @@ def colored_mnist(parts: Parts, *, channels: int = 3, seed: int = 0) -> dict[str
     channels: 3 (red, green and an empty blue, for models made for pictures) or 2 (red and green).
     """
     if channels not in (2, 3):
-        raise refusal("channels", "2 or 3", repr(channels), "pass 3 for a usual image model")
+        raise argument_error("channels", "2 or 3", repr(channels), "pass 3 for a usual image model")
     digits = part_of(parts, "train")
     if not isinstance(digits.inputs, Tensor) or digits.inputs.shape[1] != 1:
-        raise refusal("parts", "MNIST's digits (N, 1, 28, 28)", "others", "read them by read_mnist")
+        remedy = "read them by read_mnist"
+        raise argument_error("parts", "MNIST's digits (N, 1, 28, 28)", "others", remedy)
     rng = np.random.default_rng(seed)
     order = torch.from_numpy(rng.permutation(len(digits)))
     ends = np.cumsum(list(SHARES.values())) * len(digits) // sum(SHARES.values())
@@ -61,7 +62,7 @@ def hold_out(
     check_count("per_class", per_class)
     if name in parts or name not in ("validation", "test"):
         expected = "'validation' or 'test', whichever there is none of"
-        raise refusal("name", expected, repr(name), "use the part that there is")
+        raise argument_error("name", expected, repr(name), "use the part that there is")
     train = part_of(parts, "train")
     rng = np.random.default_rng(seed)
     taken, left = pick_evenly(train.labels, train.class_names, per_class, rng, "class", spare=1)

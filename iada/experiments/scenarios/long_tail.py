@@ -7,7 +7,7 @@ from torch import Tensor
 from iada.experiments.datasets.labelled import Labelled, Parts
 from iada.experiments.scenarios.sampling import part_of, rows_by_key, training_pieces
 from iada.experiments.scenarios.split import Split, requested
-from iada.utils.checks import check_choice, check_count, refusal
+from iada.utils.checks import argument_error, check_choice, check_count
 
 # The published ways to make CIFAR-LT, by name; at 100:1 they leave 12,406, 12,380 and 25,250 images
 # of CIFAR-10, and 10,847, 10,626 and 25,250 of CIFAR-100.
@@ -55,7 +55,8 @@ def long_tail(
     """
     check_choice("convention", convention, [*CONVENTIONS])
     if not ratio >= 1:
-        raise refusal("ratio", "a number from 1 on", repr(ratio), "pass largest : smallest class")
+        remedy = "pass largest : smallest class"
+        raise argument_error("ratio", "a number from 1 on", repr(ratio), remedy)
     check_count("meta_per_class", meta_per_class, 0)
     train, _ = part_of(parts, "train"), part_of(parts, "test")
     if largest is None:
@@ -80,12 +81,13 @@ def _cut(
         if len(class_rows) < sizes[c] + before:
             expected = f"at least {sizes[c] + before} images for this tail"
             remedy = "pass a smaller `largest`, or another data set"
-            raise refusal(f"class {name!r}", expected, str(len(class_rows)), remedy)
+            raise argument_error(f"class {name!r}", expected, str(len(class_rows)), remedy)
         lacking = max(0, each + sizes[c] - len(class_rows))
         if sizes[c] - lacking < 1:
             expected = f"{each} images for the meta set and at least one to train on"
             remedy = "ask for a smaller meta_per_class or ratio"
-            raise refusal(f"class {name!r}", expected, str(sizes[c] - lacking + each), remedy)
+            got = str(sizes[c] - lacking + each)
+            raise argument_error(f"class {name!r}", expected, got, remedy)
         if lacking:
             moved[name] = lacking
         meta.append(class_rows[:each])

@@ -7,7 +7,7 @@ from torch import Tensor
 from iada.experiments.datasets.labelled import Parts
 from iada.experiments.scenarios.sampling import part_of, pick_evenly, training_pieces
 from iada.experiments.scenarios.split import Split, requested
-from iada.utils.checks import check_choice, check_count, refusal
+from iada.utils.checks import argument_error, check_choice, check_count
 
 KINDS = {
     "uniform": "a share p of the labels redrawn over all K classes: p(1 − 1/K) of them are wrong",
@@ -20,14 +20,15 @@ def transition(kind: str, share: float, num_classes: int, rng: np.random.Generat
     """(K, K): the chance that a label of the row's class becomes the column's."""
     check_choice("kind", kind, [*KINDS])
     if not 0 <= share <= 1:
-        raise refusal("share", "a number in [0, 1]", repr(share), "pass a share, not percent")
+        remedy = "pass a share, not percent"
+        raise argument_error("share", "a number in [0, 1]", repr(share), remedy)
     if kind == "uniform":
         table = np.full((num_classes, num_classes), share / num_classes)
         return table + (1 - share) * np.eye(num_classes)
     targets = 1 if kind == "flip" else 2
     if num_classes <= targets:
         expected = f"a data set of more than {targets} classes for {kind}"
-        raise refusal("parts", expected, f"{num_classes}", "choose another kind of noise")
+        raise argument_error("parts", expected, f"{num_classes}", "choose another kind of noise")
     table = (1 - share) * np.eye(num_classes)
     for c in range(num_classes):
         others = np.delete(np.arange(num_classes), c)
@@ -50,7 +51,7 @@ def noisy_labels(
     if rest:
         expected = f"a multiple of the {train.num_classes} classes"
         remedy = f"pass {each * train.num_classes or train.num_classes}"
-        raise refusal("meta_size", expected, str(meta_size), remedy)
+        raise argument_error("meta_size", expected, str(meta_size), remedy)
     rng = np.random.default_rng(seed)
     table = transition(kind, share, train.num_classes, rng)
     if each:

@@ -15,7 +15,7 @@ from iada.experiments.datasets.files import required
 from iada.experiments.datasets.labelled import Labelled, Parts
 from iada.experiments.scenarios.sampling import Picked, Pieces, part_of, pick_evenly, picked
 from iada.experiments.scenarios.split import Split, requested
-from iada.utils.checks import check_choice, check_count, check_sizes, refusal
+from iada.utils.checks import argument_error, check_choice, check_count, check_sizes
 
 SOURCES = ("validation", "train")
 
@@ -44,7 +44,7 @@ def as_given(
         if meta_from != "train":
             expected = "meta images out of the training images to stay there"
             got = f"meta_from={meta_from!r}"
-            raise refusal("meta_in_train", expected, got, "pass meta_from='train'")
+            raise argument_error("meta_in_train", expected, got, "pass meta_from='train'")
         request["parameters"] |= {"meta_in_train": True}
     if source is None:
         return _split(parts, meta_from, None, request)
@@ -117,7 +117,7 @@ def generalized_long_tail(
     if empty := [name for name, count in short.items() if not count]:
         expected = "an image of each class for the meta set"
         got = f"none of {empty[0]} and {len(empty) - 1} others"
-        raise refusal(f"parts[{meta_from!r}]", expected, got, "pass meta_from='train'")
+        raise argument_error(f"parts[{meta_from!r}]", expected, got, "pass meta_from='train'")
     if short:
         warnings.warn(
             f"meta set: expected {clusters * meta_per_cluster} images of each class, got "

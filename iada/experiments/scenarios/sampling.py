@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iada.experiments.datasets.labelled import Labelled, Parts
-from iada.utils.checks import check_count, refusal
+from iada.utils.checks import argument_error, check_count
 
 Pieces = dict[str, tuple[str, Tensor] | None]  # of a split: part and rows, None for none
 
@@ -24,7 +24,7 @@ def part_of(parts: Parts, name: str) -> Labelled:
     """The part of this name, which the scenario needs."""
     if name not in parts:
         remedy = "add it, or cut one off with iada.experiments.scenarios.hold_out"
-        raise refusal("parts", f"a part {name!r}", ", ".join(parts) or "none", remedy)
+        raise argument_error("parts", f"a part {name!r}", ", ".join(parts) or "none", remedy)
     return parts[name]
 
 
@@ -62,7 +62,7 @@ def pick_evenly(
         expected = f"at least {each + spare} samples: {each} to take{stay}"
         got = f"{len(by_key[short[0]])} ({len(short)} of {len(names)} have too few)"
         remedy = f"ask for {most} at most" if most > 0 else "take them from another part"
-        raise refusal(f"{kind} {names[short[0]]!r}", expected, got, remedy)
+        raise argument_error(f"{kind} {names[short[0]]!r}", expected, got, remedy)
     return picked(torch.cat([rows[:each] for rows in by_key]), len(keys))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iada.experiments.datasets.files import DAMAGED, arrays_of, bytes_of
 from iada.experiments.datasets.labelled import Labelled, Parts, joined
-from iada.utils.checks import refusal
+from iada.utils.checks import argument_error
 from iada.utils.files import atomic_write
 
 PIECES = ("train", "meta", "validation", "test")
@@ -95,7 +95,7 @@ class Split:
             got = "none" if self.meta is None else f"one from {source['meta']!r}"
             got = "one that is among them already" if inside else got
             expected = "a meta set from the part of the training samples, and apart from these"
-            raise refusal("with_meta", expected, got, "leave with_meta out")
+            raise argument_error("with_meta", expected, got, "leave with_meta out")
         rows = {name: piece for name, piece in self.rows.items() if name != "meta"}
         rows["train"] = torch.cat([self.rows["train"], self.rows["meta"]])
         train = joined(self.train, self.meta)
@@ -114,7 +114,7 @@ class Split:
     def with_meta_limit(self, each: int) -> "Split":
         """The same with at most `each` meta samples of each class; all others are left unused."""
         if self.meta is None:
-            raise refusal("meta_per_class", "a meta set", "none", "leave meta_per_class out")
+            raise argument_error("meta_per_class", "a meta set", "none", "leave meta_per_class out")
         by_class = [
             (self.meta.labels == c).nonzero()[:each, 0] for c in range(self.meta.num_classes)
         ]
@@ -142,7 +142,8 @@ class Split:
             record = json.loads(bytes_of(record_file))
             recorded = record["parts"]
         except (ValueError, KeyError, TypeError) as error:
-            raise refusal(str(record_file), "a split's record", f"{error!r}", DAMAGED) from error
+            expected = "a split's record"
+            raise argument_error(str(record_file), expected, f"{error!r}", DAMAGED) from error
         current = {name: fingerprint(part) for name, part in parts.items()}
         if current != recorded:
             other = [
@@ -150,13 +151,14 @@ class Split:
             ]
             remedy = "pass the data that the split was made of, or make it anew"
             expected = "the data set that the split was made of"
-            raise refusal(str(record_file), expected, f"another {', '.join(sorted(other))}", remedy)
+            got = f"another {', '.join(sorted(other))}"
+            raise argument_error(str(record_file), expected, got, remedy)
         loaded = arrays_of(Path(folder) / ROWS, "a split's rows")
         arrays = {name: torch.from_numpy(rows.astype(np.int64)) for name, rows in loaded.items()}
         labels = arrays.pop("train_labels", None)
         if set(arrays) != set(record["from"]):
             got = ", ".join(sorted(arrays)) or "none"
-            raise refusal(str(Path(folder) / ROWS), "the record's pieces", got, DAMAGED)
+            raise argument_error(str(Path(folder) / ROWS), "the record's pieces", got, DAMAGED)
         return cls._built(parts, arrays, record, labels)
 
 
@@ -179,4 +181,5 @@ def _check_apart(pieces: Mapping[str, tuple[str, Tensor]]) -> None:
         seen[part] = torch.cat([seen.get(part, rows.new_empty(0)), rows])
     for part, rows in seen.items():
         if len(rows.unique()) != len(rows):
-            raise refusal(part, "each sample in one piece", "some in two", "mend the scenario")
+            remedy = "mend the scenario"
+            raise argument_error(part, "each sample in one piece", "some in two", remedy)
