@@ -10,6 +10,7 @@ function is the identity. All ranks of the group must make the same calls in the
 """
 
 import contextlib
+import gc
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -94,6 +95,9 @@ def launched_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # Frames of errors that a library caught may hold the group in a cycle, and what is still
+        # there when the interpreter ends aborts the process now and then.
+        gc.collect()
 
 
 def rank_of(group: Group) -> int:

@@ -98,7 +98,7 @@ def check_watch(group):
     watch = Watch(TermsLog(), EpsilonLog(labels, None, 2, epochs=1))
     rows = (torch.tensor([0, 2]), torch.tensor([1]))[rank]
     result = iada.MetaStep(torch.zeros(()), torch.zeros(()), torch.full((len(rows),), 0.5))
-    watch.epsilon(SimpleNamespace(epoch=0), (None, labels[rows], rows), result)
+    watch.epsilon(SimpleNamespace(epoch=0, method=None), (None, labels[rows], rows), result)
     watch.terms.load_state_dict({"sums": {0: torch.tensor([1.0, 2.0, 3.0, 1.0]) * (rank + 1)}})
     for _ in range(2):  # saved and loaded, nothing changes
         saved = watch.state_dict()

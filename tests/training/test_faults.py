@@ -176,19 +176,20 @@ def test_a_file_system_without_hard_links(tmp_path, whole, monkeypatch):
 def test_a_killed_worker_of_the_loader(tmp_path, whole, worker):
     """As the system kills one for want of memory; of the training loader, or of the last one.
 
-    One a step: torch's news of a worker that is not needed any more may come where Python drops it.
+    One a step of two epochs: torch's news of a worker may come where Python drops it, and nobody
+    waits for a worker whose last batch is there already.
     """
 
     def kill(trainer, batch, result):
         children = multiprocessing.active_children()
-        if trainer.epoch == 2 and trainer.batch >= 1 and children:
+        if trainer.epoch >= 1 and trainer.batch >= 1 and children:
             os.kill(children[worker].pid, signal.SIGKILL)
 
     trainer = make_trainer(tmp_path, epochs=3, num_workers=2, observe=kill)
     message = r"data: expected the loader's workers to live, got one that ended \(.*resume from"
     with pytest.raises(RuntimeError, match=message + f" {tmp_path}: the last checkpoint is intact"):
         trainer.fit()
-    assert load_checkpoint(tmp_path / CHECKPOINT)["epoch"] == 2
+    assert load_checkpoint(tmp_path / CHECKPOINT)["epoch"] in (1, 2)
     assert differences(final_state(make_trainer(tmp_path, epochs=3)), whole) == []
 
 

@@ -46,6 +46,39 @@ except RuntimeError as error:
 """
 
 
+# An error that is caught, and in a cycle with itself, as plotting leaves some, keeps its frames.
+CYCLE = """
+import weakref
+import torch.distributed as dist
+from iada.utils.distributed import by_first, launched_group
+
+def action():
+    try:
+        raise ValueError
+    except ValueError as error:
+        error.again = error
+
+with launched_group():
+    group = weakref.ref(dist.group.WORLD)
+    by_first(action, dist.group.WORLD)
+assert group() is None, "the group lives on"
+"""
+
+
+def test_no_cycle_keeps_a_launched_group_alive():
+    launched = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    paths = f"{Path(__file__).parents[2]}{os.pathsep}{os.pathsep.join(sys.path)}"
+    done = subprocess.run(
+        [sys.executable, "-c", CYCLE],
+        env={**os.environ, **launched, **place, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_nothing_here_keeps_the_group_alive():
     paths = f"{Path(__file__).parents[2]}{os.pathsep}{os.pathsep.join(sys.path)}"
     done = subprocess.run(
