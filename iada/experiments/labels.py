@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from iada.experiments.datasets.own import read_own
 from iada.experiments.model_file import DESCRIPTION, SAMPLES, run_folder
 from iada.experiments.own_data import add_own_data, train_own
 from iada.experiments.records import read_json
+from iada.experiments.report.template import fill
 from iada.training.label_issues import LabelIssues, label_issues
 from iada.utils.checks import argument_error
 from iada.utils.files import atomic_write
@@ -164,13 +164,8 @@ def render(
     by: str,
 ) -> str:
     """The page. shown: (line of the CSV, image as an address, or "") of each sample."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError("pages are written by jinja2: pip install 'iada[own]'") from error
-    template = resources.files("iada.experiments.report").joinpath("labels.html")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    return fill(
+        "labels.html",
         title=title,
         shown=shown,
         count=count,

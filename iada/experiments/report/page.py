@@ -3,10 +3,8 @@
 import html
 import json
 import re
-import string
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -23,6 +21,7 @@ from iada.experiments.report.tables import (
     runs_table,
     settings,
 )
+from iada.experiments.report.template import fill
 from iada.experiments.report.variants import Record, Variant, by_experiment, variants_of
 from iada.utils.checks import argument_error
 from iada_kernels.environment import source_commit
@@ -30,6 +29,7 @@ from iada_kernels.version import __version__
 
 NAMESPACE = r' xmlns(:\w+)?="[^"]*"'  # which a picture needs outside of a page alone
 PAGE, RECORDS, FIGURES = "index.html", "records.json", "figures"
+PAGE_TEMPLATE = "page.html"
 
 
 def write_page(
@@ -68,21 +68,17 @@ def write_page(
         content.append("<p>In percent, at the last epoch; the best of each column in bold.</p>")
     for name, part in variants.items():
         content.append(_section(name, titles[name], part, published or {}, folder / FIGURES))
-    text = render(title, "\n".join(content), _footer(command), made(records))
+    text = fill(
+        PAGE_TEMPLATE,
+        title=title,
+        subtitle=made(records),
+        content="\n".join(content),
+        footer=_footer(command),
+    )
     (folder / RECORDS).write_text(json.dumps(list(records)) + "\n", encoding="utf-8")
     path = folder / PAGE
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def render(title: str, content: str, footer: str, subtitle: str = "") -> str:
-    """The page around `content` and `footer`, which are HTML."""
-    template = (
-        resources.files("iada.experiments.report").joinpath("page.html").read_text(encoding="utf-8")
-    )
-    return string.Template(template).substitute(
-        title=html.escape(title), content=content, footer=footer, subtitle=html.escape(subtitle)
-    )
 
 
 def figure(picture: Picture) -> str:
