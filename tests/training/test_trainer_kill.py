@@ -82,13 +82,11 @@ def start(folder, fault=None):
 
 
 def finish(folder):
-    """The final state and log of what `folder` holds, and the seconds it took."""
+    """The final state and log of what `folder` holds."""
     process = start(folder)
-    begin = time.monotonic()
     process.join(60)
     assert process.exitcode == 0
-    seconds = time.monotonic() - begin
-    return load_checkpoint(folder / CHECKPOINT), rows(folder), seconds
+    return load_checkpoint(folder / CHECKPOINT), rows(folder)
 
 
 def rows(folder):
@@ -105,7 +103,7 @@ def whole(tmp_path_factory):
 
 
 def check(folder, whole):
-    state, log, _ = finish(folder)
+    state, log = finish(folder)
     assert differences(state, whole[0]) == []
     assert log == whole[1]
     # A kill between the last checkpoint and the end leaves a lock that nobody holds.
