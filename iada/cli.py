@@ -22,7 +22,7 @@ from iada.experiments.experiment import Limits, make_split, read_parts
 from iada.experiments.features import add_features
 from iada.experiments.labels import add_labels
 from iada.experiments.own_data import add_own_data, train_own
-from iada.experiments.use import add_use
+from iada.experiments.predict import add_predict
 from iada.methods.meta_iada import LearnedCovarianceOptions
 from iada.methods.options import BilevelOptions, CovarianceOptions
 from iada.methods.registry import METHODS
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_train(commands)
     add_paper(commands)
     add_features(commands)
-    add_use(commands)
+    add_predict(commands)
     add_labels(commands)
     options = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments

@@ -14,7 +14,7 @@ from iada.experiments.model_file import WHICH, export, load_trained
 from iada.utils.files import check_writable
 
 
-def add_use(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands to the parser's."""
     run = "the --out of a train --data, a run in it, or an exported file"
     parser = commands.add_parser(
