@@ -262,12 +262,15 @@ def by_first(action: Callable[[], Result], group: Group) -> Result:
         except (ValueError, OSError) as error:
             failure = error
     result, shared = broadcast_object((result, failure), group)
-    if failure is not None:
-        raise failure
-    if shared is not None:
-        shared.add_note(OF_FIRST)
-        raise shared
-    return result
+    try:
+        if failure is not None:
+            raise failure
+        if shared is not None:
+            shared.add_note(OF_FIRST)
+            raise shared
+        return result
+    finally:
+        del failure, shared  # an error, its frame here and its name here: a cycle holding the group
 
 
 def told_by_first(error: BaseException) -> bool:
