@@ -21,7 +21,7 @@ from iada.experiments.demo import add_demo
 from iada.experiments.experiment import Limits, make_split, read_parts
 from iada.experiments.features import add_features
 from iada.experiments.labels import add_labels
-from iada.experiments.own_data import add_own_data, train_own
+from iada.experiments.own_data import add_own_data, check_none_given, train_own
 from iada.experiments.predict import add_predict
 from iada.methods.meta_iada import LearnedCovarianceOptions
 from iada.methods.options import BilevelOptions, CovarianceOptions
@@ -43,6 +43,10 @@ from iada.utils.loading import TensorData
 from iada.utils.settings import check_settings, from_table, read_toml
 from iada_kernels.version import __version__
 
+CONFIG_REMEDY = (
+    "set it in the TOML file, or as --set trainer.method=ce trainer.epochs=9 trainer.seed=1 "
+    "model.device=cpu"
+)
 PARTS = ("train", "meta", "validation", "test")
 
 
@@ -162,6 +166,8 @@ def _train(options: argparse.Namespace) -> int:
         got = "neither" if options.data is None else "both"
         remedy = "python -m iada train --data PHOTOS trains on a folder of class folders"
         raise argument_error("train", "--data PATH or --config FILE", got, remedy)
+    if options.data is None:
+        check_none_given(options, options.own_only, "--config", CONFIG_REMEDY)
     with launched_group():
         return _train_here(options) if options.data is None else train_own(options)
 

@@ -80,7 +80,7 @@ def read_parts(recipe: Recipe, path: Path | None, limits: Limits) -> Parts:
     if colored:
         parts = colored_mnist(parts)
     limit_of = {"train": limits.train, "test": limits.test, "validation": limits.test}
-    return {part: first_of_each(data, limit_of[part]) for part, data in parts.items()}
+    return {part: first_of_each(data, limit_of.get(part, 0)) for part, data in parts.items()}
 
 
 def _check_keys(section: str, options: Iterable[str], taker: Callable, *others: str) -> None:

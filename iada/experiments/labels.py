@@ -16,7 +16,15 @@ from iada.experiments.datasets import Labelled
 from iada.experiments.datasets.images import open_image
 from iada.experiments.datasets.own import read_own
 from iada.experiments.model_file import DESCRIPTION, SAMPLES, run_folder
-from iada.experiments.own_data import add_own_data, train_own
+from iada.experiments.own_data import (
+    EITHER_WAY,
+    RANKING,
+    add_own_data,
+    check_none_given,
+    labels_run,
+    own_recipe,
+    train_methods,
+)
 from iada.experiments.records import read_json
 from iada.experiments.report.template import fill
 from iada.training.label_issues import LabelIssues, label_issues
@@ -27,6 +35,7 @@ from iada_kernels.version import __version__
 LABELS, PAGE = "labels.csv", "labels.html"
 COLUMNS = ("rank", "score", "path", "label", "prediction", "probability", "epsilon", "loss")
 BY = ("both", "epsilon", "loss")
+OTHER_DATA = "leave them out, or pass data to train on, and another --out"
 THUMBNAIL = 160  # pixels a side at most
 
 
@@ -53,10 +62,12 @@ def labels(options: argparse.Namespace) -> int:
         raise argument_error("--top", "0 or more", str(options.top), "raise it")
     source, folder = options.source, options.out
     if source.is_file() or not any(source.rglob(DESCRIPTION)):
-        options.data, options.out = source, options.out or Path("runs") / source.stem
-        train_own(options)
-        source = folder = options.out
-    run = run_folder(source)
+        folder = folder or Path("runs") / source.stem
+        run = _trained(options, source, folder)
+        source = folder
+    else:
+        check_none_given(options, (*options.own_only, *EITHER_WAY), "a run", OTHER_DATA)
+        run = run_folder(source)
     rows = read_samples(run / SAMPLES)
     issues = ranked(rows, options.by)
     data = training_samples(run)
@@ -70,6 +81,20 @@ def labels(options: argparse.Namespace) -> int:
         file.write(page.encode())
     print(f"written: {folder / LABELS}, {len(listed)} samples, and {folder / PAGE}")
     return 0
+
+
+def _trained(options: argparse.Namespace, data: Path, folder: Path) -> Path:
+    """The run that ranks, after training on the data in `folder`."""
+    options.data, options.out = data, folder
+    recipe = own_recipe(options)
+    run = labels_run(recipe, folder)
+    if run is None:
+        expected = f"one that ranks labels: {' or '.join(RANKING)}"
+        raise argument_error(
+            "--method", expected, " ".join(e.key for e in recipe.methods), "add meta-iada"
+        )
+    train_methods(recipe, options)
+    return run
 
 
 def read_samples(path: Path) -> list[dict[str, str]]:

@@ -2,8 +2,10 @@
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -23,39 +25,47 @@ from iada.utils.files import check_writable
 
 BASE = "base/own"
 PRETRAINED_LR = 0.01  # weights that know something are moved less
+EITHER_WAY = ("tensorboard", "logger", "changes")  # options of a --config too
+FLAGS = {"changes": "set"}  # of options with another name than their flag
+RANKING = ("meta-iada", "metasaug")  # methods whose runs know each sample's ε or loss
 
 
 def add_own_data(parser: argparse.ArgumentParser) -> None:
     """Add the options of training on data of your own."""
     own = parser.add_argument_group("on data of your own", f"They are {KINDS}.")
-    own.add_argument(
+    own_only: list[str] = []
+
+    def add(flag: str, **settings: Any) -> None:
+        own_only.append(own.add_argument(flag, **settings).dest)
+
+    add(
         "--method",
         nargs="+",
-        default=["meta-iada"],
         metavar="M",
-        help="one or several to compare (default meta-iada): see [trainer] method above",
+        help=f"one or several of {', '.join(recipes.sections_of(BASE)['methods'])}, or of a recipe "
+        "(default meta-iada)",
     )
-    own.add_argument("--backbone", help="resnet32, timm/NAME, torchvision/NAME, mlp (features), …")
-    own.add_argument("--pretrained", action="store_true", help="with its library's weights")
-    own.add_argument("--image-size", type=int, help="pixels a side (default 64; of libraries 224)")
-    own.add_argument("--epochs", type=int, help="of the whole run (default 60)")
-    own.add_argument(
+    add("--backbone", help="resnet32, timm/NAME, torchvision/NAME, mlp (features), …")
+    add("--pretrained", action="store_true", help="with its library's weights")
+    add("--image-size", type=int, help="pixels a side (default 64; of libraries 224)")
+    add("--epochs", type=int, help="of the whole run (default 60)")
+    add(
         "--meta-per-class",
         type=int,
         metavar="N",
         help="training samples of each class that become the clean meta set (default 10)",
     )
-    own.add_argument("--meta", metavar="PATH", help="a clean meta set, in place of these")
-    own.add_argument(
+    add("--meta", metavar="PATH", help="a clean meta set, in place of these")
+    add(
         "--validation",
         metavar="SHARE|PATH",
         help="what is held out of training, or where it lies (default 0.2)",
     )
-    own.add_argument("--test", metavar="SHARE|PATH", help="the same, to be tested on at the end")
-    own.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each (default 1)")
-    own.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file of such settings")
-    own.add_argument("--device", help="a torch device (default: the accelerator, or cpu)")
-    own.add_argument("--workers", type=int, default=0, help="processes that load image files")
+    add("--test", metavar="SHARE|PATH", help="the same, to be tested on at the end")
+    add("--seeds", type=int, metavar="N", help="runs of each (default 1)")
+    add("--recipe", type=Path, metavar="FILE", help="a TOML file of such settings")
+    add("--device", help="a torch device (default: the accelerator, or cpu)")
+    add("--workers", type=int, help="processes that load image files (default 0)")
     own.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
     own.add_argument("--logger", choices=list(LOGGERS), help="another log beside log.csv")
     own.add_argument(
@@ -66,17 +76,38 @@ def add_own_data(parser: argparse.ArgumentParser) -> None:
         dest="changes",
         help="change a setting, as in trainer.lr=0.01",
     )
+    parser.set_defaults(own_only=tuple(own_only))
+
+
+def check_none_given(
+    options: argparse.Namespace, names: Sequence[str], beside: str, remedy: str
+) -> None:
+    """ValueError naming those of these options that are given, beside what has no use for them."""
+    values = {name: getattr(options, name) for name in names}
+    given = [n for n, value in values.items() if value not in (None, []) and value is not False]
+    if given:
+        flags = ", ".join("--" + FLAGS.get(name, name).replace("_", "-") for name in given)
+        raise argument_error(flags, "options of training on --data", f"{beside} with them", remedy)
 
 
 def train_own(options: argparse.Namespace) -> int:
     """Run the command; its exit code."""
-    if options.seeds < 1:
-        raise argument_error("--seeds", "at least 1", str(options.seeds), "raise it")
     recipe = own_recipe(options)
+    train_methods(recipe, options)
+    say(next_commands(recipe, options.out))
+    return 0
+
+
+def train_methods(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Read the data, and train each of the recipe's methods with each seed."""
+    count = 1 if options.seeds is None else options.seeds
+    if count < 1:
+        raise argument_error("--seeds", "at least 1", str(count), "raise it")
     by_first(lambda: check_writable(options.out), current_group())  # before reading all the images
     say(f"reading {options.data}")
     parts = read_parts(recipe, options.data, Limits())
-    recipe = fitting(recipe, parts)
+    _check_one_meta_set(parts, options)
+    recipe = with_fair_meta(fitting(recipe, parts), given="meta" in parts)
     if not {"validation", "test"} & set(parts):
         expected = "a share of the samples to hold out, or a path"
         raise argument_error("--validation", expected, "none", "pass 0.2, or the path of others")
@@ -89,18 +120,32 @@ def train_own(options: argparse.Namespace) -> int:
     run_options = RunOptions(
         options.out,
         best_device() if options.device is None else device_named(options.device),
-        options.workers,
+        options.workers or 0,
         tensorboard=options.tensorboard,
         logger=options.logger,
         data=options.data,
     )
     if current_group() is not None:
         check_processes([recipe], run_options.device)
-    seeds = range(options.seeds)
+    seeds = range(count)
     series = Series([(recipe, entry, seed) for seed in seeds for entry in recipe.methods])
     run_methods(recipe, parts, seeds, Limits(), run_options, series, shlex.join(options.words))
-    say(f"Next: python -m iada labels {options.out}, or predict {options.out} PHOTOS")
-    return 0
+
+
+def labels_run(recipe: Recipe, out: Path) -> Path | None:
+    """The first run in `out` that ranks labels; None where no method does."""
+    by_name = {entry.trainer.method_name: entry.key for entry in reversed(recipe.methods)}
+    key = next((by_name[name] for name in RANKING if name in by_name), None)
+    return None if key is None else out / key / "seed0"
+
+
+def next_commands(recipe: Recipe, out: Path) -> str:
+    """What may be done with one of the runs in `out`: one that ranks labels, or the first."""
+    ranking = labels_run(recipe, out)
+    run = shlex.quote(str(ranking or out / recipe.methods[0].key / "seed0"))
+    lines = [f"labels {run}"] * (ranking is not None)
+    lines += [f"predict {run} PHOTOS", f"export {run} MODEL.safetensors"]
+    return "\n".join(["Next:", *(f"  python -m iada {line}" for line in lines)])
 
 
 def own_recipe(options: argparse.Namespace) -> Recipe:
@@ -115,7 +160,7 @@ def own_recipe(options: argparse.Namespace) -> Recipe:
     if pretrained:
         sections = recipes.merged(sections, {"trainer": {"lr": PRETRAINED_LR}})
     sections = recipes.merged(sections, {"experiment": {"title": options.data.resolve().stem}})
-    sections = recipes.merged(sections, own)
+    sections = recipes.with_own(sections, own)
     if options.meta is not None and options.meta_per_class:
         remedy = "leave one of them out"
         raise argument_error("--meta", "no --meta-per-class beside it", "both", remedy)
@@ -139,15 +184,30 @@ def own_recipe(options: argparse.Namespace) -> Recipe:
     }
     changes = recipes.merged(changes, recipes.changes_of(options.changes))
     recipe = recipes.from_sections(f"own/{options.data.resolve().stem}", sections, changes)
-    return _with_fair_meta(with_methods(recipe, options.method, "--method"))
+    paths = {
+        name: str(Path(recipe.data[name]).resolve())  # for `labels` from another folder
+        for name in ("meta", "validation", "test")
+        if isinstance(recipe.data.get(name), str) and recipe.data[name]
+    }
+    recipe = replace(recipe, data={**recipe.data, **paths})
+    return with_methods(recipe, options.method or ["meta-iada"], "--method")
 
 
-def _with_fair_meta(recipe: Recipe) -> Recipe:
+def _check_one_meta_set(parts: Parts, options: argparse.Namespace) -> None:
+    if "meta" in parts and options.meta_per_class:
+        expected = "none, as the data has a meta set of its own"
+        raise argument_error(
+            "--meta-per-class", expected, str(options.meta_per_class), "leave it out"
+        )
+
+
+def with_fair_meta(recipe: Recipe, given: bool) -> Recipe:
     """A meta set only where a method learns from it, and its samples as training samples of the
-    methods that need none: all have seen the same."""
+    methods that need none: all have seen the same. given: it is a part of the data, and stays so.
+    """
     needing = [isinstance(entry.trainer.method, BilevelOptions) for entry in recipe.methods]
     scenario = dict(recipe.scenario)
-    if not any(needing):
+    if given or not any(needing):
         scenario["meta_per_class"] = 0
     shared = any(needing) and scenario["meta_per_class"] and scenario["meta_from"] == "train"
 

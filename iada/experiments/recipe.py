@@ -168,6 +168,17 @@ def merged(base: Sections, sections: Sections) -> Sections:
     return base | {name: {**base.get(name, {}), **values} for name, values in sections.items()}
 
 
+def with_own(base: Sections, sections: Sections) -> Sections:
+    """`merged`, but a method's own settings go over the base's of that method, key by key."""
+    methods = dict(base["methods"])
+    for key, settings in sections.get("methods", {}).items():
+        if not isinstance(settings, dict):
+            remedy = f"write [methods.{key}]"
+            raise argument_error(f"methods.{key}", "a section", repr(settings), remedy)
+        methods[key] = {**methods.get(key, {}), **settings}
+    return {**merged(base, sections), "methods": methods}
+
+
 def from_sections(
     name: str, sections: Sections, changes: dict[str, dict[str, Any]] | None = None
 ) -> Recipe:
@@ -266,7 +277,7 @@ def _swept(
 
 def _method_entry(key: str, values: dict[str, Any], shared: dict[str, Any]) -> MethodEntry:
     settings = dict(values)
-    title, published = settings.pop("title"), settings.pop("published", {})
+    title, published = settings.pop("title", key), settings.pop("published", {})
     meta = {n: settings.pop(n) for n in ("with_meta", "meta_per_class") if n in settings}
     settings.setdefault("method", key)
     check_choice(f"[methods.{key}] method", settings["method"], METHODS, "add method")

@@ -1,0 +1,165 @@
+"""One command after another on data of one's own: what is given is used, what is printed works."""
+
+import csv
+import json
+import shlex
+
+import numpy as np
+import pytest
+
+from iada.cli import main
+
+pytest.importorskip("PIL.Image")
+CLASSES = ("cat", "dog", "owl")
+QUICK = ["--epochs", "2", "--device", "cpu", "--set", "trainer.batch_size=8"]
+QUICK += ["trainer.meta_batch_size=6", "trainer.ce_epochs=1"]
+
+
+def arrays(count, seed=0):
+    """Features that tell their class."""
+    labels = np.arange(count) % 3
+    noise = np.random.default_rng(seed).normal(size=(count, 5))
+    return {"inputs": (noise + 3 * labels[:, None]).astype(np.float32), "labels": labels}
+
+
+def write_arrays(path, **parts):
+    """An .npz of these parts, each as `arrays` has it."""
+    np.savez(path, **{f"{part}_{k}": v for part, held in parts.items() for k, v in held.items()})
+    return path
+
+
+def write_photos(root, count):
+    """A folder for each class, each of its own brightness."""
+    from PIL import Image
+
+    rng = np.random.default_rng(count)
+    for place, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = (rng.integers(0, 30, (8, 8, 3)) + 100 * place).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def features(tmp_path):
+    """Training features without any other part."""
+    return write_arrays(tmp_path / "f.npz", train=arrays(30))
+
+
+def train(data, out, *words):
+    return main(["train", "--data", str(data), "--out", str(out), *words, *QUICK])
+
+
+def counts_of(out, method="meta-iada"):
+    record = json.loads((out / method / "seed0" / "record.json").read_text())
+    return {part: sum(count) for part, count in record["split"]["class_counts"].items()}
+
+
+def ranked(folder):
+    with open(folder / "labels.csv", newline="") as file:
+        return len(list(csv.DictReader(file)))
+
+
+def test_a_meta_set_of_photos_that_is_given(tmp_path, monkeypatch):
+    for name, count in (("photos", 4), ("clean", 2), ("later", 3)):
+        write_photos(tmp_path / name, count)
+    monkeypatch.chdir(tmp_path)
+    words = ["--backbone", "resnet8", "--image-size", "8"]
+    words += ["--meta", "clean", "--test", "later"]
+    assert train("photos", tmp_path / "run", *words) == 0
+    assert counts_of(tmp_path / "run") == {"train": 9, "meta": 6, "validation": 3, "test": 9}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the run knows where its parts lie
+    assert main(["labels", str(tmp_path / "run")]) == 0
+    assert ranked(tmp_path / "run") == 9
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_meta_set_of_features_that_is_given(tmp_path, inside, capsys):
+    pieces = {"train": arrays(30), "test": arrays(9, 1)}
+    given = {"meta": arrays(6, 2)}
+    data = write_arrays(tmp_path / "f.npz", **pieces, **(given if inside else {}))
+    words = [] if inside else ["--meta", str(write_arrays(tmp_path / "m.npz", train=arrays(6, 2)))]
+    out = tmp_path / "run"
+    assert train(data, out, *words, "--method", "ce", "meta-iada") == 0
+    sizes = {"train": 24, "validation": 6, "test": 9, "meta": 6}  # none out of the training samples
+    assert counts_of(out) == sizes
+    assert counts_of(out, "ce") == sizes
+    assert "train + meta" not in (out / "index.html").read_text()
+    assert main(["labels", str(out / "meta-iada" / "seed0")]) == 0
+    assert ranked(out / "meta-iada" / "seed0") == 24
+    assert train(data, tmp_path / "other", *words, "--meta-per-class", "2") == 2
+    assert "--meta" in capsys.readouterr().err
+
+
+def test_a_recipe_changes_one_setting_of_a_method(features, tmp_path, capsys):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        "[methods.meta-iada]\nalpha = 0.2\n[methods.weaker]\nmethod = 'meta-iada'\nalpha = 0.01\n"
+    )
+    out = tmp_path / "run"
+    words = ["--recipe", str(file), "--meta-per-class", "2", "--method", "meta-iada", "weaker"]
+    assert train(features, out, *words) == 0
+    for method, alpha, title in (("meta-iada", 0.2, "Meta-IADA"), ("weaker", 0.01, "weaker")):
+        record = json.loads((out / method / "seed0" / "record.json").read_text())
+        assert (record["settings"]["alpha"], record["method_name"]) == (alpha, title)
+    file.write_text("[methods]\nce = 3\n")
+    assert train(features, tmp_path / "no", *words) == 2
+    assert "write [methods.ce]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "kinds"),
+    [
+        (["--method", "ce", "meta-iada", "--meta-per-class", "2"], ["labels", "predict", "export"]),
+        (["--seeds", "2", "--meta-per-class", "2"], ["labels", "predict", "export"]),
+        (["--method", "isda"], ["predict", "export"]),
+    ],
+)
+def test_the_printed_commands_work(features, tmp_path, capsys, words, kinds):
+    pytest.importorskip("safetensors")
+    assert train(features, tmp_path / "a run", *words) == 0
+    text = capsys.readouterr().out
+    lines = text[text.index("Next:") :].splitlines()[1:]
+    names = {"PHOTOS": str(features), "MODEL.safetensors": str(tmp_path / "m.safetensors")}
+    commands = [[names.get(word, word) for word in shlex.split(line)] for line in lines]
+    assert [command[:3] for command in commands] == [["python", "-m", "iada"]] * len(kinds)
+    assert [command[3] for command in commands] == kinds
+    for command in commands:
+        assert main(command[3:]) == 0
+
+
+def test_labels_trains_first_and_takes_the_run_that_ranks(features, tmp_path, capsys):
+    words = ["--out", str(tmp_path / "run"), "--meta-per-class", "2", *QUICK]
+    assert main(["labels", str(features), *words, "--method", "ce", "meta-iada"]) == 0
+    assert ranked(tmp_path / "run") == 18
+    assert main(["labels", str(features), "--out", str(tmp_path / "no"), "--method", "isda"]) == 2
+    assert "--method: expected one that ranks labels" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()  # found before training
+    run = str(tmp_path / "run" / "meta-iada" / "seed0")
+    assert main(["labels", run, "--epochs", "9", "--set", "trainer.lr=1"]) == 2
+    assert "--epochs, --set: expected options of training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--method", "meta-iada"],
+        ["--backbone", "resnet8"],
+        ["--epochs", "0"],
+        ["--workers", "0"],
+        ["--seeds", "1"],
+        ["--meta-per-class", "0"],
+        ["--pretrained"],
+        ["--device", "cpu"],
+    ],
+)
+def test_options_of_own_data_are_refused_beside_a_configuration(tmp_path, capsys, words):
+    file, out = tmp_path / "run.toml", tmp_path / "run"
+    file.write_text("[trainer]\nepochs = 1\n")
+    assert main(["train", "--config", str(file), "--out", str(out), *words]) == 2
+    error = capsys.readouterr().err
+    assert f"{words[0]}: expected options of training on --data" in error
+    assert "--set trainer.method=ce" in error
+    assert not out.exists()
