@@ -125,7 +125,10 @@ class Method(nn.Module):
         return order
 
     def step(self, batch: Batch, meta_batch: Batch | None = None) -> Tensor | MetaStep:
-        """One step on (inputs, labels, ...); its loss (), or a `MetaStep`, detached."""
+        """One step on (inputs, labels, ...), detached: its loss (), or a `MetaStep`.
+
+        A method that looks at meta batches gives a `MetaStep`.
+        """
         rows = self._shard(batch)
         return self._supervised_step(rows, lambda h, w, b: self.loss(h, w, b, rows.labels))
 

@@ -17,10 +17,11 @@ class LossWatch:
     On a CPU each loss is read at once. Elsewhere every 32 steps a copy of the losses since the
     last look sets out to pinned memory, and is read when it has arrived.
 
-    losses, meta_losses: of one epoch, (steps) each, written by the caller; NaN is a meta loss where
-    there was none.  first_step: of the epoch, in the run.  limit: either may be so many times the
-    larger of `start` and `least`; 0 for no limit.  start: the first loss of this phase of the run,
-    None before it, and then kept here.
+    losses, meta_losses: of one epoch, (steps) each, written by the caller.  first_step: of the
+    epoch, in the run.  limit: either may be so many times the larger of `start` and `least`; 0 for
+    no limit.  start: the first loss of this phase of the run, None before it, and then kept here.
+    meta_from: the step of the epoch from which on there is a meta loss; None for not yet, until
+    `expect_meta_losses`. What `meta_losses` holds of the steps before is not looked at.
     """
 
     def __init__(
@@ -32,12 +33,19 @@ class LossWatch:
         limit: float = 0.0,
         least: float = 1.0,
         start: float | None = None,
+        meta_from: int | None = 0,
     ) -> None:
         self.losses, self.meta_losses = losses, meta_losses
         self.epoch, self.first_step = epoch, first_step
         self.limit, self.least, self.start = limit, least, start
+        self.meta_from = meta_from
         self.seen = 0
         self._copy: tuple[Tensor, Any] | None = None
+
+    def expect_meta_losses(self, place: int) -> None:
+        """Step `place` of the epoch makes a meta step: from it on, each step has a meta loss."""
+        if self.meta_from is None:
+            self.meta_from = place
 
     def look(self, done: int) -> None:
         """Called when the first `done` losses of the epoch have been written."""
@@ -71,12 +79,15 @@ class LossWatch:
             step = self.first_step + self.seen
             if not math.isfinite(loss):
                 raise diverged("loss", FINITE, f"{loss}", step, self.epoch)
-            if math.isinf(meta_loss):
-                raise diverged("meta loss", FINITE, f"{meta_loss}", step, self.epoch)
+            named = [("loss", loss)]
+            if self.meta_from is not None and self.seen >= self.meta_from:
+                if not math.isfinite(meta_loss):
+                    raise diverged("meta loss", FINITE, f"{meta_loss}", step, self.epoch)
+                named.append(("meta loss", meta_loss))
             if self.start is None:
                 self.start = loss
             bound = self.limit * max(self.start, self.least)
-            for name, value in (("loss", loss), ("meta loss", meta_loss)):
+            for name, value in named:
                 if 0 < bound < value:
                     expected = f"at most {bound:.3g}, loss_limit={self.limit:g} times its start"
                     raise diverged(name, expected, f"{value:.3g}", step, self.epoch)

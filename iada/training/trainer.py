@@ -233,6 +233,8 @@ class Trainer:
             with self._times.phase("data"):
                 batch = next(train)
                 meta_batch = self.meta_batch() if meta_phase else None
+            if meta_batch is not None:
+                watch.expect_meta_losses(self.batch)
             with self._times.phase("step"):
                 self.step_on(batch, meta_batch, meta_phase)
                 watch.look(self.batch)
@@ -301,9 +303,9 @@ class Trainer:
         measures, least = self._measures, math.log(max(2, self.head.out_features))
         place = self.epoch, self._step - self.batch
         limit = self.config.loss_limit
-        return LossWatch(
-            measures.losses, measures.meta_losses, *place, limit, least, self._first_loss
-        )
+        losses = measures.losses, measures.meta_losses
+        # Where an epoch goes on, its meta losses so far have been looked at.
+        return LossWatch(*losses, *place, limit, least, self._first_loss, meta_from=None)
 
     def _check_sound(self, watch: LossWatch) -> None:
         """FloatingPointError if a loss so far, or what the last step left, shows divergence."""

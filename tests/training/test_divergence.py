@@ -66,8 +66,9 @@ def test_a_run_goes_on_with_what_its_defaults_came_to():
 def watch(losses, meta_losses=None, **options):
     """A LossWatch that has looked at these losses."""
     losses = torch.tensor(losses)
-    meta = torch.full_like(losses, torch.nan) if meta_losses is None else torch.tensor(meta_losses)
-    found = LossWatch(losses, meta, epoch=3, first_step=30, **options)
+    if meta_losses is None:
+        meta_losses, options = [torch.nan] * len(losses), {"meta_from": None, **options}
+    found = LossWatch(losses, torch.tensor(meta_losses), epoch=3, first_step=30, **options)
     found.finish(len(losses))
     return found
 
@@ -76,7 +77,7 @@ def test_a_loss_that_explodes_stops_the_run():
     with pytest.raises(FloatingPointError, match=r"loss: expected at most 2e\+03.* at step 32 "):
         watch([2.0, 1500.0, 2500.0], limit=1e3)
     with pytest.raises(FloatingPointError, match=r"meta loss: expected at most .* at step 31 "):
-        watch([2.0, 1.0, 2e9], [torch.nan, 3000.0, 1.0], limit=1e3)
+        watch([2.0, 1.0, 2e9], [torch.nan, 3000.0, 1.0], limit=1e3, meta_from=1)
     with pytest.raises(FloatingPointError, match="meta loss: .* got inf at step 30 "):
         watch([2.0], [torch.inf])
     assert watch([2.0, 1500.0, 1999.0], limit=1e3).start == 2.0
@@ -85,6 +86,35 @@ def test_a_loss_that_explodes_stops_the_run():
     watch([1e-6, 900.0], limit=1e3)  # one that was too good
     with pytest.raises(FloatingPointError):
         watch([80.0, 7e4], limit=1e3, start=1.0)
+
+
+def test_a_meta_loss_that_is_not_a_number_stops_the_run():
+    message = r"^meta loss: expected a finite number, got nan at step 31 .*; try a smaller lr or"
+    for meta_from in (0, 1):
+        with pytest.raises(FloatingPointError, match=message):
+            watch([1.0, 1.0], [1.0, torch.nan], meta_from=meta_from)
+    for meta_from in (2, None):  # there was none
+        watch([1.0, 1.0], [1.0, torch.nan], meta_from=meta_from)
+    watched = watch([1.0, 1.0])
+    watched.expect_meta_losses(2)
+    watched.expect_meta_losses(4)
+    assert watched.meta_from == 2
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_the_trainer_stops_at_a_meta_loss_that_is_not_a_number(tmp_path, interval):
+    trainer = make_trainer(tmp_path, interval=interval)
+    step = trainer.method.step
+
+    def spoilt(*arguments):
+        nan = torch.tensor(torch.nan)
+        result = step(*arguments)
+        return dataclasses.replace(result, meta_loss=nan) if trainer.epoch == 3 else result
+
+    trainer.method.step = spoilt
+    with pytest.raises(FloatingPointError, match=r"^meta loss: .* got nan at .*; try a smaller lr"):
+        trainer.fit()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 3
 
 
 def exploding(trainer, at):

@@ -192,7 +192,7 @@ class Accelerator:
 @pytest.mark.parametrize("bad", [0, 31, 32, 77])
 def test_an_accelerator_is_not_waited_for(monkeypatch, delay, bad):
     device = Accelerator(monkeypatch, delay)
-    watch = LossWatch(device.losses, device.meta_losses, epoch=2, first_step=1000)
+    watch = LossWatch(device.losses, device.meta_losses, 2, 1000, meta_from=None)
     device.losses[bad] = torch.inf
 
     done = 0
@@ -211,7 +211,7 @@ def test_an_accelerator_is_not_waited_for(monkeypatch, delay, bad):
 def test_what_an_accelerator_did_last_is_seen_at_the_end(monkeypatch):
     device = Accelerator(monkeypatch, 1000)
     device.losses[5] = torch.nan
-    watch = LossWatch(device.losses, device.meta_losses, 0, 0)
+    watch = LossWatch(device.losses, device.meta_losses, 0, 0, meta_from=None)
     for done in range(1, 41):
         watch.look(done)
     with pytest.raises(FloatingPointError, match="at step 5 "):
