@@ -28,7 +28,7 @@ from iada.methods.options import BilevelOptions, CovarianceOptions
 from iada.methods.registry import METHODS
 from iada.models import mlp
 from iada.training.config import TrainerConfig
-from iada.training.loggers import open_logger
+from iada.training.loggers import logger_package, open_logger
 from iada.training.trainer import Trainer
 from iada.utils.checks import argument_error
 from iada.utils.distributed import (
@@ -175,6 +175,8 @@ def _train(options: argparse.Namespace) -> int:
 def _train_here(options: argparse.Namespace) -> int:
     sections = read_toml(options.config, SECTIONS, recipes.changes_of(options.changes))
     data, model, config = sections["data"], sections["model"], sections["trainer"]
+    if options.logger is not None:
+        logger_package(options.logger)
     parts = _load_data(data, options.config.parent)
     num_classes = 1 + max(int(part.labels.max()) for part in parts.values())
     first = rank_of(current_group()) == 0

@@ -22,15 +22,23 @@ MOST_EIGENVALUES = 6400  # kept in a record: all of 100 classes with 64 features
 GAP_ROWS = 500  # training samples that the surrogate is checked on
 
 
-def measured_on(trainer: Trainer, view: Dataset, data: Labelled, split: Split) -> Measured:
-    """Every metric on a part of the split, `view` being how the trainer sees it."""
+def measured_on(
+    trainer: Trainer, view: Dataset, data: Labelled, split: Split, trusted: bool = True
+) -> Measured:
+    """Every metric on a part of the split, `view` being how the trainer sees it.
+
+    trusted: whether training labels are right as far as is known, so that their counts say which
+    classes are rare.
+    """
     outputs = trainer.outputs(view)
     groups: dict[str, Any] = {}
     if data.groups is not None and split.train.groups is not None:
         counts = split.train.group_counts()
         groups = {"groups": data.groups, "group_names": data.group_names, "group_counts": counts}
     measured = measure(outputs.logits.float(), outputs.labels, split.train.class_counts(), **groups)
-    if split.wrong is not None:  # the counts are those of wrong labels: no class is rare by them
+    if (
+        split.wrong is not None or not trusted
+    ):  # the counts are those of wrong labels: no class is rare by them
         shots = dict.fromkeys(("many", "medium", "few"))
         measured = measured._replace(metrics={**measured.metrics, **shots})
     if data.members is None:

@@ -18,7 +18,7 @@ from iada.experiments.recipe import MethodEntry, Recipe
 from iada.experiments.run import RunOptions
 from iada.methods.options import BilevelOptions
 from iada.models import BUILT_IN
-from iada.training.loggers import LOGGERS
+from iada.training.loggers import LOGGERS, logger_package
 from iada.utils.checks import argument_error
 from iada.utils.distributed import by_first, current_group
 from iada.utils.files import check_writable
@@ -103,6 +103,8 @@ def train_methods(recipe: Recipe, options: argparse.Namespace) -> None:
     count = 1 if options.seeds is None else options.seeds
     if count < 1:
         raise argument_error("--seeds", "at least 1", str(count), "raise it")
+    if options.logger is not None:
+        logger_package(options.logger)
     by_first(lambda: check_writable(options.out), current_group())  # before reading all the images
     say(f"reading {options.data}")
     parts = read_parts(recipe, options.data, Limits())

@@ -134,7 +134,7 @@ def _run(planned: PlannedRun) -> dict[str, Any]:
     watch.gather()
 
     def measured() -> dict[str, Any]:
-        last = measured_on(trainer, views.test, split.test, split)
+        last = measured_on(trainer, views.test, split.test, split, options.data is None)
         machine = {"device": str(options.device), **environment(options.device)}
         processes = size_of(trainer.group)
         record = {
@@ -213,7 +213,8 @@ def build_trainer(planned: PlannedRun) -> tuple[Trainer, Views, Watch]:
         for name in ("validation", "test"):
             data = getattr(split, name)
             if data is not None:
-                metrics = measured_on(trainer, getattr(views, name), data, split).metrics
+                view, published = getattr(views, name), options.data is None
+                metrics = measured_on(trainer, view, data, split, published).metrics
                 measured |= {f"{name}_{metric}": value for metric, value in metrics.items()}
                 measured.setdefault("accuracy", metrics["balanced"])  # shown while it runs
         if options.data is not None:

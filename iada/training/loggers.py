@@ -16,6 +16,15 @@ from iada.utils.checks import check_choice
 LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}  # and their packages
 
 
+def logger_package(kind: str) -> Any:
+    """The package of a kind of logger; ImportError where it is not installed."""
+    check_choice("logger", kind, list(LOGGERS))
+    try:
+        return import_module(LOGGERS[kind])
+    except ImportError as error:
+        raise ImportError(f"{kind} is not installed; pip install {LOGGERS[kind]}") from error
+
+
 @contextlib.contextmanager
 def open_logger(
     kind: str,
@@ -39,11 +48,7 @@ def open_logger(
         ImportError: the package is not installed.
         ValueError: another kind.
     """
-    check_choice("logger", kind, list(LOGGERS))
-    try:
-        library: Any = import_module(LOGGERS[kind])
-    except ImportError as error:
-        raise ImportError(f"{kind} is not installed; pip install {LOGGERS[kind]}") from error
+    library = logger_package(kind)
     opened = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}[kind]
     with opened(library, name, Path(folder), dict(settings or {})) as logger:
         yield logger

@@ -5,7 +5,7 @@ What the data set has no part for is cut off its training samples, class by clas
 
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from iada.experiments.datasets.files import (
     DAMAGED,
-    at_line,
     bytes_of,
     check_image_file,
-    lines_of,
     missing,
 )
+from iada.experiments.datasets.image_files import PARTS as SPELLINGS
 from iada.experiments.datasets.image_files import read_folder
 from iada.experiments.datasets.images import open_image, small_images
 from iada.experiments.datasets.labelled import Labelled
+from iada.experiments.datasets.lists import entries_of
 from iada.utils.checks import argument_error
 
 KINDS = "a folder of class folders, a list of lines `path label`, an .npz, or a saved data set"
-PARTS = ("train", "validation", "test")
+TEXT = "US"  # numpy's kinds of text
 NAMED_AT_MOST = 5  # damaged files in one message
 IMAGE_COLUMNS, TEXT_COLUMNS = ("image", "img", "pixel_values"), ("text", "sentence", "content")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target")
@@ -86,7 +86,7 @@ def read_unlabelled(path: Path) -> Labelled:
         if not files:
             raise argument_error(str(path), "images in it or below it", "none", "pass their folder")
     elif path.suffix.lower() in (".txt", ".csv"):
-        files = [path.parent / name for name, _ in _entries(path, labelled=False)]
+        files = [path.parent / name for name, _ in entries_of(path, labelled=False)]
     else:
         files = [path]
     for file in files:
@@ -123,29 +123,10 @@ def _read(path: Path) -> dict[str, Labelled]:
     return readers.get(path.suffix.lower(), _list)(path)
 
 
-def _entries(path: Path, labelled: bool = True) -> list[tuple[str, str]]:
-    """(path, label) of each line, after a header `path,label` if there is one."""
-    comma = path.suffix.lower() == ".csv"
-    entries = []
-    for number, line in enumerate(lines_of(path), 1):
-        if not line.strip():
-            continue
-        fields = line.rsplit("," if comma else None, 1) if labelled else [line, ""]
-        if len(fields) != 2:
-            form = "path,label" if comma else "path label"
-            raise argument_error(at_line(path, number), f"a line `{form}`", repr(line), DAMAGED)
-        entries.append((fields[0].strip().strip('"'), fields[1].strip().strip('"')))
-    if entries and entries[0][0].lower() in ("path", "file", "image", "filename"):
-        entries = entries[1:]
-    if not entries:
-        raise argument_error(str(path), "lines with paths", "none", DAMAGED)
-    return entries
-
-
 def _list(path: Path) -> dict[str, Labelled]:
     """The images that a list file names, from its folder on; labels are names or numbers."""
-    entries = _entries(path)
-    names = sorted({label for _, label in entries}, key=lambda n: (len(n) * n.isdigit(), n))
+    entries = entries_of(path)
+    names = _in_order({label for _, label in entries})
     files = [path.parent / name for name, _ in entries]
     for file in files:
         check_image_file(file, str(path))
@@ -154,53 +135,85 @@ def _list(path: Path) -> dict[str, Labelled]:
     return {"train": Labelled(files, labels, tuple(names))}
 
 
+def _in_order(labels: Iterable[str]) -> list[str]:
+    """Class names by the alphabet, numbers by their size."""
+    return sorted(labels, key=lambda name: (len(name) * name.isdigit(), name))
+
+
 def read_arrays(path: Path) -> Labelled:
     """The inputs of an .npz, with labels 0 where it has none."""
     return next(iter(_arrays(path, labelled=False).values()))
 
 
 def _arrays(path: Path, labelled: bool = True) -> dict[str, Labelled]:
-    """Images (N, H, W), (N, H, W, 3) or (N, 3, H, W) uint8, or features (N, A), and labels (N)."""
+    """Images (N, H, W), (N, H, W, 3) or (N, 3, H, W) uint8, or features (N, A), and labels (N),
+    which are class indices or names."""
     try:
         with np.load(io.BytesIO(bytes_of(path)), allow_pickle=False) as loaded:
             arrays = {name: loaded[name] for name in loaded.files}
     except Exception as error:  # zipfile, zlib and numpy each have errors of their own
-        raise argument_error(str(path), "an .npz of arrays", f"{error!r}", DAMAGED) from error
+        remedy = "save text as labels.astype(str)" if "pickle" in str(error) else DAMAGED
+        raise argument_error(str(path), "an .npz of arrays", f"{error!r}", remedy) from error
     arrays |= {f"train_{name}": arrays[name] for name in ("inputs", "labels") if name in arrays}
     if not labelled:
         arrays.setdefault("train_labels", np.zeros(len(arrays.get("train_inputs", ())), np.int64))
     if not {"train_inputs", "train_labels"} <= set(arrays):
         got = ", ".join(arrays) or "none"
         raise argument_error(str(path), "arrays inputs and labels", got, "name them so")
-    count = int(arrays["train_labels"].max(initial=0)) + 1
-    names = tuple(map(str, arrays.get("class_names", range(count))))
+    names = _class_names(arrays)
     parts = {}
-    for part in (*PARTS, "meta"):
-        if f"{part}_inputs" in arrays:
-            inputs, labels = arrays[f"{part}_inputs"], arrays.get(f"{part}_labels")
-            parts[part] = _array_part(inputs, labels, names, f"{path} {part}")
+    given = [name.removesuffix("_inputs") for name in arrays if name.endswith("_inputs")]
+    for part, said in _spelled(given).items():
+        inputs, labels = arrays[f"{said}_inputs"], arrays.get(f"{said}_labels")
+        parts[part] = _array_part(inputs, labels, names, f"{path} {said}")
     return parts
+
+
+def _class_names(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    labels = arrays["train_labels"]
+    if "class_names" in arrays:
+        return tuple(map(str, arrays["class_names"].ravel()))
+    if labels.dtype.kind in TEXT:
+        return tuple(_in_order(set(labels.astype(str).ravel().tolist())))
+    count = int(labels.max(initial=0)) + 1 if labels.dtype.kind in "iu" else 0
+    return tuple(map(str, range(count)))
 
 
 def _array_part(
     inputs: np.ndarray, labels: np.ndarray | None, names: tuple[str, ...], where: str
 ) -> Labelled:
+    if labels is not None and labels.dtype.kind in TEXT:
+        labels = _indices(labels.astype(str), names, where)
     if labels is None or labels.shape != (len(inputs),) or labels.dtype.kind not in "iu":
         got = "none" if labels is None else f"{labels.dtype} {labels.shape}"
-        raise argument_error(f"{where}_labels", f"{len(inputs)} whole numbers", got, DAMAGED)
+        raise argument_error(
+            f"{where}_labels", f"{len(inputs)} whole numbers or names", got, DAMAGED
+        )
+    accepted = False
     tensor = torch.from_numpy(inputs) if inputs.dtype.kind in "fu" else torch.empty(0)
     if inputs.dtype == np.uint8 and inputs.ndim in (3, 4):
         images = tensor[:, None] if inputs.ndim == 3 else tensor
         images = images if images.shape[1] in (1, 3) else images.permute(0, 3, 1, 2)
         if images.shape[1] in (1, 3):
-            tensor = images.expand(-1, 3, -1, -1).contiguous()
+            tensor, accepted = images.expand(-1, 3, -1, -1).contiguous(), True
     elif inputs.dtype.kind == "f" and inputs.ndim == 2 and np.isfinite(inputs).all():
-        tensor = tensor.float()
-    else:
+        tensor, accepted = tensor.float(), True
+    if not accepted:
         got = f"{inputs.dtype} {inputs.shape}"
         expected = "uint8 images (N, H, W), (N, H, W, 3), (N, 3, H, W), or finite features (N, A)"
         raise argument_error(f"{where}_inputs", expected, got, "convert them")
     return Labelled(tensor, torch.from_numpy(labels.astype(np.int64)), names)
+
+
+def _indices(labels: np.ndarray, names: tuple[str, ...], where: str) -> np.ndarray:
+    """Each label's place among the class names."""
+    place = {name: row for row, name in enumerate(names)}
+    unknown = sorted(set(labels.ravel().tolist()) - set(names))
+    if unknown:
+        expected = f"one of the classes {', '.join(names)}"
+        raise argument_error(f"{where}_labels", expected, repr(unknown[0]), "rename it, or add it")
+    indices = [place[label] for label in labels.ravel().tolist()]
+    return np.array(indices, np.int64).reshape(labels.shape)
 
 
 def _hugging_face(path: Path) -> dict[str, Labelled]:
@@ -213,8 +226,15 @@ def _hugging_face(path: Path) -> dict[str, Labelled]:
     loaded = datasets.load_from_disk(str(path))
     splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
     return {
-        name: _columns(datasets, splits[name], f"{path} {name}") for name in PARTS if name in splits
+        part: _columns(datasets, splits[name], f"{path} {name}")
+        for part, name in _spelled(splits).items()
     }
+
+
+def _spelled(names: Iterable[str]) -> dict[str, str]:
+    """The parts that these names are, as in {"validation": "valid"}."""
+    known, given = {**SPELLINGS, "meta": ("meta",)}, set(names)
+    return {part: name for part, said in known.items() for name in reversed(said) if name in given}
 
 
 def _columns(datasets: Any, rows: Any, where: str) -> Labelled:

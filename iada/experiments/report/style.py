@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -115,9 +116,13 @@ def paint(
             axes = list(figure.subplots(down, across, squeeze=False).flat)
             for spare in axes[panels:]:
                 spare.set_visible(False)
-            draw(figure, axes[:panels])
             file = io.StringIO()
-            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+            with (
+                warnings.catch_warnings()
+            ):  # names are kept as text, in the fonts of who reads them
+                warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
+                draw(figure, axes[:panels])
+                figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
             pages.append(_inline(file.getvalue(), f"{name}-{kind}-"))
     return Picture(name, caption, alt, *pages)
 

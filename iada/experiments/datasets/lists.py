@@ -1,0 +1,91 @@
+"""List files of one's own: lines `path label`, or a CSV with or without a header."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from iada.experiments.datasets.files import DAMAGED, at_line, lines_of
+from iada.utils.checks import argument_error
+
+PATH_COLUMNS = (
+    *("path", "file", "filename", "file_name", "filepath", "file_path"),
+    *("image_path", "image_file", "image", "img_path", "img"),
+)
+LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "class_name", "category")
+Line = tuple[int, list[str], str]  # its number, its fields, and all of it
+
+
+def entries_of(path: Path, labelled: bool = True) -> list[tuple[str, str]]:
+    """(path, label) of each line; a header of a CSV says which of its columns these are.
+
+    labelled: whether each line has a label; else some may, which are left out. Raises ValueError
+    naming the line, and FileNotFoundError where the first of a CSV is neither header nor image.
+    """
+    comma = path.suffix.lower() == ".csv"
+    rows: list[Line] = []
+    for number, text in enumerate(lines_of(path), 1):
+        if line := text.strip():
+            fields = next(csv.reader([line])) if comma else line.rsplit(maxsplit=1)
+            rows.append((number, fields, line))
+    header = bool(rows) and not set(_columns(rows[0])).isdisjoint(PATH_COLUMNS)
+    if header and _path_of(path, rows[0], labelled) is None:
+        if comma:
+            return _by_header(path, rows, labelled)
+        rows = rows[1:]
+    if not rows:
+        raise argument_error(str(path), "lines with paths", "none", DAMAGED)
+    if comma and _path_of(path, rows[0], labelled) is None:
+        number, _, line = rows[0]
+        expected = f"the path of an image, or a header with one of {', '.join(PATH_COLUMNS)}"
+        remedy = "mend the line, or rename the column"
+        error = argument_error(at_line(path, number), expected, repr(line), remedy)
+        raise FileNotFoundError(str(error))
+    entries = []
+    for number, fields, line in rows:
+        if labelled and len(fields) < 2:
+            form = f"a line `path{',' if comma else ' '}label`"
+            raise argument_error(at_line(path, number), form, repr(line), DAMAGED)
+        label = fields[-1].strip(' "') if labelled else ""
+        name = _path_of(path, (number, fields, line), labelled)
+        entries.append((name or _names(path, fields, line, labelled)[0], label))
+    return entries
+
+
+def _columns(row: Line) -> list[str]:
+    return [field.strip(' "').lower() for field in row[1]]
+
+
+def _names(path: Path, fields: Sequence[str], line: str, labelled: bool) -> list[str]:
+    """What may be the path in a line without a header: without the label, or the line as it is."""
+    separator = "," if path.suffix.lower() == ".csv" else " "
+    before = separator.join(fields[:-1]).strip(' "')
+    return [before] if labelled else [line.strip(' "'), before]
+
+
+def _path_of(path: Path, row: Line, labelled: bool) -> str | None:
+    """The path in a line without a header, if a file is there."""
+    _, fields, line = row
+    names = _names(path, fields, line, labelled)
+    return next((name for name in names if name and (path.parent / name).is_file()), None)
+
+
+def _by_header(path: Path, rows: Sequence[Line], labelled: bool) -> list[tuple[str, str]]:
+    """The two columns, by their names; the other one of two is the label's whatever its name."""
+    first, names = rows[0][0], _columns(rows[0])
+    path_at = next(names.index(name) for name in PATH_COLUMNS if name in names)
+    label_at = next((names.index(name) for name in LABEL_COLUMNS if name in names), None)
+    if label_at is None and len(names) == 2:
+        label_at = 1 - path_at
+    if labelled and label_at is None:
+        expected = f"a column of labels: {', '.join(LABEL_COLUMNS)}"
+        raise argument_error(at_line(path, first), expected, ", ".join(names), "rename the column")
+    if not rows[1:]:
+        raise argument_error(str(path), "lines below the header", "none", DAMAGED)
+    entries = []
+    for number, fields, _ in rows[1:]:
+        if len(fields) != len(names):
+            expected = f"{len(names)} fields, as in the header"
+            raise argument_error(at_line(path, number), expected, str(len(fields)), DAMAGED)
+        label = fields[label_at] if labelled and label_at is not None else ""
+        entries.append((fields[path_at].strip(' "'), label.strip(' "')))
+    return entries

@@ -1,0 +1,155 @@
+"""Data of one's own as people have it: names for labels, headers, alpha channels, alphabets."""
+
+import csv
+import json
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from iada.cli import main
+from iada.experiments.datasets.own import read_own
+from iada.experiments.report.style import paint
+
+Image = pytest.importorskip("PIL.Image")
+CLASSES = ("猫", "dog", "owl")
+
+
+def photos(folder, count=4):
+    """(path from the folder, class) of each image written there."""
+    listed = []
+    for place, name in enumerate(CLASSES):
+        for number in range(count):
+            path = folder / f"{place}, {number}.png"  # a comma and a space
+            Image.new("RGB", (8, 8), (80 * place, 9 * number, 0)).save(path)
+            listed.append((path.name, name))
+    return listed
+
+
+def refused(capsys, *words):
+    assert main(list(map(str, words))) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["U", "S"])
+def test_names_as_labels_of_arrays(tmp_path, kind):
+    names = np.array(["dog", "ant", "owl"] * 4).astype(kind)
+    inputs = np.arange(24, dtype=np.float32).reshape(12, 2)
+    given = {"valid_inputs": inputs[:2], "valid_labels": names[[2, 0]]}
+    np.savez(tmp_path / "a.npz", inputs=inputs, labels=names, **given)
+    parts = read_own(tmp_path / "a.npz")
+    assert parts["train"].class_names == ("ant", "dog", "owl")
+    assert parts["train"].labels.tolist() == [1, 0, 2] * 4
+    assert parts["validation"].labels.tolist() == [2, 1]
+    order = np.array(["owl", "dog", "ant"])
+    np.savez(tmp_path / "a.npz", inputs=inputs, labels=names, class_names=order)
+    assert read_own(tmp_path / "a.npz", 0.0)["train"].labels.tolist() == [1, 2, 0] * 4
+    np.savez(tmp_path / "a.npz", inputs=inputs, labels=names, class_names=order[:2])
+    with pytest.raises(ValueError, match="train_labels: expected one of the classes owl, dog"):
+        read_own(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "message"),
+    [
+        (np.zeros((9, 16, 16, 4), np.uint8), np.arange(9) % 3, r"_inputs: .* \(9, 16, 16, 4\)"),
+        (np.zeros((9, 2, 16, 16), np.uint8), np.arange(9) % 3, r"_inputs: .* \(9, 2, 16, 16\)"),
+        (np.zeros((9, 2), np.float32), np.full(9, np.nan), "_labels: expected 9 whole numbers"),
+        (np.zeros((9, 2), np.float32), np.array(["a"] * 9, object), r"labels\.astype\(str\)"),
+    ],
+)
+def test_arrays_that_cannot_be_trained_on(tmp_path, inputs, labels, message):
+    np.savez(tmp_path / "a.npz", inputs=inputs, labels=labels)
+    with pytest.raises(ValueError, match=message):
+        read_own(tmp_path / "a.npz")
+
+
+def write_csv(path, *rows):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def test_columns_by_their_names(tmp_path):
+    listed = photos(tmp_path)
+    plain = read_own(write_csv(tmp_path / "plain.csv", *listed), 0.0)["train"]
+    assert plain.class_names == tuple(sorted(CLASSES))
+    for header, order in (
+        (("image_path", "label"), lambda path, name: (path, name)),
+        (("id", "Class", "Filename"), lambda path, name: ("1", name, path)),
+        (("path", "kind"), lambda path, name: (path, name)),
+    ):
+        rows = [order(*row) for row in listed]
+        read = read_own(write_csv(tmp_path / "list.csv", header, *rows), 0.0)["train"]
+        assert torch.equal(read.inputs, plain.inputs)
+        assert torch.equal(read.labels, plain.labels)
+
+
+def test_a_header_that_is_not_known_is_told(tmp_path):
+    listed = photos(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"line 1: .* header with one of path, file, .*img"):
+        read_own(write_csv(tmp_path / "a.csv", ("photograph", "label"), *listed))
+    rows = [(path, "x", name) for path, name in listed]
+    with pytest.raises(ValueError, match="line 1: expected a column of labels: label, "):
+        read_own(write_csv(tmp_path / "a.csv", ("path", "set", "kind"), *rows))
+    with pytest.raises(ValueError, match="line 3: expected 2 fields, as in the header, got 3"):
+        read_own(write_csv(tmp_path / "a.csv", ("path", "label"), listed[0], rows[1]))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "txt"])
+@pytest.mark.parametrize("header", [True, False])
+def test_the_list_that_was_trained_on_is_classified(tmp_path, capsys, suffix, header):
+    listed = photos(tmp_path)
+    data, out = tmp_path / f"list.{suffix}", tmp_path / "run"
+    if suffix == "csv":
+        write_csv(data, *[("path", "label")] * header, *listed)
+    else:
+        lines = ["path label"] * header + [f"{path} {name}" for path, name in listed]
+        data.write_text("\n".join(lines))
+    words = ["--backbone", "resnet8", "--epochs", "1", "--method", "ce", "--device", "cpu"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Glyph")  # of the report's figures
+        assert main(["train", "--data", str(data), "--out", str(out), *words]) == 0
+    assert "Few-shot" not in (out / "index.html").read_text()
+    record = json.loads((out / "ce" / "seed0" / "record.json").read_text())
+    assert record["last"]["few"] is None
+    capsys.readouterr()
+    assert main(["predict", str(out), str(data)]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["path"] for row in rows] == [str(tmp_path / path) for path, _ in listed]
+
+
+def test_other_alphabets_are_drawn_without_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = paint("x", "x", "x", lambda figure, axes: axes[0].set_title("猫"))
+    assert "猫" in picture.wide
+
+
+def test_a_split_called_valid(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    rows = {"text": ["a", "b"], "label": [0, 1]}
+    split = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": split, "valid": split}).save_to_disk(str(tmp_path / "saved"))
+    assert set(read_own(tmp_path / "saved")) == {"train", "validation"}
+
+
+def test_a_logger_that_is_not_installed_is_told_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    out = tmp_path / "run"
+    text = refused(capsys, "train", "--data", tmp_path, "--out", out, "--logger", "wandb")
+    assert text == "error: wandb is not installed; pip install wandb\n"
+    assert not out.exists()
+
+
+def test_methods_of_own_data_are_listed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["labels", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "one or several of ce, cb-ce," in text
+    assert "afr" not in text
