@@ -159,6 +159,14 @@ class Backend(Protocol):
         The gradient is symmetric. Classes without samples keep their bits.
         """
 
+    def covariance_step_bound(
+        self, weight: Tensor, weight_tangent: Tensor, sums: Any
+    ) -> Tensor | None:
+        """At least the Frobenius norm of each class's gradient by a full covariance, (C).
+
+        None where who reads it would wait for the device.
+        """
+
     def characteristics(
         self, features: Tensor, logits: Tensor, labels: Tensor, weight: Tensor, neighbours: int
     ) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iada.nn.projection import SemidefiniteSteps
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
 from iada_kernels.dispatch import select_backend
 from iada_kernels.low_rank import difference_norm, is_low_rank, unpacked
@@ -20,6 +21,7 @@ def closed_form_step(
     covariance_lr: float,
     in_place: bool,
     skip_overflow: bool,
+    guard: SemidefiniteSteps | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """The meta loss's gradient by ε, (N), None without ε; and Σ after Eq. 9.
 
@@ -29,6 +31,8 @@ def closed_form_step(
         class_weights: as in `MetaIADA`.
         covariance_lr: η₂; 0 leaves Σ as it is.
         in_place: whether Σ itself moves, in one pass, or a copy does.
+        guard: with `in_place`, keeps a full Σ positive semidefinite. Where it cannot without
+            waiting for the device, a copy moves.
         skip_overflow: a gradient that is not finite leaves Σ as it is, as optimizers do.
     """
     former, weights = inputs.covariance, class_weights
@@ -44,12 +48,25 @@ def closed_form_step(
         grad_epsilon = grad_epsilon * (own / own.sum())
     if sums is None:
         return grad_epsilon, former
-    sigma = former if in_place else former.clone()
-    step = sigma if weights is None else torch.zeros_like(sigma)
-    backend.covariance_step(step, inputs.weight, tangents.weight, sums, -covariance_lr)
-    if weights is not None and own is not None:
-        step *= (weights / own.sum()).view(-1, *[1] * (step.dim() - 1))
-        sigma += step
+    scale = None if weights is None or own is None else weights / own.sum()
+    sigma, bound = former, None
+    if in_place and guard is not None:
+        bound = backend.covariance_step_bound(inputs.weight, tangents.weight, sums)
+    if not in_place or (guard is not None and bound is None):
+        sigma = former.clone()
+
+    def move(covariance: Tensor) -> None:
+        step = covariance if scale is None else torch.zeros_like(covariance)
+        backend.covariance_step(step, inputs.weight, tangents.weight, sums, -covariance_lr)
+        if scale is not None:
+            step *= scale.view(-1, *[1] * (step.dim() - 1))
+            covariance += step
+
+    if guard is not None and bound is not None:
+        bound = bound * abs(covariance_lr) * (1.0 if scale is None else scale.abs())
+        guard.step(sigma, bound.to(sigma.dtype), move)
+    else:
+        move(sigma)
     if skip_overflow:
         fine = torch.isfinite(tangents.weight).all()
         if grad_epsilon is not None:

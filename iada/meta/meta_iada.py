@@ -48,7 +48,11 @@ from iada.nn.divergence import check_divergence
 from iada.nn.functional import fused_loss
 from iada.nn.perturbation_net import PerturbationNet
 from iada.nn.priors import log_class_prior
-from iada.nn.projection import nearest_positive_semidefinite, semidefinite_or_former
+from iada.nn.projection import (
+    SemidefiniteSteps,
+    nearest_positive_semidefinite,
+    semidefinite_or_former,
+)
 from iada.utils.distributed import Group
 from iada_kernels.contract import LossInputs
 
@@ -202,6 +206,7 @@ class MetaIADA(BilevelMethod):
         )
         counter = torch.zeros((), dtype=torch.int64, device=device)
         self.held, self.projections = nn.Buffer(counter), nn.Buffer(counter.clone())
+        self.unchecked = nn.Buffer(torch.zeros(num_classes, **place), persistent=False)
         self.covariance_change = nn.Buffer(torch.full((), torch.nan, **place))
         self._change_measured = False
 
@@ -260,12 +265,14 @@ class MetaIADA(BilevelMethod):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Where the iterations stand."""
-        return {**super().get_extra_state(), "change_measured": self._change_measured}
+        own = {"change_measured": self._change_measured, "unchecked": self.unchecked.clone()}
+        return {**super().get_extra_state(), **own}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """The inverse of `get_extra_state`."""
         super().set_extra_state(state)
         self._change_measured = state["change_measured"]
+        self.unchecked.copy_(state.get("unchecked", self.unchecked.new_zeros(())))
 
     def meta_step(
         self, forward: ForwardPass, observed: Observed, meta_rows: ShardedBatch
@@ -314,6 +321,8 @@ class MetaIADA(BilevelMethod):
         tensors = (*detached(head), forward.rows.labels, sigma, constant, self.log_prior)
         inputs = LossInputs(forward.global_features, *tensors)
         scaled = self._learner.scaler.is_enabled()
+        guarded = self.keep_semidefinite and not self.project and sigma.dim() == 3
+        guard = SemidefiniteSteps(self.unchecked, self.held) if guarded else None
         grad_epsilon, sigma = closed_form_step(
             inputs,
             alpha=float(self.alpha),
@@ -323,7 +332,9 @@ class MetaIADA(BilevelMethod):
             covariance_lr=self._covariance_step_size(),
             in_place=sigma is self.covariance.covariance
             and self.persistent
-            and not (scaled or self.keep_semidefinite),
+            and not scaled
+            and (guard is not None or not self.keep_semidefinite),
+            guard=guard,
             skip_overflow=scaled,
         )
         if grad_epsilon is not None and self.rate_free_perturbation:

@@ -1,5 +1,7 @@
 """Covariances that stay positive semidefinite through Eq. 9, which as such may leave the cone."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,10 +45,55 @@ def semidefinite_or_former(
         if width is not None:
             fine[:, width:] = covariance[:, width:].isfinite()
         return torch.where(fine, covariance, former), (~fine).any(dim=1).sum()
+    kept, fine = _semidefinite_or_former(covariance, former)
+    return kept, (~fine).sum()
+
+
+def _semidefinite_or_former(covariance: Tensor, former: Tensor) -> tuple[Tensor, Tensor]:
+    """Of full Σ: and which classes, (C), did not go back."""
     limits = torch.finfo(covariance.dtype)
     trace = former.diagonal(dim1=1, dim2=2).sum(dim=1)
     rounding = trace * former.shape[1] * limits.eps + limits.tiny
     shifted = covariance.clone()
     shifted.diagonal(dim1=1, dim2=2).add_(rounding[:, None])
     fine = torch.linalg.cholesky_ex(shifted).info == 0
-    return torch.where(fine[:, None, None], covariance, former), (~fine).sum()
+    return torch.where(fine[:, None, None], covariance, former), fine
+
+
+class SemidefiniteSteps:
+    """Steps of full covariances in place that keep the cone, and factor a class rarely.
+
+    What a Cholesky factorization allows, A · rounding · trace, a class may also move by without
+    one: its eigenvalues move by at most the norms of the steps (Weyl), and a streaming update
+    shrinks the negative ones. So a step is checked when the norms since the last check, or what
+    rounding may have added to them, exceed that.
+    """
+
+    def __init__(self, unchecked: Tensor, held: Tensor) -> None:
+        """Both are written.
+
+        unchecked: (C), how far each class may have moved since it was last factored.
+        held: (), how often a class's step was left out.
+        """
+        self.unchecked, self.held = unchecked, held
+
+    def step(self, covariance: Tensor, bound: Tensor, move: Callable[[Tensor], None]) -> None:
+        """`move` adds to covariance (C, A, A), on a CPU.
+
+        bound: (C), at least the Frobenius norm of what each class's Σ moves by.
+        """
+        limits = torch.finfo(covariance.dtype)
+        trace = covariance.diagonal(dim1=1, dim2=2).sum(dim=1)
+        moved = self.unchecked + torch.where(bound == 0, 0.0, bound + limits.eps * trace)
+        classes = (~(moved <= trace * (covariance.shape[1] * limits.eps))).nonzero()[:, 0]
+        classes = classes[bound[classes] != 0]
+        former = covariance[classes]
+        move(covariance)
+        if not len(classes):
+            self.unchecked.copy_(moved)
+            return
+        kept, fine = _semidefinite_or_former(covariance[classes], former)
+        covariance[classes] = kept
+        moved[classes] = torch.where(fine, 0.0, self.unchecked[classes])
+        self.unchecked.copy_(moved)
+        self.held.add_((~fine).sum())

@@ -65,3 +65,15 @@ def covariance_step(
     _covariance_step(*written, *weights, labels, residual, curvature, ignore_index, scale * alpha)
     write_back([covariance], written)
     return None
+
+
+def covariance_step_bound(
+    weight: Tensor, weight_tangent: Tensor, sums: RowSums | ClassSums
+) -> Tensor | None:
+    """At least the Frobenius norm of each class's ∂L̇/∂Σ, (C)."""
+    if isinstance(sums, ClassSums):
+        return torch_ops.covariance_step_bound(weight, weight_tangent, sums)
+    labels = sums.labels.masked_fill(sums.labels == sums.ignore_index, 0).long()
+    by_row = ClassSums(labels, sums.residual, sums.curvature)
+    bound = torch_ops.covariance_step_bound(weight, weight_tangent, by_row)
+    return None if bound is None else bound * abs(sums.alpha)

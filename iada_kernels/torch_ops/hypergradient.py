@@ -139,6 +139,34 @@ def covariance_step(
         _add(covariance, sums.classes, rows, (grad + grad.mT) * 0.5, scale)
 
 
+def covariance_step_bound(weight: Tensor, weight_tangent: Tensor, sums: ClassSums) -> Tensor | None:
+    """At least the Frobenius norm of each class's ∂L̇/∂Σ, (C): the sum of those of its terms.
+
+        ‖∂L̇/∂Σ_c‖ ≤ Σ_j |D_cj| ‖w_j − w_c‖ ‖V_j − V_c‖ + ½ |c_cj| ‖w_j − w_c‖²
+
+    None elsewhere than on CPUs.
+    """
+    if weight.device.type != "cpu":
+        return None
+    dtype = sums.residual.dtype
+    distance = _distances(weight.to(dtype), sums.classes)
+    tangent_distance = _distances(weight_tangent.to(dtype), sums.classes)
+    bound = (sums.residual.abs() * distance * tangent_distance).sum(dim=1)
+    bound += 0.5 * (sums.curvature.abs() * distance.square()).sum(dim=1)
+    if sums.classes is None:
+        return bound
+    return bound.new_zeros(len(weight)).index_add_(0, sums.classes, bound)
+
+
+def _distances(weight: Tensor, classes: Tensor | None) -> Tensor:
+    """‖w_j − w_u‖ for the named classes u, (U, C), and what rounding may have taken from it."""
+    weight = weight - weight.mean(dim=0)
+    own = weight if classes is None else weight[classes]
+    sizes = own.square().sum(dim=1)[:, None] + weight.square().sum(dim=1)
+    rounding = 2 * weight.shape[1] * torch.finfo(weight.dtype).eps
+    return (sizes * (1 + rounding) - 2 * (own @ weight.T)).clamp(min=0).sqrt()
+
+
 def _add(
     covariance: Tensor, classes: Tensor | None, rows: slice, grad: Tensor, scale: float
 ) -> None:

@@ -6,6 +6,7 @@ With TRITON_INTERPRET=1 they run on CPU tensors, slowly, so that anyone can chec
 from iada_kernels.triton.operators import (
     characteristics,
     covariance_step,
+    covariance_step_bound,
     covariance_update,
     hypergradient,
     loss_backward,
@@ -15,6 +16,7 @@ from iada_kernels.triton.operators import (
 __all__ = [
     "characteristics",
     "covariance_step",
+    "covariance_step_bound",
     "covariance_update",
     "hypergradient",
     "loss_backward",

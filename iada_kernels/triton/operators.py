@@ -92,6 +92,10 @@ def covariance_step(
         _step(covariance, weight, weight_tangent, tensors, alpha, scale)
 
 
+def covariance_step_bound(weight: Tensor, weight_tangent: Tensor, sums: Any) -> None:
+    """See `contract.Backend`: who reads a bound on a GPU would wait for it."""
+
+
 # Absent results -------------------------------------------------------------------------------
 
 

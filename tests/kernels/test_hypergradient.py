@@ -134,3 +134,23 @@ def test_the_step_adds_in_place_and_leaves_absent_classes_alone(target, structur
     assert torch.equal(stepped[6:], inputs.covariance[6:])
     if structure == "full":
         assert torch.equal(gradient, gradient.mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", SIZES[:-2] + [(40, 3, 33), (9, 30, 4)])
+def test_the_bound_is_no_less_than_the_norm_and_not_far_from_it(target, size, dtype):
+    problem = random_problem(*size, dtype=dtype).to(target.device)
+    tangents = tangents_of(problem)
+    inputs, options = problem.records()
+    passes = select_backend(target.backend, target.device)
+    _, sums = passes.hypergradient(inputs, options, tangents, True)
+    bound = passes.covariance_step_bound(inputs.weight, tangents.weight, sums)
+    if target.backend == "triton" or torch.device(target.device).type != "cpu":
+        assert bound is None
+        return
+    gradient = by_backend(problem, tangents, target.backend)["covariance"].double()
+    norm = torch.linalg.matrix_norm(gradient)
+    assert bound.shape == (size[1],)
+    assert (bound >= norm).all()
+    assert (bound[norm == 0] == 0).all()
+    assert bound.sum() <= 12 * norm.sum()

@@ -265,9 +265,10 @@ def test_covariances_stay_semidefinite(structure, hypergradient):
     assert smallest[1] > -1e-12
     assert kept.held > 0
     assert literal.held == 0
-    state = kept.state_dict()
-    literal.load_state_dict(state)
+    kept.unchecked += 1e-3
+    literal.load_state_dict(kept.state_dict())
     assert literal.held == kept.held
+    assert torch.equal(literal.unchecked, kept.unchecked)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
