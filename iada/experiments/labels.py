@@ -67,7 +67,7 @@ def labels(options: argparse.Namespace) -> int:
         source = folder
     else:
         check_none_given(options, (*options.own_only, *EITHER_WAY), "a run", OTHER_DATA)
-        run = run_folder(source)
+        run = _ranking_run(source)
     rows = read_samples(run / SAMPLES)
     issues = ranked(rows, options.by)
     data = training_samples(run)
@@ -95,6 +95,16 @@ def _trained(options: argparse.Namespace, data: Path, folder: Path) -> Path:
         )
     train_methods(recipe, options)
     return run
+
+
+def _ranking_run(path: Path) -> Path:
+    """The run at a path, or the one below it whose method ranks labels."""
+    below = [] if (path / DESCRIPTION).exists() else sorted(path.rglob(DESCRIPTION))
+    runs = [file.parent for file in below if read_json(file).get("method") in RANKING]
+    if len(runs) > 1:
+        expected, remedy = "a folder of one run that ranks labels", f"pass one, as {runs[0]}"
+        raise argument_error(str(path), expected, f"{len(runs)} of them", remedy)
+    return run_folder(runs[0] if runs else path)
 
 
 def read_samples(path: Path) -> list[dict[str, str]]:

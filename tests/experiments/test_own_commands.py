@@ -137,7 +137,13 @@ def test_labels_trains_first_and_takes_the_run_that_ranks(features, tmp_path, ca
     assert main(["labels", str(features), "--out", str(tmp_path / "no"), "--method", "isda"]) == 2
     assert "--method: expected one that ranks labels" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()  # found before training
+    assert main(["labels", str(tmp_path / "run")]) == 0  # the one of two runs that ranks
+    words += ["--method", "ce", "meta-iada", "--seeds", "2"]
+    assert main(["train", "--data", str(features), *words]) == 0
     run = str(tmp_path / "run" / "meta-iada" / "seed0")
+    capsys.readouterr()
+    assert main(["labels", str(tmp_path / "run")]) == 2
+    assert f"got 2 of them; pass one, as {run}" in capsys.readouterr().err
     assert main(["labels", run, "--epochs", "9", "--set", "trainer.lr=1"]) == 2
     assert "--epochs, --set: expected options of training" in capsys.readouterr().err
 
