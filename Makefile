@@ -5,7 +5,7 @@
 # make regression   the losses' times against those it stored here before; slower by a quarter fails
 # make docs       builds the documentation into site/, notebooks run; make docs-serve shows it
 # make sanitize   the native operators' tests under AddressSanitizer and UBSan
-# make stress     200 short trainings under torchrun; counts those that do not end well
+# make stress     200 short trainings of three kinds under torchrun; counts those that do not end well
 # make fuzz       30 minutes: 10,000 random cases of each backend against torch's own error
 # make fallback   what every backend must pass, as if there were no native library
 # make matrix   compiles random combinations for four GPUs with Triton 3.6, the oldest there may be
