@@ -18,6 +18,7 @@ from torch import Tensor
 
 import iada
 from bench.memory import peak_bytes
+from iada_kernels.environment import environment, headline
 
 
 def main() -> int:
@@ -37,6 +38,8 @@ def main() -> int:
             spent, beyond = measure(sides[name])
             seconds[name].append(spent)
             extra[name] = max(extra[name], beyond)
+    machine = environment()
+    print(headline(machine, {"fused_loss": machine["backend"]}) + "\n")
     print("| loss | processor, s | peak beyond inputs and gradients, MiB |\n|---|---:|---:|")
     for name in options.sides:
         print(f"| {SIDES[name]} | {statistics.median(seconds[name]):.2f} | {extra[name] >> 20} |")

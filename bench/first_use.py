@@ -4,7 +4,7 @@ Its loss swapped into a plain loop, and its TOML file, are read from README.md a
 scikit-learn's digits with a long tail of 20:1 and an MLP 64-128-64; beside each Logit Adjustment by
 the same code. Balanced test accuracy in percent. A run that diverges ends with an error and counts
 as 0. Seeds change the split, the initialisation and the order. `--json` writes
-bench/results/first_use.json.
+bench/results/first_use.json, with date, commit and machine.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import re
 import statistics
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from iada.cli import main as iada_main
 from iada.models.small import mlp
+from iada_kernels.environment import environment, headline, source_commit
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "first_use.json"
@@ -117,9 +119,14 @@ def balanced(found: Tensor, labels: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--json", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=RESULTS, metavar="FILE",
+        help=f"write the figures (to {RESULTS.relative_to(ROOT)})",
+    )  # fmt: skip
     options = parser.parse_args()
     torch.set_num_threads(1)
+    machine = environment()
+    print(headline(machine, {"backend": machine["backend"]}) + "\n", flush=True)
     table: dict[str, list[float]] = {}
     for name, run, own in (("swap", swapped, "iada"), ("toml", configured, "meta-iada")):
         for method in (own, "logit-adjustment"):
@@ -130,8 +137,11 @@ def main() -> None:
                 f"{name:5}{method:18}", *(f"{v:6.1f}" for v in values), f"| {mean:.2f}", flush=True
             )
     if options.json:
-        record = {"torch": torch.__version__, "balanced_accuracy": table}
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}"}
+        if commit := source_commit():
+            record["commit"] = commit
+        record |= {"machine": machine, "balanced_accuracy": table}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from bench.offline import SHARED_LIMIT, compiling_for
 from bench.shapes import SHAPES, Shape, make_problem
 from iada_kernels.contract import ClassStatistics, LossNeeds, LossOptions
 from iada_kernels.dispatch import triton_backend
+from iada_kernels.environment import environment, headline
 from iada_kernels.triton import config
 
 ARCHITECTURE = "sm_90"
@@ -113,6 +114,9 @@ def main() -> int:
                 cwd=folder, check=True, capture_output=True, text=True,
             )  # fmt: skip
             taken[folder].append(json.loads(done.stdout))
+    machine = environment()
+    backend = f"Triton's launchers, triton {machine['triton']}, {ARCHITECTURE}; nothing is launched"
+    print(headline(machine, {"every column": backend}) + "\n")
     print("| shape | " + " | ".join(f"{folder.name}, µs" for folder in folders) + " |")
     print("|---|" + "---:|" * len(folders))
     for name in options.shapes:

@@ -21,7 +21,7 @@ import torch
 from iada.experiments.report.table import Cell, Table
 from iada.sklearn import IADAClassifier
 from iada.training.label_issues import detection, label_issues
-from iada_kernels.environment import environment
+from iada_kernels.environment import environment, headline
 
 SHARES, META = (0.2, 0.4), 10  # share of wrong labels; clean samples of each class
 KINDS = ("flip", "uniform")
@@ -38,6 +38,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    machine = environment()
+    print(headline(machine, {"backend": machine["backend"]}) + "\n", flush=True)
     data: dict[str, tuple[Data, tuple[int, ...]]] = {"digits": (digits(), (128, 64))}
     if options.features is not None:
         data[options.features.stem] = (features(options.features), ())
@@ -53,7 +55,7 @@ def main() -> int:
                 print(f"{name}, {100 * share:.0f} % {kind}: {shown(rows[-1]['auroc'])}", flush=True)
                 if options.json is not None:
                     about = {"seeds": options.seeds, "epochs": options.epochs, "meta": META}
-                    content = {"environment": environment(), **about, "rows": rows}
+                    content = {"environment": machine, **about, "rows": rows}
                     options.json.write_text(
                         json.dumps(content, indent=1, ensure_ascii=False) + "\n"
                     )

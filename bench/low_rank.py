@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import iada
+from iada_kernels.environment import environment, headline
 
 
 def main() -> int:
@@ -28,6 +29,9 @@ def main() -> int:
     parser.add_argument("--most-gigabytes", type=float, default=2.0)
     parser.add_argument("--features", type=Path, help="an .npz of python -m iada features")
     options = parser.parse_args()
+    machine = environment()
+    backends = {"diag and full": machine["backend"], "rank r": "torch operators"}
+    print(headline(machine, backends) + "\n")
     if options.features is not None:
         return show_errors(options.features, options.ranks)
     return show_times(options)

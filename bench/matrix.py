@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.combinations import Combination, combinations, recorded_launches
 from bench.offline import SHARED_LIMIT, compiling_for, complaint, figures_of
-from iada_kernels.environment import environment
+from iada_kernels.environment import environment, headline
 
 FLOAT64_STACK = 1024  # bytes a thread; written down before the first matrix was measured
 
@@ -50,7 +50,9 @@ def matrix_rows(architecture: str, given: Iterable[Combination]) -> list[dict[st
 def run_matrix(architectures: list[str], count: int, seed: int, path: Path | None) -> int:
     """Print the table; write it, architecture by architecture, so that a long run can be read."""
     given, rows = combinations(count, seed), []
-    print(f"{count} combinations of seed {seed}; {environment()['triton']=}\n\n{HEADER}")
+    machine = environment()
+    print(headline(machine, {"compiler": f"triton {machine['triton']}; nothing is run"}))
+    print(f"{count} combinations of seed {seed}\n\n{HEADER}")
     for architecture in architectures:
         began = time.perf_counter()
         rows += matrix_rows(architecture, given)
@@ -60,7 +62,7 @@ def run_matrix(architectures: list[str], count: int, seed: int, path: Path | Non
         print(f"{architecture}: {time.perf_counter() - began:.0f} s", flush=True)
         if path is not None:
             written = {
-                "machine": environment(),
+                "machine": machine,
                 "combinations": count,
                 "seed": seed,
                 "float64_stack": FLOAT64_STACK,

@@ -30,7 +30,7 @@ from bench.launches import recorded
 from bench.offline import CUDA_RESERVED, Usage, compiled, compiling_for, usage
 from bench.shapes import SHAPES, Shape, draw_labels
 from bench.work import Work, work_of
-from iada_kernels.environment import environment
+from iada_kernels.environment import environment, headline
 from iada_kernels.triton.launch import INTERPRETED, Launch
 
 
@@ -211,6 +211,9 @@ def main() -> int:
         print("bench.roofline: expected TRITON_INTERPRET unset; unset it", file=sys.stderr)
         return 2
     found = {name: predict_step(H200, SHAPES[name]) for name in options.shapes}
+    machine = environment()
+    predicted = f"Triton's kernels, triton {machine['triton']}, on {H200.name}; nothing is run"
+    print(headline(machine, {"predicted": predicted}) + "\n")
     print("| shape | launches, torch's | predicted µs | of bytes alone | longest |")
     print("|---|---|---:|---:|---|")
     for name, step in found.items():
@@ -224,7 +227,7 @@ def main() -> int:
         written = {
             "predicted_on": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "measured": "nothing: written before any run on this GPU",
-            "versions": {name: environment()[name] for name in ("iada", "triton", "torch")},
+            "versions": {name: machine[name] for name in ("iada", "triton", "torch")},
             "machine": asdict(H200),
             "shapes": found,
         }

@@ -1,14 +1,18 @@
 """The benchmark's own machinery, at small sizes, see test_speed.py for pytest-benchmark's view."""
 
+import datetime
+import json
+
 import pytest
 import torch
 
-from bench import classes, cpu
+from bench import classes, cpu, first_use, labels
 from bench.__main__ import timed_row
 from bench.memory import peak_bytes
 from bench.shapes import IGNORED, SHAPES, make_problem
 from bench.timing import interleave, ratio
 from iada_kernels import native
+from iada_kernels.environment import environment, source_commit
 
 
 def test_sides_take_turns():
@@ -38,6 +42,30 @@ def test_problems_repeat_and_are_skewed(name):
     counts = torch.bincount(one.labels[one.labels != IGNORED])
     assert counts[0] > counts[-1]
     assert (one.covariance.diagonal(dim1=-2, dim2=-1) > 0).all()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_tables_name_versions_machine_and_backend(monkeypatch, capsys, tmp_path):
+    written = tmp_path / "figures.json"
+    small = ["--samples", "4", "--classes", "5", "--features", "3", "--rounds", "1"]
+    monkeypatch.setattr(first_use, "swapped", lambda method, seed: 90.0)
+    monkeypatch.setattr(first_use, "configured", lambda method, seed: 80.0 + seed)
+    monkeypatch.setattr(labels, "one", lambda *arguments: {"forgetting": 0.5})
+    for main, arguments in (
+        (classes.main, small),
+        (labels.main, ["--seeds", "1"]),
+        (first_use.main, ["--seeds", "2", "--json", str(written)]),
+    ):
+        monkeypatch.setattr("sys.argv", ["bench", *arguments])
+        assert not main()
+        first, second = capsys.readouterr().out.split("\n")[:2]
+        assert first.startswith("iada ")
+        assert second.endswith(f" = {environment()['backend']}")
+    record = json.loads(written.read_text())
+    assert record["balanced_accuracy"]["toml meta-iada"] == [80.0, 81.0]
+    assert record["machine"] == environment()
+    assert record.get("commit", "") == source_commit()
+    assert datetime.date.fromisoformat(record["date"])
 
 
 def test_a_row_of_the_table():

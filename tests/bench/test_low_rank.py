@@ -7,12 +7,15 @@ import torch
 from bench import low_rank
 from iada.experiments.datasets.features import write_features
 from iada.experiments.datasets.labelled import Labelled
+from iada_kernels.environment import environment
 
 
 def printed(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["bench.low_rank", *map(str, arguments)])
     assert low_rank.main() == 0
-    header, _, *rows = capsys.readouterr().out.strip().split("\n")
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert f"diag and full = {environment()['backend']}; rank r = torch operators" in lines[:2]
+    header, _, *rows = lines[3:]
     return header, [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
