@@ -84,9 +84,10 @@ class SemidefiniteSteps:
         """
         limits = torch.finfo(covariance.dtype)
         trace = covariance.diagonal(dim1=1, dim2=2).sum(dim=1)
-        moved = self.unchecked + torch.where(bound == 0, 0.0, bound + limits.eps * trace)
-        classes = (~(moved <= trace * (covariance.shape[1] * limits.eps))).nonzero()[:, 0]
-        classes = classes[bound[classes] != 0]
+        unchecked = self.unchecked.to(covariance.dtype)
+        moved = unchecked + torch.where(bound == 0, 0.0, bound + limits.eps * trace)
+        allowed = trace * (covariance.shape[1] * limits.eps)
+        classes = (~(moved <= allowed) & (bound != 0)).nonzero()[:, 0]  # NaN is checked
         former = covariance[classes]
         move(covariance)
         if not len(classes):
@@ -94,6 +95,6 @@ class SemidefiniteSteps:
             return
         kept, fine = _semidefinite_or_former(covariance[classes], former)
         covariance[classes] = kept
-        moved[classes] = torch.where(fine, 0.0, self.unchecked[classes])
+        moved[classes] = torch.where(fine, 0.0, unchecked[classes])
         self.unchecked.copy_(moved)
         self.held.add_((~fine).sum())

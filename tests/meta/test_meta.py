@@ -271,6 +271,21 @@ def test_covariances_stay_semidefinite(structure, hypergradient):
     assert torch.equal(literal.unchecked, kept.unchecked)
 
 
+@pytest.mark.parametrize("covariance_lr", [1e-3, 1e4])
+def test_a_covariance_more_precise_than_the_head(covariance_lr):
+    head = nn.Linear(5, 3)
+    backbone, covariance = nn.Linear(6, 5), iada.ClassCovariance(3, 5).double()
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.1)
+    options = {"covariance": covariance, "covariance_lr": covariance_lr}
+    meta = iada.MetaIADA(backbone, head, optimizer, COUNTS, **options)
+    (x, y), (meta_x, meta_y) = make_batches()
+    for _ in range(5):
+        meta.step((x.float(), y), (meta_x.float(), meta_y))
+    values = torch.linalg.eigvalsh(covariance.covariance)
+    assert values.min() > -1e-12 * values.max()
+    assert meta.held > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rank", [1, 3, 16, 64])
 def test_a_step_within_the_cone_is_taken_as_it_is(rank, dtype):
