@@ -36,9 +36,8 @@ def measured_on(
         counts = split.train.group_counts()
         groups = {"groups": data.groups, "group_names": data.group_names, "group_counts": counts}
     measured = measure(outputs.logits.float(), outputs.labels, split.train.class_counts(), **groups)
-    if (
-        split.wrong is not None or not trusted
-    ):  # the counts are those of wrong labels: no class is rare by them
+    # Where labels are wrong so are their counts, and no class is rare by them.
+    if split.wrong is not None or not trusted:
         shots = dict.fromkeys(("many", "medium", "few"))
         measured = measured._replace(metrics={**measured.metrics, **shots})
     if data.members is None:

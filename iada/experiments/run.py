@@ -213,8 +213,8 @@ def build_trainer(planned: PlannedRun) -> tuple[Trainer, Views, Watch]:
         for name in ("validation", "test"):
             data = getattr(split, name)
             if data is not None:
-                view, published = getattr(views, name), options.data is None
-                metrics = measured_on(trainer, view, data, split, published).metrics
+                view, trusted = getattr(views, name), options.data is None
+                metrics = measured_on(trainer, view, data, split, trusted).metrics
                 measured |= {f"{name}_{metric}": value for metric, value in metrics.items()}
                 measured.setdefault("accuracy", metrics["balanced"])  # shown while it runs
         if options.data is not None:

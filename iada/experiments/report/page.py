@@ -29,7 +29,6 @@ from iada_kernels.version import __version__
 
 NAMESPACE = r' xmlns(:\w+)?="[^"]*"'  # which a picture needs outside of a page alone
 PAGE, RECORDS, FIGURES = "index.html", "records.json", "figures"
-PAGE_TEMPLATE = "page.html"
 
 
 def write_page(
@@ -69,7 +68,7 @@ def write_page(
     for name, part in variants.items():
         content.append(_section(name, titles[name], part, published or {}, folder / FIGURES))
     text = fill(
-        PAGE_TEMPLATE,
+        "page.html",
         title=title,
         subtitle=made(records),
         content="\n".join(content),

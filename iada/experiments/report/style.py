@@ -117,9 +117,8 @@ def paint(
             for spare in axes[panels:]:
                 spare.set_visible(False)
             file = io.StringIO()
-            with (
-                warnings.catch_warnings()
-            ):  # names are kept as text, in the fonts of who reads them
+            # Names are kept as text, in the fonts of who reads them.
+            with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
                 draw(figure, axes[:panels])
                 figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
