@@ -109,14 +109,15 @@ def _update_statistics(
 
 
 @triton.jit
-def _label_weight(head, c, columns, mask, ACC: tl.constexpr):
-    """w_c."""
-    return tl.load(head.weight + c * head.stride + columns, mask=mask, other=0.0).to(ACC)
+def _label_weight(label_row, columns, mask, ACC: tl.constexpr):
+    """w_c, which lies at `label_row`."""
+    return tl.load(label_row + columns, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
 def _quadratic_forms(
-    head, sigma, parts, c, sizes, B: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr
+    head, label_row, sigma, parts, c, sizes, B: tl.constexpr, ACC: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """R_c into the part of the sums, and P = Δ ½(Σ + Σᵀ), Δ = W − 1 w_cᵀ, into that of ∂W."""
     _, C, A = sizes
@@ -134,10 +135,10 @@ def _quadratic_forms(
             mirror = tl.load(mirror_ptrs, mask=tl.trans(mask), other=0.0)
             both = 0.5 * (both + tl.trans(mirror))
             w = load_tile(head.weight, i, head.stride, k, i < C, k_mask, ACC)
-            w -= _label_weight(head, c, k, k_mask, ACC)[None, :]
+            w -= _label_weight(label_row, k, k_mask, ACC)[None, :]
             delta_sigma = tl.dot(w, both, delta_sigma, input_precision=DOT, out_dtype=ACC)
         delta = load_tile(head.weight, i, head.stride, offs_a, i < C, col_mask, ACC)
-        delta -= _label_weight(head, c, offs_a, col_mask, ACC)[None, :]
+        delta -= _label_weight(label_row, offs_a, col_mask, ACC)[None, :]
         form = 0.5 * tl.sum(delta_sigma * delta, axis=1)
         tl.store(parts.sums + c * C + i, form, mask=i < C)
         if parts.weight is not None:
@@ -164,7 +165,7 @@ def _onto_classes(
 
 @triton.jit
 def _sign_logits(
-    z, samples, residual, row_residual, rows, row_mask, head, c, sizes,
+    z, samples, residual, row_residual, rows, row_mask, head, label_row, c, sizes,
     B: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """s is stored; T = s Wᵀ (rows, C) is returned.
@@ -186,7 +187,7 @@ def _sign_logits(
         residual, rows, row_mask, head.weight, head.stride, offs_a, col_mask, C,
         B.M, B.A, B.STEP, ACC, DOT,
     )  # fmt: skip
-    g -= _label_weight(head, c, offs_a, col_mask, ACC)[None, :]
+    g -= _label_weight(label_row, offs_a, col_mask, ACC)[None, :]
     s = (g > 0).to(tl.int8) - (g < 0).to(tl.int8)
     if C == 1:
         s = tl.zeros([B.M, B.A], dtype=tl.int8)
@@ -226,23 +227,24 @@ def _row_gradients(
 
 @triton.jit
 def _covariance_gradient(
-    head, sums, square, c, alpha, sizes, B: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr
+    head, label_row, parts, c, alpha, sizes, B: tl.constexpr, ACC: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
-    """½ α Σ_j G_j (w_j − w_c)(w_j − w_c)ᵀ into `square`; G at `sums`."""
+    """½ α Σ_j G_j (w_j − w_c)(w_j − w_c)ᵀ is stored; G is the part of the sums."""
     _, C, A = sizes
     offs_a = tl.arange(0, B.A)
     col_mask = offs_a < A
     term = tl.zeros([B.A, B.A], dtype=ACC)
-    label_weight = _label_weight(head, c, offs_a, col_mask, ACC)
+    label_weight = _label_weight(label_row, offs_a, col_mask, ACC)
     for first in range(0, C, B.STEP):
         i = first + tl.arange(0, B.STEP)
-        g_i = tl.load(sums + i, mask=i < C, other=0.0)
+        g_i = tl.load(parts.sums + c * C + i, mask=i < C, other=0.0)
         difference = load_tile(head.weight, i, head.stride, offs_a, i < C, col_mask, ACC)
         difference -= label_weight[None, :]
         scaled = g_i[:, None] * difference
         term = tl.dot(tl.trans(difference), scaled, term, input_precision=DOT, out_dtype=ACC)
     term = (0.25 * alpha) * (term + tl.trans(term))
-    ptrs = square + offs_a[:, None] * A + offs_a[None, :]
+    ptrs = parts.covariance + c * A * A + offs_a[:, None] * A + offs_a[None, :]
     tl.store(ptrs, term, mask=col_mask[:, None] & col_mask[None, :])
 
 
@@ -257,23 +259,29 @@ def class_loss(
     memory: kept, they would not fit into registers.
     """
     _, C, A = sizes
-    residual, alpha = scratch.residual, number(terms.alpha, ACC)
+    residual = scratch.residual
+    alpha, beta = number(terms.alpha, ACC), number(terms.beta, ACC)
     offs_c, offs_a = tl.arange(0, B.C), tl.arange(0, B.A)
     class_mask, col_mask = offs_c < C, offs_a < A
     label_mask = offs_c == c
+    # Pointers formed before they are needed: ptxas keeps 2 registers fewer.
+    label_row = head.weight + c * head.stride
     class_sums = parts.sums + c * C + offs_c  # R, and in the end G
+    if parts.weight is not None:
+        class_weight = parts.weight + c * C * A
 
     offset = tl.zeros([B.C], dtype=ACC)  # z̃ − h Wᵀ − b − ε T
     if terms.covariance is not None:
         if statistics is not None:
             _update_statistics(samples, order, m, terms.covariance, statistics, c, A, B, ACC, DOT)
             tl.debug_barrier()  # Σ is read in another layout
-        _quadratic_forms(head, terms.covariance + c * A * A, parts, c, sizes, B, ACC, DOT)
+        sigma = terms.covariance + c * A * A
+        _quadratic_forms(head, label_row, sigma, parts, c, sizes, B, ACC, DOT)
         tl.debug_barrier()
         offset += alpha * tl.load(class_sums, mask=class_mask, other=0.0)
     if terms.log_prior is not None:
         prior = tl.load(terms.log_prior + offs_c, mask=class_mask, other=0.0).to(ACC)
-        offset += number(terms.beta, ACC) * prior
+        offset += beta * prior
 
     total = tl.zeros([B.M], dtype=ACC)
     sums = tl.zeros([B.C], dtype=ACC)
@@ -290,7 +298,8 @@ def class_loss(
             z += tl.load(head.bias + offs_c, mask=class_mask, other=0.0).to(ACC)[None, :]
         if samples.sign is not None:
             sign_logits = _sign_logits(
-                z, samples, residual, row_residual, rows, row_mask, head, c, sizes, B, ACC, DOT
+                z, samples, residual, row_residual, rows, row_mask, head, label_row, c, sizes,
+                B, ACC, DOT,
             )  # fmt: skip
             eps = load_epsilon(samples, rows, row_mask, ACC)
             z += eps[:, None] * sign_logits
@@ -315,7 +324,7 @@ def class_loss(
         grad = _row_gradients(samples, residual, order, m, head, parts, sizes, B, ACC, DOT)
     if parts.weight is not None:
         mask = class_mask[:, None] & col_mask[None, :]
-        weight_ptrs = parts.weight + c * C * A + offs_c[:, None] * A + offs_a[None, :]
+        weight_ptrs = class_weight + offs_c[:, None] * A + offs_a[None, :]
         if terms.covariance is not None:
             table_grad = tl.load(weight_ptrs, mask=mask, other=0.0) * (alpha * sums)[:, None]
             grad += table_grad - tl.where(
@@ -327,6 +336,5 @@ def class_loss(
     tl.store(class_sums, sums, mask=class_mask)
     if parts.covariance is not None:
         tl.debug_barrier()  # G is read in slices
-        square = parts.covariance + c * A * A
-        _covariance_gradient(head, parts.sums + c * C, square, c, alpha, sizes, B, ACC, DOT)
+        _covariance_gradient(head, label_row, parts, c, alpha, sizes, B, ACC, DOT)
     return tl.sum(total, axis=0)

@@ -44,7 +44,7 @@ from iada_kernels.triton.rows import scan_rows
 
 @triton.jit
 def single_launch_kernel(
-    samples, labels, head, terms, statistics, scratch, parts, loss, sizes,
+    samples, head, labels, terms, statistics, scratch, parts, loss, sizes,
     MEAN: tl.constexpr, B: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     N, C, _ = sizes
@@ -128,8 +128,8 @@ def loss_forward(
     loss, limits = fresh(), current_configuration(weight.device).single_launch
     launch(
         single_launch_kernel, (num_classes,),
-        Samples(features, features.stride(0), epsilon, sign), Labels.of(inputs, options),
-        Head(weight, weight.stride(0), bias),
+        Samples(features, features.stride(0), epsilon, sign), Head(weight, weight.stride(0), bias),
+        Labels.of(inputs, options),
         Terms(inputs.covariance, split(options.alpha), log_prior, split(options.beta)),
         None if stream is None else Statistics(stream.mean, stream.count),
         scratch, parts, loss, sizes,

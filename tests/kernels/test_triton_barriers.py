@@ -65,7 +65,7 @@ EXCHANGES = [
         *("D", "class_loss.py", "tl.store(row_residual, d,"),
         *("class_loss.py", "rows = tl.load(order + at, mask=row_mask"),
     ),
-    ("G", "class_loss.py", "tl.store(class_sums, sums", "class_loss.py", "tl.load(sums + i"),
+    ("G", "class_loss.py", "tl.store(class_sums, sums", "class_loss.py", "tl.load(parts.sums +"),
     ("losses", "single_launch.py", "tl.store(scratch.losses", None, None),
 ]
 
