@@ -92,17 +92,23 @@ STEPS: dict[str, Callable[[dict[str, Any], float], float]] = {
     "class_pass_kernel": lambda a, rows: (
         2 + math.ceil(rows / a["BLOCK_K"]) + math.ceil(a["C"] / a["BLOCK_J"])
     ),
-    "add_partials_kernel": lambda a, rows: 1 + a["P"] / 4,  # reads do not wait for sums
     "logits_kernel": lambda a, rows: 2 + _cut("sizes.A", "BLOCK_A")(a),
     "sign_kernel": lambda a, rows: 2 + _cut("sizes.C", "BLOCK_C", 2)(a),
     "softmax_kernel": lambda a, rows: 2 + _cut("C", "BLOCK_C", 3)(a),
-    "reduce_kernel": lambda a, rows: 1 + math.ceil(a["N"] / a["BLOCK"]) / 4,
     "class_sums_kernel": lambda a, rows: math.ceil(min(a["rows_per_split"], a["N"]) / a["BLOCK_N"]),
     "class_pass_weight_kernel": lambda a, rows: a["items_per_split"],
     "grad_features_kernel": lambda a, rows: 1 + _cut("sizes.C", "BLOCK_C")(a),
     "grad_weight_kernel": lambda a, rows: 2 + _weight_steps(a),
     "single_launch_kernel": _single_launch_steps,
     "single_launch_backward_kernel": lambda a, rows: 2 + math.ceil(a["sizes.C"] / a["BLOCK_C"]),
+}
+
+# What the program that arrives last reads in the end: sums, for which reads do not wait.
+LAST: dict[str, Callable[[dict[str, Any]], float]] = {
+    "class_pass_kernel": lambda a: (
+        0 if a.get("partials.total") is None else 1 + a["partials.P"] / 4
+    ),
+    "softmax_kernel": lambda a: 1 + math.ceil(a["N"] / a["BLOCK"]) / 4,
 }
 
 
@@ -112,7 +118,7 @@ def working_programs(launch: Launch, arguments: Mapping[str, Any], present: int)
     if name == "class_pass_kernel":
         tiles = math.isqrt(launch.grid[0])
         return tiles * (tiles + 1) // 2 * present
-    if name in ("moments_kernel", "add_partials_kernel", "single_launch_kernel"):
+    if name in ("moments_kernel", "single_launch_kernel"):
         return count // launch.grid[0] * present
     return count
 
@@ -128,6 +134,9 @@ def predict(
     rates = {"tf32": machine.tf32_per_second, "tf32x3": machine.tf32_per_second / 3}
     rate = rates.get(str(launch.arguments.get("DOT")), machine.float32_per_second)
     rounds = math.ceil(programs / (machine.multiprocessors * held))
+    reads = rounds * STEPS[name](arguments, largest)
+    if name in LAST:
+        reads += LAST[name](arguments)
     parts = {
         "bytes": max(
             work.bytes / (machine.bytes_per_second * machine.sustained_bytes),
@@ -136,7 +145,7 @@ def predict(
         "operations": work.float_operations
         * busiest
         / (rate * machine.sustained_operations / machine.multiprocessors),
-        "chain": rounds * STEPS[name](arguments, largest) * machine.latency / launch.num_stages,
+        "chain": reads * machine.latency / launch.num_stages,
     }
     bound = max(parts, key=lambda part: parts[part])
     return {

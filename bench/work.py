@@ -24,7 +24,7 @@ class Work:
 IN_PLACE = {
     "group_rows_kernel": ("count",),
     "moments_kernel": ("moments.mean", "covariance"),
-    "softmax_kernel": ("z",),
+    "softmax_kernel": ("z", "losses"),
     "curvature_kernel": ("tangent",),
     "variances_step_kernel": ("covariance",),
     "single_launch_kernel": ("terms.covariance", "statistics.mean", "statistics.n"),
@@ -35,17 +35,18 @@ BY_CLASS = {
     "moments_kernel": ("moments.mean", "moments.center", "moments.shift", "covariance"),
     "class_pass_kernel": (
         *("covariance", "partials.table", "partials.table_tangent"),
+        *("partials.total", "partials.total_tangent"),
         *("moments.center", "moments.shift"),
     ),
     "class_pass_weight_kernel": ("covariance", "curvature"),
-    "add_partials_kernel": ("partials", "table"),
     "variances_step_kernel": ("covariance",),
     "single_launch_kernel": ("terms.covariance", "statistics.mean", "statistics.n", *_CLASS_PARTS),
     "single_launch_backward_kernel": _CLASS_PARTS,
 }
-# Of a record that serves several kernels, what one of them leaves alone.
+# Of a record that serves several kernels, what one of them leaves alone; and counters.
 UNREAD = {
-    "class_pass_kernel": ("moments.mean",),
+    "class_pass_kernel": ("moments.mean", "partials.arrived"),
+    "softmax_kernel": ("reduction.arrived",),
     "logits_kernel": ("diagonal.tangent_mean",),
     "grad_weight_kernel": ("quadratic.diagonal.tangent_mean",),
     "grad_variances_kernel": ("groups.batch_weight",),
@@ -129,6 +130,8 @@ def _unread(name: str, argument: str, arguments: dict[str, Any]) -> bool:
 def _both_ways(name: str, argument: str, arguments: dict[str, Any]) -> bool:
     if (name, argument) == ("class_pass_kernel", "covariance"):
         return arguments["UPDATE"] in (1, 2)  # NONE only reads, OVERWRITE only writes
+    if argument in ("partials.table", "partials.table_tangent"):
+        return arguments["partials.total"] is not None  # where the last program adds them
     if name == "single_launch_kernel" and argument == "terms.covariance":
         return "statistics.mean" in arguments
     return argument in IN_PLACE.get(name, ())

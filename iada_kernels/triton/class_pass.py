@@ -10,7 +10,7 @@ A program holds the tile Σ_ik and, off the diagonal, its mirror Σ_ki: a quadra
     ┌──────┬──────┬──────┐   read  Σ_ik and Σ_ki, W (and V) in columns i and k
     │ 0,0  │      │ ki   │   write both, updated; a partial sum of R[c, :]
     ├──────┼──────┼──────┤
-    │ 1,0  │ 1,1  │      │   partial p = i(i+1)/2 + k; a second kernel adds them in order,
+    │ 1,0  │ 1,1  │      │   partial p = i(i+1)/2 + k; a class's last program adds them in order,
     ├──────┼──────┼──────┤   so that the result does not depend on who finishes first
     │ ik   │ 2,1  │ 2,2  │
     └──────┴──────┴──────┘
@@ -57,11 +57,17 @@ class HeadWeight(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """Parts (C, P, C) of R, and of Ṙ if there is a tangent; P of them a class."""
+    """Parts (C, P, C) of R, and of Ṙ if there is a tangent; P of them a class.
+
+    Where P > 1 their sums too, and for each class (C) the programs that have arrived, 0 before.
+    """
 
     table: Tensor
     table_tangent: Tensor | None
     P: int
+    total: Tensor | None
+    total_tangent: Tensor | None
+    arrived: Tensor | None
 
 
 class RankC(NamedTuple):
@@ -135,10 +141,22 @@ def _rank_c_term(
 
 
 @triton.jit
+def _add_partials(table, total, c, C, P, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """A row of R from its parts, in their order."""
+    for first in range(0, C, BLOCK):
+        offs_c = first + tl.arange(0, BLOCK)
+        row = tl.zeros([BLOCK], dtype=ACC)
+        for p in range(P):  # other multiprocessors stored them: past the first-level cache
+            ptrs = table + (c * P + p) * C + offs_c
+            row += tl.load(ptrs, mask=offs_c < C, other=0.0, cache_modifier=".cg")
+        tl.store(total + c * C + offs_c, row, mask=offs_c < C)
+
+
+@triton.jit
 def class_pass_kernel(
     covariance, head, groups, partials, samples, moments, rank_c, C, A,
     UPDATE: tl.constexpr, TABLE: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(A, BLOCK_A)
@@ -215,18 +233,20 @@ def class_pass_kernel(
                 product = tl.dot(dV, both, input_precision=DOT, out_dtype=ACC)
                 form += tl.sum(product * q, axis=1)
                 tl.store(partials.table_tangent + partial + offs_c, 0.5 * form, mask=k_mask)
+        if partials.total is not None:
+            tl.debug_barrier()  # the parts of this program are there before it counts
+            if tl.atomic_add(partials.arrived + c, 1, sem="acq_rel") == partials.P - 1:
+                P = partials.P
+                _add_partials(partials.table, partials.total, c, C, P, BLOCK_C, ACC)
+                if partials.total_tangent is not None:
+                    _add_partials(
+                        partials.table_tangent, partials.total_tangent, c, C, P, BLOCK_C, ACC
+                    )
 
 
-@triton.jit
-def add_partials_kernel(partials, table, size, C, P, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    c = tl.program_id(0).to(tl.int64)
-    if tl.load(size + c) == 0:
-        return
-    offs_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], dtype=ACC)
-    for p in range(P):
-        total += tl.load(partials + (c * P + p) * C + offs_c, mask=offs_c < C, other=0.0)
-    tl.store(table + c * C + offs_c, total, mask=offs_c < C)
+def class_counter(weight: Tensor) -> Tensor:
+    """(C) int32 for `group_rows` to set to 0 and `stream_and_table` to count in."""
+    return torch.empty(len(weight), dtype=torch.int32, device=weight.device)
 
 
 def stream_and_table(
@@ -235,26 +255,34 @@ def stream_and_table(
     groups: Groups,
     samples: Samples | None = None,
     moments: Moments | None = None,
+    arrived: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The streaming update if `moments` are given; R and Ṙ (C, C) if a `head` is.
+    """The streaming update if `moments` are given; R and Ṙ (C, C) if a `head` is. One launch.
 
-    Rows of R for classes without samples are not written. One launch, two if Σ has several tiles,
-    three with Ṙ.
+    Rows of R for classes without samples are not written. With a head `arrived` is needed, as
+    `group_rows` has set it to 0, and is used up.
     """
     num_classes, width = covariance.shape[:2]
     tile = current_configuration(covariance.device).class_pass
     tiles = cdiv(width, tile.rows)
     count = tiles * (tiles + 1) // 2
-    partials = None
-    if head is not None:
-        table = covariance.new_empty(num_classes, count, num_classes)
-        tangent = None if head.tangent is None else torch.empty_like(table)
-        partials = Partials(table, tangent, count)
     update = NONE if moments is None else STREAM
-    _launch(tile, update, covariance, head, groups, partials, samples, moments, None)
-    if partials is None:
+    if head is None:
+        _launch(tile, update, covariance, head, groups, None, samples, moments, None)
         return None, None
-    return _sum_partials(partials.table, groups), _sum_partials(partials.table_tangent, groups)
+
+    def tables(*parts: int) -> tuple[Tensor, Tensor | None]:
+        table = covariance.new_empty(num_classes, *parts, num_classes)
+        return table, None if head.tangent is None else torch.empty_like(table)
+
+    parts = tables(count)
+    sums: tuple[Tensor | None, Tensor | None] = (None, None) if count == 1 else tables()
+    partials = Partials(*parts, count, *sums, None if count == 1 else arrived)
+    _launch(tile, update, covariance, head, groups, partials, samples, moments, None)
+    if count > 1:
+        return sums
+    table, tangent = parts  # a single part is the sum
+    return table[:, 0], None if tangent is None else tangent[:, 0]
 
 
 def rank_c_update(
@@ -281,20 +309,5 @@ def _launch(tile: Tile, update: int, covariance: Tensor, *records: tuple | None)
         covariance, *records, num_classes, width, like=covariance, tile=tile,
         UPDATE=update, TABLE=records[2] is not None,
         BLOCK_A=tile.rows, BLOCK_J=tile.columns, BLOCK_K=tile.depth,
+        BLOCK_C=min(1024, next_power_of_2(num_classes)),
     )  # fmt: skip
-
-
-def _sum_partials(partials: Tensor | None, groups: Groups) -> Tensor | None:
-    """The partials of each class added up; a single one is the table."""
-    if partials is None:
-        return None
-    num_classes, count, _ = partials.shape
-    if count == 1:
-        return partials[:, 0]
-    table = partials.new_empty(num_classes, num_classes)
-    block = min(1024, next_power_of_2(num_classes))
-    launch(
-        add_partials_kernel, (num_classes, cdiv(num_classes, block)),
-        partials, table, groups.size, num_classes, count, like=partials, BLOCK=block,
-    )  # fmt: skip
-    return table

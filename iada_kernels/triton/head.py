@@ -1,10 +1,10 @@
-"""The head forward: z̃, the loss and D, by four kernels over tiles of samples and classes.
+"""The head forward: z̃, the loss and D, by three kernels over tiles of samples and classes.
 
     logits   z  = h Wᵀ + b                                          (N, C)
     sign     s  = sign(Σ_{j≠y} r_j w_j − w_y),  r = softmax of z over j ≠ y    (N, A) int8
     logits   z̃ = (h + ε s) Wᵀ + b + α R[y] + β log π                over z
     softmax  ℓ  = logsumexp(z̃) − z̃_y,  D = softmax(z̃) − onehot(y)     D over z̃
-    reduce   the sum of ℓ, divided by the rows that count for the mean
+             the program that finishes last adds ℓ in order, divided by the rows that count
 
 Without ε the first logits and the sign fall away. For a diagonal Σ, R is part of the logits' own
 product, ½ [σ·w_j² − 2 (σ∘w_y)·w_j + σ·w_y²] with W centred, because a common offset of its rows
@@ -47,13 +47,32 @@ class Terms(NamedTuple):
     beta: Number
 
 
+class Reduction(NamedTuple):
+    """The loss (), what its mean multiplies by (1), and the programs that have arrived (1)."""
+
+    loss: Tensor
+    inv_count: Tensor
+    arrived: Tensor  # int32, 0 before
+
+
+class Logits(NamedTuple):
+    """z̃ (N, C), s (N, A) int8 where there is an ε, and a counter for `reduce_losses`, at 0."""
+
+    z: Tensor
+    sign: Tensor | None
+    arrived: Tensor
+
+
 @triton.jit
 def logits_kernel(
-    samples, weight, bias, labels, diagonal, terms, z, sizes,
+    samples, weight, bias, labels, diagonal, terms, z, sizes, arrived,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     N, C, A = sizes
+    if arrived is not None:  # for the softmax, which comes after
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(arrived, 0)
     rows, row_mask, y, _ = sample_axis(labels, BLOCK_N, N, C)
     label = tl.maximum(y, 0)
     offs_c, col_mask = tile_axis(1, BLOCK_C, C)
@@ -128,9 +147,30 @@ def sign_kernel(
 
 
 @triton.jit
+def _reduce(
+    losses, labels, reduction, N, MEAN: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):
+    """The sum of the losses in their order, or their mean over the rows that count."""
+    total = tl.zeros([BLOCK], dtype=ACC)
+    count = tl.zeros([BLOCK], dtype=tl.int32)
+    for first in range(0, N, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        # Other multiprocessors stored them: past the first-level cache.
+        total += tl.load(losses + rows, mask=rows < N, other=0.0, cache_modifier=".cg")
+        y = tl.load(labels.classes + rows, mask=rows < N, other=0)
+        count += ((rows < N) & (y != labels.ignore_index)).to(tl.int32)
+    inv = tl.cast(1.0, ACC)
+    if MEAN:
+        inv /= tl.maximum(tl.sum(count, axis=0), 1)
+    tl.store(reduction.loss, tl.sum(total, axis=0) * inv)
+    tl.store(reduction.inv_count, inv)
+
+
+@triton.jit
 def softmax_kernel(
-    z, labels, losses, N, C,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    z, labels, losses, reduction, N, C,
+    MEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     rows, row_mask, y, wrong = sample_axis(labels, BLOCK_N, N, C)
     z_label = tl.load(z + rows.to(tl.int64) * C + tl.maximum(y, 0), mask=row_mask, other=0.0)
@@ -150,36 +190,22 @@ def softmax_kernel(
         mask = row_mask[:, None] & (offs_c < C)[None, :]
         tl.store(ptrs, p, mask=mask & (offs_c[None, :] != y[:, None]))
     tl.store(z + rows.to(tl.int64) * C + tl.maximum(y, 0), -others, mask=row_mask & (y >= 0))
-
-
-@triton.jit
-def reduce_kernel(
-    losses, labels, loss, inv_count, N,
-    MEAN: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    total = tl.zeros([BLOCK], dtype=ACC)
-    count = tl.zeros([BLOCK], dtype=tl.int32)
-    for first in range(0, N, BLOCK):
-        rows = first + tl.arange(0, BLOCK)
-        total += tl.load(losses + rows, mask=rows < N, other=0.0)
-        y = tl.load(labels.classes + rows, mask=rows < N, other=0)
-        count += ((rows < N) & (y != labels.ignore_index)).to(tl.int32)
-    inv = tl.cast(1.0, ACC)
-    if MEAN:
-        inv /= tl.maximum(tl.sum(count, axis=0), 1)
-    tl.store(loss, tl.sum(total, axis=0) * inv)
-    tl.store(inv_count, inv)
+    if reduction is not None:
+        tl.debug_barrier()  # the losses of this program are there before it counts
+        if tl.atomic_add(reduction.arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            _reduce(losses, labels, reduction, N, MEAN, BLOCK, ACC)
 
 
 def adjusted_logits(
     inputs: LossInputs, options: LossOptions, weight: Tensor, table: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """z̃ (N, C) and s (N, A) int8; `weight` in the compute dtype, R (C, C) of a full Σ."""
+) -> Logits:
+    """Two launches and that of the sign; `weight` in the compute dtype, R (C, C) of a full Σ."""
     z = weight.new_empty(len(inputs.labels), len(weight))
+    arrived = torch.empty(1, dtype=torch.int32, device=weight.device)
     terms = Terms(None, split(options.alpha), None, split(options.beta))
     sign = None
     if inputs.epsilon is not None:
-        _logits(z, inputs, options, weight, None, None, terms)
+        _logits(z, inputs, options, weight, None, None, terms, arrived)
         sign = torch.empty(inputs.features.shape, dtype=torch.int8, device=weight.device)
         tile = current_configuration(weight.device).sign
         launch(
@@ -189,8 +215,9 @@ def adjusted_logits(
         )  # fmt: skip
     log_prior = contiguous_as(inputs.log_prior, weight.dtype)
     terms = terms._replace(table=Table.of(table), log_prior=log_prior)
-    _logits(z, inputs, options, weight, sign, Diagonal.of(inputs, weight), terms)
-    return z, sign
+    counter = arrived if sign is None else None
+    _logits(z, inputs, options, weight, sign, Diagonal.of(inputs, weight), terms, counter)
+    return Logits(z, sign, arrived)
 
 
 def _logits(
@@ -201,33 +228,35 @@ def _logits(
     sign: Tensor | None,
     diagonal: Diagonal | None,
     terms: Terms,
+    arrived: Tensor | None,
 ) -> None:
-    """(h + ε s) Wᵀ + b and the terms given, into `z`."""
+    """(h + ε s) Wᵀ + b and the terms given, into `z`; `arrived`, if given, becomes 0."""
     configuration = current_configuration(weight.device)
     tile = configuration.logits if diagonal is None else configuration.diagonal_logits
     launch(
         logits_kernel, tile.grid(*z.shape),
         Samples.of(inputs, sign), weight, contiguous_as(inputs.bias, weight.dtype),
-        Labels.of(inputs, options), diagonal, terms, z, Sizes.of(inputs),
+        Labels.of(inputs, options), diagonal, terms, z, Sizes.of(inputs), arrived,
         like=weight, tile=tile, BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_A=tile.depth,
     )  # fmt: skip
 
 
-def reduce_losses(z: Tensor, labels: Labels, reduction: str) -> tuple[Tensor, Tensor | None]:
-    """The loss, (N) or (), and what the mean multiplies by, (1) or None; z becomes D in place."""
+def reduce_losses(logits: Logits, labels: Labels, reduction: str) -> tuple[Tensor, Tensor | None]:
+    """The loss, (N) or (), and what the mean multiplies by, (1) or None; z becomes D in place.
+
+    One launch. The logits serve once, because their counter does.
+    """
+    z = logits.z
     configuration = current_configuration(z.device)
-    tile, losses = configuration.softmax, z.new_empty(len(z))
+    tile, losses, reduced = configuration.softmax, z.new_empty(len(z)), None
+    if reduction != "none":
+        reduced = Reduction(z.new_empty(()), z.new_empty(1), logits.arrived)
+        if len(z) == 0:  # no program would arrive
+            return reduced.loss.zero_(), reduced.inv_count.fill_(1)
     launch(
         softmax_kernel, (cdiv(len(z), tile.rows),),
-        z, labels, losses, *z.shape,
-        like=z, tile=tile, BLOCK_N=tile.rows, BLOCK_C=tile.columns,
+        z, labels, losses, reduced, *z.shape,
+        like=z, tile=tile, MEAN=reduction == "mean",
+        BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK=configuration.group,
     )  # fmt: skip
-    if reduction == "none":
-        return losses, None
-    loss, inv_count = z.new_empty(()), z.new_empty(1)
-    launch(
-        reduce_kernel, (1,),
-        losses, labels, loss, inv_count, len(z),
-        like=z, MEAN=reduction == "mean", BLOCK=configuration.group,
-    )  # fmt: skip
-    return loss, inv_count
+    return (losses, None) if reduced is None else (reduced.loss, reduced.inv_count)

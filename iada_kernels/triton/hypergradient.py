@@ -11,8 +11,8 @@ and `covariance_step` adds scale · ∂L̇/∂Σ: for a full Σ by the class pas
 row, ∂L̇/∂σ_u = α Σ_{i: y_i = u} g_i Σ_j [ D_ij (w_j − w_u)(V_j − V_u) + ½ c_ij (w_j − w_u)² ].
 g is 0 for rows that do not count and else 1, or 1/n for the mean.
 
-Launches for a full Σ: rows of each class, first logits, sign, class pass (3 with its sums), logits,
-tangent, residual, reduce, epsilon, class sums (2), and one for the step.
+Launches for a full Σ: rows of each class, first logits, sign, class pass, logits, tangent, softmax,
+curvature, epsilon, class sums (2), and one for the step.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,12 @@ from torch import Tensor
 
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
 from iada_kernels.layout import contiguous_as
-from iada_kernels.triton.class_pass import HeadWeight, rank_c_update, stream_and_table
+from iada_kernels.triton.class_pass import (
+    HeadWeight,
+    class_counter,
+    rank_c_update,
+    stream_and_table,
+)
 from iada_kernels.triton.class_pass_backward import class_sums
 from iada_kernels.triton.config import cdiv
 from iada_kernels.triton.device import (
@@ -213,13 +218,17 @@ def hypergradient(
     labels, sizes = Labels.of(inputs, options), Sizes.of(inputs)
     full = inputs.has_full_covariance
     needs_covariance = needs_covariance and sigma is not None
-    groups = table = table_tangent = None
+    groups = table = table_tangent = arrived = None
     if full or needs_covariance:
-        groups = group_rows(labels, None, weight)
+        arrived = class_counter(weight) if full else None
+        groups = group_rows(labels, None, weight, arrived)
     if full and groups is not None and sigma is not None:
         head = HeadWeight(weight, tangent)
-        table, table_tangent = stream_and_table(sigma.to(dtype).contiguous(), head, groups)
-    z, sign = adjusted_logits(inputs, options, weight, table)
+        table, table_tangent = stream_and_table(
+            sigma.to(dtype).contiguous(), head, groups, arrived=arrived
+        )
+    logits = adjusted_logits(inputs, options, weight, table)
+    z, sign, _ = logits
     moves = Tangents(
         contiguous_as(tangents.features, dtype),
         tangent,
@@ -227,7 +236,7 @@ def hypergradient(
         Table.of(table_tangent),
     )
     z_tangent = _tangent_logits(inputs, options, weight, moves, sign)
-    _, inv_count = reduce_losses(z, labels, options.reduction)
+    _, inv_count = reduce_losses(logits, labels, options.reduction)
     assert inv_count is not None
     configuration = current_configuration(weight.device)
     tile = configuration.softmax

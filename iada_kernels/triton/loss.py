@@ -2,7 +2,7 @@
 
 Launches of this package, for a full Σ and ε given (a sum over partials may add one of torch's):
     update    2  rows of each class, moments; the rest is part of the class pass
-    forward   6  first logits, sign, class pass (and its sum), logits, softmax, reduce
+    forward   5  first logits, sign, class pass, logits, softmax
     backward  4  class sums, partials of the class pass, features, weight
 Where W and Σ_c fit in one program: update and forward 1, backward 1 (`single_launch`).
 """
@@ -27,7 +27,12 @@ from iada_kernels.streaming import (
 )
 from iada_kernels.triton import single_launch, single_launch_backward
 from iada_kernels.triton.class_loss import SavedParts
-from iada_kernels.triton.class_pass import HeadWeight, rank_c_update, stream_and_table
+from iada_kernels.triton.class_pass import (
+    HeadWeight,
+    class_counter,
+    rank_c_update,
+    stream_and_table,
+)
 from iada_kernels.triton.class_pass_backward import class_sums, weight_partials
 from iada_kernels.triton.head import adjusted_logits, reduce_losses
 from iada_kernels.triton.head_backward import grad_features, grad_variances, grad_weight
@@ -66,22 +71,23 @@ def loss_forward(
         update_statistics(covariance_update, inputs, options, stream)
         stream = state = None
     full = inputs.has_full_covariance
-    groups = samples = moments = table = None
+    groups = samples = moments = table = arrived = None
     if full or stream is not None or needs.covariance:
         count = None if stream is None else stream.count
-        groups = group_rows(labels, count, weight)
+        arrived = class_counter(weight) if full else None
+        groups = group_rows(labels, count, weight, arrived)
     if stream is not None and groups is not None:
         samples = Samples.plain(inputs.features)
         moments = update_moments(samples, groups, stream.mean, None if full else sigma)
     if full and sigma is not None and groups is not None:
         sigma = sigma.to(dtype).contiguous()
         head = HeadWeight(weight, None)
-        table, _ = stream_and_table(sigma, head, groups, samples, moments)
+        table, _ = stream_and_table(sigma, head, groups, samples, moments, arrived)
     if state is not None:
         mark_updated(state)
-    z, sign = adjusted_logits(inputs, options, weight, table)
-    loss, inv_count = reduce_losses(z, labels, options.reduction)
-    return loss, SavedLoss(z, sign, inv_count, groups)
+    logits = adjusted_logits(inputs, options, weight, table)
+    loss, inv_count = reduce_losses(logits, labels, options.reduction)
+    return loss, SavedLoss(logits.z, logits.sign, inv_count, groups)
 
 
 def loss_backward(

@@ -3,8 +3,10 @@
     size[c]  = m, the rows of class c            start[c] = the rows of classes before c
     order[start[c] : start[c] + m]               these rows, ascending
     batch_weight[c] = m/(n + m), n ← n + m       where a streaming covariance is updated
+    arrived[c] = 0                               where a pass over Σ will count its programs
 
-labels (N) int64 · start, size (C) int32 · order (N) int32 · batch_weight (C) · count n (C) int64.
+labels (N) int64 · start, size, arrived (C) int32 · order (N) int32 · batch_weight (C) ·
+count n (C) int64.
 A label outside [0, C), or equal to ignore_index, belongs to no class.
 """
 
@@ -54,7 +56,7 @@ class Groups(NamedTuple):
 
 @triton.jit
 def group_rows_kernel(
-    labels, groups, count, N, C, BLOCK: tl.constexpr, ACC: tl.constexpr
+    labels, groups, count, arrived, N, C, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     c = tl.program_id(0)
     before, m, _, _ = scan_rows(labels, groups.order, c, N, C, BLOCK)
@@ -64,10 +66,17 @@ def group_rows_kernel(
         n = tl.load(count + c)
         tl.store(groups.batch_weight + c, tl.cast(m, ACC) / tl.cast(tl.maximum(n + m, 1), ACC))
         tl.store(count + c, n + m)
+    if arrived is not None:
+        tl.store(arrived + c, 0)
 
 
-def group_rows(labels: Labels, count: Tensor | None, like: Tensor) -> Groups:
-    """One launch; `count` is updated in place. `like` is (C, A) in the compute dtype."""
+def group_rows(
+    labels: Labels, count: Tensor | None, like: Tensor, arrived: Tensor | None = None
+) -> Groups:
+    """One launch; `count` is updated in place, `arrived` set to 0.
+
+    `like` is (C, A) in the compute dtype.
+    """
     num_rows, num_classes = len(labels.classes), len(like)
     start = labels.classes.new_empty(num_classes, dtype=torch.int32)
     size, order = torch.empty_like(start), start.new_empty(num_rows)
@@ -75,6 +84,6 @@ def group_rows(labels: Labels, count: Tensor | None, like: Tensor) -> Groups:
     block = current_configuration(like.device).group
     launch(
         group_rows_kernel, (num_classes,),
-        labels, groups, count, num_rows, num_classes, like=like, BLOCK=block,
+        labels, groups, count, arrived, num_rows, num_classes, like=like, BLOCK=block,
     )  # fmt: skip
     return groups

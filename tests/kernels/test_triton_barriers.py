@@ -30,14 +30,16 @@ kinds = (
     ("load", r"ld\\.global|global_load|buffer_load"),
     ("barrier", r"bar\\.sync|barrier\\.sync|s_barrier"),
 )
-small = Combination(
-    rows=40, classes=10, width=64, features="float32", weight="float32", covariance="float32",
+common = dict(
+    rows=40, features="float32", weight="float32", covariance="float32",
     structure="full", streams=True, terms=("bias", "epsilon", "log_prior"),
-    needs=LossNeeds(*[True] * 6), reduction="mean", matmul="highest", other="update", neighbours=0,
+    needs=LossNeeds(*[True] * 6), reduction="mean", matmul="highest", neighbours=0,
 )
+small = Combination(classes=10, width=64, other="update", **common)
+large = Combination(classes=10, width=130, other="hypergradient", **common)
 found = {}
 with compiling_for(architecture):
-    for _, launch in recorded_launches(small, architecture):
+    for _, launch in (each for c in (small, large) for each in recorded_launches(c, architecture)):
         assembly = compiled(launch).asm["ptx" if architecture.startswith("sm") else "amdgcn"]
         files, events, place = {}, [], None
         for line in assembly.splitlines():
@@ -48,7 +50,8 @@ with compiling_for(architecture):
             elif place is not None:
                 code = line.split("//")[0].split(";")[0] if line.strip()[:1] != ";" else ""
                 events += [(*place, kind) for kind, words in kinds if re.search(words, code)]
-        found[launch.kernel.fn.__name__] = [(files[f], l, kind) for f, l, kind in events]
+        listed = found.setdefault(launch.kernel.fn.__name__, [])
+        listed += [(files[f], l, kind) for f, l, kind in events]
 json.dump(found, sys.stdout)
 """
 
@@ -67,6 +70,17 @@ EXCHANGES = [
     ),
     ("G", "class_loss.py", "tl.store(class_sums, sums", "class_loss.py", "tl.load(parts.sums +"),
     ("losses", "single_launch.py", "tl.store(scratch.losses", None, None),
+]
+# The same where other kernels add what their programs have left.
+SUMS = [
+    (
+        *("losses of samples", "softmax_kernel", "head.py"),
+        *("tl.store(losses +", "total += tl.load(losses +"),
+    ),
+    (
+        *("parts of R", "class_pass_kernel", "class_pass.py"),
+        *("tl.store(partials.table +", "row += tl.load(ptrs"),
+    ),
 ]
 
 
@@ -95,12 +109,15 @@ def test_every_barrier_of_the_source_is_in_the_binary(listing):
 
 
 @pytest.mark.parametrize(
-    ("file", "store", "reader", "load"),
-    [pytest.param(*rest, id=name) for name, *rest in EXCHANGES],
+    ("kernel", "file", "store", "reader", "load"),
+    [
+        *(pytest.param("single_launch_kernel", *rest, id=name) for name, *rest in EXCHANGES),
+        *(pytest.param(k, f, store, f, load, id=name) for name, k, f, store, load in SUMS),
+    ],
 )
-def test_a_barrier_lies_between_a_store_and_the_load(listing, file, store, reader, load):
+def test_a_barrier_lies_between_a_store_and_the_load(listing, kernel, file, store, reader, load):
     (line,) = lines_with(file, store)
-    events = listing["single_launch_kernel"]
+    events = listing[kernel]
     after = max(at for at, event in enumerate(events) if event == (file, line, "store"))
     following = events[after + 1 :]
     wanted = None
