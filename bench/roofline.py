@@ -70,8 +70,15 @@ def _cut(axis: str, block: str, times: int = 1) -> Callable[[dict[str, Any]], fl
     return lambda a: times * math.ceil(a[axis] / a[block])
 
 
-def _weight_steps(a: dict[str, Any]) -> float:
-    return math.ceil(min(a["rows_per_split"], a["sizes.N"]) / a["BLOCK_N"])
+def _head_backward_steps(a: dict[str, Any]) -> float:
+    """Of the product whose programs have most; they run side by side."""
+    rows = min(a["rows_per_split"], a["sizes.N"])
+    steps = {
+        "sums": math.ceil(rows / a["B.SUMS_N"].value),
+        "features": 1 + math.ceil(a["sizes.C"] / a["B.FEATURES_C"].value),
+        "weight": 2 + math.ceil(rows / a["B.WEIGHT_N"].value),
+    }
+    return max(steps[name] for name in steps if f"grids.{name}.rows" in a)
 
 
 def _single_launch_steps(a: dict[str, Any], rows: float) -> float:
@@ -95,10 +102,8 @@ STEPS: dict[str, Callable[[dict[str, Any], float], float]] = {
     "logits_kernel": lambda a, rows: 2 + _cut("sizes.A", "BLOCK_A")(a),
     "sign_kernel": lambda a, rows: 2 + _cut("sizes.C", "BLOCK_C", 2)(a),
     "softmax_kernel": lambda a, rows: 2 + _cut("C", "BLOCK_C", 3)(a),
-    "class_sums_kernel": lambda a, rows: math.ceil(min(a["rows_per_split"], a["N"]) / a["BLOCK_N"]),
     "class_pass_weight_kernel": lambda a, rows: a["items_per_split"],
-    "grad_features_kernel": lambda a, rows: 1 + _cut("sizes.C", "BLOCK_C")(a),
-    "grad_weight_kernel": lambda a, rows: 2 + _weight_steps(a),
+    "head_backward_kernel": lambda a, rows: _head_backward_steps(a),
     "single_launch_kernel": _single_launch_steps,
     "single_launch_backward_kernel": lambda a, rows: 2 + math.ceil(a["sizes.C"] / a["BLOCK_C"]),
 }
@@ -109,6 +114,7 @@ LAST: dict[str, Callable[[dict[str, Any]], float]] = {
         0 if a.get("partials.total") is None else 1 + a["partials.P"] / 4
     ),
     "softmax_kernel": lambda a: 1 + math.ceil(a["N"] / a["BLOCK"]) / 4,
+    "class_pass_weight_kernel": lambda a: 1 + len(a["partials"]) / 4,
 }
 
 

@@ -25,6 +25,7 @@ IN_PLACE = {
     "group_rows_kernel": ("count",),
     "moments_kernel": ("moments.mean", "covariance"),
     "softmax_kernel": ("z", "losses"),
+    "class_pass_weight_kernel": ("partials", "grad"),
     "curvature_kernel": ("tangent",),
     "variances_step_kernel": ("covariance",),
     "single_launch_kernel": ("terms.covariance", "statistics.mean", "statistics.n"),
@@ -48,7 +49,8 @@ UNREAD = {
     "class_pass_kernel": ("moments.mean", "partials.arrived"),
     "softmax_kernel": ("reduction.arrived",),
     "logits_kernel": ("diagonal.tangent_mean",),
-    "grad_weight_kernel": ("quadratic.diagonal.tangent_mean",),
+    "class_pass_weight_kernel": ("arrived",),
+    "head_backward_kernel": ("quadratic.diagonal.tangent_mean",),
     "grad_variances_kernel": ("groups.batch_weight",),
     "variances_step_kernel": ("groups.batch_weight",),
 }
@@ -63,6 +65,11 @@ def _head(products: int, diagonal_products: int = 0) -> Callable[..., float]:
         return (products + is_diagonal * diagonal_products) * size
 
     return count
+
+
+def _head_backward(a: dict[str, Any], present: int) -> float:
+    products = ("grids.features.rows" in a) + ("grids.weight.rows" in a)
+    return _head(products, 1)(a, present)
 
 
 def _class_pass(a: dict[str, Any], present: int) -> float:
@@ -96,8 +103,7 @@ OPERATIONS: dict[str, Callable[[dict[str, Any], int], float]] = {
     "class_pass_weight_kernel": lambda a, present: 2.0 * present * a["C"] * a["A"] ** 2,
     "logits_kernel": _head(1, 2),
     "sign_kernel": _head(1),
-    "grad_features_kernel": _head(1),
-    "grad_weight_kernel": _head(1, 1),
+    "head_backward_kernel": _head_backward,
     "grad_variances_kernel": lambda a, present: 4.0 * len(a["residual"]) * a["C"] * a["A"],
     "tangent_kernel": _head(2, 3),
     "grad_epsilon_kernel": _head(2),
@@ -122,8 +128,18 @@ def work_of(launch: Launch, present: int) -> Work:
 
 
 def _unread(name: str, argument: str, arguments: dict[str, Any]) -> bool:
-    if (name, argument) == ("grad_weight_kernel", "labels.classes"):
-        return "quadratic.weight" not in arguments  # a diagonal Σ alone asks for the classes
+    if name == "head_backward_kernel":
+        has_quadratic = "quadratic.alpha.high" in arguments
+        readers = {
+            "labels.classes": has_quadratic or "grids.sums.rows" in arguments,
+            "weight": has_quadratic or "grids.features.rows" in arguments,
+            "samples.features": "grids.weight.rows" in arguments,
+            "samples.epsilon": "grids.weight.rows" in arguments,
+            "samples.sign": "grids.weight.rows" in arguments
+            or arguments["results.epsilon"] is not None,
+        }
+        if argument in readers:
+            return not readers[argument]
     return argument in UNREAD.get(name, ())
 
 

@@ -6,25 +6,33 @@ With G = ∂L/∂R (C, C), Δ_j = w_j − w_c and m_c = Σ_j G_cj Δ_j,
     ∂L/∂Σ_c = ½ Σ_j G_cj Δ_j Δ_jᵀ                             `class_pass.rank_c_update`
 
 A program owns a tile (classes j, columns i) of ∂L/∂W and sums a split of the pairs (class c,
-columns k); the kernel of the head's ∂L/∂W adds the partials (S, C, A).
+columns k) into a partial (S, C, A); the tile's last program adds these to the head's own ∂L/∂W.
 
 G itself is a sum over the samples of each class, G_cj = α Σ_{i: y_i = c} g_i D_ij: the product of
 the one-hot labels and D, split along the batch.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.triton.config import cdiv
-from iada_kernels.triton.device import load_labels, load_tile, number, store_tile, tile_axis
+from iada_kernels.triton.device import (
+    load_labels,
+    load_tile,
+    number,
+    store_tile,
+    tile_at,
+    tile_axis,
+)
 from iada_kernels.triton.launch import current_configuration, launch, split
 from iada_kernels.triton.records import Labels
 
 
 @triton.jit
 def class_pass_weight_kernel(
-    covariance, weight, curvature, size, partials, C, A, items_per_split,
+    covariance, weight, curvature, size, partials, grad, arrived, C, A, items_per_split,
     BLOCK_J: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -63,20 +71,30 @@ def class_pass_weight_kernel(
             )
             both = 0.5 * (s.to(ACC) + tl.trans(mirror.to(ACC)))
             total = tl.dot(scaled, both, total, input_precision=DOT, out_dtype=ACC)
-    partial = partials + split_id.to(tl.int64) * C * A
-    store_tile(partial, rows, A, cols, row_mask, col_mask, total)
+    offs = rows.to(tl.int64)[:, None] * A + cols[None, :]
+    tile_mask = row_mask[:, None] & col_mask[None, :]
+    tl.store(partials + split_id.to(tl.int64) * C * A + offs, total, mask=tile_mask)
+    tl.debug_barrier()  # the partial of this program is there before it counts
+    tile, splits = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.num_programs(2)
+    if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == splits - 1:
+        result = tl.load(grad + offs, mask=tile_mask, other=0.0)
+        for index in range(splits):  # other multiprocessors stored them: past the first-level cache
+            ptrs = partials + tl.cast(index, tl.int64) * C * A + offs
+            result += tl.load(ptrs, mask=tile_mask, other=0.0, cache_modifier=".cg")
+        tl.debug_barrier()  # all of the tile has been read
+        tl.store(grad + offs, result, mask=tile_mask)
 
 
 @triton.jit
-def class_sums_kernel(
-    residual, labels, row_scale, factor, partials, N, C, rows_per_split,
+def sum_by_class(
+    residual, labels, row_scale, factor, partials, row, column, split_id, N, C, rows_per_split,
     SCALE_STRIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    classes, row_mask = tile_axis(0, BLOCK_C, C)
-    offs_c, col_mask = tile_axis(1, BLOCK_J, C)
-    split_id = tl.program_id(2)
+    """One tile of the class sums of a split of the batch."""
+    classes, row_mask = tile_at(row, BLOCK_C, C)
+    offs_c, col_mask = tile_at(column, BLOCK_J, C)
     total = tl.zeros([BLOCK_C, BLOCK_J], dtype=ACC)
     end = tl.minimum((split_id + 1) * rows_per_split, N)
     for first in range(split_id * rows_per_split, end, BLOCK_N):
@@ -90,6 +108,20 @@ def class_sums_kernel(
     total *= number(factor, ACC)
     partial = partials + split_id.to(tl.int64) * C * C
     store_tile(partial, classes, C, offs_c, row_mask, col_mask, total)
+
+
+@triton.jit
+def class_sums_kernel(
+    residual, labels, row_scale, factor, partials, N, C, rows_per_split,
+    SCALE_STRIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    row, column, split_id = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sum_by_class(
+        residual, labels, row_scale, factor, partials, row, column, split_id, N, C, rows_per_split,
+        SCALE_STRIDE, BLOCK_C, BLOCK_J, BLOCK_N, ACC, DOT,
+    )  # fmt: skip
 
 
 def class_sums(residual: Tensor, labels: Labels, row_scale: Tensor, factor: float) -> Tensor:
@@ -108,8 +140,21 @@ def class_sums(residual: Tensor, labels: Labels, row_scale: Tensor, factor: floa
     return partials[0] if splits == 1 else partials.sum(dim=0)
 
 
-def weight_partials(covariance: Tensor, weight: Tensor, curvature: Tensor, size: Tensor) -> Tensor:
-    """Partials (S, C, A) whose sum is ∂L/∂W through R, for full Σ. One launch."""
+def table_counters(weight: Tensor) -> Tensor:
+    """int32, one for each tile of `add_table_gradient`, to be set to 0 by a launch before it."""
+    rows, columns = current_configuration(weight.device).class_pass_weight.grid(*weight.shape)
+    return torch.empty(rows * columns, dtype=torch.int32, device=weight.device)
+
+
+def add_table_gradient(
+    covariance: Tensor,
+    weight: Tensor,
+    curvature: Tensor,
+    size: Tensor,
+    grad: Tensor,
+    arrived: Tensor,
+) -> None:
+    """∂L/∂W through R, for full Σ, onto `grad` (C, A). One launch; `arrived` is 0 before."""
     configuration = current_configuration(covariance.device)
     tile, (num_classes, width) = configuration.class_pass_weight, weight.shape
     items = num_classes * cdiv(width, tile.depth)
@@ -118,8 +163,7 @@ def weight_partials(covariance: Tensor, weight: Tensor, curvature: Tensor, size:
     partials = weight.new_empty(splits, num_classes, width)
     launch(
         class_pass_weight_kernel, (rows, columns, splits),
-        covariance, weight, curvature, size, partials, num_classes, width,
+        covariance, weight, curvature, size, partials, grad, arrived, num_classes, width,
         cdiv(items, splits),
         like=weight, tile=tile, BLOCK_J=tile.rows, BLOCK_A=tile.columns, BLOCK_K=tile.depth,
     )  # fmt: skip
-    return partials

@@ -70,7 +70,7 @@ class Configuration:
     sign: Tile  # (N, A, C)
     softmax: Tile  # (N, C, -)
     grad_features: Tile  # (N, A, C)
-    grad_weight: Tile  # (C, A, N)
+    grad_weight: Tile  # (C, A, N); class_sums and grad_features take its warps and stages
     diagonal_weight: Tile
     class_sums: Tile  # (C, C, N)
     moments: Tile  # (rows of the class, A, -)
@@ -96,7 +96,7 @@ NVIDIA = Configuration(
     sign=Tile(32, 64, 16, warps=8),
     softmax=Tile(4, 256, 0),
     grad_features=Tile(32, 64, 32),
-    grad_weight=Tile(32, 64, 32),
+    grad_weight=Tile(32, 64, 16),
     diagonal_weight=Tile(16, 32, 16),
     class_sums=Tile(32, 32, 32),
     moments=Tile(32, 64, 0),
@@ -128,6 +128,7 @@ AMD = replace(
     diagonal_logits=Tile(32, 32, 16),
     tangent=Tile(32, 64, 32, warps=8),
     sign=Tile(32, 64, 32),
+    grad_weight=Tile(32, 64, 32),
     diagonal_weight=Tile(32, 32, 16),
     single_launch=SingleLaunchLimits(1024, 128, 64, 2**15, 512, 32, 64, 256, 64),
     true_float32="ieee",

@@ -26,10 +26,16 @@ def store_tile(base, rows, stride, columns, row_mask, column_mask, tile):
 
 
 @triton.jit
-def tile_axis(axis: tl.constexpr, BLOCK: tl.constexpr, size):
-    """Indices of this program's tile along an axis of the grid, and which of them exist."""
-    offs = tl.program_id(axis) * BLOCK + tl.arange(0, BLOCK)
+def tile_at(index, BLOCK: tl.constexpr, size):
+    """Indices of a tile along an axis, and which of them exist."""
+    offs = index * BLOCK + tl.arange(0, BLOCK)
     return offs, offs < size
+
+
+@triton.jit
+def tile_axis(axis: tl.constexpr, BLOCK: tl.constexpr, size):
+    """`tile_at` for this program's index along an axis of the grid."""
+    return tile_at(tl.program_id(axis), BLOCK, size)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The head backward: from D (N, C) and the gradient g of each row's loss.
 
     features  ∂L/∂h  = g D W              its dot with s is ∂L/∂ε, added up over tiles of columns
-    weight    ∂L/∂W  = (g D)ᵀ (h + ε s) + partials of the class pass,   ∂L/∂b = Σ_i g_i D_i
+    weight    ∂L/∂W  = (g D)ᵀ (h + ε s),   ∂L/∂b = Σ_i g_i D_i
+    sums      G, for `class_pass_backward`, which adds to ∂L/∂W
     diagonal  ∂L/∂σ_c = ½ α Σ_{i: y_i=c} g_i Σ_j D_ij (w_j − w_c)²
 
 For a diagonal Σ the quadratic term adds to ∂L/∂W, with W centred and x = h + ε s − α σ_y∘w_y,
@@ -10,8 +11,12 @@ For a diagonal Σ the quadratic term adds to ∂L/∂W, with W centred and x = h
 
 because the rows of D sum to 0. Sums over the batch are split into partials (S, ...) of a fixed
 number of rows, added in order.
+
+Sums, features and weight are one launch, whose programs are dealt out to them in this order; for a
+diagonal Σ two, because ∂L/∂W is made of ∂L/∂h.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -20,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.contract import LossInputs, LossOptions
-from iada_kernels.triton.config import cdiv
+from iada_kernels.triton.class_pass_backward import sum_by_class
+from iada_kernels.triton.config import Configuration, Tile, cdiv
 from iada_kernels.triton.device import (
     load_labels,
     load_samples,
@@ -28,6 +34,7 @@ from iada_kernels.triton.device import (
     number,
     onto_features,
     store_tile,
+    tile_at,
     tile_axis,
 )
 from iada_kernels.triton.launch import Number, current_configuration, launch, split
@@ -35,16 +42,64 @@ from iada_kernels.triton.records import Diagonal, Labels, Samples, Sizes
 from iada_kernels.triton.rows import Groups
 
 
+class Grid(NamedTuple):
+    """How many tiles a result has, and in how many parts the batch is split."""
+
+    rows: int
+    columns: int
+    splits: int
+
+
+class Grids(NamedTuple):
+    """Of each product that is asked for; the programs are dealt out in this order."""
+
+    sums: Grid | None
+    features: Grid | None
+    weight: Grid | None
+
+
+class Blocks(NamedTuple):
+    """The tiles of the products: rows, columns and steps."""
+
+    SUMS_C: tl.constexpr
+    SUMS_J: tl.constexpr
+    SUMS_N: tl.constexpr
+    FEATURES_N: tl.constexpr
+    FEATURES_A: tl.constexpr
+    FEATURES_C: tl.constexpr
+    WEIGHT_C: tl.constexpr
+    WEIGHT_A: tl.constexpr
+    WEIGHT_N: tl.constexpr
+
+
+class Results(NamedTuple):
+    """Where the products go, those asked for; (S, ...) are partials along the batch."""
+
+    sums: Tensor | None  # (S, C, C)
+    features: Tensor | None  # (N, A)
+    epsilon: Tensor | None  # (tiles of columns, N)
+    weight: Tensor | None  # (S, C, A)
+    bias: Tensor | None  # (S, C)
+
+
+class DiagonalGradient(NamedTuple):
+    """What the quadratic term of a diagonal Σ adds to ∂L/∂W is made of."""
+
+    diagonal: Diagonal
+    grad_features: Tensor  # ∂L/∂h in the compute dtype
+    alpha: Number
+
+
 @triton.jit
-def grad_features_kernel(
-    residual, weight, row_scale, sign, grad, epsilon_partials, sizes,
+def _grad_features(
+    residual, weight, row_scale, sign, grad, epsilon_partials, row, column, sizes,
     SCALE_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     N, C, A = sizes
-    rows, row_mask = tile_axis(0, BLOCK_N, N)
-    offs_a, col_mask = tile_axis(1, BLOCK_A, A)
+    rows, row_mask = tile_at(row, BLOCK_N, N)
+    offs_a, col_mask = tile_at(column, BLOCK_A, A)
     total = onto_features(
         residual, rows, row_mask, weight, A, offs_a, col_mask, C,
         BLOCK_N, BLOCK_A, BLOCK_C, ACC, DOT,
@@ -52,37 +107,27 @@ def grad_features_kernel(
     total *= tl.load(row_scale + rows * SCALE_STRIDE, mask=row_mask, other=0.0)[:, None]
     if grad is not None:
         store_tile(grad, rows, A, offs_a, row_mask, col_mask, total)
-    if sign is not None:
+    if epsilon_partials is not None:
         s = load_tile(sign, rows, A, offs_a, row_mask, col_mask, ACC)
-        ptrs = epsilon_partials + tl.program_id(1).to(tl.int64) * N + rows
+        ptrs = epsilon_partials + column.to(tl.int64) * N + rows
         tl.store(ptrs, tl.sum(total * s, axis=1), mask=row_mask)
 
 
-class DiagonalGradient(NamedTuple):
-    """What the quadratic term of a diagonal Σ adds to ∂L/∂W is made of."""
-
-    diagonal: Diagonal
-    weight: Tensor
-    grad_features: Tensor  # ∂L/∂h in the compute dtype
-    alpha: Number
-
-
 @triton.jit
-def grad_weight_kernel(
-    residual, row_scale, samples, labels, quadratic, table_partials, num_partials,
-    grad, grad_bias, sizes, rows_per_split,
+def _grad_weight(
+    residual, weight, row_scale, samples, labels, quadratic, grad, grad_bias,
+    row, column, split_id, sizes, rows_per_split,
     SCALE_STRIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     N, C, A = sizes
-    offs_c, row_mask = tile_axis(0, BLOCK_C, C)
-    offs_a, col_mask = tile_axis(1, BLOCK_A, A)
-    split_id = tl.program_id(2)
+    offs_c, row_mask = tile_at(row, BLOCK_C, C)
+    offs_a, col_mask = tile_at(column, BLOCK_A, A)
     total = tl.zeros([BLOCK_C, BLOCK_A], dtype=ACC)
     sums = tl.zeros([BLOCK_C], dtype=ACC)
     if quadratic is not None:
-        weight, variances = quadratic.weight, quadratic.diagonal.variances
+        variances = quadratic.diagonal.variances
         mean_w = tl.load(quadratic.diagonal.weight_mean + offs_a, mask=col_mask, other=0.0)
         sigma_sum = tl.zeros([BLOCK_C, BLOCK_A], dtype=ACC)
         class_sum_dh = tl.zeros([BLOCK_C, BLOCK_A], dtype=ACC)
@@ -111,18 +156,62 @@ def grad_weight_kernel(
         sigma = load_tile(variances, offs_c, A, offs_a, row_mask, col_mask, ACC)
         total += alpha_value * (w * sigma_sum - sigma * class_sum_dh)
     mask = row_mask[:, None] & col_mask[None, :]
-    if table_partials is not None:
-        if split_id == 0:
-            for index in range(num_partials):
-                partial = table_partials + tl.cast(index, tl.int64) * C * A
-                total += load_tile(partial, offs_c, A, offs_a, row_mask, col_mask, ACC)
     if grad is not None:
         partial = grad + split_id.to(tl.int64) * C * A
         ptrs = partial + offs_c.to(tl.int64)[:, None] * A + offs_a[None, :]
         tl.store(ptrs, total, mask=mask)
     if grad_bias is not None:
-        if tl.program_id(1) == 0:
+        if column == 0:
             tl.store(grad_bias + split_id * C + offs_c, sums, mask=row_mask)
+
+
+@triton.jit
+def _tile_of(program, grid):
+    """Row, column and split of a program among those of `grid`."""
+    column, rest = program % grid.columns, program // grid.columns
+    return rest % grid.rows, column, rest // grid.rows
+
+
+@triton.jit
+def head_backward_kernel(
+    residual, row_scale, weight, samples, labels, quadratic, factor, results, arrived,
+    num_arrived, grids, sizes, rows_per_split,
+    SCALE_STRIDE: tl.constexpr, B: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    N, C, _ = sizes
+    program = tl.program_id(0)
+    if arrived is not None:  # for the class pass, which comes after all of this
+        if program == 0:
+            for first in range(0, num_arrived, 256):
+                at = first + tl.arange(0, 256)
+                tl.store(arrived + at, tl.zeros([256], dtype=tl.int32), mask=at < num_arrived)
+    if grids.sums is not None:
+        count = grids.sums.rows * grids.sums.columns * grids.sums.splits
+        if program < count:
+            row, column, split_id = _tile_of(program, grids.sums)
+            sum_by_class(
+                residual, labels, row_scale, factor, results.sums, row, column, split_id,
+                N, C, rows_per_split, SCALE_STRIDE, B.SUMS_C, B.SUMS_J, B.SUMS_N, ACC, DOT,
+            )  # fmt: skip
+        program -= count
+    if grids.features is not None:
+        count = grids.features.rows * grids.features.columns
+        if (program >= 0) & (program < count):
+            row, column, _ = _tile_of(program, grids.features)
+            _grad_features(
+                residual, weight, row_scale, samples.sign, results.features, results.epsilon,
+                row, column, sizes,
+                SCALE_STRIDE, B.FEATURES_N, B.FEATURES_A, B.FEATURES_C, ACC, DOT,
+            )  # fmt: skip
+        program -= count
+    if grids.weight is not None:
+        if program >= 0:
+            row, column, split_id = _tile_of(program, grids.weight)
+            _grad_weight(
+                residual, weight, row_scale, samples, labels, quadratic,
+                results.weight, results.bias, row, column, split_id, sizes, rows_per_split,
+                SCALE_STRIDE, B.WEIGHT_C, B.WEIGHT_A, B.WEIGHT_N, ACC, DOT,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -149,65 +238,83 @@ def grad_variances_kernel(
     tl.store(grad + c * A + offs_a, total, mask=col_mask)
 
 
-def grad_features(
-    sizes: Sizes,
-    residual: Tensor,
-    weight: Tensor,
-    row_scale: Tensor,
-    sign: Tensor | None,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """∂L/∂h (N, A) in `dtype`, None for none, and ∂L/∂ε (N), None without `sign`."""
-    tile = current_configuration(weight.device).grad_features
-    grid = tile.grid(sizes.N, sizes.A)
-    grad = None if dtype is None else weight.new_empty(sizes.N, sizes.A, dtype=dtype)
-    partials = None if sign is None else weight.new_empty(grid[1], sizes.N)
-    launch(
-        grad_features_kernel, grid,
-        residual, weight, row_scale, sign, grad, partials, sizes,
-        like=weight, tile=tile, SCALE_STRIDE=int(len(row_scale) > 1),
-        BLOCK_N=tile.rows, BLOCK_A=tile.columns, BLOCK_C=tile.depth,
-    )  # fmt: skip
-    return grad, _sum(partials)
+class Wanted(NamedTuple):
+    """The products that one launch is asked for."""
+
+    sums: bool = False
+    features: torch.dtype | None = None  # the dtype of ∂L/∂h, None for none
+    epsilon: bool = False
+    weight: bool = False
+    bias: bool = False
 
 
-def grad_weight(
+def head_products(
     inputs: LossInputs,
     options: LossOptions,
     weight: Tensor,
     residual: Tensor,
     row_scale: Tensor,
     sign: Tensor | None,
-    feature_gradient: Tensor | None,
-    table_partials: Tensor | None,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """∂L/∂W (C, A) and Σ_i g_i D_i (C), those needed.
+    wanted: Wanted,
+    feature_gradient: Tensor | None = None,
+    arrived: Tensor | None = None,
+) -> Results:
+    """One launch; ∂L/∂W as partials, the others added up. `arrived` becomes 0.
 
-    `feature_gradient` is ∂L/∂h in the compute dtype for a diagonal Σ; `table_partials` are
-    those of the class pass (S, C, A) for a full one.
+    `feature_gradient` is ∂L/∂h in the compute dtype: with it a diagonal Σ's part of ∂L/∂W is there.
     """
     configuration, sizes = current_configuration(weight.device), Sizes.of(inputs)
-    tile, rows_per_split = configuration.grad_weight, configuration.split_rows
-    quadratic = None
-    diagonal = Diagonal.of(inputs, weight) if needs_weight else None
+    rows_per_split, splits = configuration.split_rows, _splits(configuration, sizes.N)
+    tile, quadratic = configuration.grad_weight, None
+    diagonal = Diagonal.of(inputs, weight) if wanted.weight else None
     if diagonal is not None and feature_gradient is not None:
-        quadratic = DiagonalGradient(diagonal, weight, feature_gradient, split(options.alpha))
+        quadratic = DiagonalGradient(diagonal, feature_gradient, split(options.alpha))
         tile = configuration.diagonal_weight
-    splits = max(1, cdiv(sizes.N, rows_per_split))
-    grad = weight.new_empty(splits, *weight.shape) if needs_weight else None
-    bias = weight.new_empty(splits, sizes.C) if needs_bias else None
-    rows, columns = tile.grid(*weight.shape)
+    sums_tile, features_tile = configuration.class_sums, configuration.grad_features
+    sums = features = head = None
+    if wanted.sums:
+        sums = Grid(*sums_tile.grid(sizes.C, sizes.C), splits)
+    if wanted.features is not None or wanted.epsilon:
+        features = Grid(*features_tile.grid(sizes.N, sizes.A), 1)
+    if wanted.weight or wanted.bias:
+        rows, columns = tile.grid(sizes.C, sizes.A)
+        head = Grid(rows, columns if wanted.weight else 1, splits)
+
+    def empty(is_wanted: bool, *size: int, dtype: torch.dtype | None = None) -> Tensor | None:
+        return weight.new_empty(*size, dtype=dtype) if is_wanted else None
+
+    results = Results(
+        sums=empty(wanted.sums, splits, sizes.C, sizes.C),
+        features=empty(wanted.features is not None, sizes.N, sizes.A, dtype=wanted.features),
+        epsilon=empty(wanted.epsilon, features_tile.grid(sizes.N, sizes.A)[1], sizes.N),
+        weight=empty(wanted.weight, splits, sizes.C, sizes.A),
+        bias=empty(wanted.bias, splits, sizes.C),
+    )
+    grids = Grids(sums, features, head)
+    programs = sum(g.rows * g.columns * g.splits for g in grids if g is not None)
     launch(
-        grad_weight_kernel, (rows, columns if needs_weight else 1, splits),
-        residual, row_scale, Samples.of(inputs, sign), Labels.of(inputs, options), quadratic,
-        table_partials, 0 if table_partials is None else len(table_partials),
-        grad, bias, sizes, rows_per_split,
+        head_backward_kernel, (programs,),
+        residual, row_scale, weight, Samples.of(inputs, sign), Labels.of(inputs, options),
+        quadratic, split(options.alpha), results, arrived,
+        0 if arrived is None else len(arrived), grids, sizes, rows_per_split,
         like=weight, tile=tile, SCALE_STRIDE=int(len(row_scale) > 1),
-        BLOCK_C=tile.rows, BLOCK_A=tile.columns, BLOCK_N=tile.depth,
+        B=_blocks(sums_tile, features_tile, tile),
     )  # fmt: skip
-    return _sum(grad), _sum(bias)
+    return results._replace(
+        sums=add_splits(results.sums),
+        epsilon=add_splits(results.epsilon),
+        bias=add_splits(results.bias),
+    )
+
+
+@functools.cache
+def _blocks(*tiles: Tile) -> Blocks:
+    sizes = (size for tile in tiles for size in (tile.rows, tile.columns, tile.depth))
+    return Blocks(*map(tl.constexpr, sizes))  # as plain int they cannot be shapes in Triton 3.6
+
+
+def _splits(configuration: Configuration, count: int) -> int:
+    return max(1, cdiv(count, configuration.split_rows))
 
 
 def grad_variances(
@@ -225,7 +332,7 @@ def grad_variances(
     return grad
 
 
-def _sum(partials: Tensor | None) -> Tensor | None:
+def add_splits(partials: Tensor | None) -> Tensor | None:
     if partials is None:
         return None
     return partials[0] if len(partials) == 1 else partials.sum(dim=0)

@@ -3,7 +3,7 @@
 Launches of this package, for a full Σ and ε given (a sum over partials may add one of torch's):
     update    2  rows of each class, moments; the rest is part of the class pass
     forward   5  first logits, sign, class pass, logits, softmax
-    backward  4  class sums, partials of the class pass, features, weight
+    backward  2  products of D (class sums, features, weight), class pass onto the weight
 Where W and Σ_c fit in one program: update and forward 1, backward 1 (`single_launch`).
 """
 
@@ -33,11 +33,11 @@ from iada_kernels.triton.class_pass import (
     rank_c_update,
     stream_and_table,
 )
-from iada_kernels.triton.class_pass_backward import class_sums, weight_partials
+from iada_kernels.triton.class_pass_backward import add_table_gradient, table_counters
 from iada_kernels.triton.head import adjusted_logits, reduce_losses
-from iada_kernels.triton.head_backward import grad_features, grad_variances, grad_weight
+from iada_kernels.triton.head_backward import Wanted, add_splits, grad_variances, head_products
 from iada_kernels.triton.moments import update_moments
-from iada_kernels.triton.records import Labels, Samples, Sizes
+from iada_kernels.triton.records import Labels, Samples
 from iada_kernels.triton.rows import Groups, group_rows
 
 
@@ -106,41 +106,42 @@ def loss_backward(
     row_scale = grad_loss if saved.inv_count is None else grad_loss * saved.inv_count
     row_scale = row_scale.reshape(-1).contiguous()
 
-    grads = LossGradients()
-    table_partials = None
-    if full and groups is not None and (needs.weight or needs.covariance):
-        labels = Labels.of(inputs, options)
-        curvature = class_sums(saved.residual, labels, row_scale, options.alpha)
-        assert sigma is not None
-        if needs.weight:
-            sigma = sigma.to(weight.dtype).contiguous()
-            table_partials = weight_partials(sigma, weight, curvature, groups.size)
+    grads, arrived = LossGradients(), None
+    diagonal = sigma is not None and not full
+    wanted = Wanted(
+        sums=full and (needs.weight or needs.covariance),
+        features=inputs.features.dtype if needs.features else None,
+        epsilon=needs.epsilon and saved.sign is not None,
+        weight=needs.weight,
+        bias=needs.bias or needs.log_prior,
+    )
+    tensors = (weight, saved.residual, row_scale, saved.sign)
+    if diagonal and needs.weight:  # which is made of the gradient of the features
+        first = wanted._replace(features=weight.dtype, weight=False, bias=False)
+        rows = head_products(inputs, options, *tensors, first)
+        second = Wanted(weight=True, bias=wanted.bias)
+        products = head_products(inputs, options, *tensors, second, rows.features)
+        products = products._replace(features=rows.features, epsilon=rows.epsilon)
+    else:
+        arrived = table_counters(weight) if full and needs.weight else None
+        products = head_products(inputs, options, *tensors, wanted, arrived=arrived)
+    if full and groups is not None and sigma is not None and products.sums is not None:
+        if products.weight is not None and arrived is not None:
+            written = sigma.to(weight.dtype).contiguous()
+            add_table_gradient(
+                written, weight, products.sums, groups.size, products.weight[0], arrived
+            )
         if needs.covariance:
             grads.covariance = weight.new_empty(sigma.shape)
             head = HeadWeight(weight, None)
-            rank_c_update(grads.covariance, head, groups, curvature, overwrite=True)
-    diagonal = sigma is not None and not full
-    dtype = inputs.features.dtype if needs.features else None
-    if diagonal and needs.weight:
-        dtype = weight.dtype  # the gradient of W is made of it
-    sign = saved.sign if needs.epsilon else None
-    feature_gradient = None
-    if dtype is not None or sign is not None:
-        feature_gradient, grads.epsilon = grad_features(
-            Sizes.of(inputs), saved.residual, weight, row_scale, sign, dtype
-        )
+            rank_c_update(grads.covariance, head, groups, products.sums, overwrite=True)
     if needs.features:
-        grads.features = feature_gradient
-    if needs.weight or needs.bias or needs.log_prior:
-        grads.weight, sums = grad_weight(
-            inputs, options, weight, saved.residual, row_scale, saved.sign,
-            feature_gradient if diagonal else None, table_partials,
-            needs.weight, needs.bias or needs.log_prior,
-        )  # fmt: skip
-        if needs.bias:
-            grads.bias = sums
-        if needs.log_prior and sums is not None:
-            grads.log_prior = sums * options.beta
+        grads.features = products.features
+    grads.epsilon, grads.weight = products.epsilon, add_splits(products.weight)
+    if needs.bias:
+        grads.bias = products.bias
+    if needs.log_prior and products.bias is not None:
+        grads.log_prior = products.bias * options.beta
     if diagonal and needs.covariance and groups is not None:
         grads.covariance = grad_variances(saved.residual, row_scale, groups, weight, options.alpha)
     return grads

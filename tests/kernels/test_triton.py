@@ -137,7 +137,7 @@ def test_a_label_that_is_no_class_makes_its_loss_nan_and_reads_nothing(structure
 
 @pytest.mark.parametrize(
     ("structure", "width", "forward", "backward"),
-    [("full", 20, 7, 4), ("full", 40, 7, 4), ("diag", 20, 6, 2)],
+    [("full", 20, 7, 2), ("full", 40, 7, 2), ("diag", 20, 6, 2)],
 )
 def test_launches_of_a_general_step(structure, width, forward, backward):
     """Forward with streaming update, and backward."""

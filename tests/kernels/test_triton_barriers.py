@@ -81,6 +81,10 @@ SUMS = [
         *("parts of R", "class_pass_kernel", "class_pass.py"),
         *("tl.store(partials.table +", "row += tl.load(ptrs"),
     ),
+    (
+        *("parts of ∂W", "class_pass_weight_kernel", "class_pass_backward.py"),
+        *("tl.store(partials + split_id", "result += tl.load(ptrs"),
+    ),
 ]
 
 
