@@ -90,7 +90,7 @@ NVIDIA = Configuration(
     rank_c_update=Tile(64, 16, 16, warps=8),
     class_pass_weight=Tile(64, 64, 32),
     logits=Tile(32, 64, 32, warps=8),
-    diagonal_logits=Tile(32, 32, 16, warps=8),
+    diagonal_logits=Tile(16, 32, 16),
     tangent=Tile(32, 64, 16, warps=8),
     diagonal_tangent=Tile(16, 32, 16),
     sign=Tile(32, 64, 16, warps=8),
