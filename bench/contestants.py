@@ -22,6 +22,9 @@ MEANING = {
     "eager": "eager_loss and the estimator of the ISDA code",
     "eager_compiled": "torch.compile of these",
     "cross_entropy": "plain cross_entropy(linear), forward and backward: the floor",
+    "linear_cross_entropy": "torch's F.linear_cross_entropy, forward and backward",
+    "liger": "Liger-Kernel's fused linear cross-entropy",
+    "cut_cross_entropy": "Apple's cut-cross-entropy",
 }
 
 
@@ -99,3 +102,50 @@ def cross_entropy_side(shape: Shape, problem: Problem) -> Side:
         return (value, *torch.autograd.grad(value, leaves))
 
     return call
+
+
+def floor_sides(shape: Shape, problem: Problem) -> tuple[dict[str, Side], dict[str, str]]:
+    """Eq. 6 without ε, Σ and log π, and what computes just that; and why others do not compete.
+
+    "triton" is `iada.fused_loss`. The others' operators are called as their projects document it.
+    """
+    leaves = (problem.features, problem.weight, problem.bias)
+    ignored = shape.ignore_index
+
+    def side(loss: Callable[..., Tensor]) -> Side:
+        def call() -> tuple[Tensor, ...]:
+            value = loss(*leaves, problem.labels)
+            return (value, *torch.autograd.grad(value, leaves))
+
+        return call
+
+    def ours(features: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+        terms = (features, weight, bias, labels)
+        return iada.fused_loss(*terms, ignore_index=ignored, backend="triton")
+
+    def by_torch() -> Callable[..., Tensor]:
+        loss = F.linear_cross_entropy  # since torch 2.13
+        return lambda h, w, b, y: loss(h, w, y, linear_bias=b, ignore_index=ignored)
+
+    def by_liger() -> Callable[..., Tensor]:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        loss = LigerFusedLinearCrossEntropyLoss(ignore_index=ignored)
+        return lambda h, w, b, y: loss(w, h, y, b)
+
+    def by_cut() -> Callable[..., Tensor]:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return lambda h, w, b, y: linear_cross_entropy(h, w, y, bias=b, ignore_index=ignored)
+
+    sides = {"triton": side(ours), "cross_entropy": cross_entropy_side(shape, problem)}
+    absent = {}
+    others = {"linear_cross_entropy": by_torch, "liger": by_liger, "cut_cross_entropy": by_cut}
+    for name, make in others.items():
+        try:
+            call = side(make())
+            call()
+            sides[name] = call
+        except Exception as error:  # theirs: not installed, or not for this device or shape
+            absent[name] = f"{type(error).__name__}: {error}"[:200]
+    return sides, absent

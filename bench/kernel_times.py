@@ -26,12 +26,12 @@ def kernel_rows(
     share: the time that bytes or operations take at the ceiling, over the time taken. A launch is
     timed with cold caches in its place within the step, or alone where no profiler sees the device.
     """
-    call = _step(shape, problem, state)
+    call = step_of(shape, problem, state)
     with recording() as launches:
         call()
     taken = _profiled(call, launches, watch)
     source = "profiler" if taken else "events"
-    taken = taken or [watch.median(_again(launch)) for launch in launches]
+    taken = taken or [watch.median(launch) for launch in launches]
     present = problem.labels[problem.labels != shape.ignore_index].unique().numel()
     rows = []
     for launch, seconds in zip(launches, taken, strict=True):
@@ -53,8 +53,8 @@ def kernel_rows(
     return rows
 
 
-def _step(shape: Shape, problem: Problem, state: State) -> Callable[[], object]:
-    """The backend called directly: autograd's own thread would hide the backward's launches."""
+def step_of(shape: Shape, problem: Problem, state: State) -> Callable[[], object]:
+    """One training step, without autograd: its own thread would hide the backward's launches."""
     passes = triton_backend()
     covariance, mean, count = (t.clone() for t in (state.covariance, state.mean, state.count))
     stream = ClassStatistics(mean, count)
@@ -67,11 +67,6 @@ def _step(shape: Shape, problem: Problem, state: State) -> Callable[[], object]:
         return passes.loss_backward(inputs, options, saved, one, NEEDS)
 
     return call
-
-
-def _again(launch: Launch) -> Callable[[], object]:
-    """The same launch on what its arguments hold by now: other numbers, the same work."""
-    return lambda: launch.kernel[launch.grid](**launch.arguments, **launch.options)
 
 
 def _profiled(

@@ -30,6 +30,11 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    tile: Tile | SingleLaunchLimits | None = None
+
+    def __call__(self) -> Any:
+        """The same launch on what its arguments hold by now; the compiled kernel."""
+        return self.kernel[self.grid](**self.arguments, **self.options)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -102,7 +107,7 @@ def launch(
     current = _recording.get()
     if current is not None:
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
-        current.launches.append(Launch(kernel, grid, named, warps, stages))
+        current.launches.append(Launch(kernel, grid, named, warps, stages, tile))
         if not current.execute:
             return
     kernel[grid](*arguments, **constants, **_options(warps, stages))

@@ -1,0 +1,199 @@
+"""`python -m bench.gpu --full`: the first half hour on a GPU as one program, ten minutes a call.
+
+In this order, because nothing that is wrong need be timed:
+
+    errors      value, gradients and update at every reference shape, against float64
+    memcheck, racecheck, initcheck    compute-sanitizer over `bench.one_step`
+    times       against eager, the torch forms and each kernel's ceiling
+    floor       without ε, Σ and log π against plain cross-entropy, Liger, cut-cross-entropy
+    compiled    against compiled eager and compiled torch forms
+    tiles       `bench.tiles`: a launch configuration ready to commit
+    counters    ncu on the three slowest kernels
+    training    CIFAR-10 LT by `iada paper`, with `--data`, for what is left
+
+Each stage is a process of its own. What it printed, how it ended and how long it took is in
+`stages.json` as soon as it ends, its output beside it. A stage that the call has no time for, or
+that was stopped, is for the next call, which goes on behind the stages that ended; `--again NAME`
+runs one of these anew.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.device import describe
+from iada.utils.files import atomic_write
+
+REPORT = "stages.json"
+TAIL = 4000  # characters of what a stage printed that are kept
+LEAVE = 10.0  # seconds of a call for its own end
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+COUNTERS = (
+    "gpu__time_duration.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+    "launch__occupancy_limit_registers",
+    "launch__occupancy_limit_shared_mem",
+)
+DONE, FAILED, STOPPED, ABSENT = "done", "failed", "stopped", "not here"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, and the seconds below which it is not begun and after which it is stopped.
+
+    tool: a program that it needs. goes_on: its next call takes up where this one was stopped, and
+    it ends by itself within `--budget`, which is added.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    least: float
+    most: float
+    tool: str = ""
+    goes_on: bool = False
+
+
+def add_half_hour(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench.gpu` that belong to --full."""
+    group = parser.add_argument_group("--full: the first half hour on a GPU")
+    group.add_argument("--full", action="store_true", help="all stages, over several calls")
+    group.add_argument("--seconds", type=float, default=570, help="of this call (default 570)")
+    group.add_argument("--again", nargs="+", default=[], metavar="STAGE", help="run these anew")
+    group.add_argument("--data", type=Path, help="CIFAR-10, for the stage training")
+
+
+def half_hour(options: argparse.Namespace) -> int:
+    """The stages that are not done, as far as the seconds go; 1 if one of them failed."""
+    begin = time.monotonic()
+    machine = describe(torch.device("cpu" if options.dry_run else "cuda"))
+    folder = options.out / f"full-{machine['name'].replace(' ', '-')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / REPORT
+    ended: dict[str, Any] = json.loads(path.read_text())["stages"] if path.exists() else {}
+    waiting = []
+    for stage in stages(folder, options):
+        state = ended.get(stage.name, {}).get("state")
+        if state in (DONE, FAILED, ABSENT) and stage.name not in options.again:
+            print(f"{stage.name}: {state} before", flush=True)
+            continue
+        left = options.seconds - LEAVE - (time.monotonic() - begin)
+        if left < stage.least:
+            waiting.append(stage.name)
+            continue
+        ended[stage.name] = run_stage(stage, folder, min(left, stage.most))
+        with atomic_write(path) as file:
+            file.write(json.dumps({"machine": machine, "stages": ended}, indent=1).encode() + b"\n")
+        print(f"{stage.name}: {ended[stage.name]['state']}", flush=True)
+    stopped = [name for name, end in ended.items() if end["state"] == STOPPED]
+    if waiting or stopped:
+        print(f"for the next call: {', '.join([*stopped, *waiting])}")
+    failed = [name for name, end in ended.items() if end["state"] == FAILED]
+    for name in failed:
+        print(f"FAILED {name}: {ended[name]['output'][-300:]}")
+    return 1 if failed else 0
+
+
+def stages(folder: Path, options: argparse.Namespace) -> list[Stage]:
+    """All of them, in order."""
+    python = (sys.executable, "-m")
+    gpu: tuple[str, ...] = (*python, "bench.gpu", "--resume", "--out", str(folder))
+    tiles: tuple[str, ...] = (*python, "bench.tiles", "--json", str(folder / "tiles.json"))
+    one_step: tuple[str, ...] = (*python, "bench.one_step")
+    compiled = ("torch-compiled", "eager-compiled")
+    if options.dry_run:
+        gpu, tiles = (*gpu, "--dry-run"), (*tiles, "--dry-run", "--changes", "1")
+        one_step = (*one_step, "--small", "1")
+    found = [Stage("errors", (*gpu, "--parts", "errors"), 60, 400, goes_on=True)]
+    for tool in SANITIZERS:
+        watch = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+        found.append(Stage(tool, (*watch, *one_step), 60, 240, tool="compute-sanitizer"))
+    found += [
+        Stage("times", (*gpu, "--parts", "times"), 60, 400, goes_on=True),
+        Stage("floor", (*gpu, "--parts", "floor"), 30, 240, goes_on=True),
+        Stage("compiled", (*gpu, "--parts", *compiled), 90, 400, goes_on=True),
+        Stage("tiles", tiles, 90, 400, goes_on=True),
+        Stage("counters", counters_command(folder, one_step), 60, 240, tool="ncu"),
+    ]
+    if options.data is not None:
+        found.append(Stage("training", training_command(folder, options, python), 60, 1e9))
+    return found
+
+
+def counters_command(folder: Path, one_step: Sequence[str]) -> tuple[str, ...]:
+    """ncu on the kernels that took longest in the stage times, at the shape where they did."""
+    names, shape = slowest(folder)
+    watch = ("ncu", "--csv", "--metrics", ",".join(COUNTERS), "--launch-count", "12")
+    chosen = ("--kernel-name", f"regex:^({'|'.join(names)})$") if names else ()
+    target = ("--shape", shape) if shape else ()
+    return (*watch, *chosen, *one_step, "--steps", "2", *target)
+
+
+def slowest(folder: Path, count: int = 3) -> tuple[list[str], str]:
+    """The names of the kernels of most time, and the shape of the first of them."""
+    rows = []
+    for path in folder.glob("gpu-*.json"):
+        for name, found in json.loads(path.read_text())["shapes"].items():
+            rows += [(row["ms"], row["kernel"], name) for row in found.get("kernels") or []]
+    rows.sort(reverse=True)
+    names = list(dict.fromkeys(kernel for _, kernel, _ in rows))[:count]
+    return names, rows[0][2] if rows and not rows[0][2].startswith("tiny") else ""
+
+
+def training_command(
+    folder: Path, options: argparse.Namespace, python: Sequence[str]
+) -> tuple[str, ...]:
+    """Meta-IADA and its controls on CIFAR-10 LT, which go on from where they were stopped."""
+    if options.dry_run:
+        return (*python, "iada", "--version")
+    paper = (*python, "iada", "paper", "--table", "controls", "--row", "cifar10-100", "--seed", "0")
+    return (*paper, "--data", str(options.data), "--device", "cuda", "--out", str(folder / "runs"))
+
+
+def run_stage(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
+    """How a stage ended, within so many seconds; its output is in a file of its name."""
+    if stage.tool and shutil.which(stage.tool) is None:
+        return {"state": ABSENT, "output": f"{stage.tool} is not installed", "seconds": 0.0}
+    command = list(stage.command)
+    if stage.goes_on:
+        command += ["--budget", f"{max(1.0, seconds - LEAVE):.0f}"]
+    print(f"{stage.name}: {' '.join(command)}", flush=True)
+    begin, log = time.monotonic(), folder / f"{stage.name}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            _stop(process)
+            code = None
+    output = log.read_text(errors="replace")
+    unfinished = code is None or (stage.goes_on and "\nleft out: " in output)
+    state = STOPPED if unfinished else DONE if code == 0 else FAILED
+    taken = time.monotonic() - begin
+    return {"state": state, "code": code, "seconds": taken, "output": output[-TAIL:]}
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """The whole group: first by a word that lets a training write its checkpoint."""
+    for word in (signal.SIGTERM, signal.SIGKILL):
+        os.killpg(process.pid, word)
+        try:
+            process.wait(timeout=LEAVE / 2)
+            return
+        except subprocess.TimeoutExpired:
+            continue

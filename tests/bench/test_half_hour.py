@@ -1,0 +1,147 @@
+"""`bench.gpu --full` without a GPU: how stages end and go on, and all of it with stubs."""
+
+import argparse
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench import half_hour
+from bench.half_hour import Stage, run_stage, slowest
+from bench.tiles import changes, record_of
+from iada_kernels.triton.config import NVIDIA, Tile
+
+pytestmark = pytest.mark.slow
+STUB = """#!{python}
+import subprocess, sys
+command = sys.argv[sys.argv.index({python!r}):]
+print("watched by", sys.argv[0].rsplit("/", 1)[-1])
+sys.exit(subprocess.run(command).returncode)
+"""
+
+
+def python(code):
+    return (sys.executable, "-c", code)
+
+
+def options_for(folder, **changed):
+    given = {"out": folder, "dry_run": True, "seconds": 60.0, "again": [], "data": None}
+    return argparse.Namespace(**(given | changed))
+
+
+def test_how_a_stage_ends(tmp_path):
+    def state(code, seconds=20.0, **options):
+        return run_stage(Stage("one", python(code), 0, 0, **options), tmp_path, seconds)
+
+    ended = state("print('right')")
+    assert (ended["state"], ended["code"], ended["output"]) == ("done", 0, "right\n")
+    assert state("raise SystemExit('wrong')")["state"] == "failed"
+    assert state("", tool="no-such-program")["state"] == "not here"
+    assert state("print('a\\nleft out: b')", goes_on=True)["state"] == "stopped"
+    assert state("print('a\\nleft out: b')")["state"] == "done"
+    begun = "import time; print('begun', flush=True); time.sleep(600)"
+    ended = state(begun, seconds=5.0)
+    assert (ended["state"], ended["code"], ended["output"]) == ("stopped", None, "begun\n")
+
+
+def test_a_call_goes_on_behind_the_last_one(tmp_path, monkeypatch, capsys):
+    def appended(name, code=0):
+        text = f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} '); raise SystemExit({code})"
+        return python(text)
+
+    given = [
+        Stage("first", appended("first"), 0, 20),
+        Stage("wrong", appended("wrong", 1), 0, 20),
+        Stage("absent", appended("absent"), 0, 20, tool="no-such-program"),
+        Stage("long", appended("long"), 1000, 2000),
+    ]
+    monkeypatch.setattr(half_hour, "stages", lambda folder, options: given)
+    assert half_hour.half_hour(options_for(tmp_path)) == 1
+    assert (tmp_path / "ran").read_text() == "first wrong "
+    printed = capsys.readouterr().out
+    assert "for the next call: long" in printed
+    assert "FAILED wrong" in printed
+    (report,) = tmp_path.glob("full-*/stages.json")
+    states = {name: end["state"] for name, end in json.loads(report.read_text())["stages"].items()}
+    assert states == {"first": "done", "wrong": "failed", "absent": "not here"}
+
+    again = options_for(tmp_path, again=["wrong"], seconds=2000.0)
+    assert half_hour.half_hour(again) == 1
+    assert (tmp_path / "ran").read_text() == "first wrong wrong long "
+
+
+def test_the_slowest_kernels(tmp_path):
+    kernels = [{"kernel": "a", "ms": 1}, {"kernel": "b", "ms": 5}, {"kernel": "a", "ms": 4}]
+    others = [{"kernel": "c", "ms": 3}, {"kernel": "d", "ms": 0.1}]
+    shapes = {"cifar10-r32": {"kernels": kernels}, "dense": {"kernels": others}, "more": {}}
+    (tmp_path / "gpu-x.json").write_text(json.dumps({"shapes": shapes}))
+    assert slowest(tmp_path) == (["b", "a", "c"], "cifar10-r32")
+    assert slowest(tmp_path / "nothing") == ([], "")
+
+
+def test_changes_of_a_tile_are_bounded_and_always_the_same():
+    found = list(changes(NVIDIA.logits))
+    assert found == list(changes(NVIDIA.logits))
+    assert NVIDIA.logits not in found
+    assert len(set(found)) == len(found) > 24
+    assert all(
+        16 <= side <= 128 for tile in found for side in (tile.rows, tile.columns, tile.depth)
+    )
+    assert all(tile.depth == 0 for tile in changes(NVIDIA.softmax))
+
+
+def test_the_record_that_is_printed_is_the_source():
+    def tried(tile, ratio):
+        return {"tile": vars(tile), "mean_ratio": ratio, "ratio": {}}
+
+    better, other = Tile(64, 64, 16, warps=8, stages=3), Tile(16, 16, 16)
+    found = {
+        "logits": {"tried": [tried(other, 0.9), tried(better, 0.8), tried(Tile(32, 32, 32), None)]},
+        "sign": {"tried": [tried(other, 0.99)]},
+    }
+    printed = record_of(found)
+    assert "logits=Tile(64, 64, 16, warps=8, stages=3),  # 0.80 of the time" in printed
+    assert "sign" not in printed
+    changed = eval(
+        printed, {"replace": __import__("dataclasses").replace, "NVIDIA": NVIDIA, "Tile": Tile}
+    )
+    assert changed.logits == better
+    assert "no tile gains" in record_of({"sign": found["sign"]})
+
+
+def test_all_of_it_with_stubs(tmp_path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("compute-sanitizer", "ncu"):
+        stub = programs / name
+        stub.write_text(STUB.format(python=sys.executable))
+        stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
+    command = [sys.executable, "-m", "bench.gpu", "--full", "--dry-run", "--seconds", "1200"]
+    command += ["--out", str(tmp_path), "--data", str(tmp_path)]
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    (report,) = tmp_path.glob("full-cpu/stages.json")
+    stages = json.loads(report.read_text())["stages"]
+    names = "errors memcheck racecheck initcheck times floor compiled tiles counters training"
+    assert list(stages) == names.split()
+    assert {end["state"] for end in stages.values()} == {"done"}
+    assert "watched by compute-sanitizer" in stages["racecheck"]["output"]
+    assert "watched by ncu" in stages["counters"]["output"]
+    (found,) = report.parent.glob("gpu-cpu-*.json")
+    for shape in json.loads(found.read_text())["shapes"].values():
+        assert shape["parts"] == ["errors", "times", "floor", "torch-compiled", "eager-compiled"]
+        assert {"triton", "cross_entropy"} <= set(shape["floor"]["launched"]["ms"])
+        assert {"liger", "cut_cross_entropy"} & set(shape["floor"]["not_installed"])
+    tiles = json.loads((report.parent / "tiles.json").read_text())
+    assert tiles["complete"]
+    assert all(len(entry["tried"]) == 1 for entry in tiles["tiles"].values())
