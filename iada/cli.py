@@ -224,7 +224,7 @@ def _train_here(options: argparse.Namespace) -> int:
 def _check_fresh(folder: Path) -> None:
     if (folder / "checkpoint.pt").exists():
         remedy = "add --resume, or move it"
-        raise argument_error("--out", "a folder without a checkpoint", str(folder), remedy)
+        raise argument_error("--out", "a folder without a checkpoint", folder, remedy)
 
 
 def _say_nothing(text: str) -> None:
@@ -268,7 +268,7 @@ def _load_npz(path: Path) -> dict[str, TensorData]:
             continue
         missing = sorted(set(keys) - names)
         if missing:
-            raise argument_error(str(path), ", ".join(keys), f"no {missing[0]}", "add the array")
+            raise argument_error(path, ", ".join(keys), f"no {missing[0]}", "add the array")
         inputs, labels = (np.asarray(arrays[key]) for key in keys)
         if inputs.ndim < 2 or inputs.dtype.kind not in "fiu" or not np.isfinite(inputs).all():
             got = f"{inputs.dtype} of shape {inputs.shape}"
@@ -279,17 +279,13 @@ def _load_npz(path: Path) -> dict[str, TensorData]:
             remedy = "mend the array"
             raise argument_error(f"{path} {keys[1]}", "class indices (N,) from 0", got, remedy)
         if len(inputs) != len(labels) or not len(inputs):
-            raise argument_error(
-                f"{path} {part}",
-                "as many labels as inputs, at least one",
-                f"{len(inputs)} inputs and {len(labels)} labels",
-                "mend the arrays",
-            )
+            expected = "as many labels as inputs, at least one"
+            got = f"{len(inputs)} inputs and {len(labels)} labels"
+            raise argument_error(f"{path} {part}", expected, got, "mend the arrays")
         if parts and inputs.shape[1:] != parts["train"].inputs.shape[1:]:
             shape = tuple(parts["train"].inputs.shape[1:])
-            got = f"{inputs.shape[1:]}"
             expected = f"samples of shape {shape}, as in train"
-            raise argument_error(f"{path} {keys[0]}", expected, got, "mend it")
+            raise argument_error(f"{path} {keys[0]}", expected, inputs.shape[1:], "mend it")
         parts[part] = TensorData(
             torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(labels.astype(np.int64))
         )

@@ -109,9 +109,8 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
         check_classification_targets(y)
         self.classes_, given = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            remedy = "add samples of another class"
-            expected = "at least 2 classes"
-            raise argument_error("y", expected, f"1 class, {self.classes_[0]!r}", remedy)
+            got = f"1 class, {self.classes_[0]!r}"
+            raise argument_error("y", "at least 2 classes", got, "add samples of another class")
         rng = check_random_state(self.random_state)
         seed = int(rng.randint(2**31 - 1))
         self._mean, deviation = X.mean(axis=0), X.std(axis=0)

@@ -86,11 +86,11 @@ def _paper(options: argparse.Namespace) -> int:
     for name in ("seeds", "evaluate_every"):
         if getattr(options, name) < 1:
             text = f"--{name.replace('_', '-')}"
-            raise argument_error(text, "at least 1", str(getattr(options, name)), "raise it")
+            raise argument_error(text, "at least 1", getattr(options, name), "raise it")
     for name in ("epochs", "train_limit", "test_limit", "workers", "seed"):
         if (getattr(options, name) or 0) < 0:
             text = f"--{name.replace('_', '-')}"
-            raise argument_error(text, "0 or more", str(getattr(options, name)), "raise it")
+            raise argument_error(text, "0 or more", getattr(options, name), "raise it")
     limits = Limits(options.epochs, options.train_limit, options.test_limit, tuple(options.changes))
     run_options = RunOptions(
         options.out,
@@ -148,16 +148,13 @@ def check_processes(chosen: Sequence[Recipe], device: torch.device) -> None:
     ]
     if alone:
         several = [c.key for c in chosen[0].methods if c.key not in alone]
-        raise argument_error(
-            "--methods",
-            "those that several processes can train together",
-            f"{', '.join(dict.fromkeys(alone))}, which one process trains",
-            f"pass --methods {' '.join(several)} here, and these without torchrun",
-        )
+        expected = "those that several processes can train together"
+        got = f"{', '.join(dict.fromkeys(alone))}, which one process trains"
+        remedy = f"pass --methods {' '.join(several)} here, and these without torchrun"
+        raise argument_error("--methods", expected, got, remedy)
     if device.index is not None:
         remedy = f"pass {device.type}: each process takes the device of its LOCAL_RANK"
-        expected = "a kind of device for several processes"
-        raise argument_error("--device", expected, str(device), remedy)
+        raise argument_error("--device", "a kind of device for several processes", device, remedy)
 
 
 def say(text: str) -> None:

@@ -57,7 +57,7 @@ def demo(options: argparse.Namespace) -> int:
     for name in ("seeds", "jobs"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise argument_error(f"--{name}", "at least 1", str(value), "raise it")
+            raise argument_error(f"--{name}", "at least 1", value, "raise it")
     check_writable(options.out)  # before minutes of training, not after
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that workers are stopped too
     jobs = all_jobs(options.seeds)

@@ -59,7 +59,7 @@ def add_labels(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def labels(options: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     if options.top < 0:
-        raise argument_error("--top", "0 or more", str(options.top), "raise it")
+        raise argument_error("--top", "0 or more", options.top, "raise it")
     source, folder = options.source, options.out
     if source.is_file() or not any(source.rglob(DESCRIPTION)):
         folder = folder or Path("runs") / source.stem
@@ -90,9 +90,8 @@ def _trained(options: argparse.Namespace, data: Path, folder: Path) -> Path:
     run = labels_run(recipe, folder)
     if run is None:
         expected = f"one that ranks labels: {' or '.join(RANKING)}"
-        raise argument_error(
-            "--method", expected, " ".join(e.key for e in recipe.methods), "add meta-iada"
-        )
+        remedy = "add meta-iada"
+        raise argument_error("--method", expected, " ".join(e.key for e in recipe.methods), remedy)
     train_methods(recipe, options)
     return run
 
@@ -103,7 +102,7 @@ def _ranking_run(path: Path) -> Path:
     runs = [file.parent for file in below if read_json(file).get("method") in RANKING]
     if len(runs) > 1:
         expected, remedy = "a folder of one run that ranks labels", f"pass one, as {runs[0]}"
-        raise argument_error(str(path), expected, f"{len(runs)} of them", remedy)
+        raise argument_error(path, expected, f"{len(runs)} of them", remedy)
     return run_folder(runs[0] if runs else path)
 
 
@@ -111,7 +110,7 @@ def read_samples(path: Path) -> list[dict[str, str]]:
     """The lines of a run's samples.csv."""
     if not path.exists():
         remedy = "let the run end: python -m iada train --data … goes on where it stopped"
-        raise argument_error(str(path), "what a finished run writes", "nothing", remedy)
+        raise argument_error(path, "what a finished run writes", "nothing", remedy)
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 

@@ -192,7 +192,7 @@ def load_trained(path: Path, which: str = "best") -> TrainedModel:
         about = read_json(folder / DESCRIPTION)
         file = folder / (BEST if which == "best" else CHECKPOINT)
         if not file.exists():
-            raise argument_error(str(folder), f"{file.name}", "none", "let the run end one epoch")
+            raise argument_error(folder, file.name, "none", "let the run end one epoch")
         saved = torch.load(file, map_location="cpu", weights_only=True)
         state = {"backbone": saved["backbone"], "head": saved["head"]}
         about |= {"epoch": saved["epoch"]}
@@ -205,7 +205,7 @@ def load_trained(path: Path, which: str = "best") -> TrainedModel:
         head.load_state_dict({"bias": torch.zeros_like(head.bias), **state["head"]})
     except RuntimeError as error:
         got = str(error).splitlines()[-1].strip()
-        raise argument_error(str(path), "weights of its model", got, "export it again") from error
+        raise argument_error(path, "weights of its model", got, "export it again") from error
     return TrainedModel(backbone, CosineLinear(head) if about.get("cosine") else head, about)
 
 
@@ -219,8 +219,8 @@ def run_folder(path: Path) -> Path:
     expected = "a folder that `python -m iada train --data` wrote"
     if runs:
         remedy = f"pass one, as {runs[0]}"
-        raise argument_error(str(path), f"{expected}, of one run", f"{len(runs)} runs", remedy)
-    raise argument_error(str(path), expected, "no model.json in it", "pass the --out of a run")
+        raise argument_error(path, f"{expected}, of one run", f"{len(runs)} runs", remedy)
+    raise argument_error(path, expected, "no model.json in it", "pass the --out of a run")
 
 
 def export(model: TrainedModel, path: Path) -> None:
@@ -245,8 +245,7 @@ def _from_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, T
         about = json.loads(header["__metadata__"]["iada"])
     except (library.SafetensorError, KeyError, ValueError) as error:
         remedy = "export it again, or pass a run's folder"
-        expected = "what `python -m iada export` wrote"
-        raise argument_error(str(path), expected, f"{error}", remedy) from error
+        raise argument_error(path, "what `python -m iada export` wrote", error, remedy) from error
     state: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")

@@ -102,7 +102,7 @@ def train_methods(recipe: Recipe, options: argparse.Namespace) -> None:
     """Read the data, and train each of the recipe's methods with each seed."""
     count = 1 if options.seeds is None else options.seeds
     if count < 1:
-        raise argument_error("--seeds", "at least 1", str(count), "raise it")
+        raise argument_error("--seeds", "at least 1", count, "raise it")
     if options.logger is not None:
         logger_package(options.logger)
     by_first(lambda: check_writable(options.out), current_group())  # before reading all the images
@@ -198,9 +198,7 @@ def own_recipe(options: argparse.Namespace) -> Recipe:
 def _check_one_meta_set(parts: Parts, options: argparse.Namespace) -> None:
     if "meta" in parts and options.meta_per_class:
         expected = "none, as the data has a meta set of its own"
-        raise argument_error(
-            "--meta-per-class", expected, str(options.meta_per_class), "leave it out"
-        )
+        raise argument_error("--meta-per-class", expected, options.meta_per_class, "leave it out")
 
 
 def with_fair_meta(recipe: Recipe, given: bool) -> Recipe:

@@ -156,7 +156,7 @@ def sections_of(source: str | Path) -> Sections:
     try:
         sections = tomllib.loads(source.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise argument_error(str(source), "TOML", str(error), "mend that line") from error
+        raise argument_error(source, "TOML", error, "mend that line") from error
     plain = [key for key, values in sections.items() if not isinstance(values, dict)]
     if plain:
         raise argument_error(f"{source} {plain[0]}", "a section", "a value", f"write [{plain[0]}]")

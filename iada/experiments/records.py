@@ -48,7 +48,7 @@ def previous_record(path: Path, request: Mapping[str, Any]) -> Record:
         if name not in ("title", "method_name") and not _agrees(record, name, value):
             expected, got = "no run, or one with the same settings", f"one with another {name}"
             remedy = "choose another --out, or move it"
-            raise argument_error(str(path.parent), expected, got, remedy)
+            raise argument_error(path.parent, expected, got, remedy)
     return record
 
 
@@ -76,7 +76,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         got, remedy = f"a damaged file ({error})", "delete it: the run goes on or is made again"
-        raise argument_error(str(path), "a run's record", got, remedy) from error
+        raise argument_error(path, "a run's record", got, remedy) from error
 
 
 def _agrees(record: Mapping[str, Any], name: str, value: Any) -> bool:

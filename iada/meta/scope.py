@@ -36,9 +36,8 @@ def moved_parameters(
         while len(blocks) == 1 and any(_blocks(blocks[0])):  # a module around the network
             blocks = list(_blocks(blocks[0]))
         if scope > len(blocks):
-            remedy = "'full' moves all of the backbone"
             expected = f"at most {len(blocks)}, the blocks of the backbone"
-            raise argument_error("scope", expected, repr(scope), remedy)
+            raise argument_error("scope", expected, repr(scope), "'full' moves all of the backbone")
         moved.update(parameter for block in blocks[-scope:] for parameter in block.parameters())
     return [parameter for parameter in trained if parameter in moved]
 

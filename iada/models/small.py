@@ -70,7 +70,7 @@ def _blocks(depth: int, rest: int, usual: int) -> int:
     blocks, remainder = divmod(depth - rest, 6)
     if remainder or blocks < 1:
         expected = f"6n + {rest} with n of at least 1"
-        raise argument_error("depth", expected, str(depth), f"{usual} is usual")
+        raise argument_error("depth", expected, depth, f"{usual} is usual")
     return blocks
 
 

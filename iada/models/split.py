@@ -89,7 +89,6 @@ def _call(model: nn.Module, inputs: Any) -> Tensor:
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
-        got = f"a {type(output).__name__}"
         expected = "a tensor, or an object with logits, as its output"
-        raise argument_error("model", expected, got, REMEDY)
+        raise argument_error("model", expected, f"a {type(output).__name__}", REMEDY)
     return output

@@ -28,7 +28,7 @@ def load_weights(backbone: nn.Module, head: nn.Linear, path: str | Path) -> bool
     if state is None:
         first = next(iter(backbone.state_dict()))
         got = f"{len(tensors)} tensors, not all that begin or end as {first!r}"
-        raise argument_error(str(path), "the weights of this backbone", got, "pass its own file")
+        raise argument_error(path, "the weights of this backbone", got, "pass its own file")
     backbone.load_state_dict(state, strict=False)
     shaped = [name for name, tensor in tensors.items() if tensor.shape == head.weight.shape]
     weights = [name for name in shaped if name.endswith("weight")]

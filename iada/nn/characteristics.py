@@ -139,7 +139,7 @@ def characteristics(
     check_sizes("weight", weight, f"a head (C, {width})", (None, width))
     check_sizes("log_prior", log_prior, f"log priors ({num_classes},)", (num_classes,))
     if neighbours < 1:
-        raise argument_error("neighbours", "at least 1", str(neighbours), "pass a positive number")
+        raise argument_error("neighbours", "at least 1", neighbours, "pass a positive number")
     dtype = torch.promote_types(torch.float32, logits.dtype)
     h, z, w = features.to(dtype), logits.to(dtype), weight.to(dtype)
     labels = labels.long()

@@ -25,9 +25,8 @@ def build_method(
         remedy = "pass one, or set TrainerConfig's"
         raise argument_error("method", "one where the config has none", "None", remedy)
     if group is not None and config.method.single_process:
-        expected = f"one process for {config.method_name}"
         remedy = "start one process, or take another method"
-        raise argument_error("method", expected, "several", remedy)
+        raise argument_error("method", f"one process for {config.method_name}", "several", remedy)
     settings = (config.epochs, config.ce_epochs, config.seed, config.clip_norm)
     run = MethodRun(backbone, head, optimizer, class_counts, train_set, *settings, group)
     return config.method.build(run)

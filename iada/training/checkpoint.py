@@ -114,7 +114,7 @@ class RunFolder:
         remove_leftovers(self.path / CHECKPOINT)
         if self._has_checkpoint() and not self.has_our_checkpoint:
             remedy = "call resume() first, or move it"
-            raise argument_error("folder", "no checkpoint of another run", str(self.path), remedy)
+            raise argument_error("folder", "no checkpoint of another run", self.path, remedy)
 
     def _has_checkpoint(self) -> bool:
         path = self.path / CHECKPOINT

@@ -89,7 +89,7 @@ def start_from(trainer: Trainer, state: dict[str, Any]) -> None:
     """
     if state["epoch"] > trainer.config.ce_epochs:
         expected = f"at most ce_epochs={trainer.config.ce_epochs} epochs"
-        raise argument_error("first phase", expected, str(state["epoch"]), "take another file")
+        raise argument_error("first phase", expected, state["epoch"], "take another file")
     names, moments = _names(trainer), state["optimizer"]
     try:
         trainer.backbone.load_state_dict(state["backbone"])

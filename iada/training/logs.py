@@ -172,7 +172,7 @@ class CsvLog:
         header, *rows = list(csv.reader(text.splitlines())) or [list(COLUMNS)]
         if tuple(header[: len(COLUMNS)]) != COLUMNS:
             remedy = "move it elsewhere"
-            raise argument_error(str(self.path), "a log of this version", "other columns", remedy)
+            raise argument_error(self.path, "a log of this version", "other columns", remedy)
         if not text.endswith("\n"):
             rows = rows[:-1]
         return header, [row for row in rows if len(row) == len(header) and row[0].isdigit()]

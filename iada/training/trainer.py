@@ -112,9 +112,8 @@ class Trainer:
         method: Method | None = None,
     ) -> None:
         if not isinstance(head, nn.Linear):
-            got = f"a {type(head).__name__}"
             remedy = "split the model before its last layer"
-            raise argument_error("head", "an nn.Linear", got, remedy)
+            raise argument_error("head", "an nn.Linear", f"a {type(head).__name__}", remedy)
         named = {"train_set": train_set, "meta_set": meta_set, "validation_set": validation_set}
         for name, dataset in named.items():
             if dataset is not None:

@@ -37,8 +37,8 @@ def value_checks() -> Iterator[None]:
         _value_checks.reset(token)
 
 
-def argument_error(name: str, expected: str, got: str, remedy: str) -> ValueError:
-    """The one form of message this package raises about an argument."""
+def argument_error(name: object, expected: str, got: object, remedy: str) -> ValueError:
+    """The one form of message this package raises about an argument, or about a file."""
     return ValueError(f"{name}: expected {expected}, got {got}; {remedy}")
 
 
@@ -249,9 +249,8 @@ def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:
     expected = f"a float32 or float64 tensor {full} (full) or {diagonal} (diagonal)"
     check_tensor("covariance", covariance, expected + " or an iada.ClassCovariance")
     if covariance.dtype not in (torch.float32, torch.float64):
-        got = f"dtype {covariance.dtype}"
         remedy = "keep statistics in float32: covariance.float()"
-        raise argument_error("covariance", expected, got, remedy)
+        raise argument_error("covariance", expected, f"dtype {covariance.dtype}", remedy)
     shape = tuple(covariance.shape)
     packed = len(shape) == 2 and width and shape[1] and shape[1] % width == 0
     if shape not in (full, diagonal) and not (packed and shape[0] == num_classes):

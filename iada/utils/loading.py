@@ -131,9 +131,8 @@ def check_item(item: Any) -> None:
         remedy = "wrap it to give (input, label); the input may be a dict of tensors"
         raise argument_error("dataset", "items (input, label)", "a dict", remedy)
     if not isinstance(item, list | tuple) or len(item) < 2:
-        parts = f"a {type(item).__name__}"
         remedy = "return the label with each input"
-        raise argument_error("dataset", "items (input, label)", parts, remedy)
+        raise argument_error("dataset", "items (input, label)", f"a {type(item).__name__}", remedy)
 
 
 class WithIndex(Dataset):

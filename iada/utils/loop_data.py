@@ -30,9 +30,8 @@ def endless(loader: Iterable[Batch], first_epoch: int = 0) -> Iterator[Batch]:
         ValueError: an iterator; and an empty loader, once a batch is asked for.
     """
     if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
-        got = f"a {type(loader).__name__}"
         remedy = "pass the loader itself, without iter()"
-        raise argument_error("loader", "a DataLoader", got, remedy)
+        raise argument_error("loader", "a DataLoader", f"a {type(loader).__name__}", remedy)
     return _passes(loader, first_epoch)
 
 

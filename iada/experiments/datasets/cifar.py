@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iada.experiments.datasets.files import DAMAGED, bytes_of, folder_at, lines_of, missing
+from iada.experiments.datasets.files import bytes_of, damaged, folder_at, lines_of, missing
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import argument_error
 
 PIXELS = 3 * 32 * 32
 # All that a pickled array calls, under the names that numpy gave it before and since version 2.
@@ -72,10 +71,8 @@ def _read(path: Path, classes: int) -> dict[str, Labelled]:
         counts = {len(labels) for _, labels in read}
         if len(counts) > 1:
             shortest = min(range(len(read)), key=lambda index: len(read[index][1]))
-            expected, got = f"{max(counts)} images, as in the other batches", str(min(counts))
-            raise argument_error(
-                str(folder / (files[part][shortest] + suffix)), expected, got, DAMAGED
-            )
+            expected = f"{max(counts)} images, as in the other batches"
+            raise damaged(folder / (files[part][shortest] + suffix), expected, min(counts))
         images, labels = (torch.cat(column) for column in zip(*read, strict=True))
         parts[part] = Labelled(images, labels, names)
         check_every_class(parts[part], part, folder)
@@ -101,7 +98,7 @@ def _class_names(folder: Path, suffix: str, files: dict[str, Any], classes: int)
         path = folder / files["meta"]
         names = [_text(name) for name in _list(_unpickled(path), key, path)]
     if len(names) != classes:
-        raise argument_error(str(path), f"{classes} class names", str(len(names)), DAMAGED)
+        raise damaged(path, f"{classes} class names", len(names))
     return tuple(names)
 
 
@@ -115,15 +112,13 @@ def _records(path: Path, key: str, classes: int) -> tuple[Tensor, Tensor]:
         batch = _unpickled(path)
         images, labels = batch.get("data"), _list(batch, key, path)
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2:
-            raise argument_error(str(path), "data, a uint8 array (N, 3072)", _kind(images), DAMAGED)
+            raise damaged(path, "data, a uint8 array (N, 3072)", _kind(images))
     if images.shape[1:] != (PIXELS,) or len(images) != len(labels) or not len(labels):
-        expected = f"{PIXELS} bytes and one label for each image"
         got = f"{images.shape} and {len(labels)} labels"
-        raise argument_error(str(path), expected, got, DAMAGED)
+        raise damaged(path, f"{PIXELS} bytes and one label for each image", got)
     for row, label in enumerate(labels):
         if not isinstance(label, int | np.integer) or not 0 <= label < classes:
-            expected = f"a label in [0, {classes})"
-            raise argument_error(f"{path}, image {row}", expected, str(label), DAMAGED)
+            raise damaged(f"{path}, image {row}", f"a label in [0, {classes})", label)
     numbers = torch.tensor([int(label) for label in labels], dtype=torch.int64)
     return torch.from_numpy(images.reshape(-1, 3, 32, 32).copy()), numbers
 
@@ -134,7 +129,7 @@ def _binary(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     content = np.frombuffer(bytes_of(path), dtype=np.uint8)
     if len(content) % (head + PIXELS):
         got = f"{len(content)} bytes, {len(content) % (head + PIXELS)} too many"
-        raise argument_error(str(path), f"records of {head + PIXELS} bytes", got, DAMAGED)
+        raise damaged(path, f"records of {head + PIXELS} bytes", got)
     records = content.reshape(-1, head + PIXELS)
     return records[:, head:], records[:, head - 1]
 
@@ -153,15 +148,15 @@ def _unpickled(path: Path) -> dict[str, Any]:
     try:
         batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise argument_error(str(path), "a pickle of CIFAR", f"{error!r}", DAMAGED) from error
+        raise damaged(path, "a pickle of CIFAR", repr(error)) from error
     if not isinstance(batch, dict):
-        raise argument_error(str(path), "a pickled dict", _kind(batch), DAMAGED)
+        raise damaged(path, "a pickled dict", _kind(batch))
     return {_text(key): value for key, value in batch.items()}
 
 
 def _list(batch: dict[str, Any], key: str, path: Path) -> list[Any]:
     if not isinstance(batch.get(key), list):
-        raise argument_error(str(path), f"a list {key}", _kind(batch.get(key)), DAMAGED)
+        raise damaged(path, f"a list {key}", _kind(batch.get(key)))
     return batch[key]
 
 

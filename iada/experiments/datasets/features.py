@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from iada.experiments.datasets.files import DAMAGED, arrays_of
+from iada.experiments.datasets.files import arrays_of, damaged
 from iada.experiments.datasets.labelled import Labelled, check_every_class
 from iada.utils.checks import argument_error
 from iada.utils.files import atomic_write
@@ -43,9 +43,8 @@ def read_features(path: str | os.PathLike) -> dict[str, Labelled]:
     arrays = arrays_of(file, "an .npz of features")
     for name in ("train_inputs", "train_labels", "test_inputs", "test_labels"):
         if name not in arrays:
-            expected = f"arrays with {name}"
             remedy = "see iada features"
-            raise argument_error(str(file), expected, ", ".join(arrays) or "none", remedy)
+            raise argument_error(file, f"arrays with {name}", ", ".join(arrays) or "none", remedy)
     count = int(arrays["train_labels"].max(initial=-1)) + 1
     names = tuple(map(str, arrays.get(CLASSES, range(count))))
     width = arrays["train_inputs"].shape[-1:]
@@ -68,15 +67,14 @@ def _part(
     """Features and labels of one part, each checked."""
     if inputs.dtype.kind != "f" or inputs.ndim != 2 or inputs.shape[1:] != width:
         got = f"{inputs.dtype} {inputs.shape}"
-        raise argument_error(f"{where}_inputs", f"floats (N, {width[0]})", got, DAMAGED)
+        raise damaged(f"{where}_inputs", f"floats (N, {width[0]})", got)
     if not np.isfinite(inputs).all():
         row = int(np.argmin(np.isfinite(inputs).all(axis=1)))
-        raise argument_error(f"{where}_inputs", "finite numbers", f"others in row {row}", DAMAGED)
+        raise damaged(f"{where}_inputs", "finite numbers", f"others in row {row}")
     expected = f"{len(inputs)} whole numbers in [0, {len(names)})"
     if labels is None or labels.shape != (len(inputs),) or labels.dtype.kind not in "iu":
         got = "none" if labels is None else f"{labels.dtype} {labels.shape}"
-        raise argument_error(f"{where}_labels", expected, got, DAMAGED)
+        raise damaged(f"{where}_labels", expected, got)
     if labels.min() < 0 or labels.max() >= len(names):
-        got = f"{labels.min()} to {labels.max()}"
-        raise argument_error(f"{where}_labels", expected, got, DAMAGED)
+        raise damaged(f"{where}_labels", expected, f"{labels.min()} to {labels.max()}")
     return Labelled(torch.from_numpy(inputs).float(), torch.from_numpy(labels).long(), names)

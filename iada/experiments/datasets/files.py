@@ -31,7 +31,12 @@ def required(name: str, hint: str) -> Any:
 def missing(path: Path, expected: str, remedy: str) -> FileNotFoundError:
     """The error for a path that should hold `expected` and does not."""
     got = "nothing" if not path.exists() else "something else"
-    return FileNotFoundError(str(argument_error(str(path), expected, got, remedy)))
+    return FileNotFoundError(str(argument_error(path, expected, got, remedy)))
+
+
+def damaged(where: object, expected: str, got: object) -> ValueError:
+    """The error for a file, or a place in it, that holds something else than `expected`."""
+    return argument_error(where, expected, got, DAMAGED)
 
 
 def at_line(path: Path, line: int) -> str:
@@ -62,7 +67,7 @@ def bytes_of(path: Path) -> bytes:
         raise missing(path, "a file", "fetch it, or pass the folder that holds it")
     content = path.read_bytes()
     if not content:
-        raise argument_error(str(path), "a file with content", "an empty one", DAMAGED)
+        raise damaged(path, "a file with content", "an empty one")
     return content
 
 
@@ -73,7 +78,7 @@ def arrays_of(path: Path, expected: str) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
             return {name: loaded[name] for name in loaded.files}
     except Exception as error:  # zipfile, zlib and numpy each have errors of their own
-        raise argument_error(str(path), expected, f"{error!r}", DAMAGED) from error
+        raise damaged(path, expected, repr(error)) from error
 
 
 def lines_of(path: Path) -> list[str]:
@@ -83,7 +88,7 @@ def lines_of(path: Path) -> list[str]:
         return content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise argument_error(at_line(path, line), "UTF-8 text", "other bytes", DAMAGED) from error
+        raise damaged(at_line(path, line), "UTF-8 text", "other bytes") from error
 
 
 def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -95,22 +100,20 @@ def rows_of(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str,
             header = next(reader, [])
             absent = [name for name in columns if name not in header]
             if absent:
-                expected = f"a header with {', '.join(columns)}"
                 got = f"none of {', '.join(absent)}"
-                raise argument_error(at_line(path, 1), expected, got, DAMAGED)
+                raise damaged(at_line(path, 1), f"a header with {', '.join(columns)}", got)
             count = 0
             for row in reader:
                 where = at_line(path, reader.line_num)
                 if len(row) != len(header):
-                    raise argument_error(where, f"{len(header)} fields", str(len(row)), DAMAGED)
+                    raise damaged(where, f"{len(header)} fields", len(row))
                 count += 1
                 yield reader.line_num, dict(zip(header, row, strict=True))
             if not count:
-                raise argument_error(str(path), "rows below the header", "none", DAMAGED)
+                raise damaged(path, "rows below the header", "none")
         except (csv.Error, UnicodeDecodeError) as error:
-            where = at_line(path, reader.line_num + 1)
             expected = "comma-separated UTF-8 text"
-            raise argument_error(where, expected, str(error), DAMAGED) from error
+            raise damaged(at_line(path, reader.line_num + 1), expected, error) from error
 
 
 def integer(text: str, allowed: Container[int], expected: str, where: str) -> int:
@@ -118,7 +121,7 @@ def integer(text: str, allowed: Container[int], expected: str, where: str) -> in
     with contextlib.suppress(ValueError):
         if (value := int(text)) in allowed:
             return value
-    raise argument_error(where, expected, repr(text), DAMAGED)
+    raise damaged(where, expected, repr(text))
 
 
 def number(text: str, expected: str, where: str) -> float:
@@ -126,7 +129,7 @@ def number(text: str, expected: str, where: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= (value := float(text)) <= 1:
             return value
-    raise argument_error(where, expected, repr(text), DAMAGED)
+    raise damaged(where, expected, repr(text))
 
 
 def check_image_file(path: Path, where: str) -> None:

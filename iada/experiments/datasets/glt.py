@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from iada.experiments.datasets.files import DAMAGED, bytes_of, check_image_file, folder_at, missing
+from iada.experiments.datasets.files import bytes_of, check_image_file, damaged, folder_at, missing
 from iada.experiments.datasets.labelled import Labelled, check_every_class
 from iada.utils.checks import argument_error, check_choice
 
@@ -51,8 +51,7 @@ def read_glt(
         if counts.max() > 2 * counts.min():
             expected = "training classes of one size, as the ALT protocol has them"
             got = f"{int(counts.min())} to {int(counts.max())} images"
-            remedy = "pass the file of ALT's own training set"
-            raise argument_error(str(file), expected, got, remedy)
+            raise argument_error(file, expected, got, "pass the file of ALT's own training set")
     return parts
 
 
@@ -62,9 +61,9 @@ def _json(file: Path) -> dict[str, Any]:
         annotation = json.loads(content)
     except ValueError as error:
         line = getattr(error, "lineno", 1)
-        raise argument_error(f"{file}, line {line}", "json", str(error), DAMAGED) from error
+        raise damaged(f"{file}, line {line}", "json", error) from error
     if not isinstance(annotation, dict):
-        raise argument_error(str(file), "a json object", f"a {type(annotation).__name__}", DAMAGED)
+        raise damaged(file, "a json object", f"a {type(annotation).__name__}")
     return annotation
 
 
@@ -72,12 +71,12 @@ def _class_names(annotation: dict[str, Any], file: Path) -> tuple[str, ...]:
     """The names of classes 0, 1, … out of id2cat."""
     class_names = annotation.get("id2cat")
     if not isinstance(class_names, dict) or not class_names:
-        raise argument_error(f"{file}, id2cat", "a name for each class", repr(class_names), DAMAGED)
+        raise damaged(f"{file}, id2cat", "a name for each class", repr(class_names))
     numbers = [str(number) for number in range(len(class_names))]
     absent = [number for number in numbers if number not in class_names]
     if absent:
-        expected = f"names of classes 0 to {len(class_names) - 1}"
-        raise argument_error(f"{file}, id2cat", expected, f"none of {absent[0]}", DAMAGED)
+        got = f"none of {absent[0]}"
+        raise damaged(f"{file}, id2cat", f"names of classes 0 to {len(class_names) - 1}", got)
     return tuple(str(class_names[number]) for number in numbers)
 
 
@@ -88,7 +87,7 @@ def _entries(
     where = f"{file}, {section}"
     columns = annotation.get(section)
     if not isinstance(columns, dict) or not isinstance(columns.get("label"), dict):
-        raise argument_error(where, "a section with label", "none", DAMAGED)
+        raise damaged(where, "a section with label", "none")
     if not columns["label"]:
         remedy = "this file holds another protocol: take its other"
         raise argument_error(where, "images", "none", remedy)
@@ -100,7 +99,7 @@ def _entries(
         path = _value(columns, "path", key, entry) if "path" in columns else key
         number = _whole(label, f"a label in [0, {classes})", entry)
         if number >= classes:
-            raise argument_error(entry, f"a label in [0, {classes})", str(label), DAMAGED)
+            raise damaged(entry, f"a label in [0, {classes})", label)
         entries.append((str(path), number, _whole(attribute, "an attribute from 0 on", entry)))
     return entries
 
@@ -108,7 +107,7 @@ def _entries(
 def _value(section: dict[str, Any], table: str, key: str, where: str) -> Any:
     values = section.get(table)
     if not isinstance(values, dict) or key not in values:
-        raise argument_error(where, f"its {table}", "none", DAMAGED)
+        raise damaged(where, f"its {table}", "none")
     return values[key]
 
 
@@ -116,7 +115,7 @@ def _whole(value: Any, expected: str, where: str) -> int:
     """A whole number from 0 on; the authors' files have some of them as strings."""
     if isinstance(value, int | str) and not isinstance(value, bool) and str(value).isdecimal():
         return int(value)
-    raise argument_error(where, expected, repr(value), DAMAGED)
+    raise damaged(where, expected, repr(value))
 
 
 def _leading(path: Path, root: Path | None, where: str) -> int:

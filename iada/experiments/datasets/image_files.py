@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from iada.experiments.datasets.files import (
-    DAMAGED,
     at_line,
     check_image_file,
+    damaged,
     folder_at,
     integer,
     lines_of,
@@ -44,9 +44,8 @@ def read_folder(path: str | os.PathLike, memory: bool | None = None) -> dict[str
     listed = {part: _images(folder_of_part, names) for part, folder_of_part in folders.items()}
     loaded = [] if memory is False else _decoded([paths for paths, _ in listed.values()])
     if memory and not loaded:
-        expected = "images of one size, up to 64×64 pixels"
         remedy = "pass memory=None to read them as needed"
-        raise argument_error("memory", expected, "others", remedy)
+        raise argument_error("memory", "images of one size, up to 64×64 pixels", "others", remedy)
     parts = {}
     for index, (part, (paths, labels)) in enumerate(listed.items()):
         parts[part] = Labelled(loaded[index] if loaded else paths, torch.tensor(labels), names)
@@ -65,7 +64,7 @@ def _images(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]
     other = sorted(set(_classes(folder)) - set(names))
     if other:
         expected = "the classes of the training images"
-        raise argument_error(str(folder / other[0]), expected, "another", "rename the folder")
+        raise argument_error(folder / other[0], expected, "another", "rename the folder")
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
@@ -75,8 +74,7 @@ def _images(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]
         files = (Path(entry.path) for entry in _visible(class_folder))
         images = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
         if not images:
-            remedy = "add some, or take the class away"
-            raise argument_error(str(class_folder), "images", "none", remedy)
+            raise argument_error(class_folder, "images", "none", "add some, or take the class away")
         for image in images:
             check_image_file(image, str(class_folder))
         paths += images
@@ -135,8 +133,7 @@ def _one_list(folder: Path, ending: str) -> Path | None:
     matches = sorted(folder.glob(f"*{ending}"))
     if len(matches) > 1:
         got = ", ".join(file.name for file in matches)
-        remedy = "keep one data set's lists in a folder"
-        raise argument_error(str(folder), f"one *{ending}", got, remedy)
+        raise argument_error(folder, f"one *{ending}", got, "keep one data set's lists in a folder")
     return matches[0] if matches else None
 
 
@@ -151,7 +148,7 @@ def _entries(file: Path, root: Path, num_classes: int | None) -> tuple[list[Path
         where = at_line(file, number)
         fields = line.rsplit(maxsplit=1)
         if len(fields) != 2:
-            raise argument_error(where, expected, repr(line), DAMAGED)
+            raise damaged(where, expected, repr(line))
         name, label = fields[0].strip(), fields[1]
         if name in seen:
             got = f"{name} of line {seen[name]} again"

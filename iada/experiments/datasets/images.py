@@ -36,7 +36,7 @@ def open_image(path: Path, photo: bool = False) -> "Image":
     except FileNotFoundError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        text = argument_error(str(path), "an image", f"{error}", "fetch that image again")
+        text = argument_error(path, "an image", error, "fetch that image again")
         raise OSError(str(text)) from error
 
 

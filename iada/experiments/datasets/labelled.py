@@ -112,7 +112,7 @@ def check_every_class(part: Labelled, name: str, source: Path) -> None:
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
         expected = f"samples of each of the {part.num_classes} classes in {name}"
         got = f"none of {names}{more}"
-        raise argument_error(str(source), expected, got, "add them, or take the class away")
+        raise argument_error(source, expected, got, "add them, or take the class away")
 
 
 def joined(first: Labelled, second: Labelled) -> Labelled:

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from iada.experiments.datasets.files import DAMAGED, at_line, lines_of
+from iada.experiments.datasets.files import at_line, damaged, lines_of
 from iada.utils.checks import argument_error
 
 PATH_COLUMNS = (
@@ -33,7 +33,7 @@ def entries_of(path: Path, labelled: bool = True) -> list[tuple[str, str]]:
             return _by_header(path, rows, labelled)
         rows = rows[1:]
     if not rows:
-        raise argument_error(str(path), "lines with paths", "none", DAMAGED)
+        raise damaged(path, "lines with paths", "none")
     if comma and _path_of(path, rows[0], labelled) is None:
         number, _, line = rows[0]
         expected = f"the path of an image, or a header with one of {', '.join(PATH_COLUMNS)}"
@@ -43,8 +43,8 @@ def entries_of(path: Path, labelled: bool = True) -> list[tuple[str, str]]:
     entries = []
     for number, fields, line in rows:
         if labelled and len(fields) < 2:
-            form = f"a line `path{',' if comma else ' '}label`"
-            raise argument_error(at_line(path, number), form, repr(line), DAMAGED)
+            got = repr(line)
+            raise damaged(at_line(path, number), f"a line `path{',' if comma else ' '}label`", got)
         label = fields[-1].strip(' "') if labelled else ""
         name = _path_of(path, (number, fields, line), labelled)
         entries.append((name or _names(path, fields, line, labelled)[0], label))
@@ -80,12 +80,12 @@ def _by_header(path: Path, rows: Sequence[Line], labelled: bool) -> list[tuple[s
         expected = f"a column of labels: {', '.join(LABEL_COLUMNS)}"
         raise argument_error(at_line(path, first), expected, ", ".join(names), "rename the column")
     if not rows[1:]:
-        raise argument_error(str(path), "lines below the header", "none", DAMAGED)
+        raise damaged(path, "lines below the header", "none")
     entries = []
     for number, fields, _ in rows[1:]:
         if len(fields) != len(names):
-            expected = f"{len(names)} fields, as in the header"
-            raise argument_error(at_line(path, number), expected, str(len(fields)), DAMAGED)
+            got = len(fields)
+            raise damaged(at_line(path, number), f"{len(names)} fields, as in the header", got)
         label = fields[label_at] if labelled and label_at is not None else ""
         entries.append((fields[path_at].strip(' "'), label.strip(' "')))
     return entries

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from iada.experiments.datasets.files import DAMAGED, bytes_of, first_file, folder_at
+from iada.experiments.datasets.files import bytes_of, damaged, first_file, folder_at
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import argument_error
 
 IMAGES, LABELS = 0x0803, 0x0801  # the files' first four bytes: unsigned bytes in 3 axes and in 1
 STEMS = {"train": "train", "test": "t10k"}
@@ -29,12 +28,11 @@ def read_mnist(path: str | os.PathLike) -> dict[str, Labelled]:
         label_file = _file(folder, f"{stem}-labels", 1)
         images, labels = _array(image_file, IMAGES), _array(label_file, LABELS)
         if len(images) != len(labels):
-            expected = f"{len(images)} labels, as {image_file.name} has images"
-            raise argument_error(str(label_file), expected, str(len(labels)), DAMAGED)
+            got = len(labels)
+            raise damaged(label_file, f"{len(images)} labels, as {image_file.name} has images", got)
         wrong = np.flatnonzero(labels > 9)
         if len(wrong):
-            where = f"{label_file}, label {wrong[0]}"
-            raise argument_error(where, "a digit in [0, 10)", str(labels[wrong[0]]), DAMAGED)
+            raise damaged(f"{label_file}, label {wrong[0]}", "a digit in [0, 10)", labels[wrong[0]])
         tensor = torch.from_numpy(images[:, None].copy())
         parts[part] = Labelled(tensor, torch.from_numpy(labels.astype(np.int64)), names)
         check_every_class(parts[part], part, label_file)
@@ -54,13 +52,13 @@ def _array(path: Path, magic: int) -> np.ndarray:
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise argument_error(str(path), "a whole gzip file", str(error), DAMAGED) from error
+            raise damaged(path, "a whole gzip file", error) from error
     start = 4 + 4 * (magic & 0xFF)
     if len(content) < start or int.from_bytes(content[:4]) != magic:
         got = f"{content[:4].hex() or 'no'} in {len(content)} bytes"
-        raise argument_error(str(path), f"an idx file that starts {magic:08x}", got, DAMAGED)
+        raise damaged(path, f"an idx file that starts {magic:08x}", got)
     shape = tuple(np.frombuffer(content[4:start], dtype=">u4").tolist())
     body = np.frombuffer(content, dtype=np.uint8, offset=start)
     if len(body) != int(np.prod(shape)) or not shape[0]:
-        raise argument_error(str(path), f"{shape} bytes", f"{len(body)}", DAMAGED)
+        raise damaged(path, f"{shape} bytes", len(body))
     return body.reshape(shape)

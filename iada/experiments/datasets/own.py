@@ -19,6 +19,7 @@ from iada.experiments.datasets.files import (
     DAMAGED,
     bytes_of,
     check_image_file,
+    damaged,
     missing,
 )
 from iada.experiments.datasets.image_files import PARTS as SPELLINGS
@@ -60,12 +61,11 @@ def read_own(
     parts = _read(Path(path))
     if "train" not in parts:
         expected = "a part 'train'"
-        raise argument_error(str(path), expected, ", ".join(parts), "name it so, or pass its path")
+        raise argument_error(path, expected, ", ".join(parts), "name it so, or pass its path")
     train = parts["train"]
     if train.num_classes < 2:
-        got = f"1 ({train.class_names[0]})"
         remedy = "add samples of another class, a folder for each"
-        raise argument_error(str(path), "at least 2 classes", got, remedy)
+        raise argument_error(path, "at least 2 classes", f"1 ({train.class_names[0]})", remedy)
     for name, source in (("validation", validation), ("test", test), ("meta", meta)):
         if source and isinstance(source, str):
             given = _read(Path(source))
@@ -84,7 +84,7 @@ def read_unlabelled(path: Path) -> Labelled:
 
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         if not files:
-            raise argument_error(str(path), "images in it or below it", "none", "pass their folder")
+            raise argument_error(path, "images in it or below it", "none", "pass their folder")
     elif path.suffix.lower() in (".txt", ".csv"):
         files = [path.parent / name for name, _ in entries_of(path, labelled=False)]
     else:
@@ -153,13 +153,13 @@ def _arrays(path: Path, labelled: bool = True) -> dict[str, Labelled]:
             arrays = {name: loaded[name] for name in loaded.files}
     except Exception as error:  # zipfile, zlib and numpy each have errors of their own
         remedy = "save text as labels.astype(str)" if "pickle" in str(error) else DAMAGED
-        raise argument_error(str(path), "an .npz of arrays", f"{error!r}", remedy) from error
+        raise argument_error(path, "an .npz of arrays", repr(error), remedy) from error
     arrays |= {f"train_{name}": arrays[name] for name in ("inputs", "labels") if name in arrays}
     if not labelled:
         arrays.setdefault("train_labels", np.zeros(len(arrays.get("train_inputs", ())), np.int64))
     if not {"train_inputs", "train_labels"} <= set(arrays):
         got = ", ".join(arrays) or "none"
-        raise argument_error(str(path), "arrays inputs and labels", got, "name them so")
+        raise argument_error(path, "arrays inputs and labels", got, "name them so")
     names = _class_names(arrays)
     parts = {}
     given = [name.removesuffix("_inputs") for name in arrays if name.endswith("_inputs")]
@@ -186,9 +186,7 @@ def _array_part(
         labels = _indices(labels.astype(str), names, where)
     if labels is None or labels.shape != (len(inputs),) or labels.dtype.kind not in "iu":
         got = "none" if labels is None else f"{labels.dtype} {labels.shape}"
-        raise argument_error(
-            f"{where}_labels", f"{len(inputs)} whole numbers or names", got, DAMAGED
-        )
+        raise damaged(f"{where}_labels", f"{len(inputs)} whole numbers or names", got)
     accepted = False
     tensor = torch.from_numpy(inputs) if inputs.dtype.kind in "fu" else torch.empty(0)
     if inputs.dtype == np.uint8 and inputs.ndim in (3, 4):

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from iada.experiments.datasets import files
-from iada.experiments.datasets.files import DAMAGED, at_line, integer
+from iada.experiments.datasets.files import at_line, damaged, integer
 from iada.experiments.datasets.labelled import Labelled, check_every_class
-from iada.utils.checks import argument_error
 
 PARTS = ("train", "validation", "test")
 BIRDS = ("landbird", "waterbird")
@@ -64,7 +63,7 @@ def read_celeba(path: str | os.PathLike) -> dict[str, Labelled]:
     columns = ["Blond_Hair", "Male"]
     for where, name, values in _celeba_rows(attributes, columns):
         if name not in splits:
-            raise argument_error(where, f"an image of {partition.name}", name, DAMAGED)
+            raise damaged(where, f"an image of {partition.name}", name)
         hair, male = (
             int(integer(value, (-1, 0, 1), f"{column}, 1 or -1", where) == 1)
             for column, value in zip(columns, values, strict=True)
@@ -73,7 +72,7 @@ def read_celeba(path: str | os.PathLike) -> dict[str, Labelled]:
         rows.append((images / name, hair, male, splits.pop(name)))
     if splits:
         expected = f"attributes of the {len(rows) + len(splits)} images of {partition.name}"
-        raise argument_error(str(attributes), expected, f"none of {next(iter(splits))}", DAMAGED)
+        raise damaged(attributes, expected, f"none of {next(iter(splits))}")
     return _image_parts(rows, HAIR, ("female", "male"), attributes)
 
 
@@ -84,7 +83,7 @@ def _celeba_rows(file: Path, columns: list[str]) -> Iterator[tuple[str, str, lis
     for line, name, values in read(file, columns):
         where = at_line(file, line)
         if name in seen:
-            raise argument_error(where, "each image once", f"{name} again", DAMAGED)
+            raise damaged(where, "each image once", f"{name} again")
         seen.add(name)
         yield where, name, values
 
@@ -105,7 +104,7 @@ def _text_rows(file: Path, wanted: list[str]) -> Iterator[tuple[int, str, list[s
         name, *values = line.split() or [""]
         if len(values) != len(columns):
             got = f"{len(line.split())} fields: {line}"
-            raise argument_error(at_line(file, number), f"an image and {content}", got, DAMAGED)
+            raise damaged(at_line(file, number), f"an image and {content}", got)
         yield number, name, [values[columns.index(column)] for column in wanted]
 
 
@@ -115,11 +114,9 @@ def _text_header(file: Path, lines: list[str], wanted: list[str]) -> list[str]:
     columns = lines[1].split() if len(lines) > 1 else []
     absent = [name for name in wanted if name not in columns]
     if absent:
-        expected = f"attributes with {', '.join(wanted)}"
-        raise argument_error(at_line(file, 2), expected, f"no {absent[0]}", DAMAGED)
+        raise damaged(at_line(file, 2), f"attributes with {', '.join(wanted)}", f"no {absent[0]}")
     if len(lines) - 2 != count:
-        expected = f"{count} images, as its first line says"
-        raise argument_error(str(file), expected, str(len(lines) - 2), DAMAGED)
+        raise damaged(file, f"{count} images, as its first line says", len(lines) - 2)
     return columns
 
 
@@ -134,7 +131,7 @@ def _image_parts(
     for number, part in enumerate(PARTS):
         in_part = [row for row in rows if row[3] == number]
         if not in_part:
-            raise argument_error(str(file), f"rows of {part} (split {number})", "none", DAMAGED)
+            raise damaged(file, f"rows of {part} (split {number})", "none")
         paths, labels, values, _ = zip(*in_part, strict=True)
         label = torch.tensor(labels)
         groups = 2 * label + torch.tensor(values)
@@ -163,9 +160,9 @@ def read_civilcomments(path: str | os.PathLike) -> dict[str, Labelled]:
     for line, row in files.rows_of(file, ["comment_text", "split", *columns]):
         where = at_line(file, line)
         if row["split"] not in COMMENT_PARTS:
-            raise argument_error(where, "split train, val or test", repr(row["split"]), DAMAGED)
+            raise damaged(where, "split train, val or test", repr(row["split"]))
         if not row["comment_text"].strip():
-            raise argument_error(where, "a comment_text", "none", DAMAGED)
+            raise damaged(where, "a comment_text", "none")
         part = COMMENT_PARTS[row["split"]]
         texts[part].append(row["comment_text"])
         shares = [files.number(row[name], f"{name} in [0, 1]", where) for name in columns]
@@ -174,7 +171,7 @@ def read_civilcomments(path: str | os.PathLike) -> dict[str, Labelled]:
     names = _group_names(TOXICITY, ("no identity", "identity"))
     for part, rows in marks.items():
         if not rows:
-            raise argument_error(str(file), f"comments of {part}", "none", DAMAGED)
+            raise damaged(file, f"comments of {part}", "none")
         table = torch.tensor(rows)
         labels, mentions = table[:, 0].long(), table[:, 1:]
         members = torch.cat([mentions & (labels == label)[:, None] for label in (0, 1)], dim=1)

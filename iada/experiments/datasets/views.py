@@ -244,8 +244,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         expected = "a tokenizer's files (tokenizer.json, tokenizer_config.json)"
-        remedy = "download the model again"
-        raise argument_error(str(folder), expected, str(error), remedy) from error
+        raise argument_error(folder, expected, error, "download the model again") from error
 
 
 class FeatureView(View):

@@ -86,8 +86,7 @@ def _cut(
         if sizes[c] - lacking < 1:
             expected = f"{each} images for the meta set and at least one to train on"
             remedy = "ask for a smaller meta_per_class or ratio"
-            got = str(sizes[c] - lacking + each)
-            raise argument_error(f"class {name!r}", expected, got, remedy)
+            raise argument_error(f"class {name!r}", expected, sizes[c] - lacking + each, remedy)
         if lacking:
             moved[name] = lacking
         meta.append(class_rows[:each])

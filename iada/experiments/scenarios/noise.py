@@ -51,7 +51,7 @@ def noisy_labels(
     if rest:
         expected = f"a multiple of the {train.num_classes} classes"
         remedy = f"pass {each * train.num_classes or train.num_classes}"
-        raise argument_error("meta_size", expected, str(meta_size), remedy)
+        raise argument_error("meta_size", expected, meta_size, remedy)
     rng = np.random.default_rng(seed)
     table = transition(kind, share, train.num_classes, rng)
     if each:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iada.experiments.datasets.files import DAMAGED, arrays_of, bytes_of
+from iada.experiments.datasets.files import arrays_of, bytes_of, damaged
 from iada.experiments.datasets.labelled import Labelled, Parts, joined
 from iada.utils.checks import argument_error
 from iada.utils.files import atomic_write
@@ -142,8 +142,7 @@ class Split:
             record = json.loads(bytes_of(record_file))
             recorded = record["parts"]
         except (ValueError, KeyError, TypeError) as error:
-            expected = "a split's record"
-            raise argument_error(str(record_file), expected, f"{error!r}", DAMAGED) from error
+            raise damaged(record_file, "a split's record", repr(error)) from error
         current = {name: fingerprint(part) for name, part in parts.items()}
         if current != recorded:
             other = [
@@ -152,13 +151,13 @@ class Split:
             remedy = "pass the data that the split was made of, or make it anew"
             expected = "the data set that the split was made of"
             got = f"another {', '.join(sorted(other))}"
-            raise argument_error(str(record_file), expected, got, remedy)
+            raise argument_error(record_file, expected, got, remedy)
         loaded = arrays_of(Path(folder) / ROWS, "a split's rows")
         arrays = {name: torch.from_numpy(rows.astype(np.int64)) for name, rows in loaded.items()}
         labels = arrays.pop("train_labels", None)
         if set(arrays) != set(record["from"]):
             got = ", ".join(sorted(arrays)) or "none"
-            raise argument_error(str(Path(folder) / ROWS), "the record's pieces", got, DAMAGED)
+            raise damaged(Path(folder) / ROWS, "the record's pieces", got)
         return cls._built(parts, arrays, record, labels)
 
 
