@@ -6,21 +6,20 @@ the structure of Σ, what is absent, the reduction and the precision of products
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from iada_kernels.contract import (
-    ClassStatistics,
-    HeadTangents,
-    LossInputs,
-    LossNeeds,
-    LossOptions,
+from bench.launches import (
+    characteristics_pass,
+    hypergradient_pass,
+    loss_pass,
+    meta,
+    update_pass,
 )
-from iada_kernels.dispatch import triton_backend
+from iada_kernels.contract import HeadTangents, LossInputs, LossNeeds, LossOptions
 from iada_kernels.triton.launch import Launch, recording
 
 ROWS = (0, 1, 2, 7, 16, 33, 64, 127, 1024, 1025, 5000)
@@ -115,69 +114,37 @@ def recorded_launches(combination: Combination, architecture: str) -> Iterator[t
         torch.set_float32_matmul_precision(before)
 
 
-def _meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")
-
-
 def _inputs(c: Combination) -> LossInputs:
     head, sigma = FLOATS[c.weight], None
     if c.structure != "none":
         square = (c.width,) if c.structure == "diag" else (c.width, c.width)
-        sigma = _meta(c.classes, *square, dtype=FLOATS[c.covariance])
+        sigma = meta(c.classes, *square, dtype=FLOATS[c.covariance])
     sizes = {"bias": c.classes, "epsilon": c.rows, "log_prior": c.classes}
-    terms = {t: _meta(sizes[t], dtype=head) if t in c.terms else None for t in TERMS}
-    features = _meta(c.rows, c.width, dtype=FLOATS[c.features])
-    labels = _meta(c.rows, dtype=torch.int64)
-    weight = _meta(c.classes, c.width, dtype=head)
+    terms = {t: meta(sizes[t], dtype=head) if t in c.terms else None for t in TERMS}
+    features = meta(c.rows, c.width, dtype=FLOATS[c.features])
+    labels = meta(c.rows, dtype=torch.int64)
+    weight = meta(c.classes, c.width, dtype=head)
     return LossInputs(features, weight, labels=labels, covariance=sigma, **terms)
 
 
-def _statistics(c: Combination) -> ClassStatistics:
-    mean = _meta(c.classes, c.width, dtype=FLOATS[c.covariance])
-    return ClassStatistics(mean, _meta(c.classes, dtype=torch.int64))
-
-
 def _loss(c: Combination) -> None:
-    inputs, options = _inputs(c), LossOptions(reduction=c.reduction)
-    passes = triton_backend()
-    stream = _statistics(c) if c.streams else None
-    loss, saved = passes.loss_forward(inputs, options, c.needs, stream)
-    if any(c.needs):
-        passes.loss_backward(inputs, options, saved, torch.empty_like(loss), c.needs)
-
-
-def _update(c: Combination) -> None:
-    inputs, state = _inputs(c), _statistics(c)
-    if inputs.covariance is not None:
-        triton_backend().covariance_update(
-            inputs.covariance, state.mean, state.count, inputs.features, inputs.labels
-        )
+    loss_pass(_inputs(c), LossOptions(reduction=c.reduction), c.needs, c.streams)
 
 
 def _hypergradient(c: Combination) -> None:
-    inputs, passes = _inputs(c), triton_backend()
-    dtype, has_sigma = inputs.compute_dtype, inputs.covariance is not None
-    tangents = HeadTangents(
-        _meta(c.rows, c.width, dtype=dtype) if c.streams else None,
-        _meta(c.classes, c.width, dtype=dtype),
-        _meta(c.classes, dtype=dtype) if "bias" in c.terms else None,
-    )
-    options = LossOptions(reduction="sum" if c.reduction == "sum" else "mean")
-    _, sums = passes.hypergradient(inputs, options, tangents, has_sigma)
-    if inputs.covariance is not None:
-        passes.covariance_step(inputs.covariance, inputs.weight, tangents.weight, sums, 0.1)
-
-
-def _characteristics(c: Combination) -> None:
     inputs = _inputs(c)
-    logits = _meta(c.rows, c.classes, dtype=FLOATS[c.weight])
-    triton_backend().characteristics(
-        inputs.features, logits, inputs.labels, inputs.weight, c.neighbours
+    dtype = inputs.compute_dtype
+    tangents = HeadTangents(
+        meta(c.rows, c.width, dtype=dtype) if c.streams else None,
+        meta(c.classes, c.width, dtype=dtype),
+        meta(c.classes, dtype=dtype) if "bias" in c.terms else None,
     )
+    reduction = "sum" if c.reduction == "sum" else "mean"
+    hypergradient_pass(inputs, LossOptions(reduction=reduction), tangents)
 
 
-_OTHERS = {
-    "update": _update,
+_OTHERS: dict[str, Callable[[Combination], None]] = {
+    "update": lambda c: update_pass(_inputs(c)),
     "hypergradient": _hypergradient,
-    "characteristics": _characteristics,
+    "characteristics": lambda c: characteristics_pass(_inputs(c), FLOATS[c.weight], c.neighbours),
 }

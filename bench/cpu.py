@@ -76,7 +76,7 @@ def timed_row(name: str, rounds: int) -> dict[str, Any]:
         "native": _step(problem, "native"),
         "torch": _step(problem, "torch"),
         "native_loss": lambda: problem.gradients(iada.fused_loss, backend="native"),
-        "cross_entropy": lambda: _cross_entropy(problem),
+        "cross_entropy": lambda: problem.cross_entropy(IGNORED),
     }
     if shape.eager_bytes < EAGER_LIMIT:
         sides["eager"] = _eager_step(problem)
@@ -133,12 +133,6 @@ def _eager_step(problem: Problem) -> Callable[[], object]:
         return problem.gradients(iada.eager_loss)
 
     return step
-
-
-def _cross_entropy(problem: Problem) -> object:
-    logits = F.linear(problem.features, problem.weight, problem.bias)
-    value = F.cross_entropy(logits, problem.labels, ignore_index=IGNORED)
-    return torch.autograd.grad(value, (problem.features, problem.weight, problem.bias))
 
 
 def _hypergradient(problem: Problem, passes: Backend) -> Callable[[], object]:

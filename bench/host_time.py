@@ -21,16 +21,15 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
+from bench.launches import backend_step, options_of
 from bench.offline import SHARED_LIMIT, compiling_for
 from bench.shapes import SHAPES, Shape, make_problem
-from iada_kernels.contract import ClassStatistics, LossNeeds, LossOptions
-from iada_kernels.dispatch import triton_backend
+from iada_kernels.contract import ClassStatistics
 from iada_kernels.environment import environment, headline
 from iada_kernels.triton import config
 
 ARCHITECTURE = "sm_90"
 DEFAULT = ("cifar10-r32", "cifar100-r32", "cifar10-wrn")
-NEEDS = LossNeeds(True, True, True, False, True, False)
 
 
 class _NoLauncher:
@@ -59,18 +58,10 @@ def launching_nothing(architecture: str = ARCHITECTURE) -> Iterator[None]:
 
 def step_of(shape: Shape) -> Callable[[], object]:
     """Forward, with the update of the statistics, and backward, of the backend alone."""
-    problem, passes = make_problem(shape), triton_backend()
-    inputs, options = problem.loss_inputs(), LossOptions(0.5, 1.0, shape.ignore_index, "mean")
     stream = ClassStatistics(
         torch.zeros(shape.classes, shape.features), torch.ones(shape.classes, dtype=torch.int64)
     )
-    one = torch.ones(())
-
-    def step() -> object:
-        _, saved = passes.loss_forward(inputs, options, NEEDS, stream)
-        return passes.loss_backward(inputs, options, saved, one, NEEDS)
-
-    return step
+    return backend_step(make_problem(shape).loss_inputs(), options_of(shape), stream)
 
 
 def microseconds(shapes: list[str], seconds: float) -> dict[str, float]:

@@ -8,14 +8,13 @@ import torch
 
 from bench.accuracy import ALPHA, BETA, State
 from bench.device import Ceilings, Stopwatch
+from bench.launches import backend_step
 from bench.shapes import Problem, Shape
 from bench.work import work_of
-from iada_kernels.contract import ClassStatistics, LossNeeds, LossOptions
-from iada_kernels.dispatch import triton_backend
+from iada_kernels.contract import ClassStatistics, LossOptions
 from iada_kernels.triton.launch import Launch, recording
 
 REPEATS = 15
-NEEDS = LossNeeds(True, True, True, False, True, False)
 
 
 def kernel_rows(
@@ -55,18 +54,10 @@ def kernel_rows(
 
 def step_of(shape: Shape, problem: Problem, state: State) -> Callable[[], object]:
     """One training step, without autograd: its own thread would hide the backward's launches."""
-    passes = triton_backend()
     covariance, mean, count = (t.clone() for t in (state.covariance, state.mean, state.count))
-    stream = ClassStatistics(mean, count)
     inputs = problem.loss_inputs()._replace(covariance=covariance)
     options = LossOptions(ALPHA, BETA, shape.ignore_index, "mean")
-    one = torch.ones((), device=covariance.device)
-
-    def call() -> object:
-        _, saved = passes.loss_forward(inputs, options, NEEDS, stream)
-        return passes.loss_backward(inputs, options, saved, one, NEEDS)
-
-    return call
+    return backend_step(inputs, options, ClassStatistics(mean, count))
 
 
 def _profiled(

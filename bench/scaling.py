@@ -67,28 +67,18 @@ class Point(NamedTuple):
         return size
 
 
-def cross_entropy(problem: Problem) -> object:
-    logits = F.linear(problem.features, problem.weight, problem.bias)
-    loss = F.cross_entropy(logits, problem.labels)
-    return torch.autograd.grad(loss, (problem.features, problem.weight, problem.bias))
-
-
 def linear_cross_entropy(problem: Problem) -> object:
     p = problem
     loss = F.linear_cross_entropy(p.features, p.weight, p.labels, linear_bias=p.bias)
     return torch.autograd.grad(loss, (p.features, p.weight, p.bias))
 
 
-def compiled_eager(problem: Problem) -> object:
-    return problem.gradients(torch.compile(iada.eager_loss, dynamic=False))
-
-
 SIDES: dict[str, Callable[[Problem], object]] = {
     "eager": lambda p: p.gradients(iada.eager_loss),
-    "compiled eager": compiled_eager,
+    "compiled eager": lambda p: p.gradients(torch.compile(iada.eager_loss, dynamic=False)),
     "torch": lambda p: p.gradients(iada.fused_loss, backend="torch"),
     "native": lambda p: p.gradients(iada.fused_loss, backend="native"),
-    "cross-entropy": cross_entropy,
+    "cross-entropy": Problem.cross_entropy,
 }
 if hasattr(F, "linear_cross_entropy"):  # torch 2.13
     SIDES["F.linear_cross_entropy"] = linear_cross_entropy

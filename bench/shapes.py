@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from iada_kernels.contract import LossInputs
@@ -93,6 +94,12 @@ class Problem:
         """Forward and backward: what a step of `loss` computes for the differentiable tensors."""
         value = loss(**self.tensors(), ignore_index=IGNORED, **options)
         return torch.autograd.grad(value, self.differentiable)
+
+    def cross_entropy(self, ignore_index: int = -100) -> tuple[Tensor, ...]:
+        """Plain cross_entropy(linear), forward and backward: the loss and its gradients."""
+        leaves = (self.features, self.weight, self.bias)
+        value = F.cross_entropy(F.linear(*leaves), self.labels, ignore_index=ignore_index)
+        return (value, *torch.autograd.grad(value, leaves))
 
 
 def class_shares(shape: Shape) -> Tensor:

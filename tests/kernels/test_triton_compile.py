@@ -70,7 +70,7 @@ def test_every_kernel_compiles_and_fits(architecture, tmp_path):
 # The backward pass of one loss, which has a kernel for each set of gradients: every pair, and all.
 GRADIENTS = """
 import itertools, sys
-from bench.launches import _inputs, _meta, _options
+from bench.launches import inputs_of, meta, options_of
 from bench.offline import compiling_for
 from bench.offline import figures_of
 from bench.shapes import SHAPES
@@ -79,14 +79,14 @@ from iada_kernels.dispatch import triton_backend
 from iada_kernels.triton.launch import recording
 architecture, shape = sys.argv[1], SHAPES[sys.argv[2]]
 names = LossNeeds._fields
-passes, inputs, options, known = triton_backend(), _inputs(shape), _options(shape), {}
+passes, inputs, options, known = triton_backend(), inputs_of(shape), options_of(shape), {}
 with compiling_for(architecture):
     for wanted in [*itertools.combinations(names, 2), names]:
         needs = LossNeeds(**{name: name in wanted for name in names})
         with recording(execute=False, architecture=architecture):
             _, saved = passes.loss_forward(inputs, options, needs)
         with recording(execute=False, architecture=architecture) as launches:
-            passes.loss_backward(inputs, options, saved, _meta(), needs)
+            passes.loss_backward(inputs, options, saved, meta(), needs)
         assert launches
         for launch in launches:
             figures = figures_of(launch, architecture, known)
