@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from iada.experiments.report.figures import draw_all
 from iada.experiments.report.style import Picture
 from iada.experiments.report.tables import (
     Published,
-    details,
+    details_table,
     headline_metrics,
     headline_table,
     overview_table,
@@ -61,18 +62,19 @@ def write_page(
     folder.mkdir(parents=True, exist_ok=True)
     variants = {name: variants_of(part) for name, part in by_experiment(records).items()}
     titles = {name: str(part[0].records[0].get("title") or name) for name, part in variants.items()}
-    content = [f"<p>{html.escape(paragraph)}</p>" for paragraph in introduction]
-    if len(variants) > 1:
-        content.append(f"<h2>Overview</h2>{overview_table(titles, variants).html()}")
-        content.append("<p>In percent, at the last epoch; the best of each column in bold.</p>")
-    for name, part in variants.items():
-        content.append(_section(name, titles[name], part, published or {}, folder / FIGURES))
     text = fill(
         "page.html",
         title=title,
         subtitle=made(records),
-        content="\n".join(content),
-        footer=_footer(command),
+        introduction=introduction,
+        overview=overview_table(titles, variants) if len(variants) > 1 else None,
+        sections=[
+            _section(name, titles[name], part, published or {}, folder / FIGURES)
+            for name, part in variants.items()
+        ],
+        command=command,
+        versions=versions(),
+        records=RECORDS,
     )
     (folder / RECORDS).write_text(json.dumps(list(records)) + "\n", encoding="utf-8")
     path = folder / PAGE
@@ -125,23 +127,29 @@ def _version(record: Record) -> str | None:
 
 def _section(
     experiment: str, title: str, variants: Sequence[Variant], published: Published, figures: Path
-) -> str:
+) -> dict[str, Any]:
+    """What the template shows of an experiment."""
     known: list[Mapping[str, float]] = [
         published_of(published, experiment, variant, variants) for variant in variants
     ]
     metrics = headline_metrics(variants, known)
-    parts = [f"<h2>{html.escape(title)}</h2>"]
-    if metrics:
-        parts.append(headline_table(variants, metrics, known).html())
-        parts.append(f"<p>{_explanation(variants, any(known))}</p>")
-        parts.append(details(variants, metrics))
+    pictures = draw_all(experiment, title, variants, metrics[0] if metrics else "top1")
     figures.mkdir(exist_ok=True)
-    for picture in draw_all(experiment, title, variants, metrics[0] if metrics else "top1"):
+    for picture in pictures:
         (figures / f"{picture.name}.svg").write_text(picture.wide, encoding="utf-8")
-        parts.append(figure(picture))
-    tables = f"{settings(variants)}{runs_table(variants).html()}"
-    parts.append(f"<details><summary>Settings and runs</summary>{tables}</details>")
-    return "\n".join(parts)
+    deviations = [d for v in variants for r in v.records for d in r.get("deviations", ())]
+    differing, common = settings(variants)
+    return {
+        "title": title,
+        "headline": headline_table(variants, metrics, known) if metrics else None,
+        "explanation": _explanation(variants, any(known)),
+        "deviations": list(dict.fromkeys(deviations)),
+        "details": details_table(variants, metrics),
+        "figures": map(figure, pictures),
+        "differing": differing,
+        "common": common,
+        "runs": runs_table(variants),
+    }
 
 
 def _explanation(variants: Sequence[Variant], with_published: bool) -> str:
@@ -160,15 +168,4 @@ def _explanation(variants: Sequence[Variant], with_published: bool) -> str:
         text += ", as in several papers." if with_published else "."
     if with_published:
         text += " The published figures are the papers' own."
-    deviations = dict.fromkeys(
-        d for v in variants for r in v.records for d in r.get("deviations", ())
-    )
-    if deviations:
-        listed = html.escape("; ".join(deviations))
-        text += f" <strong>Not as published:</strong> {listed}."
     return text
-
-
-def _footer(command: str | None) -> str:
-    reproduce = f"Reproduce: <code>{html.escape(command)}</code>. " if command else ""
-    return f"{reproduce}{html.escape(versions())}. Every number is in {RECORDS}, beside this page."

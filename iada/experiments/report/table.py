@@ -1,6 +1,5 @@
-"""One table, three ways to show it: plain text, Markdown and HTML."""
+"""One table, as plain text and as Markdown; page.html shows it as HTML."""
 
-import html
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,28 +40,6 @@ class Table(NamedTuple):
             lines.append(_markdown_row(shown))
         return "\n".join(lines)
 
-    def html(self) -> str:
-        """A table that scrolls by itself where the screen is narrow, by keyboard too."""
-        head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in self.head)
-        body = "".join(
-            f'<tr><th scope="row">{html.escape(row[0].text or UNKNOWN)}</th>'
-            f"{''.join(map(_html_cell, row[1:]))}</tr>"
-            for row in self.rows
-        )
-        return (
-            '<div class="scroll" tabindex="0" role="region" aria-label="table">'
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        )
-
 
 def _markdown_row(texts: Sequence[str]) -> str:
     return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in texts)} |"
-
-
-def _html_cell(cell: Cell) -> str:
-    if cell.text is None:
-        return f'<td class="none">{UNKNOWN}</td>'
-    text = html.escape(cell.text)
-    shown = f"<strong>{text}</strong>" if cell.bold else text
-    small = f"<br><small>{html.escape(cell.small)}</small>" if cell.small else ""
-    return f"<td>{shown}{small}</td>"

@@ -1,6 +1,5 @@
 """What the tables of a report hold; `Table` shows them."""
 
-import html
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -73,22 +72,20 @@ def headline_table(
     return Table(head, rows)
 
 
-def details(variants: Variants, metrics: Sequence[str]) -> str:
-    """Every metric that some variant has, as HTML: the last epoch, below it the best.
+def details_table(variants: Variants, metrics: Sequence[str]) -> Table | None:
+    """Every metric that some variant has: the last epoch, below it the best.
 
-    Empty if all of them are among `metrics`, which are shown already.
+    None if all of them are among `metrics`, which are shown already.
     """
     known = [m for m in METRICS if any(m in v.figures["last"] for v in variants)]
     if set(known) <= set(metrics):
-        return ""
+        return None
     rows = []
     for variant in variants:
         last, best = variant.figures["last"], variant.figures["best"]
         cells = (Cell(shown(m, last.get(m)), small=shown(m, best.get(m))) for m in known)
         rows.append([Cell(variant.label), *cells])
-    table = Table(["method", *(METRICS[m] for m in known)], rows).html()
-    note = "<p>In percent, NLL in nats, at the last epoch; below, at the best one.</p>"
-    return f"<details><summary>All metrics</summary>{table}{note}</details>"
+    return Table(["method", *(METRICS[m] for m in known)], rows)
 
 
 def overview_table(
@@ -123,8 +120,8 @@ def runs_table(variants: Variants) -> Table:
     return Table(["method", "seed", "best epoch", "minutes", "machine"], rows)
 
 
-def settings(variants: Variants) -> str:
-    """The settings that differ between variants, and below the table those that do not; HTML."""
+def settings(variants: Variants) -> tuple[Table, str]:
+    """The settings that differ between variants, and in words those that do not."""
     runs = [record for variant in variants for record in variant.records]
     differing = [name for name in differing_settings(runs) if name != "method"]
     rows = []
@@ -135,8 +132,7 @@ def settings(variants: Variants) -> str:
     every = {name: value for run in runs for name, value in (run.get("settings") or {}).items()}
     told = (*differing, "method", "seed")
     common = ", ".join(f"{name} {value}" for name, value in every.items() if name not in told)
-    table = Table(["method", *differing], rows).html() if differing else ""
-    return f"{table}<p>For all: {html.escape(common)}.</p>" if common else table
+    return Table(["method", *differing], rows), common
 
 
 def shown(metric: str, value: Spread | None, decimals: int = 2) -> str | None:
