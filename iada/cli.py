@@ -17,6 +17,7 @@ import torch
 
 from iada.experiments import recipe as recipes
 from iada.experiments.command import add_paper
+from iada.experiments.datasets.files import arrays_of
 from iada.experiments.demo import add_demo
 from iada.experiments.experiment import Limits, make_split, read_parts
 from iada.experiments.features import add_features
@@ -255,21 +256,19 @@ def _load_digits(scenario: str) -> dict[str, TensorData]:
 
 def _load_npz(path: Path) -> dict[str, TensorData]:
     try:
-        arrays = np.load(path, allow_pickle=False)
-        names = set(arrays.files)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"[data] path: expected an .npz file at {path}, got {error}; see --help"
-        ) from error
+        arrays = arrays_of(path, "an .npz file")
+    except (OSError, ValueError) as error:
+        got = f"{path}, which is none ({error})"
+        raise argument_error("[data] path", "an .npz file", got, "see --help") from error
     parts: dict[str, TensorData] = {}
     for part in PARTS:
         keys = f"{part}_inputs", f"{part}_labels"
-        if names.isdisjoint(keys) and part in ("meta", "validation"):
+        if not set(keys) & set(arrays) and part in ("meta", "validation"):
             continue
-        missing = sorted(set(keys) - names)
+        missing = sorted(set(keys) - set(arrays))
         if missing:
             raise argument_error(path, ", ".join(keys), f"no {missing[0]}", "add the array")
-        inputs, labels = (np.asarray(arrays[key]) for key in keys)
+        inputs, labels = (arrays[key] for key in keys)
         if inputs.ndim < 2 or inputs.dtype.kind not in "fiu" or not np.isfinite(inputs).all():
             got = f"{inputs.dtype} of shape {inputs.shape}"
             remedy = "mend the array; NaN and infinity are not allowed"

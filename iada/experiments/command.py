@@ -53,8 +53,7 @@ def add_paper(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder for the runs")
     parser.add_argument("--dry-run", action="store_true", help="what would run, and for how long")
     parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="changes")
-    parser.add_argument("--device", help="a torch device (default: the accelerator, or cpu)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load image files")
+    add_machine(parser)
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
     smaller = parser.add_argument_group("a smaller experiment than the published one")
     smaller.add_argument("--epochs", type=int, default=0, help="the schedule in so many epochs")
@@ -83,18 +82,12 @@ def _paper(options: argparse.Namespace) -> int:
     if options.data is None and unbundled:
         needs = "; ".join(dict.fromkeys(recipe.needs for recipe in unbundled))
         raise argument_error("--data", f"a path ({needs})", "none", "pass where the data set lies")
-    for name in ("seeds", "evaluate_every"):
-        if getattr(options, name) < 1:
-            text = f"--{name.replace('_', '-')}"
-            raise argument_error(text, "at least 1", getattr(options, name), "raise it")
-    for name in ("epochs", "train_limit", "test_limit", "workers", "seed"):
-        if (getattr(options, name) or 0) < 0:
-            text = f"--{name.replace('_', '-')}"
-            raise argument_error(text, "0 or more", getattr(options, name), "raise it")
+    check_at_least(1, options, "seeds", "evaluate_every")
+    check_at_least(0, options, "epochs", "train_limit", "test_limit", "workers", "seed")
     limits = Limits(options.epochs, options.train_limit, options.test_limit, tuple(options.changes))
     run_options = RunOptions(
         options.out,
-        best_device() if options.device is None else device_named(options.device),
+        device_named(options.device),
         options.workers,
         progress=True,
         tensorboard=options.tensorboard,
@@ -119,14 +112,31 @@ def _paper(options: argparse.Namespace) -> int:
     return 0
 
 
-def device_named(name: str) -> torch.device:
-    """The device that `--device` names."""
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what to run on."""
+    parser.add_argument("--device", help="a torch device (default: the accelerator, or cpu)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load image files")
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device that `--device` names; the accelerator, or the CPU, without."""
+    if name is None:
+        return best_device()
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         got = f"{name!r} ({str(error).splitlines()[0]})"
         remedy = "leave it out, or pass cpu"
         raise argument_error("--device", "a torch device", got, remedy) from error
+
+
+def check_at_least(least: int, options: argparse.Namespace, *names: str) -> None:
+    """ValueError for one of these options that is given and smaller."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            expected = f"at least {least}" if least else "0 or more"
+            raise argument_error(f"--{name.replace('_', '-')}", expected, value, "raise it")
 
 
 def _check_one_data_set(chosen: Sequence[Recipe]) -> None:

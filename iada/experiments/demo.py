@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 
 from iada.experiments import recipe as recipes
+from iada.experiments.command import check_at_least
 from iada.experiments.experiment import Limits, make_split, read_parts
 from iada.experiments.metrics import paired
 from iada.experiments.report.tables import OURS, difference, overview_table
 from iada.experiments.report.variants import Variant, by_experiment, variants_of
 from iada.experiments.run import RunOptions, plan, run
-from iada.utils.checks import argument_error
 from iada.utils.files import check_writable
 
 Record = dict[str, Any]
@@ -54,10 +54,7 @@ def demo(options: argparse.Namespace) -> int:
 
     from iada.experiments.report import write_page
 
-    for name in ("seeds", "jobs"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise argument_error(f"--{name}", "at least 1", value, "raise it")
+    check_at_least(1, options, "seeds", "jobs")
     check_writable(options.out)  # before minutes of training, not after
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that workers are stopped too
     jobs = all_jobs(options.seeds)

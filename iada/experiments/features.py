@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from iada.experiments import recipe as recipes
+from iada.experiments.command import add_machine, device_named
 from iada.experiments.datasets.features import write_features
-from iada.experiments.experiment import Limits, best_device, make_view, read_parts
+from iada.experiments.experiment import Limits, make_view, read_parts
 from iada.experiments.model_file import build_model
 from iada.utils.checks import argument_error
 from iada.utils.evaluate import outputs
@@ -37,8 +37,7 @@ def add_features(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="changes")
     parser.add_argument("--train-limit", type=int, default=0, help="training images a class")
     parser.add_argument("--test-limit", type=int, default=0, help="test images a class")
-    parser.add_argument("--device", help="a torch device (default: the accelerator, or cpu)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load image files")
+    add_machine(parser)
     parser.add_argument("--out", type=Path, required=True, help="the .npz to write")
     parser.set_defaults(run=features)
 
@@ -55,7 +54,7 @@ def features(options: argparse.Namespace) -> int:
     check_writable(options.out.parent)
     limits = Limits(train=options.train_limit, test=options.test_limit)
     parts = read_parts(recipe, options.data, limits)
-    device = best_device() if options.device is None else torch.device(options.device)
+    device = device_named(options.device)
     backbone, head = build_model(model, parts["train"].num_classes)
     backbone, head = backbone.to(device), head.to(device)
     computed = {}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iada.experiments.command import check_at_least
 from iada.experiments.datasets import Labelled
 from iada.experiments.datasets.images import open_image
 from iada.experiments.datasets.own import read_own
@@ -29,7 +30,7 @@ from iada.experiments.records import read_json
 from iada.experiments.report.template import fill
 from iada.training.label_issues import LabelIssues, label_issues
 from iada.utils.checks import argument_error
-from iada.utils.files import atomic_write
+from iada.utils.files import csv_text, write_text
 from iada_kernels.version import __version__
 
 LABELS, PAGE = "labels.csv", "labels.html"
@@ -58,8 +59,7 @@ def add_labels(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def labels(options: argparse.Namespace) -> int:
     """Run the command; its exit code."""
-    if options.top < 0:
-        raise argument_error("--top", "0 or more", options.top, "raise it")
+    check_at_least(0, options, "top")
     source, folder = options.source, options.out
     if source.is_file() or not any(source.rglob(DESCRIPTION)):
         folder = folder or Path("runs") / source.stem
@@ -77,8 +77,7 @@ def labels(options: argparse.Namespace) -> int:
     _write_csv(folder / LABELS, listed)
     shown = [(line, _thumbnail(data, row)) for line, row in listed[: options.top]]
     page = render(source.name, shown, len(listed), _differing(listed), options.by)
-    with atomic_write(folder / PAGE) as file:
-        file.write(page.encode())
+    write_text(folder / PAGE, page)
     print(f"written: {folder / LABELS}, {len(listed)} samples, and {folder / PAGE}")
     return 0
 
@@ -162,12 +161,9 @@ def _differing(listed: Sequence[tuple[dict[str, Any], int]]) -> int:
 
 
 def _write_csv(path: Path, listed: Sequence[tuple[dict[str, Any], int]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**line, "score": f"{line['score']:.6f}"} for line, _ in listed)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+    rows = ({**line, "score": f"{line['score']:.6f}"} for line, _ in listed)
+    cells = [[row.get(name, "") for name in COLUMNS] for row in rows]
+    write_text(path, csv_text([COLUMNS, *cells]))
 
 
 def _thumbnail(data: Labelled, row: int) -> str:

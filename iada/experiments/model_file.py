@@ -4,11 +4,9 @@ A run's folder has model.json, best.pt (the best epoch's weights) and checkpoint
 epoch's); `python -m iada export` writes one of the two as a single .safetensors file.
 """
 
-import csv
 import dataclasses
-import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from iada.experiments.datasets import (
     TextView,
     load_tokenizer,
 )
+from iada.experiments.datasets.files import required
 from iada.experiments.recipe import ModelSettings
 from iada.experiments.records import read_json
 from iada.experiments.scenarios import Split
@@ -36,13 +35,14 @@ from iada.training.checkpoint import CHECKPOINT
 from iada.training.label_issues import SampleLog
 from iada.utils.checks import argument_error
 from iada.utils.evaluate import Outputs, outputs
-from iada.utils.files import atomic_write
+from iada.utils.files import atomic_write, csv_text, write_text
 from iada_kernels.version import __version__
 
 DESCRIPTION, BEST, SAMPLES = "model.json", "best.pt", "samples.csv"
 WHICH = ("best", "last")
 SAMPLE_COLUMNS = ("row", "label", "prediction", "probability", "epsilon", "loss")
 HIDDEN = (128, 64)  # of the backbone "mlp"
+NO_SAFETENSORS = "safetensors is not installed; pip install 'iada[own]'"
 
 
 @dataclass(frozen=True)
@@ -158,16 +158,13 @@ def write_samples(path: Path, split: Split, final: Outputs, log: SampleLog) -> N
         nothing if values is None else values.tolist()
         for values in (log.mean_epsilon(), log.mean_loss())
     )
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(SAMPLE_COLUMNS)
+    lines: list[Sequence[Any]] = [SAMPLE_COLUMNS]
     names = train.class_names
     for i, row in enumerate(rows):
         known = [names[train.labels[i]], names[prediction[i]], f"{probability[i]:.6f}"]
         numbers = ["" if value != value else f"{value:.9g}" for value in (epsilon[i], loss[i])]
-        writer.writerow([row, *known, *numbers])
-    with atomic_write(path) as output:
-        output.write(text.getvalue().encode())
+        lines.append([row, *known, *numbers])
+    write_text(path, csv_text(lines))
 
 
 def save_weights(
@@ -196,8 +193,8 @@ def load_trained(path: Path, which: str = "best") -> TrainedModel:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         state = {"backbone": saved["backbone"], "head": saved["head"]}
         about |= {"epoch": saved["epoch"]}
-    settings = dataclasses.replace(ModelSettings(**about["model"]), pretrained=False, weights="")
-    settings = dataclasses.replace(settings, frozen=False)
+    settings = ModelSettings(**about["model"])
+    settings = dataclasses.replace(settings, pretrained=False, weights="", frozen=False)
     width = about["size"] if about["inputs"] == "features" else None
     backbone, head = build_model(settings, len(about["classes"]), width)
     try:
@@ -225,7 +222,7 @@ def run_folder(path: Path) -> Path:
 
 def export(model: TrainedModel, path: Path) -> None:
     """One .safetensors file: tensors backbone.* and head.*, model.json's text in its metadata."""
-    save = _safetensors().save
+    library = required("safetensors.torch", NO_SAFETENSORS)
     parts = {"backbone": model.backbone.state_dict(), "head": _head_state(model.head)}
     tensors = {
         f"{part}.{name}": tensor.detach().cpu().contiguous().clone()
@@ -233,17 +230,17 @@ def export(model: TrainedModel, path: Path) -> None:
         for name, tensor in state.items()
     }
     with atomic_write(path) as file:
-        file.write(save(tensors, {"iada": json.dumps(model.about)}))
+        file.write(library.save(tensors, {"iada": json.dumps(model.about)}))
 
 
 def _from_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    library = _safetensors()
+    library = required("safetensors.torch", NO_SAFETENSORS)
     try:
         content = path.read_bytes()
         tensors = library.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         about = json.loads(header["__metadata__"]["iada"])
-    except (library.SafetensorError, KeyError, ValueError) as error:
+    except (required("safetensors", NO_SAFETENSORS).SafetensorError, KeyError, ValueError) as error:
         remedy = "export it again, or pass a run's folder"
         raise argument_error(path, "what `python -m iada export` wrote", error, remedy) from error
     state: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}}
@@ -251,17 +248,6 @@ def _from_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, T
         part, _, rest = name.partition(".")
         state[part][rest] = tensor
     return about, state
-
-
-def _safetensors() -> Any:
-    try:
-        from safetensors import torch as library
-    except ImportError as error:
-        raise ImportError("safetensors is not installed; pip install 'iada[own]'") from error
-    from safetensors import SafetensorError
-
-    library.SafetensorError = SafetensorError  # type: ignore[attr-defined]
-    return library
 
 
 def _head_state(head: nn.Linear) -> dict[str, Tensor]:

@@ -10,9 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from iada.experiments import recipe as recipes
-from iada.experiments.command import check_processes, device_named, run_methods, say, with_methods
+from iada.experiments.command import (
+    check_at_least,
+    check_processes,
+    device_named,
+    run_methods,
+    say,
+    with_methods,
+)
 from iada.experiments.datasets.own import KINDS
-from iada.experiments.experiment import Limits, Parts, best_device, read_parts
+from iada.experiments.experiment import Limits, Parts, read_parts
 from iada.experiments.progress import Series
 from iada.experiments.recipe import MethodEntry, Recipe
 from iada.experiments.run import RunOptions
@@ -100,9 +107,7 @@ def train_own(options: argparse.Namespace) -> int:
 
 def train_methods(recipe: Recipe, options: argparse.Namespace) -> None:
     """Read the data, and train each of the recipe's methods with each seed."""
-    count = 1 if options.seeds is None else options.seeds
-    if count < 1:
-        raise argument_error("--seeds", "at least 1", count, "raise it")
+    check_at_least(1, options, "seeds")
     if options.logger is not None:
         logger_package(options.logger)
     by_first(lambda: check_writable(options.out), current_group())  # before reading all the images
@@ -121,7 +126,7 @@ def train_methods(recipe: Recipe, options: argparse.Namespace) -> None:
     )
     run_options = RunOptions(
         options.out,
-        best_device() if options.device is None else device_named(options.device),
+        device_named(options.device),
         options.workers or 0,
         tensorboard=options.tensorboard,
         logger=options.logger,
@@ -129,7 +134,7 @@ def train_methods(recipe: Recipe, options: argparse.Namespace) -> None:
     )
     if current_group() is not None:
         check_processes([recipe], run_options.device)
-    seeds = range(count)
+    seeds = range(1 if options.seeds is None else options.seeds)
     series = Series([(recipe, entry, seed) for seed in seeds for entry in recipe.methods])
     run_methods(recipe, parts, seeds, Limits(), run_options, series, shlex.join(options.words))
 

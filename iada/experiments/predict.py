@@ -1,17 +1,13 @@
 """`python -m iada predict` and `export`: what a model of your own data is used for."""
 
 import argparse
-import csv
-import sys
 from pathlib import Path
-from typing import TextIO
 
-from iada.experiments.command import device_named
+from iada.experiments.command import add_machine, device_named
 from iada.experiments.datasets import Labelled
 from iada.experiments.datasets.own import check_images, read_arrays, read_unlabelled
-from iada.experiments.experiment import best_device
 from iada.experiments.model_file import WHICH, export, load_trained
-from iada.utils.files import check_writable
+from iada.utils.files import check_writable, csv_text, write_text
 
 
 def add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,8 +22,7 @@ def add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("inputs", metavar="PHOTOS", type=Path, help="a folder, an image, a list")
     parser.add_argument("--which", choices=WHICH, default="best", help="epoch (default best)")
     parser.add_argument("--out", type=Path, help="a CSV file to write")
-    parser.add_argument("--device", help="a torch device (default: the accelerator, or cpu)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load image files")
+    add_machine(parser)
     parser.set_defaults(run=predict)
     parser = commands.add_parser("export", help="a trained model as one .safetensors file")
     parser.add_argument("model", metavar="RUN", type=Path, help=run)
@@ -40,8 +35,7 @@ def predict(options: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     model = load_trained(options.model, options.which)
     data = _inputs(options.inputs)
-    device = best_device() if options.device is None else device_named(options.device)
-    logits = model.outputs(data, device, options.workers).logits
+    logits = model.outputs(data, device_named(options.device), options.workers).logits
     probability, chosen = logits.float().softmax(dim=1).max(dim=1)
     names = _names(data, options.inputs)
     classes = model.about["classes"]
@@ -49,12 +43,12 @@ def predict(options: argparse.Namespace) -> int:
         (name, classes[c], f"{p:.4f}")
         for name, c, p in zip(names, chosen.tolist(), probability.tolist(), strict=True)
     ]
+    text = csv_text([("path", "class", "probability"), *rows])
     if options.out is None:
-        _write(sys.stdout, rows)
+        print(text, end="")
         return 0
     check_writable(options.out.parent)
-    with open(options.out, "w", encoding="utf-8", newline="") as file:
-        _write(file, rows)
+    write_text(options.out, text)
     print(f"written: {options.out}, {len(rows)} lines")
     return 0
 
@@ -80,9 +74,3 @@ def _names(data: Labelled, path: Path) -> list[str]:
     if path.suffix.lower() == ".npz":
         return [f"row {row}" for row in range(len(data))]
     return list(map(str, data.inputs))
-
-
-def _write(file: TextIO, rows: list[tuple[str, str, str]]) -> None:
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("path", "class", "probability"))
-    writer.writerows(rows)

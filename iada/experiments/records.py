@@ -7,7 +7,7 @@ from typing import Any
 
 from iada.training.config import with_defaults
 from iada.utils.checks import argument_error
-from iada.utils.files import atomic_write
+from iada.utils.files import write_text
 
 Record = dict[str, Any]
 RECORD = "record.json"
@@ -17,8 +17,7 @@ NAMES = ("experiment", "title", "method", "method_name")  # what a run is called
 
 def write_record(path: Path, content: Mapping[str, Any]) -> None:
     """All of it or nothing."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_records(folders: Iterable[Path]) -> list[Record]:

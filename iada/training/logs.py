@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import importlib.util
-import io
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 
 from iada.training.measures import HISTOGRAM_BINS, PHASES
 from iada.utils.checks import argument_error
-from iada.utils.files import atomic_write, fsync, remove_leftovers
+from iada.utils.files import csv_text, fsync, remove_leftovers, write_text
 
 Logger = Callable[[int, dict[str, float]], None]  # steps so far, and an epoch's numbers by name
 
@@ -147,7 +146,7 @@ class CsvLog:
                 self.columns += new
                 self._rewrite([[*cells, *[""] * len(new)] for cells in rows])
             with open(self.path, "ab") as file:
-                file.write(_lines([[_cell(row.get(name)) for name in self.columns]]).encode())
+                file.write(csv_text([[_cell(row.get(name)) for name in self.columns]]).encode())
                 fsync(file)
 
     @contextlib.contextmanager
@@ -161,8 +160,7 @@ class CsvLog:
             ) from error
 
     def _rewrite(self, rows: Iterable[list[str]]) -> None:
-        with atomic_write(self.path) as file:
-            file.write(_lines([self.columns, *rows]).encode())
+        write_text(self.path, csv_text([self.columns, *rows]))
 
     def _read(self) -> tuple[list[str], list[list[str]]]:
         """The columns, and the whole rows, of a former run."""
@@ -277,9 +275,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(_cell(item) or "nan" for item in value)
     return repr(value) if isinstance(value, int) else f"{value:.9g}"
-
-
-def _lines(rows: Iterable[Iterable[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()

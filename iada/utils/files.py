@@ -1,10 +1,12 @@
 """Files written aside and renamed, so that the last good one survives whatever happens."""
 
 import contextlib
+import csv
+import io
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +35,19 @@ def atomic_write(path: Path, former: Path | None = None) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A UTF-8 text file, all of it or nothing."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows as comma-separated lines."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def remove_leftovers(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from iada.experiments.datasets.files import arrays_of, damaged
+from iada.experiments.datasets.files import arrays_of, class_indices, damaged
 from iada.experiments.datasets.labelled import Labelled, check_every_class
 from iada.utils.checks import argument_error
 from iada.utils.files import atomic_write
@@ -72,9 +72,7 @@ def _part(
         row = int(np.argmin(np.isfinite(inputs).all(axis=1)))
         raise damaged(f"{where}_inputs", "finite numbers", f"others in row {row}")
     expected = f"{len(inputs)} whole numbers in [0, {len(names)})"
-    if labels is None or labels.shape != (len(inputs),) or labels.dtype.kind not in "iu":
-        got = "none" if labels is None else f"{labels.dtype} {labels.shape}"
-        raise damaged(f"{where}_labels", expected, got)
-    if labels.min() < 0 or labels.max() >= len(names):
-        raise damaged(f"{where}_labels", expected, f"{labels.min()} to {labels.max()}")
-    return Labelled(torch.from_numpy(inputs).float(), torch.from_numpy(labels).long(), names)
+    indices = class_indices(labels, expected, where, len(inputs))
+    if indices.min() < 0 or indices.max() >= len(names):
+        raise damaged(f"{where}_labels", expected, f"{indices.min()} to {indices.max()}")
+    return Labelled(torch.from_numpy(inputs).float(), indices, names)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from iada.utils.checks import argument_error
 
@@ -78,7 +79,16 @@ def arrays_of(path: Path, expected: str) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
             return {name: loaded[name] for name in loaded.files}
     except Exception as error:  # zipfile, zlib and numpy each have errors of their own
-        raise damaged(path, expected, repr(error)) from error
+        remedy = "save text as labels.astype(str)" if "pickle" in str(error) else DAMAGED
+        raise argument_error(path, expected, repr(error), remedy) from error
+
+
+def class_indices(labels: np.ndarray | None, expected: str, where: str, count: int) -> torch.Tensor:
+    """`{where}_labels` as (count) int64, if they are whole numbers."""
+    if labels is None or labels.shape != (count,) or labels.dtype.kind not in "iu":
+        got = "none" if labels is None else f"{labels.dtype} {labels.shape}"
+        raise damaged(f"{where}_labels", expected, got)
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def lines_of(path: Path) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iada.experiments.datasets.files import required
 from iada.utils.checks import argument_error
 
 if TYPE_CHECKING:
@@ -26,10 +27,7 @@ def open_image(path: Path, photo: bool = False) -> "Image":
     photo: as a person sees it: turned as its EXIF orientation says, on white where it is
     transparent, and 16-bit grey levels in 8 bits. The papers' data sets are read without.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("image files are read by Pillow: pip install 'iada[paper]'") from error
+    Image = required("PIL.Image", "image files are read by Pillow: pip install 'iada[paper]'")
     try:
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             return _as_seen(image) if photo else image.convert("RGB")

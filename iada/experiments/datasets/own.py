@@ -3,7 +3,6 @@
 What the data set has no part for is cut off its training samples, class by class.
 """
 
-import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +15,15 @@ import torch
 from torch import Tensor
 
 from iada.experiments.datasets.files import (
-    DAMAGED,
-    bytes_of,
+    arrays_of,
     check_image_file,
-    damaged,
+    class_indices,
     missing,
+    required,
 )
 from iada.experiments.datasets.image_files import PARTS as SPELLINGS
 from iada.experiments.datasets.image_files import read_folder
-from iada.experiments.datasets.images import open_image, small_images
+from iada.experiments.datasets.images import SUFFIXES, open_image, small_images
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.datasets.lists import entries_of
 from iada.utils.checks import argument_error
@@ -32,7 +31,7 @@ from iada.utils.checks import argument_error
 KINDS = "a folder of class folders, a list of lines `path label`, an .npz, or a saved data set"
 TEXT = "US"  # numpy's kinds of text
 NAMED_AT_MOST = 5  # damaged files in one message
-IMAGE_COLUMNS, TEXT_COLUMNS = ("image", "img", "pixel_values"), ("text", "sentence", "content")
+TEXT_COLUMNS = ("text", "sentence", "content")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target")
 
 
@@ -80,8 +79,6 @@ def read_own(
 def read_unlabelled(path: Path) -> Labelled:
     """Images to be classified: all of a folder and those below it, one image, or a list file."""
     if path.is_dir():
-        from iada.experiments.datasets.images import SUFFIXES
-
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         if not files:
             raise argument_error(path, "images in it or below it", "none", "pass their folder")
@@ -148,12 +145,7 @@ def read_arrays(path: Path) -> Labelled:
 def _arrays(path: Path, labelled: bool = True) -> dict[str, Labelled]:
     """Images (N, H, W), (N, H, W, 3) or (N, 3, H, W) uint8, or features (N, A), and labels (N),
     which are class indices or names."""
-    try:
-        with np.load(io.BytesIO(bytes_of(path)), allow_pickle=False) as loaded:
-            arrays = {name: loaded[name] for name in loaded.files}
-    except Exception as error:  # zipfile, zlib and numpy each have errors of their own
-        remedy = "save text as labels.astype(str)" if "pickle" in str(error) else DAMAGED
-        raise argument_error(path, "an .npz of arrays", repr(error), remedy) from error
+    arrays = arrays_of(path, "an .npz of arrays")
     arrays |= {f"train_{name}": arrays[name] for name in ("inputs", "labels") if name in arrays}
     if not labelled:
         arrays.setdefault("train_labels", np.zeros(len(arrays.get("train_inputs", ())), np.int64))
@@ -184,9 +176,7 @@ def _array_part(
 ) -> Labelled:
     if labels is not None and labels.dtype.kind in TEXT:
         labels = _indices(labels.astype(str), names, where)
-    if labels is None or labels.shape != (len(inputs),) or labels.dtype.kind not in "iu":
-        got = "none" if labels is None else f"{labels.dtype} {labels.shape}"
-        raise damaged(f"{where}_labels", f"{len(inputs)} whole numbers or names", got)
+    indices = class_indices(labels, f"{len(inputs)} whole numbers or names", where, len(inputs))
     accepted = False
     tensor = torch.from_numpy(inputs) if inputs.dtype.kind in "fu" else torch.empty(0)
     if inputs.dtype == np.uint8 and inputs.ndim in (3, 4):
@@ -200,7 +190,7 @@ def _array_part(
         got = f"{inputs.dtype} {inputs.shape}"
         expected = "uint8 images (N, H, W), (N, H, W, 3), (N, 3, H, W), or finite features (N, A)"
         raise argument_error(f"{where}_inputs", expected, got, "convert them")
-    return Labelled(tensor, torch.from_numpy(labels.astype(np.int64)), names)
+    return Labelled(tensor, indices, names)
 
 
 def _indices(labels: np.ndarray, names: tuple[str, ...], where: str) -> np.ndarray:
@@ -216,11 +206,7 @@ def _indices(labels: np.ndarray, names: tuple[str, ...], where: str) -> np.ndarr
 
 def _hugging_face(path: Path) -> dict[str, Labelled]:
     """What `save_to_disk` wrote: an image or a text column, and one of class labels."""
-    try:
-        import datasets
-    except ImportError as error:
-        text = f"{path} is a Hugging Face data set; pip install datasets"
-        raise ImportError(text) from error
+    datasets = required("datasets", f"{path} is a Hugging Face data set; pip install datasets")
     loaded = datasets.load_from_disk(str(path))
     splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
     return {
@@ -243,19 +229,21 @@ def _columns(datasets: Any, rows: Any, where: str) -> Labelled:
     if inputs is None or label is None:
         expected = f"a column of images or of {TEXT_COLUMNS[0]}, and a column {LABEL_COLUMNS[0]!r}"
         raise argument_error(where, expected, ", ".join(features), "rename the columns")
-    given = rows[label]
-    kind = features[label]
-    names = kind.names if isinstance(kind, datasets.ClassLabel) else sorted(set(given))
-    place = {name: row for row, name in enumerate(names)}
-    known = given if isinstance(kind, datasets.ClassLabel) else [place[value] for value in given]
-    if not images:
-        texts = list(rows[inputs])
-        return Labelled(texts, torch.tensor(list(known)), tuple(map(str, names)))
-    encoded = rows.cast_column(inputs, datasets.Image(decode=False))
-    stored: Any = [
-        StoredImage(encoded, inputs, row, f"{where} row {row}") for row in range(len(rows))
-    ]
-    return Labelled(stored, torch.tensor(list(known)), tuple(map(str, names)))
+    known, kind = list(rows[label]), features[label]
+    if isinstance(kind, datasets.ClassLabel):
+        names = kind.names
+    else:
+        names = sorted(set(known))
+        place = {name: row for row, name in enumerate(names)}
+        known = [place[value] for value in known]
+    if images:
+        encoded = rows.cast_column(inputs, datasets.Image(decode=False))
+        listed: Any = [
+            StoredImage(encoded, inputs, row, f"{where} row {row}") for row in range(len(rows))
+        ]
+    else:
+        listed = list(rows[inputs])
+    return Labelled(listed, torch.tensor(known), tuple(map(str, names)))
 
 
 def _first(names: Sequence[str], known: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from iada.experiments.datasets.files import arrays_of, bytes_of, damaged
 from iada.experiments.datasets.labelled import Labelled, Parts, joined
 from iada.utils.checks import argument_error
-from iada.utils.files import atomic_write
+from iada.utils.files import atomic_write, write_text
 
 PIECES = ("train", "meta", "validation", "test")
 ROWS, RECORD = "split.npz", "split.json"
@@ -131,8 +131,7 @@ class Split:
             arrays["train_labels"] = self.train.labels.numpy()
         with atomic_write(Path(folder) / ROWS) as file:
             np.savez_compressed(file, **arrays)
-        with atomic_write(Path(folder) / RECORD) as file:
-            file.write(json.dumps(self.record, indent=1, ensure_ascii=False).encode())
+        write_text(Path(folder) / RECORD, json.dumps(self.record, indent=1, ensure_ascii=False))
 
     @classmethod
     def load(cls, folder: str | os.PathLike, parts: Parts) -> Self:
