@@ -11,14 +11,7 @@ import torch
 
 from iada.experiments import recipe as recipes
 from iada.experiments.datasets import BUNDLED
-from iada.experiments.experiment import (
-    Limits,
-    Parts,
-    best_device,
-    limited,
-    make_split,
-    read_parts,
-)
+from iada.experiments.experiment import Limits, Parts, best_device, limited, make_split, read_parts
 from iada.experiments.listing import comparison, derived_records, listing, published_figures
 from iada.experiments.progress import Series
 from iada.experiments.recipe import Recipe

@@ -187,11 +187,7 @@ def _thumbnail(data: Labelled, row: int) -> str:
 
 
 def render(
-    title: str,
-    shown: Sequence[tuple[dict[str, Any], str]],
-    count: int,
-    differing: int,
-    by: str,
+    title: str, shown: Sequence[tuple[dict[str, Any], str]], count: int, differing: int, by: str
 ) -> str:
     """The page. shown: (line of the CSV, image as an address, or "") of each sample."""
     return fill(

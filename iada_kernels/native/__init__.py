@@ -10,11 +10,7 @@ full Σ two matrices of W's size for each thread.
 """
 
 from iada_kernels.native.batch import arguments_fit, characteristics, covariance_update
-from iada_kernels.native.hypergradient import (
-    covariance_step,
-    covariance_step_bound,
-    hypergradient,
-)
+from iada_kernels.native.hypergradient import covariance_step, covariance_step_bound, hypergradient
 from iada_kernels.native.library import instruction_set, is_available
 from iada_kernels.native.loss import loss_backward, loss_forward
 

@@ -16,13 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iada_kernels.contract import (
-    ClassStatistics,
-    LossGradients,
-    LossInputs,
-    LossNeeds,
-    LossOptions,
-)
+from iada_kernels.contract import ClassStatistics, LossGradients, LossInputs, LossNeeds, LossOptions
 from iada_kernels.streaming import update_statistics
 from iada_kernels.torch_ops import class_blocks, low_rank
 from iada_kernels.torch_ops.blocking import blocks, is_one_block, join
