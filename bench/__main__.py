@@ -53,11 +53,13 @@ def main() -> int:
     if options.memory_of:
         print(extra_memory(options.memory_of))
         return 0
+    if options.plot:
+        from bench.plots import plot_speed  # matplotlib is needed here alone
     if options.rows:
         if not options.plot:
             parser.error("--from: expected --plot beside it, got none; name the picture")
         tables = json.loads(options.rows.read_text())
-        _plot(tables.get("speed") or tables["rows"], options.plot)
+        plot_speed(tables.get("speed") or tables["rows"], options.plot)
         return 0
     contestants = {
         "eager": "iada.eager_loss",
@@ -78,14 +80,8 @@ def main() -> int:
         written = {"machine": machine, "contestants": contestants, "speed": rows, "memory": dense}
         options.json.write_text(json.dumps(written, indent=1) + "\n")
     if options.plot:
-        _plot(rows, options.plot)
+        plot_speed(rows, options.plot)
     return 0
-
-
-def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    from bench.plots import plot_speed  # matplotlib is needed here alone
-
-    plot_speed(rows, path)
 
 
 def timed_row(name: str, rounds: int) -> dict[str, Any]:

@@ -98,10 +98,7 @@ def cuda_usage(report: str, dynamic: int) -> Usage:
     """From `cuobjdump -res-usage` of one kernel, and the shared memory it is launched with."""
 
     def number(name: str) -> int:
-        found = re.search(rf"\b{name}:(\d+)", report)
-        if found is None:
-            raise ValueError(f"cuobjdump: expected {name} in its report, got {report!r}")
-        return int(found[1])
+        return _number(rf"\b{name}:(\d+)", report)
 
     fixed = max(0, number("SHARED") - CUDA_RESERVED)
     stack = number("STACK") + number("LOCAL")
@@ -112,10 +109,7 @@ def amd_usage(assembly: str, dynamic: int) -> Usage:
     """From the metadata at the end of the assembly."""
 
     def number(name: str) -> int:
-        found = re.search(rf"^[ -]*\.{name}:\s+(\d+)$", assembly, re.MULTILINE)
-        if found is None:
-            raise ValueError(f"amdgcn: expected .{name} in the metadata, got none")
-        return int(found[1])
+        return _number(rf"^[ -]*\.{name}:\s+(\d+)$", assembly)
 
     return Usage(
         number("vgpr_count"),
@@ -124,6 +118,13 @@ def amd_usage(assembly: str, dynamic: int) -> Usage:
         number("sgpr_spill_count"),
         number("group_segment_fixed_size") + dynamic,
     )
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"binary: expected {pattern} in what is told of it, got {text[-2000:]!r}")
+    return int(found[1])
 
 
 def _cuobjdump(cubin: bytes) -> str:

@@ -119,8 +119,10 @@ def main() -> int:
         "--from", dest="rows", type=Path, metavar="CSV", help="draw these rows, measure nothing"
     )
     options = parser.parse_args()
+    from bench.plots import plot_scaling  # matplotlib is needed here alone
+
     if options.rows:
-        plot(read_csv(options.rows), options.out)
+        plot_scaling(read_csv(options.rows), options.out)
         return 0
     torch.set_num_threads(1)
     machine = environment()
@@ -138,14 +140,8 @@ def main() -> int:
     table = slope_table(rows)
     (options.out / "slopes.md").write_text(table + "\n")
     print("\n" + table)
-    plot(rows, options.out)
+    plot_scaling(rows, options.out)
     return 0
-
-
-def plot(rows: list[dict[str, Any]], folder: Path) -> None:
-    from bench.plots import plot_scaling  # matplotlib is needed here alone
-
-    plot_scaling(rows, folder)
 
 
 def points(structure: str, axis: str, most: int) -> Iterator[Point]:

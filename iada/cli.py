@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from iada.experiments import recipe as recipes
-from iada.experiments.command import add_paper
+from iada.experiments.command import add_paper, say
 from iada.experiments.datasets.files import arrays_of
 from iada.experiments.demo import add_demo
 from iada.experiments.experiment import Limits, make_split, read_parts
@@ -194,7 +194,6 @@ def _train_here(options: argparse.Namespace) -> int:
         progress=first,
         tensorboard=options.tensorboard,
     )
-    say = print if first else _say_nothing
     if options.resume:
         say("resumed" if trainer.resume() else f"nothing to resume in {options.out}: from new")
     else:
@@ -226,10 +225,6 @@ def _check_fresh(folder: Path) -> None:
     if (folder / "checkpoint.pt").exists():
         remedy = "add --resume, or move it"
         raise argument_error("--out", "a folder without a checkpoint", folder, remedy)
-
-
-def _say_nothing(text: str) -> None:
-    """What ranks but the first print."""
 
 
 def _load_data(data: DataConfig, folder: Path) -> dict[str, TensorData]:

@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from iada_kernels import native, torch_ops
-from iada_kernels.contract import Backend, LossOptions
+from iada_kernels.contract import Backend, LossInputs, LossOptions
 from iada_kernels.native import library
 
 PACKAGES = ("iada", "iada_kernels")
@@ -77,6 +77,12 @@ def select_backend(
     if dtype in DTYPES and not only_torch:  # else there is nothing to install
         _warn_once(chosen, device.type)
     return torch_ops
+
+
+def backend_for(inputs: LossInputs, options: LossOptions | None, name: str | None) -> Backend:
+    """`select_backend` for a loss of these inputs."""
+    h, low_rank = inputs.features, inputs.has_low_rank_covariance
+    return select_backend(name, h.device, h.dtype, options, low_rank)
 
 
 def served_by(name: str | None, device: torch.device) -> str:

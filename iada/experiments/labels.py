@@ -76,7 +76,8 @@ def labels(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / LABELS, listed)
     shown = [(line, _thumbnail(data, row)) for line, row in listed[: options.top]]
-    page = render(source.name, shown, len(listed), _differing(listed), options.by)
+    differing = sum(line["prediction"] != line["label"] for line, _ in listed)
+    page = render(source.name, shown, len(listed), differing, options.by)
     write_text(folder / PAGE, page)
     print(f"written: {folder / LABELS}, {len(listed)} samples, and {folder / PAGE}")
     return 0
@@ -147,17 +148,9 @@ def _listed(
             remedy = "put the data back as it was, or train again"
             raise argument_error(SAMPLES, "the data of the run", f"another sample {row}", remedy)
         known = {name: line[name] for name in COLUMNS if name in line}
-        listed.append(({**known, "rank": rank, "score": score, "path": _name(data, row)}, row))
+        path = f"row {row}" if isinstance(data.inputs, Tensor) else str(data.inputs[row])
+        listed.append(({**known, "rank": rank, "score": score, "path": path}, row))
     return listed
-
-
-def _name(data: Labelled, row: int) -> str:
-    inputs = data.inputs
-    return f"row {row}" if isinstance(inputs, Tensor) else str(inputs[row])
-
-
-def _differing(listed: Sequence[tuple[dict[str, Any], int]]) -> int:
-    return sum(line["prediction"] != line["label"] for line, _ in listed)
 
 
 def _write_csv(path: Path, listed: Sequence[tuple[dict[str, Any], int]]) -> None:

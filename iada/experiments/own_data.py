@@ -113,7 +113,9 @@ def train_methods(recipe: Recipe, options: argparse.Namespace) -> None:
     by_first(lambda: check_writable(options.out), current_group())  # before reading all the images
     say(f"reading {options.data}")
     parts = read_parts(recipe, options.data, Limits())
-    _check_one_meta_set(parts, options)
+    if "meta" in parts and options.meta_per_class:
+        expected = "none, as the data has a meta set of its own"
+        raise argument_error("--meta-per-class", expected, options.meta_per_class, "leave it out")
     recipe = with_fair_meta(fitting(recipe, parts), given="meta" in parts)
     if not {"validation", "test"} & set(parts):
         expected = "a share of the samples to hold out, or a path"
@@ -198,12 +200,6 @@ def own_recipe(options: argparse.Namespace) -> Recipe:
     }
     recipe = replace(recipe, data={**recipe.data, **paths})
     return with_methods(recipe, options.method or ["meta-iada"], "--method")
-
-
-def _check_one_meta_set(parts: Parts, options: argparse.Namespace) -> None:
-    if "meta" in parts and options.meta_per_class:
-        expected = "none, as the data has a meta set of its own"
-        raise argument_error("--meta-per-class", expected, options.meta_per_class, "leave it out")
 
 
 def with_fair_meta(recipe: Recipe, given: bool) -> Recipe:

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from iada.experiments.command import add_machine, device_named
-from iada.experiments.datasets import Labelled
 from iada.experiments.datasets.own import check_images, read_arrays, read_unlabelled
 from iada.experiments.model_file import WHICH, export, load_trained
 from iada.utils.files import check_writable, csv_text, write_text
@@ -34,10 +33,15 @@ def add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def predict(options: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     model = load_trained(options.model, options.which)
-    data = _inputs(options.inputs)
+    if options.inputs.suffix.lower() == ".npz":
+        data = read_arrays(options.inputs)
+        names = [f"row {row}" for row in range(len(data))]
+    else:
+        data = read_unlabelled(options.inputs)
+        check_images(data.inputs)  # type: ignore[arg-type]
+        names = list(map(str, data.inputs))
     logits = model.outputs(data, device_named(options.device), options.workers).logits
     probability, chosen = logits.float().softmax(dim=1).max(dim=1)
-    names = _names(data, options.inputs)
     classes = model.about["classes"]
     rows = [
         (name, classes[c], f"{p:.4f}")
@@ -60,17 +64,3 @@ def export_model(options: argparse.Namespace) -> int:
     export(model, options.out)
     print(f"written: {options.out}, the model of epoch {model.about['epoch']}")
     return 0
-
-
-def _inputs(path: Path) -> Labelled:
-    if path.suffix.lower() == ".npz":
-        return read_arrays(path)
-    data = read_unlabelled(path)
-    check_images(data.inputs)  # type: ignore[arg-type]
-    return data
-
-
-def _names(data: Labelled, path: Path) -> list[str]:
-    if path.suffix.lower() == ".npz":
-        return [f"row {row}" for row in range(len(data))]
-    return list(map(str, data.inputs))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from iada.nn.projection import SemidefiniteSteps
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
-from iada_kernels.dispatch import select_backend
+from iada_kernels.dispatch import backend_for
 from iada_kernels.low_rank import difference_norm, is_low_rank, unpacked
 
 
@@ -38,8 +38,7 @@ def closed_form_step(
     former, weights = inputs.covariance, class_weights
     assert former is not None
     options = LossOptions(alpha, beta, -100, "mean" if weights is None else "sum")
-    h, low_rank = inputs.features, inputs.has_low_rank_covariance
-    backend = select_backend(None, h.device, h.dtype, low_rank=low_rank)
+    backend = backend_for(inputs, None, None)
     moves = covariance_lr != 0
     grad_epsilon, sums = backend.hypergradient(inputs, options, tangents, moves)
     # Weights of classes scale what each class's samples give: its Σ's gradient, and their ε's.

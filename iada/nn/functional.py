@@ -6,7 +6,7 @@ from iada.nn.arguments import Extras, loss_of_rows
 from iada.nn.autograd import IADALossFunction, lender
 from iada.nn.class_covariance import ClassCovariance
 from iada_kernels.contract import LossInputs, LossOptions
-from iada_kernels.dispatch import select_backend
+from iada_kernels.dispatch import backend_for
 from iada_kernels.low_rank import LowRankCovariance
 
 
@@ -84,8 +84,7 @@ def fused_loss(
     owner = covariance if isinstance(covariance, ClassCovariance) else None
 
     def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
-        h, low_rank = inputs.features, inputs.has_low_rank_covariance
-        passes = select_backend(backend, h.device, h.dtype, options, low_rank)
+        passes = backend_for(inputs, options, backend)
         return IADALossFunction.apply(options, passes, None, lender(owner), *inputs)
 
     inputs = LossInputs(features, weight, bias, labels, covariance, epsilon, log_prior)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from iada.nn.class_covariance import ClassCovariance
 from iada.nn.priors import log_class_prior
 from iada.utils.distributed import Group, GroupReference, others_told
 from iada_kernels.contract import ClassStatistics, LossInputs, LossOptions
-from iada_kernels.dispatch import select_backend
+from iada_kernels.dispatch import backend_for
 
 
 class IADALoss(nn.Module):
@@ -132,9 +132,7 @@ class IADALoss(nn.Module):
             return self._of_own_rows(inputs, options, extras, group)
 
         def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
-            low_rank = inputs.has_low_rank_covariance
-            h = inputs.features
-            passes = select_backend(self.backend, h.device, h.dtype, options, low_rank)
+            passes = backend_for(inputs, options, self.backend)
             stream = None
             if self.training:
                 state.settle()
@@ -151,16 +149,10 @@ class IADALoss(nn.Module):
         with contextlib.ExitStack() as checks:
 
             def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
-                features = inputs.features
-                low_rank = inputs.has_low_rank_covariance
-                passes = select_backend(
-                    self.backend, features.device, features.dtype, options, low_rank
-                )
+                passes = backend_for(inputs, options, self.backend)
                 checks.close()  # passed: from here on ranks exchange
-                ignore_index = options.ignore_index
-                state.update(
-                    features, inputs.labels, ignore_index=ignore_index, backend=self.backend
-                )
+                how: dict[str, Any] = {"ignore_index": options.ignore_index}
+                state.update(inputs.features, inputs.labels, **how, backend=self.backend)
                 inputs = inputs._replace(covariance=state.shrunk())
                 return IADALossFunction.apply(options, passes, None, lender(state), *inputs)
 

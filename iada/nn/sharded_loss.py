@@ -36,10 +36,9 @@ from iada.utils.checks import (
     check_batch_values,
     check_choice,
     check_count,
-    check_device,
     check_finite,
     check_float,
-    check_labels,
+    check_loss_tensors,
     is_sharded,
     values_are_checked,
 )
@@ -154,7 +153,7 @@ class ShardedIADALoss(nn.Module):
         with others_told(group):
             weight = self._own_part("weight", weight)
             bias = None if bias is None else self._own_part("bias", bias)
-            self._check(features, weight, bias, labels, epsilon)
+            self._check(LossInputs(features, weight, bias, labels, None, epsilon))
         counts = agreed_row_counts(len(labels), group)
         mean, prior = self.covariance.mean, self.log_prior
         dtype = LossInputs(features, weight, bias, labels, mean, epsilon, prior).compute_dtype
@@ -195,30 +194,15 @@ class ShardedIADALoss(nn.Module):
         local: Tensor = parameter.to_local()  # type: ignore[attr-defined]
         return local
 
-    def _check(
-        self,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        epsilon: Tensor | None,
-    ) -> None:
+    def _check(self, inputs: LossInputs) -> None:
+        features, epsilon = inputs.features, inputs.epsilon
         width, own = self.num_features, len(self.classes)
         check_float("features", features, f"a floating-point tensor (N, {width})", (None, width))
         expected = f"a floating-point tensor ({own}, {width}), the rows of {self.classes}"
-        check_float("weight", weight, expected, (own, width))
-        if bias is not None:
-            check_float("bias", bias, f"a floating-point tensor ({own},)", (own,))
-        check_labels(labels, len(features))
-        if epsilon is not None:
-            expected = f"a floating-point tensor ({len(labels)},), one for each row of features"
-            check_float("epsilon", epsilon, expected, (len(labels),))
-        others = {"weight": weight, "bias": bias, "labels": labels, "epsilon": epsilon}
-        for name, tensor in others.items():
-            if tensor is not None:
-                check_device(name, tensor, features.device, "features")
+        check_float("weight", inputs.weight, expected, (own, width))
+        check_loss_tensors(inputs)
         dtype = torch.promote_types(torch.float32, features.dtype)
-        check_batch_values(features, labels, self.num_classes, self.ignore_index, dtype)
+        check_batch_values(features, inputs.labels, self.num_classes, self.ignore_index, dtype)
         if epsilon is not None and values_are_checked(epsilon.device):
             check_finite("epsilon", epsilon.detach(), "look at the perturbation network's output")
 

@@ -62,16 +62,14 @@ class EpochMeasures(nn.Module):
         """
         counts = self._counts(group)
         share = counts["adversarial"] / counts["visits"]  # 0 / 0 is NaN
-        trace = None
-        if covariance is not None:
-            trace = covariance.variances.sum(dim=1)
+        trace = None if covariance is None else covariance.variances.sum(dim=1).tolist()
         strengths = bool(counts["visits"].any())
         return {
             "loss": number_or_none(self.losses.nanmean()),
             "meta_loss": number_or_none(self.meta_losses.nanmean()),
             "epsilon_histogram": counts["epsilon_histogram"].tolist() if strengths else None,
             "adversarial_share": [number_or_none(s) for s in share.cpu()] if strengths else None,
-            "covariance_trace": None if trace is None else trace.tolist(),
+            "covariance_trace": trace,
         }
 
     def whole_state(self, group: Group = None) -> dict[str, Tensor]:

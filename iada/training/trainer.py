@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from iada.meta.learner import check_classifier
 from iada.meta.method import MetaStep, Method
 from iada.nn.divergence import sign_of_divergence
 from iada.training.acceleration import Acceleration
@@ -31,7 +32,6 @@ from iada.utils.distributed import (
     any_rank,
     broadcast,
     check_parts,
-    check_unwrapped,
     current_group,
     gather_objects,
     own_part,
@@ -111,9 +111,7 @@ class Trainer:
         logger: Logger | None = None,
         method: Method | None = None,
     ) -> None:
-        if not isinstance(head, nn.Linear):
-            remedy = "split the model before its last layer"
-            raise argument_error("head", "an nn.Linear", f"a {type(head).__name__}", remedy)
+        check_classifier(backbone, head)
         named = {"train_set": train_set, "meta_set": meta_set, "validation_set": validation_set}
         for name, dataset in named.items():
             if dataset is not None:
@@ -133,7 +131,6 @@ class Trainer:
         if meta_set is not None:
             rows["meta_batch_size"] = min(config.meta_batch_size, len(meta_set))  # type: ignore[arg-type]
         check_parts(rows, self.group)
-        check_unwrapped(backbone, head)
         broadcast([*backbone.parameters(), *backbone.buffers(), *head.parameters()], self.group)
         if class_counts is None:
             class_counts = count_classes(train_set, head.out_features)
@@ -321,9 +318,8 @@ class Trainer:
     def class_accuracy(self, dataset: Dataset, batch_size: int = 512) -> Tensor:
         """Accuracy of each class on `dataset`, (C) float64; NaN for a class without samples."""
         with self.acceleration.autocast():
-            return class_accuracy(
-                self.backbone, self.method.head, dataset, batch_size, self.num_workers
-            )
+            parts = (self.backbone, self.method.head, dataset, batch_size, self.num_workers)
+            return class_accuracy(self.head.out_features, *parts)
 
     def outputs(
         self, dataset: Dataset, batch_size: int = 512, rows: Tensor | None = None

@@ -192,7 +192,9 @@ def check_loss_arguments(inputs: LossInputs, options: LossOptions, streams: bool
         and native.arguments_fit(inputs, options.ignore_index, streams)
     ):
         return
-    _check_loss_tensors(inputs)
+    if isinstance(inputs.weight, Tensor) and inputs.weight.shape[:1] == (0,):
+        raise argument_error("weight", "at least one class", "shape (0, A)", "give the head rows")
+    check_loss_tensors(inputs)
     _check_loss_options(options)
     features, epsilon, covariance = inputs.features, inputs.epsilon, inputs.covariance
     if not values_are_checked(features.device):
@@ -205,14 +207,12 @@ def check_loss_arguments(inputs: LossInputs, options: LossOptions, streams: bool
         check_finite_features(features, covariance.dtype)
 
 
-def _check_loss_tensors(inputs: LossInputs) -> None:
+def check_loss_tensors(inputs: LossInputs) -> None:
     """Shapes, dtypes and devices, one after the other."""
     check_float("features", inputs.features, "a floating-point tensor (…, A)", (None, None))
     count, width = inputs.features.shape
     check_float("weight", inputs.weight, f"a floating-point tensor (C, {width})", (None, width))
-    num_classes = inputs.weight.shape[0]
-    if num_classes == 0:
-        raise argument_error("weight", "at least one class", "shape (0, A)", "give the head rows")
+    num_classes = len(inputs.weight)
     check_labels(inputs.labels, count)
     bias, covariance, epsilon = inputs.bias, inputs.covariance, inputs.epsilon
     if bias is not None:

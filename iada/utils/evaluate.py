@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +12,13 @@ from iada.utils.loading import batches, check_dataset, to_device
 
 
 @torch.no_grad()
-def class_accuracy(
-    backbone: nn.Module,
-    head: nn.Linear,
-    dataset: Dataset,
-    batch_size: int = 512,
-    num_workers: int = 0,
-) -> Tensor:
+def class_accuracy(num_classes: int, *evaluated: Any) -> Tensor:
     """The share of right answers in each class, (C) float64; NaN for a class without samples.
 
-    num_workers: of the loader.
+    evaluated: as the arguments of `outputs`.
     """
-    counts = torch.zeros(2, head.out_features, dtype=torch.float64)  # right ones, and all
-    for _, logits, labels in _by_batch(backbone, head, dataset, batch_size, num_workers):
+    counts = torch.zeros(2, num_classes, dtype=torch.float64)  # right ones, and all
+    for _, logits, labels in _by_batch(*evaluated):
         hit = (logits.argmax(dim=1) == labels).cpu().double()
         counts.index_add_(1, labels.cpu(), torch.stack([hit, torch.ones_like(hit)]))
     return counts[0] / counts[1]
@@ -60,8 +54,8 @@ def _by_batch(
     backbone: nn.Module,
     head: nn.Linear,
     dataset: Dataset,
-    batch_size: int,
-    num_workers: int,
+    batch_size: int = 512,
+    num_workers: int = 0,
     rows: Tensor | None = None,
 ) -> Iterator[Outputs]:
     """Of each batch, on the head's device."""

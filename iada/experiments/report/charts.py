@@ -43,8 +43,13 @@ def bars(
     xlabel: str = "",
     top: float | None = 105,
     height: float = 3.0,
-) -> Picture:
-    """Groups of bars, one group a category, one bar a series; lines where categories are many."""
+) -> Picture | None:
+    """Groups of bars, one group a category, one bar a series; lines where categories are many.
+
+    None without a series.
+    """
+    if not series:
+        return None
 
     def draw(figure: Any, panels: Sequence[Any]) -> None:
         (axes,) = panels
@@ -78,12 +83,14 @@ def curves(
     ylabel: str = "",
     positions: Mapping[str, Sequence[float]] | None = None,
     height: float = 3.0,
-) -> Picture:
-    """Lines with bands, a panel each, over `xlabel` from 1 on.
+) -> Picture | None:
+    """Lines with bands, a panel each, over `xlabel` from 1 on; None without a panel.
 
     The keys of `panels` say what is on the y axes; with `ylabel`, which all panels then share, they
     are titles, and with `positions` on the x axes, by key, they say what these are.
     """
+    if not panels:
+        return None
 
     def draw(figure: Any, axes_of: Sequence[Any]) -> None:
         for axes, (key, series) in zip(axes_of, panels.items(), strict=True):

@@ -139,11 +139,9 @@ def _class_accuracy(name: str, title: str, variants: Variants) -> Picture | None
             return None
         return [row[index] / sum(row) if sum(row) else None for index, row in enumerate(rows)]
 
-    series = _series(variants, recall)
-    if not series:
-        return None
     caption = f"Test accuracy of each class at the last epoch, {title}."
-    return bars(name, caption, _class_names(variants[0].records[0]), series)
+    names = _class_names(variants[0].records[0])
+    return bars(name, caption, names, _series(variants, recall))
 
 
 def _shots(name: str, title: str, variants: Variants) -> Picture | None:
@@ -163,8 +161,6 @@ def _shots(name: str, title: str, variants: Variants) -> Picture | None:
 def _groups(name: str, title: str, variants: Variants) -> Picture | None:
     tested = [record for variant in variants for record in variant.has("group_accuracy")]
     names = list(dict.fromkeys(group for record in tested for group in record["group_accuracy"]))
-    if not names:
-        return None
 
     def row(record: Record) -> list[float | None] | None:
         shares = record.get("group_accuracy")
@@ -181,8 +177,6 @@ def _adversarial_share(name: str, title: str, variants: Variants) -> Picture | N
         return None
     order = _by_size(rows[0], len(rows[0]["epsilon"]["class_share"]))
     series = _series(variants, lambda r: (r.get("epsilon") or {}).get("class_share"))
-    if not series:
-        return None
     names = _class_names(rows[0]) or [f"C{index + 1}" for index in range(len(order))]
     caption = (
         f"Share of adversarial samples (ε > 0) in each class late in training, "
@@ -252,8 +246,6 @@ def _sensitivity(name: str, title: str, variants: Variants, headline: str) -> Pi
             scores = [[(r.get("last") or {}).get(headline) for r in records] for records in runs]
             panels[letter] = [Series(label, style, 100 * _padded(scores).T)]
             positions[letter] = list(line)
-    if not panels:
-        return None
     caption = (
         f"{METRICS[headline]} at the last epoch over α and over β, the other as recommended or as "
         f"most runs have it, {title}: the paper's Fig. 6."
@@ -303,22 +295,17 @@ def _reliability(name: str, title: str, variants: Variants) -> Picture | None:
 
 def _curves(name: str, title: str, variants: Variants) -> Picture | None:
     panels = _curve_panels(variants, {"accuracy": "balanced accuracy (%)", "loss": "training loss"})
-    if not panels:
-        return None
     seeds = max(len(variant.records) for variant in variants)
     band = ": mean over seeds, band of one standard deviation" if seeds > 1 else ""
     return curves(name, f"Training, {title}{band}.", panels)
 
 
 def _terms(name: str, title: str, variants: Variants) -> Picture | None:
-    panels = _curve_panels(variants, TERMS)
-    if not panels:
-        return None
     caption = (
         f"The regularisation terms of Table 1, mean over the samples looked at, {title}. To first "
         "order the loss is cross-entropy + α G + R + β F."
     )
-    return curves(name, caption, panels)
+    return curves(name, caption, _curve_panels(variants, TERMS))
 
 
 def _curve_panels(variants: Variants, keys: Mapping[str, str]) -> dict[str, list[Series]]:
