@@ -51,8 +51,10 @@ def main() -> int:
                     one(samples, kind, share, hidden, options.epochs, seed)
                     for seed in range(options.seeds)
                 ]
-                rows.append({"data": name, "noise": kind, "share": share, "auroc": joined(runs)})
-                print(f"{name}, {100 * share:.0f} % {kind}: {shown(rows[-1]['auroc'])}", flush=True)
+                auroc = {way: [round(run[way], 5) for run in runs] for way in runs[0]}
+                rows.append({"data": name, "noise": kind, "share": share, "auroc": auroc})
+                means = (f"{way} {statistics.fmean(values):.3f}" for way, values in auroc.items())
+                print(f"{name}, {100 * share:.0f} % {kind}: {', '.join(means)}", flush=True)
                 if options.json is not None:
                     about = {"seeds": options.seeds, "epochs": options.epochs, "meta": META}
                     content = {"environment": machine, **about, "rows": rows}
@@ -148,16 +150,6 @@ def confident_learning(
         probability[fold] = model.predict_proba(X[fold])
     quality = get_label_quality_scores(given, probability, adjust_pred_probs=True)
     return torch.from_numpy(1 - np.asarray(quality, dtype=np.float64))
-
-
-def joined(runs: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Each ranking's figures over the seeds."""
-    return {name: [round(run[name], 5) for run in runs] for name in runs[0]}
-
-
-def shown(auroc: dict[str, list[float]]) -> str:
-    """Means."""
-    return ", ".join(f"{name} {statistics.fmean(values):.3f}" for name, values in auroc.items())
 
 
 def table(rows: list[dict[str, Any]]) -> str:

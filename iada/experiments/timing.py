@@ -7,7 +7,7 @@ import torch
 
 from iada.experiments.run import PlannedRun, build_trainer
 from iada.utils.distributed import own_part
-from iada.utils.loading import batches, to_device
+from iada.utils.loading import batches
 
 WARM_UP, TIMED = 2, 3
 
@@ -50,7 +50,7 @@ def estimate(planned: PlannedRun) -> Estimate:
             if step == WARM_UP:
                 start = _now(device)
             trainer.batch = step % steps
-            batch = trainer.acceleration.to_memory_format(to_device(tuple(next(served)), device))
+            batch = trainer.acceleration.placed(next(served))
             trainer.step_on(batch, None if plain else trainer.meta_batch(), not plain)
         seconds.append((_now(device) - start) / TIMED)
     count = min(len(split.test), 4 * config.batch_size)

@@ -151,8 +151,8 @@ class IADALoss(nn.Module):
             def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
                 passes = backend_for(inputs, options, self.backend)
                 checks.close()  # passed: from here on ranks exchange
-                how: dict[str, Any] = {"ignore_index": options.ignore_index}
-                state.update(inputs.features, inputs.labels, **how, backend=self.backend)
+                rows = (inputs.features, inputs.labels)
+                state.update(*rows, ignore_index=options.ignore_index, backend=self.backend)
                 inputs = inputs._replace(covariance=state.shrunk())
                 return IADALossFunction.apply(options, passes, None, lender(state), *inputs)
 

@@ -234,11 +234,10 @@ class ShardedIADALoss(nn.Module):
             z = z + inputs.epsilon.to(dtype)[:, None] * (sign @ weight.T)
         if label_weight is None or self.structure == "full":
             form = full_form(weight, self.covariance, self.classes, self.num_classes, rows)
-            z = z + self.alpha * form
         else:
             sigma = self.covariance.covariance
             form = diagonal_form(weight, label_weight, sigma, self.num_classes, rows)
-            z = z + self.alpha * form
+        z = z + self.alpha * form
         if inputs.log_prior is not None:
             z = z + self.beta * inputs.log_prior.to(dtype)
         # y apart from the others: 1 − p_y keeps its digits on a confident sample.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from iada.training.config import TrainerConfig
 from iada.utils.checks import argument_error
+from iada.utils.loading import to_device
 
 
 class SingleGraph(nn.Module):
@@ -50,12 +51,12 @@ class Acceleration:
         functorch_config.donated_buffer = False
         return torch.compile(SingleGraph(backbone), dynamic=False)  # type: ignore[return-value]
 
-    def to_memory_format(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A batch with its images, (N, C, H, W), as the backbone has its weights."""
-        inputs = batch[0]
+    def placed(self, batch: Any) -> tuple[Any, ...]:
+        """A batch on the device, its images, (N, C, H, W), as the backbone has its weights."""
+        inputs, *rest = to_device(tuple(batch), self.device)
         if self.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
-            return (inputs.to(memory_format=torch.channels_last), *batch[1:])
-        return batch
+            inputs = inputs.to(memory_format=torch.channels_last)
+        return inputs, *rest
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """For everything that runs the backbone."""

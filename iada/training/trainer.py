@@ -37,8 +37,8 @@ from iada.utils.distributed import (
     own_part,
     rank_of,
 )
-from iada.utils.evaluate import Outputs, class_accuracy, evaluating, outputs
-from iada.utils.loading import batches, check_dataset, count_classes, epoch_order, to_device
+from iada.utils.evaluate import Outputs, by_batch, class_accuracy, evaluating, outputs
+from iada.utils.loading import batches, check_dataset, count_classes, epoch_order
 from iada.utils.workers import lost_workers_named
 
 
@@ -319,7 +319,7 @@ class Trainer:
         """Accuracy of each class on `dataset`, (C) float64; NaN for a class without samples."""
         with self.acceleration.autocast():
             parts = (self.backbone, self.method.head, dataset, batch_size, self.num_workers)
-            return class_accuracy(self.head.out_features, *parts)
+            return class_accuracy(by_batch(*parts), self.head.out_features)
 
     def outputs(
         self, dataset: Dataset, batch_size: int = 512, rows: Tensor | None = None
@@ -400,17 +400,13 @@ class Trainer:
             self._meta_stream = MetaStream(
                 self.meta_set, *place, needed, self.group, self.num_workers
             )
-        batch = next(self._meta_stream)
-        return self.acceleration.to_memory_format(to_device(tuple(batch), self._device))
+        return self.acceleration.placed(next(self._meta_stream))
 
     def _loader(self, dataset: Dataset, order: Sequence[list[int]]) -> Iterator[tuple[Any, ...]]:
         """This rank's part of each batch, the first one for the next step; on the device."""
         own = [rows[own_part(len(rows), self.group)] for rows in order]
         loader = batches(dataset, own, self.num_workers, self.config.seed, self._step)
-        return (
-            self.acceleration.to_memory_format(to_device(tuple(batch), self._device))
-            for batch in loader
-        )
+        return map(self.acceleration.placed, loader)
 
     def _new_measures(self) -> EpochMeasures:
         dtype = torch.promote_types(torch.float32, self.head.weight.dtype)

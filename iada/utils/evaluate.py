@@ -1,8 +1,8 @@
 """What a classifier gives on a data set, and its accuracy on each class."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,25 +11,25 @@ from torch.utils.data import Dataset
 from iada.utils.loading import batches, check_dataset, to_device
 
 
-@torch.no_grad()
-def class_accuracy(num_classes: int, *evaluated: Any) -> Tensor:
-    """The share of right answers in each class, (C) float64; NaN for a class without samples.
-
-    evaluated: as the arguments of `outputs`.
-    """
-    counts = torch.zeros(2, num_classes, dtype=torch.float64)  # right ones, and all
-    for _, logits, labels in _by_batch(*evaluated):
-        hit = (logits.argmax(dim=1) == labels).cpu().double()
-        counts.index_add_(1, labels.cpu(), torch.stack([hit, torch.ones_like(hit)]))
-    return counts[0] / counts[1]
-
-
 class Outputs(NamedTuple):
-    """Features (N, A), logits (N, C) and labels (N) of a data set's samples, on the CPU."""
+    """Features (N, A), logits (N, C) and labels (N) of a data set's samples."""
 
     features: Tensor
     logits: Tensor
     labels: Tensor
+
+
+@torch.no_grad()
+def class_accuracy(given: Iterable[Outputs], num_classes: int) -> Tensor:
+    """The share of right answers in each class, (C) float64; NaN for a class without samples.
+
+    given: of `by_batch`.
+    """
+    counts = torch.zeros(2, num_classes, dtype=torch.float64)  # right ones, and all
+    for _, logits, labels in given:
+        hit = (logits.argmax(dim=1) == labels).cpu().double()
+        counts.index_add_(1, labels.cpu(), torch.stack([hit, torch.ones_like(hit)]))
+    return counts[0] / counts[1]
 
 
 @torch.no_grad()
@@ -41,16 +41,16 @@ def outputs(
     num_workers: int = 0,
     rows: Tensor | None = None,
 ) -> Outputs:
-    """What the classifier gives in evaluation mode, for metrics and diagnostics.
+    """What the classifier gives in evaluation mode, for metrics and diagnostics; on the CPU.
 
     num_workers: of the loader. rows: the samples to look at, in this order; None for all.
     """
-    given = _by_batch(backbone, head, dataset, batch_size, num_workers, rows)
+    given = by_batch(backbone, head, dataset, batch_size, num_workers, rows)
     found = [[tensor.cpu() for tensor in batch] for batch in given]
     return Outputs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def _by_batch(
+def by_batch(
     backbone: nn.Module,
     head: nn.Linear,
     dataset: Dataset,
@@ -58,7 +58,7 @@ def _by_batch(
     num_workers: int = 0,
     rows: Tensor | None = None,
 ) -> Iterator[Outputs]:
-    """Of each batch, on the head's device."""
+    """Of each batch, in evaluation mode, on the head's device; arguments as of `outputs`."""
     check_dataset("dataset", dataset)
     chosen = torch.arange(len(dataset)) if rows is None else rows  # type: ignore[arg-type]
     order = [part.tolist() for part in chosen.split(batch_size)]
