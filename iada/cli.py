@@ -253,8 +253,8 @@ def _load_npz(path: Path) -> dict[str, TensorData]:
     try:
         arrays = arrays_of(path, "an .npz file")
     except (OSError, ValueError) as error:
-        got = f"{path}, which is none ({error})"
-        raise argument_error("[data] path", "an .npz file", got, "see --help") from error
+        expected = f"an .npz file at {path}"
+        raise argument_error("[data] path", expected, error, "see --help") from error
     parts: dict[str, TensorData] = {}
     for part in PARTS:
         keys = f"{part}_inputs", f"{part}_labels"
