@@ -48,7 +48,7 @@ BY_CLASS = {
 UNREAD = {
     "class_pass_kernel": ("moments.mean", "partials.arrived"),
     "softmax_kernel": ("reduction.arrived",),
-    "logits_kernel": ("diagonal.tangent_mean",),
+    "logits_kernel": ("diagonal.tangent_mean", "arrived"),
     "class_pass_weight_kernel": ("arrived",),
     "head_backward_kernel": ("quadratic.diagonal.tangent_mean",),
     "grad_variances_kernel": ("groups.batch_weight",),
