@@ -63,6 +63,7 @@ class TrainedModel:
 
     def _view(self, data: Labelled, device: torch.device) -> Dataset:
         kind, size = self.about["inputs"], self.about["size"]
+        sides = [size, size] if isinstance(size, int) else size
         scale: Any = tuple(map(tuple, self.about["normalise"]))
         got: Any = "image files"
         if isinstance(data.inputs, Tensor):
@@ -70,14 +71,14 @@ class TrainedModel:
             got = f"{data.inputs.dtype} {tuple(data.inputs.shape)}"
             if features and kind == "features" and data.inputs.shape[1] == size:
                 return FeatureView(data, device)
-            if not features and kind == "images" and tuple(data.inputs.shape[2:]) == (size, size):
+            if not features and kind == "images" and list(data.inputs.shape[2:]) == sides:
                 return MemoryView(data, scale, device=device)
         elif isinstance(data.inputs[0], str):
             got = "texts"
             if kind == "texts":
                 name = self.about["model"]["backbone"].removeprefix("transformers/")
                 return TextView(data, load_tokenizer(name))
-        elif kind == "images":
+        elif kind == "images" and isinstance(size, int):
             return FileView(data, False, size, self.about["shape"], normalise=scale, photo=True)
         expected = f"{kind} as it was trained on" + (f", of size {size}" if size else "")
         raise argument_error("data", expected, got, "pass such data")
@@ -88,11 +89,13 @@ def describe(model: ModelSettings, train: Labelled, data: Mapping[str, Any]) -> 
 
     data: where the training samples come from, and how they were read.
     """
-    inputs, size, shape, scale = "images", model.image_size, "crop", IMAGENET
+    size: int | list[int] = model.image_size
+    inputs, shape, scale = "images", "crop", IMAGENET
     if isinstance(train.inputs, Tensor):
         inputs = "features" if train.inputs.is_floating_point() else "images"
-        size, shape = train.inputs.shape[-1], "whole"
-        scale = CIFAR10 if size <= 64 else IMAGENET
+        sides = list(train.inputs.shape[2:]) or [train.inputs.shape[1]]  # H, W; or A of features
+        size = sides[0] if len(set(sides)) == 1 else sides
+        shape, scale = "whole", CIFAR10 if sides[-1] <= 64 else IMAGENET
     elif isinstance(train.inputs[0], str):
         inputs, size = "texts", 0
     return {

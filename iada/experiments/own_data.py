@@ -121,7 +121,11 @@ def train_methods(recipe: Recipe, options: argparse.Namespace) -> None:
         expected = "a share of the samples to hold out, or a path"
         raise argument_error("--validation", expected, "none", "pass 0.2, or the path of others")
     counts = parts["train"].class_counts()
-    held = ", ".join(f"{len(part)} for {name}" for name, part in parts.items() if name != "train")
+    sizes = {name: f"{len(part)} for {name}" for name, part in parts.items() if name != "train"}
+    if "meta" in parts and not any(needs_meta(recipe)):
+        titles = ", ".join(entry.title for entry in recipe.methods)
+        sizes["meta"] += f" (which {titles} makes no use of)"
+    held = ", ".join(sizes.values())
     say(
         f"{len(counts)} classes of {int(counts.min())} to {int(counts.max())} training samples, "
         f"{held}; backbone {recipe.model.backbone}"
@@ -202,11 +206,16 @@ def own_recipe(options: argparse.Namespace) -> Recipe:
     return with_methods(recipe, options.method or ["meta-iada"], "--method")
 
 
+def needs_meta(recipe: Recipe) -> list[bool]:
+    """Whether each of the methods learns from a meta set."""
+    return [isinstance(entry.trainer.method, BilevelOptions) for entry in recipe.methods]
+
+
 def with_fair_meta(recipe: Recipe, given: bool) -> Recipe:
     """A meta set only where a method learns from it, and its samples as training samples of the
     methods that need none: all have seen the same. given: it is a part of the data, and stays so.
     """
-    needing = [isinstance(entry.trainer.method, BilevelOptions) for entry in recipe.methods]
+    needing = needs_meta(recipe)
     scenario = dict(recipe.scenario)
     if given or not any(needing):
         scenario["meta_per_class"] = 0

@@ -90,7 +90,11 @@ def test_a_meta_set_of_features_that_is_given(tmp_path, inside, capsys):
     assert main(["labels", str(out / "meta-iada" / "seed0")]) == 0
     assert ranked(out / "meta-iada" / "seed0") == 24
     assert train(data, tmp_path / "other", *words, "--meta-per-class", "2") == 2
-    assert "--meta" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "--meta" in printed.err
+    assert "no use of" not in printed.out
+    assert train(data, tmp_path / "plain", *words, "--method", "ce") == 0
+    assert "6 for meta (which CE makes no use of)" in capsys.readouterr().out
 
 
 def test_a_recipe_changes_one_setting_of_a_method(features, tmp_path, capsys):

@@ -66,6 +66,20 @@ def test_arrays_that_cannot_be_trained_on(tmp_path, inputs, labels, message):
         read_own(tmp_path / "a.npz")
 
 
+def test_arrays_of_images_that_are_not_square(tmp_path, capsys):
+    inputs = np.random.default_rng(0).integers(0, 256, (24, 12, 20, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", inputs=inputs, labels=np.arange(24) % 2)
+    np.savez(tmp_path / "new.npz", inputs=inputs[:3])
+    np.savez(tmp_path / "turned.npz", inputs=inputs[:3].swapaxes(1, 2))
+    words = ["--backbone", "resnet8", "--method", "ce", "--epochs", "1", "--device", "cpu"]
+    run = ["train", "--data", str(tmp_path / "a.npz"), "--out", str(tmp_path / "run"), *words]
+    assert main(run) == 0
+    assert main(["predict", str(tmp_path / "run"), str(tmp_path / "new.npz")]) == 0
+    assert len(capsys.readouterr().out.strip().splitlines()[-4:]) == 4
+    message = refused(capsys, "predict", tmp_path / "run", tmp_path / "turned.npz")
+    assert "of size [12, 20], got torch.uint8 (3, 3, 20, 12)" in message
+
+
 def write_csv(path, *rows):
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(rows)
