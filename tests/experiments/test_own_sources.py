@@ -153,6 +153,14 @@ def test_a_split_called_valid(tmp_path):
     assert set(read_own(tmp_path / "saved")) == {"train", "validation"}
 
 
+def test_a_part_of_another_name_is_told(tmp_path):
+    inputs, labels = np.eye(4, dtype=np.float32), np.array([0, 1, 0, 1])
+    others = {"odd_inputs": inputs, "odd_labels": labels}
+    np.savez(tmp_path / "a.npz", train_inputs=inputs, train_labels=labels, **others)
+    with pytest.warns(UserWarning, match=r"a\.npz: odd left out; parts are train, "):
+        assert "odd" not in read_own(tmp_path / "a.npz", 0.5)
+
+
 def test_a_logger_that_is_not_installed_is_told_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     out = tmp_path / "run"

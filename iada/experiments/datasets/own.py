@@ -4,6 +4,7 @@ What the data set has no part for is cut off its training samples, class by clas
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -155,7 +156,7 @@ def _arrays(path: Path, labelled: bool = True) -> dict[str, Labelled]:
     names = _class_names(arrays)
     parts = {}
     given = [name.removesuffix("_inputs") for name in arrays if name.endswith("_inputs")]
-    for part, said in _spelled(given).items():
+    for part, said in _spelled(given, path).items():
         inputs, labels = arrays[f"{said}_inputs"], arrays.get(f"{said}_labels")
         parts[part] = _array_part(inputs, labels, names, f"{path} {said}")
     return parts
@@ -211,14 +212,19 @@ def _hugging_face(path: Path) -> dict[str, Labelled]:
     splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
     return {
         part: _columns(datasets, splits[name], f"{path} {name}")
-        for part, name in _spelled(splits).items()
+        for part, name in _spelled(splits, path).items()
     }
 
 
-def _spelled(names: Iterable[str]) -> dict[str, str]:
-    """The parts that these names are, as in {"validation": "valid"}."""
+def _spelled(names: Iterable[str], path: Path) -> dict[str, str]:
+    """The parts that these names are, as in {"validation": "valid"}; a warning names the others."""
     known, given = {**SPELLINGS, "meta": ("meta",)}, set(names)
-    return {part: name for part, said in known.items() for name in reversed(said) if name in given}
+    parts = {part: name for part, said in known.items() for name in reversed(said) if name in given}
+    unread = sorted(given - set(parts.values()))
+    if unread:
+        text = f"{path}: {', '.join(unread)} left out; parts are {', '.join(known)}"
+        warnings.warn(text, stacklevel=4)
+    return parts
 
 
 def _columns(datasets: Any, rows: Any, where: str) -> Labelled:
