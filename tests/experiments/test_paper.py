@@ -132,6 +132,13 @@ def test_what_recipes_owe_to_the_sources():
         assert model.augment == "none"
     ldam = {c.key: c.trainer for c in load("table2/cifar10-100").methods}["ldam-drw"]
     assert (ldam.warmup_epochs, ldam.weight_decay) == (5.0, 2e-4)
+    for name, form in (("table2/cifar10-100", True), ("table5/cifar10-40", False)):
+        net = {c.key: c.trainer.method for c in load(name).methods}["meta-weight-net"]
+        assert (net.normalized, net.through_loss) == (form, form)
+        assert (net.perturbation_optimizer, net.perturbation_lr) == (
+            ("SGD", 1e-5) if form else ("Adam", 1e-3)
+        )
+        assert net.perturbation_weight_decay == (5e-4 if form else 1e-4)
     uniform = load("uniform-noise/cifar10-40")
     assert uniform.model.backbone == "wrn-28-10"
     assert {(c.trainer.epochs, c.trainer.milestones) for c in uniform.methods} == {(60, (50, 55))}

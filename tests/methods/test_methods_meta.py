@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import iada
 from iada.meta.options import MetaStepOptions
-from iada.methods.meta_weight_net import MetaWeightNet, WeightNet
+from iada.methods.meta_weight_net import MetaWeightNet, MetaWeightNetOptions, WeightNet
 from iada.methods.options import MethodRun
 from iada.nn.priors import class_balanced_weights
 from tests.helpers.engine_cases import (
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS = torch.tensor([0.3, 0.9, 1.8], dtype=torch.float64)
 
 
-def make_weight_net(name, **options):
+def make_weight_net(name, form=None, **options):
     torch.manual_seed(0)
     build, _, width = BACKBONES[name]
     backbone, head = build().double(), nn.Linear(width, CLASSES).double()
@@ -38,7 +38,8 @@ def make_weight_net(name, **options):
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-3)
     weight_net = WeightNet().double()
     run = MethodRun(backbone, head, optimizer, torch.ones(CLASSES))
-    return MetaWeightNet(run, MetaStepOptions(**options), weight_net, 1e-3)
+    adam = torch.optim.Adam(weight_net.parameters(), 1e-3)
+    return MetaWeightNet(run, MetaStepOptions(**options), weight_net, adam, **(form or {}))
 
 
 def after_virtual_step(backbone, head, batch, loss, rates, moves=lambda name: True):
@@ -79,9 +80,30 @@ def meta_loss(backbone, moved, meta_batch):
     return F.cross_entropy(F.linear(features, moved["h.weight"], moved["h.bias"]), meta_batch[1])
 
 
+IMBALANCE = {"normalized": True, "through_loss": True}
+FORMS = [{}, {"normalized": True}, {"through_loss": True}, IMBALANCE]
+
+
+def weighted_loss(net, losses, normalized=False, through_loss=False):
+    """Of each form of the published codes, from one of its samples after the other."""
+    weights = [net(loss[None] if through_loss else loss[None].detach())[0] for loss in losses]
+    total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+    return total / (sum(weights) if normalized else len(losses))
+
+
 @pytest.mark.parametrize("name", ["mlp", "conv", "resnet", "transformer"])
 @pytest.mark.parametrize(
-    "options", [{}, {"scope": 1}, {"scope": 2}, {"scope": "head"}, {"low_memory": True}], ids=str
+    "options",
+    [
+        *({"form": form} for form in FORMS),
+        {"scope": 1},
+        {"scope": 2},
+        {"scope": "head"},
+        {"low_memory": True},
+        {"scope": "head", "form": IMBALANCE},
+        {"low_memory": True, "form": IMBALANCE},
+    ],
+    ids=str,
 )
 def test_meta_weight_net_equals_double_backward(name, options):
     method = make_weight_net(name, **options)
@@ -91,7 +113,7 @@ def test_meta_weight_net_equals_double_backward(name, options):
 
     def weighted(features):
         losses = F.cross_entropy(head(features), batch[1], reduction="none")
-        return (net(losses.detach()) * losses).sum() / len(losses)
+        return weighted_loss(net, losses, **options.get("form", {}))
 
     torch.manual_seed(5)
     rates = {"b": 0.5, "h": 0.2}
@@ -108,13 +130,16 @@ def test_meta_weight_net_equals_double_backward(name, options):
         assert error < 1e-8
 
 
-def test_meta_weight_net_steps_by_the_new_weights():
-    method = make_weight_net("conv")
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_meta_weight_net_steps_by_the_new_weights(form):
+    """These are constants in either form."""
+    method = make_weight_net("conv", form)
     batch, meta_batch = make_batches("conv")
     backbone, head = copy.deepcopy((method._learner.classifier.backbone, method.head))
     result = method.step(batch, meta_batch)
     losses = F.cross_entropy(head(backbone(batch[0])), batch[1], reduction="none")
-    loss = (method.weight_net(losses.detach()).detach() * losses).mean()
+    weights = method.weight_net(losses.detach()).detach()
+    loss = (weights * losses).sum() / (weights.sum() if form.get("normalized") else len(losses))
     torch.testing.assert_close(result.loss, loss.detach())
     loss.backward()
     # Momentum's first step is the gradient itself.
@@ -127,6 +152,44 @@ def test_meta_weight_net_steps_by_the_new_weights():
         method._learner.classifier.backbone.buffers(), backbone.buffers(), strict=True
     ):
         torch.testing.assert_close(have, other)
+
+
+def test_meta_weight_net_s_options_for_class_imbalance():
+    """Θ moves by torch's own SGD on its gradient; the default is Adam, as for wrong labels."""
+    settings = {"perturbation_optimizer": "SGD", "perturbation_lr": 1e-5, **IMBALANCE}
+    options = MetaWeightNetOptions(**settings, perturbation_weight_decay=5e-4)
+    torch.manual_seed(0)
+    backbone, head = BACKBONES["mlp"][0]().double(), nn.Linear(8, CLASSES).double()
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.1)
+    run = MethodRun(backbone, head, optimizer, torch.ones(CLASSES))
+    method = options.build(run)
+    assert (method.normalized, method.through_loss) == (True, True)
+    twin = copy.deepcopy(method.weight_net)
+    sgd = torch.optim.SGD(twin.parameters(), 1e-5, 0.9, weight_decay=5e-4, nesterov=True)
+    for _ in range(3):
+        method.step(*make_batches("mlp"))
+        for have, want in zip(method.weight_net.parameters(), twin.parameters(), strict=True):
+            assert have.grad.abs().max() > 0
+            want.grad = have.grad.clone()
+        sgd.step()
+    for have, want in zip(method.weight_net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(have, want)
+    default = MetaWeightNetOptions().build(run)
+    (group,) = default.weight_optimizer.param_groups
+    assert isinstance(default.weight_optimizer, torch.optim.Adam)
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 1e-4)
+
+
+def test_weights_that_round_to_nothing_keep_their_ratios():
+    method = make_weight_net("mlp", IMBALANCE)
+    method.weight_net.weight.bias.data.fill_(-1e4)
+    batch, meta_batch = make_batches("mlp")
+    losses = torch.arange(5, dtype=torch.float64)
+    assert not method.weight_net(losses).any()
+    scores = method.weight_net.scores(losses)
+    torch.testing.assert_close(method._weights(losses), 5 * scores.softmax(dim=0))
+    method.step(batch, meta_batch)
+    assert all(torch.isfinite(p).all() for p in method.weight_net.parameters())
 
 
 def test_meta_weight_net_has_no_double_backward():
