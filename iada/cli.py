@@ -58,8 +58,8 @@ class DataConfig:
     kind: "digits" (scikit-learn's, made worse by scenario "long-tail" or "noise": the demo's split
     of seed 0), or "npz".
     path: an .npz file with arrays {train,meta,validation,test}_inputs (N, ...) of floats and
-    ..._labels (N) of integers; meta and validation may be absent. A relative path counts from the
-    configuration's folder.
+    ..._labels (N) of integers; meta and validation may be absent, and train_groups (N) of integers
+    is for methods that know groups. A relative path counts from the configuration's folder.
     """
 
     kind: str = "digits"
@@ -280,7 +280,10 @@ def _load_npz(path: Path) -> dict[str, TensorData]:
             shape = tuple(parts["train"].inputs.shape[1:])
             expected = f"samples of shape {shape}, as in train"
             raise argument_error(f"{path} {keys[0]}", expected, inputs.shape[1:], "mend it")
+        groups = arrays.get(f"{part}_groups")
         parts[part] = TensorData(
-            torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(labels.astype(np.int64))
+            torch.from_numpy(inputs.astype(np.float32)),
+            torch.from_numpy(labels.astype(np.int64)),
+            None if groups is None else torch.from_numpy(groups),
         )
     return parts

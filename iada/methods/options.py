@@ -23,7 +23,7 @@ class MethodRun:
     """What a method is built for.
 
     backbone, head, optimizer: what it trains, and by what. class_counts: training samples of each
-    class, (C). train_set: of which some methods need the labels, and AFR the inputs. epochs,
+    class, (C). train_set: of which some methods need labels, groups or inputs. epochs,
     ce_epochs, seed, clip_norm: of the run. group: of the processes that share each batch.
     """
 

@@ -4,6 +4,7 @@ from iada.methods.afr import AFROptions
 from iada.methods.class_balanced import ClassBalancedOptions, FocalOptions
 from iada.methods.cmo import CMOOptions
 from iada.methods.drw import DeferredReweightingOptions
+from iada.methods.groups import GroupDROOptions, UpweightingOptions
 from iada.methods.head_loss import CrossEntropyOptions, ISDAOptions, LogitAdjustmentOptions
 from iada.methods.ldam import LDAMOptions
 from iada.methods.meta_iada import MetaIADAOptions, MetaSAugOptions
@@ -23,4 +24,6 @@ METHODS: dict[str, type[MethodOptions]] = {
     "meta-iada": MetaIADAOptions,
     "cmo": CMOOptions,
     "afr": AFROptions,
+    "uw": UpweightingOptions,
+    "group-dro": GroupDROOptions,
 }

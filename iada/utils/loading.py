@@ -1,7 +1,7 @@
 """Batches that are a function of (seed, epoch, step), so that a run can resume anywhere."""
 
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -26,15 +26,21 @@ class TensorData(Dataset):
     Args:
         inputs: (N, ...), any dtype.
         labels: class indices, (N), any integer dtype.
+        groups: each sample's group, (N), any integer dtype, for the methods that know groups.
 
     Raises:
-        ValueError: inputs and labels that do not fit together.
+        ValueError: inputs, labels and groups that do not fit together.
     """
 
-    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+    def __init__(self, inputs: Tensor, labels: Tensor, groups: Tensor | None = None) -> None:
         check_tensor("inputs", inputs, "a tensor (N, ...)")
         check_labels(labels, len(inputs))
         self.inputs, self.labels = inputs, labels.long()
+        self.groups = _class_indices([groups], len(inputs))
+        if groups is not None and self.groups is None:
+            expected = f"an integer from 0 for each sample, ({len(inputs)},)"
+            got = f"{groups.dtype} of shape {tuple(groups.shape)}"
+            raise argument_error("groups", expected, got, "pass one, or leave groups out")
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -83,19 +89,34 @@ def labels_of(dataset: Any) -> Tensor | None:
     target_transform changes them, the second tensor of a TensorDataset, and a Subset or a
     ConcatDataset of these.
     """
-    if isinstance(dataset, Subset):
-        labels = labels_of(dataset.dataset)
-        return None if labels is None else labels[torch.as_tensor(dataset.indices)]
-    if isinstance(dataset, ConcatDataset):
-        parts = [labels_of(part) for part in dataset.datasets]
-        known = [part for part in parts if part is not None]
-        return torch.cat(known) if len(known) == len(parts) else None
+    if isinstance(dataset, Subset | ConcatDataset):
+        return _of_parts(dataset, labels_of)
     if getattr(dataset, "target_transform", None) is not None:
         return None
     if isinstance(dataset, TensorDataset):
         return _class_indices(dataset.tensors[1:2], len(dataset))
     attributes = [getattr(dataset, name, None) for name in ("labels", "targets")]
     return _class_indices(attributes, len(dataset))
+
+
+def groups_of(dataset: Any) -> Tensor | None:
+    """The groups (N) int64 of a data set that has them; else None.
+
+    Known are integers in an attribute `groups`, and a Subset or a ConcatDataset of these.
+    """
+    if isinstance(dataset, Subset | ConcatDataset):
+        return _of_parts(dataset, groups_of)
+    return _class_indices([getattr(dataset, "groups", None)], len(dataset))
+
+
+def _of_parts(dataset: Subset | ConcatDataset, of: Callable[[Any], Tensor | None]) -> Tensor | None:
+    """What `of` gives of the data sets that this one is made of; None where one has none."""
+    if isinstance(dataset, Subset):
+        values = of(dataset.dataset)
+        return None if values is None else values[torch.as_tensor(dataset.indices)]
+    parts = [of(part) for part in dataset.datasets]
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if len(known) == len(parts) else None
 
 
 def _class_indices(candidates: Sequence[Any], count: int) -> Tensor | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from iada.utils.checks import argument_error
-from iada.utils.loading import check_dataset, check_item, labels_of
+from iada.utils.loading import check_dataset, check_item, groups_of, labels_of
 
 Batch = TypeVar("Batch")
 
@@ -78,6 +78,11 @@ class Indexed(Dataset):
     def labels(self) -> Tensor | None:
         """The labels (N) int64 where the data set has them at hand; else None."""
         return labels_of(self.dataset)
+
+    @property
+    def groups(self) -> Tensor | None:
+        """The groups (N) int64 of a data set that has them; else None."""
+        return groups_of(self.dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]

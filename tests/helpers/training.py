@@ -25,14 +25,14 @@ def make_data(count=44, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % CLASSES
     inputs = torch.randn(count, 8, generator=generator) + labels[:, None]
-    return iada.TensorData(inputs.to(dtype), labels)
+    return iada.TensorData(inputs.to(dtype), labels, groups=torch.arange(count) % 4)
 
 
 class Augmented(torch.utils.data.Dataset):
     """Draws from torch, Python and numpy for each sample, as common augmentations do."""
 
     def __init__(self, data):
-        self.data = data
+        self.data, self.groups = data, data.groups
 
     def __len__(self):
         return len(self.data)

@@ -40,7 +40,8 @@ def conv():
 
 def served(part, method):
     inputs = part.inputs / 255
-    return iada.TensorData(inputs if method in PASTING else inputs.flatten(1), part.labels)
+    groups = 2 * part.labels + (torch.arange(len(inputs)) % 3 > 0)
+    return iada.TensorData(inputs if method in PASTING else inputs.flatten(1), part.labels, groups)
 
 
 def make_trainer(split, method, folder=None, observe=None, **settings):

@@ -20,6 +20,7 @@ METHODS = (
     "metasaug",
     "meta-weight-net",
     "isda",
+    "group-dro",
 )
 
 

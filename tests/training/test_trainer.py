@@ -27,7 +27,7 @@ def make_data(count=60, seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     inputs = torch.randn(count, 8, generator=generator) + 2 * labels[:, None]
-    return iada.TensorData(inputs, labels)
+    return iada.TensorData(inputs, labels, groups=torch.arange(count) % 2)
 
 
 def make_trainer(folder=None, train_set=None, **settings):

@@ -40,11 +40,13 @@ class View(Dataset):
 
     Attributes:
         labels: (N), where batches are made.
+        groups: (N), of data that has them; for the methods that know groups.
         in_memory: whether batches are made quickly enough to be made in the training process.
         augments: whether a sample depends on what is drawn.
     """
 
     labels: Tensor
+    groups: Tensor | None
     in_memory: bool = False
     augments: bool = False
 
@@ -107,7 +109,7 @@ class MemoryView(View):
         self._policy = auto_augment() if augment == "autoaugment-cutout" else None
         leave = device is None or self._policy is not None
         self.images = data.inputs if leave else data.inputs.to(device)
-        self.labels = data.labels.to(self.images.device)
+        self.labels, self.groups = data.labels.to(self.images.device), data.groups
         self.deviation = deviation.flatten()
         self.scale = (1 / (255 * deviation)).to(self.images.device)
         self.shift = (-mean / deviation).to(self.images.device)
@@ -157,7 +159,8 @@ class FileView(View):
         if not 0 < scale[0] <= scale[1] <= 1:
             remedy = "pass shares of the area"
             raise argument_error("scale", "0 < low ≤ high ≤ 1", repr(scale), remedy)
-        self.files, self.labels, self.photo = data.inputs, data.labels, photo
+        self.files, self.photo = data.inputs, photo
+        self.labels, self.groups = data.labels, data.groups
         self.augments, self.size, self.shape, self.scale = augment, size, shape, scale
         self.mean, self.deviation = (torch.tensor(values).view(-1, 1, 1) for values in normalise)
 
@@ -221,7 +224,7 @@ class TextView(View):
     def __init__(self, data: Labelled, tokenizer: Tokenizer, max_length: int = 300) -> None:
         if isinstance(data.inputs, Tensor) or not all(isinstance(t, str) for t in data.inputs):
             raise argument_error("data", "texts", "others", "use MemoryView or FileView")
-        self.texts, self.labels = data.inputs, data.labels
+        self.texts, self.labels, self.groups = data.inputs, data.labels, data.groups
         self.tokenizer, self.max_length = tokenizer, max_length
 
     def inputs(self, seed: int, step: int, rows: Tensor) -> dict[str, Tensor]:
@@ -257,6 +260,7 @@ class FeatureView(View):
             remedy = "use MemoryView, FileView or TextView"
             raise argument_error("data", "features (N, A)", "others", remedy)
         self.features, self.labels = data.inputs.to(device), data.labels.to(device)
+        self.groups = data.groups
 
     def inputs(self, seed: int, step: int, rows: Tensor) -> Tensor:
         """(n, A); nothing is drawn."""
