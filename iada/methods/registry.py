@@ -10,6 +10,7 @@ from iada.methods.ldam import LDAMOptions
 from iada.methods.meta_iada import MetaIADAOptions, MetaSAugOptions
 from iada.methods.meta_weight_net import MetaWeightNetOptions
 from iada.methods.options import MethodOptions
+from iada.methods.risda import RISDAOptions
 
 METHODS: dict[str, type[MethodOptions]] = {
     "ce": CrossEntropyOptions,
@@ -20,6 +21,7 @@ METHODS: dict[str, type[MethodOptions]] = {
     "logit-adjustment": LogitAdjustmentOptions,
     "isda": ISDAOptions,
     "metasaug": MetaSAugOptions,
+    "risda": RISDAOptions,
     "meta-weight-net": MetaWeightNetOptions,
     "meta-iada": MetaIADAOptions,
     "cmo": CMOOptions,

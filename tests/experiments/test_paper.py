@@ -97,6 +97,8 @@ def test_every_recipe_is_whole(name):
     [
         ("table2/cifar10-100", "meta-iada", "top1", 84.01),
         ("table2/cifar100-10", "metasaug", "top1", 61.73),
+        ("table2/cifar100-100", "risda", "top1", 50.16),
+        ("table3/inat2018-whole", "risda", "top1", 69.15),
         ("table3/inat2018", "meta-iada", "top1", 72.55),
         ("table4/imagenet-glt", "meta-iada", "precision", 50.07),
         ("table5/cifar10-40", "meta-weight-net", "top1", 87.65),
@@ -141,6 +143,14 @@ def test_what_recipes_owe_to_the_sources():
             ("SGD", 1e-5) if form else ("Adam", 1e-3)
         )
         assert net.perturbation_weight_decay == (5e-4 if form else 1e-4)
+    arms = {c.key: c.trainer for c in load("table2/cifar100-100").methods}
+    risda = arms["risda"].method
+    scales = risda.covariance_scale, risda.prototype_scale, risda.head_share
+    assert (arms["risda"].ce_epochs, *scales) == (160, 0.75, 1.0, 0.2)
+    assert first_phase_config(arms["risda"]) == first_phase_config(arms["meta-iada"])
+    for name in ("table3/inat2018-whole", "table4/imagenet-clt"):
+        risda = {c.key: c.trainer.method for c in load(name).methods}["risda"]
+        assert (risda.covariance_scale, risda.prototype_scale, risda.structure) == (7.5, 0, "diag")
     uniform = load("uniform-noise/cifar10-40")
     assert uniform.model.backbone == "wrn-28-10"
     assert {(c.trainer.epochs, c.trainer.milestones) for c in uniform.methods} == {(60, (50, 55))}
@@ -344,6 +354,21 @@ def test_meta_images_as_training_images(images, tmp_path):
     assert records["ce-with-meta"]["split"]["meta_in_train"] == 20
     assert "meta" in records["ce"]["split"]["from"]
     assert "meta" not in records["ce-with-meta"]["split"]["from"]
+
+
+def test_what_stands_beside_the_quoted_baselines_of_table_2_runs(images, tmp_path, capsys):
+    command = [*ROW, "--data", str(images), "--out", str(tmp_path), "--epochs", "3"]
+    assert main([*command, "--methods", "risda", "meta-weight-net"]) == 0
+    output = capsys.readouterr().out
+    for figure in ("79.89", "73.57"):
+        assert figure in output
+    records = {record["method"]: record for record in read_records([tmp_path])}
+    risda, net = records["risda"], records["meta-weight-net"]
+    assert (risda["settings"]["ce_epochs"], net["settings"]["ce_epochs"]) == (2, 0)
+    assert len(risda["spectrum"]) == 10
+    assert len(list(tmp_path.rglob("first-phase.pt"))) == 1
+    for record in (risda, net):
+        assert all(row["loss"] is not None for row in record["curve"])
 
 
 def test_a_frozen_backbone_stays_as_its_file_has_it(images, tmp_path, capsys):

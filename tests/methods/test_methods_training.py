@@ -21,6 +21,7 @@ OWN = {
     "afr": {"finetune_epochs": 4},
     "isda": {"alpha_ramp": True},
     "metasaug": {"ce_epochs": 6, "covariance_lr": 0.1},
+    "risda": {"ce_epochs": 6},
     "meta-iada": {"ce_epochs": 6},
 }
 
@@ -64,9 +65,20 @@ def test_every_method_beats_chance(split, method):
     assert float(accuracy.mean()) > 0.6  # chance is 0.1
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_resumes_bit_for_bit(split, tmp_path, method):
-    whole = make_trainer(split, method)
+FORMS = (
+    ("group-dro", {"balanced_batches": True, "generalization_adjustment": 1.0}),
+    (
+        "meta-weight-net",
+        {"normalized": True, "through_loss": True, "perturbation_optimizer": "SGD"},
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [*((method, {}) for method in METHODS), *FORMS], ids=str
+)
+def test_every_method_resumes_bit_for_bit(split, tmp_path, method, settings):
+    whole = make_trainer(split, method, **settings)
     whole.fit()
 
     def stop(trainer, batch, result):
@@ -74,8 +86,8 @@ def test_every_method_resumes_bit_for_bit(split, tmp_path, method):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(split, method, tmp_path, stop).fit()
-    rest = make_trainer(split, method, tmp_path)
+        make_trainer(split, method, tmp_path, stop, **settings).fit()
+    rest = make_trainer(split, method, tmp_path, **settings)
     assert rest.resume()
     assert (rest.epoch, rest.batch) == (11, 4)
     rest.fit()

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import iada
+from tests.helpers.largest_output import LargestOutput
 from tests.helpers.problems import eager, fused, random_problem, value_and_gradients
 
 pytestmark = pytest.mark.slow
@@ -19,21 +19,6 @@ ROW_BY_WIDTH = DENSE["rows"] * DENSE["width"] * 4  # bytes of one N×A
 
 
 # The largest tensor ---------------------------------------------------------------------------
-
-
-class LargestOutput(TorchDispatchMode):
-    """Remembers the most elements that a tensor made inside had, views and expansions aside."""
-
-    numel, maker = 0, ""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                held = tensor.untyped_storage().nbytes() // tensor.element_size()
-                if min(tensor.numel(), held) > self.numel:
-                    self.numel, self.maker = min(tensor.numel(), held), str(func)
-        return out
 
 
 def largest_output(loss_of, problem):

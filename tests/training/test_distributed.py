@@ -19,8 +19,9 @@ METHODS = (
     "ldam-drw",
     "metasaug",
     "meta-weight-net",
-    "isda",
     "group-dro",
+    "risda",
+    "isda",
 )
 
 

@@ -35,7 +35,8 @@ def test_epochs_alone_make_a_run():
 @pytest.mark.parametrize("method", METHODS)
 def test_plain_epochs_follow_the_method(method):
     config = iada.TrainerConfig(method=method, epochs=100)
-    assert config.ce_epochs == (80 if method in ("metasaug", "meta-iada") else 0)
+    staged = ("risda", "metasaug", "meta-iada")
+    assert config.ce_epochs == (80 if method in staged else 0)
     assert iada.TrainerConfig(method=method, epochs=100, ce_epochs=7).ce_epochs == 7
     assert config.settings()["ce_epochs"] == config.ce_epochs
 
