@@ -268,10 +268,7 @@ def _load_npz(path: Path) -> dict[str, TensorData]:
             got = f"{inputs.dtype} of shape {inputs.shape}"
             remedy = "mend the array; NaN and infinity are not allowed"
             raise argument_error(f"{path} {keys[0]}", "finite numbers (N, ...)", got, remedy)
-        if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels < 0).any():
-            got = f"{labels.dtype} of shape {labels.shape}, or negative ones"
-            remedy = "mend the array"
-            raise argument_error(f"{path} {keys[1]}", "class indices (N,) from 0", got, remedy)
+        _check_numbers(f"{path} {keys[1]}", labels, "class indices (N,) from 0")
         if len(inputs) != len(labels) or not len(inputs):
             expected = "as many labels as inputs, at least one"
             got = f"{len(inputs)} inputs and {len(labels)} labels"
@@ -281,9 +278,20 @@ def _load_npz(path: Path) -> dict[str, TensorData]:
             expected = f"samples of shape {shape}, as in train"
             raise argument_error(f"{path} {keys[0]}", expected, inputs.shape[1:], "mend it")
         groups = arrays.get(f"{part}_groups")
+        if groups is not None:
+            expected = f"a group from 0 for each input, ({len(inputs)},)"
+            _check_numbers(f"{path} {part}_groups", groups, expected, len(inputs))
         parts[part] = TensorData(
             torch.from_numpy(inputs.astype(np.float32)),
             torch.from_numpy(labels.astype(np.int64)),
-            None if groups is None else torch.from_numpy(groups),
+            None if groups is None else torch.from_numpy(groups.astype(np.int64)),
         )
     return parts
+
+
+def _check_numbers(name: str, numbers: np.ndarray, expected: str, count: int | None = None) -> None:
+    """Whole numbers from 0, (N,), as many as `count` if that is given."""
+    whole = numbers.ndim == 1 and numbers.dtype.kind in "iu" and not (numbers < 0).any()
+    if not whole or (count is not None and len(numbers) != count):
+        got = f"{numbers.dtype} of shape {numbers.shape}, or negative ones"
+        raise argument_error(name, expected, got, "mend the array")

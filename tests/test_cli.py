@@ -165,6 +165,8 @@ def test_npz_without_a_part_is_named(config, tmp_path, capsys):
         ("meta_labels", np.full(12, -1), "class indices"),
         ("meta_labels", np.zeros(12), "class indices"),
         ("validation_labels", np.zeros(5, dtype=int), "as many labels as inputs"),
+        ("train_groups", np.zeros(48), "a group from 0"),
+        ("train_groups", np.zeros(47, dtype=int), "a group from 0"),
     ],
 )
 def test_damaged_arrays_are_named(config, tmp_path, capsys, name, value, message):
@@ -175,6 +177,22 @@ def test_damaged_arrays_are_named(config, tmp_path, capsys, name, value, message
     text = capsys.readouterr().err
     assert message in text
     assert name.split("_")[0] in text
+
+
+def test_methods_of_groups_train_on_an_npz_with_groups(config, tmp_path, capsys):
+    words = ["train", "--config", str(config), "--set", "trainer.method=group-dro"]
+    assert main([*words, "--out", str(tmp_path / "without")]) == 2
+    error = capsys.readouterr().err
+    assert "train_set: expected an attribute `groups`" in error
+    assert "train_groups" in error
+    with np.load(tmp_path / "data.npz") as arrays:
+        kept = dict(arrays)
+    np.savez(tmp_path / "data.npz", **kept, train_groups=np.arange(48, dtype=np.uint8) % 2)
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    losses = [row["loss"] for row in result["history"]]
+    assert len(losses) == 6
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_an_unwritable_folder_is_found_before_training(config, tmp_path, capsys):

@@ -99,8 +99,11 @@ def _checked_groups(run: MethodRun) -> Tensor:
     groups = groups_of(run.train_set)
     expected = "an attribute `groups`, an integer from 0 for each sample, for methods of groups"
     if groups is None:
-        remedy = "add it to the data set, as in iada.TensorData(inputs, labels, groups)"
-        raise argument_error("train_set", expected, "none", f"{remedy}, or take another method")
+        remedy = (
+            "add it to the data set, as in iada.TensorData(inputs, labels, groups) or the array "
+            "train_groups of an .npz, or take another method"
+        )
+        raise argument_error("train_set", expected, "none", remedy)
     if int(groups.min()) < 0:
         remedy = "number the groups 0, 1, …"
         raise argument_error("train_set.groups", expected, f"{int(groups.min())}", remedy)

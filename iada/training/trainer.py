@@ -56,7 +56,8 @@ class Trainer:
     Args:
         backbone: module from inputs to features (N, A).
         head: nn.Linear(A, C).
-        train_set: items (input, label); `TensorData`, or any map-style data set.
+        train_set: items (input, label); `TensorData`, or any map-style data set. Some methods need
+            an attribute of it: `labels` or `groups`, integers (N).
         meta_set: the same, small, clean and balanced; may be None for methods that need none.
         config: a `TrainerConfig`.
         class_counts: training samples of each class (C); read from the labels of a `TensorData`.
