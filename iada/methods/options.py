@@ -25,6 +25,7 @@ class MethodRun:
     backbone, head, optimizer: what it trains, and by what. class_counts: training samples of each
     class, (C). train_set: of which some methods need labels, groups or inputs. epochs,
     ce_epochs, seed, clip_norm: of the run. group: of the processes that share each batch.
+    num_workers: of a loader of the training set.
     """
 
     backbone: nn.Module
@@ -37,6 +38,7 @@ class MethodRun:
     seed: int = 0
     clip_norm: float = 0.0
     group: Group = None
+    num_workers: int = 0
 
     @property
     def arguments(self) -> dict[str, Any]:

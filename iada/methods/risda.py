@@ -87,7 +87,8 @@ class RISDA(HeadLossMethod):
     ) -> None:
         super().__init__(run, covariance=covariance, alpha=covariance_scale)
         assert run.train_set is not None
-        self.train_set, self.epochs, self.prepared = run.train_set, run.epochs, False
+        self.train_set, self.num_workers = run.train_set, run.num_workers
+        self.epochs, self.prepared = run.epochs, False
         self.covariance_scale, self.prototype_scale = covariance_scale, prototype_scale
         self.shift = prototype_scale
         weights = class_balanced_weights(run.class_counts, class_beta).to(self.log_prior)
@@ -110,9 +111,8 @@ class RISDA(HeadLossMethod):
         """Σ, K and μ̃ of the training set as it is served, by the network as it is."""
         classes, head = len(self.mixing), self.head
         confusion = torch.zeros_like(self.mixing).flatten()
-        for features, logits, labels in by_batch(
-            self.classifier.backbone, head, self.train_set, batch_size=512
-        ):
+        parts = (self.classifier.backbone, head, self.train_set)
+        for features, logits, labels in by_batch(*parts, num_workers=self.num_workers):
             self.covariance.update_gathered(features, labels)
             cells = classes * labels + logits.argmax(dim=1)
             confusion.index_add_(0, cells, torch.ones_like(cells, dtype=confusion.dtype))

@@ -19,6 +19,7 @@ def build_method(
     class_counts: Tensor,
     train_set: Dataset,
     group: Group,
+    num_workers: int = 0,
 ) -> Method:
     """The method that `config` names; ValueError if it names none."""
     if config.method is None:
@@ -28,7 +29,8 @@ def build_method(
         remedy = "start one process, or take another method"
         raise argument_error("method", f"one process for {config.method_name}", "several", remedy)
     settings = (config.epochs, config.ce_epochs, config.seed, config.clip_norm)
-    run = MethodRun(backbone, head, optimizer, class_counts, train_set, *settings, group)
+    parts = (backbone, head, optimizer, class_counts, train_set)
+    run = MethodRun(*parts, *settings, group, num_workers)
     return config.method.build(run)
 
 

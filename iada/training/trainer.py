@@ -140,7 +140,7 @@ class Trainer:
             stepped = self.acceleration.prepare(backbone)
             optimizer = build_optimizer(self._parameters(), config)
             parts = (stepped, head, optimizer, class_counts, train_set)
-            method = build_method(config, *parts, self.group)
+            method = build_method(config, *parts, self.group, num_workers)
         else:
             check_own_method(method, config, backbone, head)
         self.method, self.optimizer = method, method.optimizer

@@ -10,6 +10,7 @@ import iada
 from iada.methods.options import MethodRun
 from iada.methods.risda import RISDAOptions, tail_classes
 from tests.helpers.largest_output import LargestOutput
+from tests.helpers.training import differences, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,6 +195,25 @@ def test_its_state_is_whole():
     for name in ("mixing", "displacement"):
         assert torch.equal(getattr(other, name), getattr(method, name))
     assert torch.equal(other.covariance.mean, method.covariance.mean)
+
+
+def test_the_pass_is_loaded_as_the_training_is():
+    """By the trainer's workers, which change nothing."""
+    found = []
+    for workers in (0, 1):
+        trainer = make_trainer(method="risda", epochs=3, num_workers=workers)
+        assert trainer.method.num_workers == workers
+        trainer.fit()
+        found.append(trainer.state_dict())
+    assert differences(*found) == []
+
+
+def test_all_processes_have_the_first_one_s_statistics(monkeypatch):
+    sent = []
+    monkeypatch.setattr("iada.methods.risda.broadcast", lambda tensors, group: sent.extend(tensors))
+    method = build()
+    wanted = [method.mixing, method.displacement, *method.covariance.buffers()]
+    assert {tensor.data_ptr() for tensor in sent} == {tensor.data_ptr() for tensor in wanted}
 
 
 @pytest.mark.parametrize("structure", ["full", "diag"])
