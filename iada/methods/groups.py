@@ -167,34 +167,28 @@ class GroupDRO(GroupMethod):
 
 
 @dataclass(frozen=True)
-class GroupOptions(MethodOptions):
-    """Of the methods that know groups.
+class UpweightingOptions(MethodOptions):
+    """UW: samples weighted by N / (G n_g), for a training set with `groups`.
 
-    balanced_batches: rows are drawn so that all groups come equally often.
+    balanced_batches: in place of the weights, rows are drawn so that all groups come equally often.
     """
 
     balanced_batches: bool = False
-
-
-@dataclass(frozen=True)
-class UpweightingOptions(GroupOptions):
-    """UW: samples weighted by N / (G n_g), or, with balanced_batches, drawn so.
-
-    For a training set with `groups`.
-    """
 
     def build(self, run: MethodRun) -> Upweighting:
         return Upweighting(run, self.balanced_batches)
 
 
 @dataclass(frozen=True)
-class GroupDROOptions(GroupOptions):
+class GroupDROOptions(MethodOptions):
     """GroupDRO (Sagawa et al., ICLR 2020), for a training set with `groups`.
 
+    balanced_batches: rows are drawn so that all groups come equally often.
     group_step_size: of the exponentiated gradient on the groups' weights.
     generalization_adjustment: C of C / √n_g, which is added to a group's loss in that step.
     """
 
+    balanced_batches: bool = False
     group_step_size: float = setting(0.01, above=0)
     generalization_adjustment: float = setting(0.0, least=0)
 
