@@ -1,0 +1,155 @@
+"""Corruptions made here, and the published files: in kind, by severity, and by seed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from iada.experiments.datasets import Labelled
+from iada.experiments.datasets.corruptions import (
+    CORRUPTIONS,
+    SEVERITIES,
+    MadeCorruptions,
+    PublishedCorruptions,
+    corrupted,
+    made,
+)
+
+pytest.importorskip("PIL.Image")
+DRAWN = ("gaussian_noise", "shot_noise", "impulse_noise", "motion_blur", "fog", "elastic_transform")
+
+
+def smooth_images(count=40, channels=3, side=32, seed=0):
+    """Blobs with edges, so that blurs and bends have something to change."""
+    drawn = np.random.default_rng(seed).standard_normal((count, channels, 6, 6)).astype(np.float32)
+    size = (side, side)
+    values = torch.nn.functional.interpolate(torch.from_numpy(drawn), size, mode="bicubic")
+    edges = (values[:, :1] > 0.5).float() * 60
+    return (128 + 45 * values + edges).clamp(0, 255).to(torch.uint8)
+
+
+def labelled(images):
+    return Labelled(images, torch.arange(len(images)) % 4, ("a", "b", "c", "d"))
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+@pytest.mark.parametrize(("channels", "side"), [(3, 32), (1, 8), (3, 48)])
+def test_images_stay_images_and_get_worse(name, channels, side):
+    images = smooth_images(channels=channels, side=side)
+    given = images.clone()
+    distances = []
+    for severity in range(1, SEVERITIES + 1):
+        found = corrupted(images, name, severity)
+        assert found.dtype == torch.uint8
+        assert found.shape == images.shape
+        difference = found.double() - images.double()
+        distances.append(float(difference.square().mean(dim=(1, 2, 3)).sqrt().mean()))
+    assert torch.equal(images, given)
+    assert distances[0] > 1
+    assert all(low < high for low, high in zip(distances, distances[1:], strict=False)), distances
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_seeds_repeat(name, monkeypatch):
+    monkeypatch.setattr(made, "_BLOCK", 16)
+    images = smooth_images()
+    first = corrupted(images, name, 2, seed=3)
+    torch.manual_seed(1)
+    np.random.default_rng(1)
+    assert torch.equal(corrupted(images, name, 2, seed=3), first)
+    assert torch.equal(corrupted(images, name, 2, seed=4), first) == (name not in DRAWN)
+    assert torch.equal(corrupted(images[:16], name, 2, seed=3), first[:16])
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_no_image_is_corrupted_like_the_next(name, monkeypatch):
+    monkeypatch.setattr(made, "_BLOCK", 2)
+    same = smooth_images(1).expand(4, -1, -1, -1).contiguous()
+    found = corrupted(same, name, 3)
+    assert len(found.flatten(1).unique(dim=0)) == 4
+
+
+def test_noise_is_as_strong_as_stated():
+    grey = torch.full((20, 3, 32, 32), 128, dtype=torch.uint8)
+    _, amounts = CORRUPTIONS["gaussian_noise"]
+    noise = corrupted(grey, "gaussian_noise", 1).double() - 128
+    assert float(noise.std()) / 255 == pytest.approx(amounts[0], rel=0.02)
+    _, amounts = CORRUPTIONS["impulse_noise"]
+    lost = corrupted(grey, "impulse_noise", 4) != 128
+    assert float(lost.double().mean()) == pytest.approx(amounts[3], rel=0.05)
+    _, amounts = CORRUPTIONS["shot_noise"]
+    noise = corrupted(grey, "shot_noise", 3).double() / 255
+    assert float(noise.var()) == pytest.approx(128 / 255 / amounts[2], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["defocus_blur", "motion_blur", "zoom_blur", "pixelate"])
+def test_blurs_leave_a_flat_image_as_it_is(name):
+    flat = torch.full((3, 3, 32, 32), 77, dtype=torch.uint8)
+    assert torch.equal(corrupted(flat, name, 5), flat)
+
+
+@pytest.mark.parametrize(
+    ("images", "name", "severity", "message"),
+    [
+        (smooth_images(2), "snow", 1, "corruption"),
+        (smooth_images(2), "fog", 0, "severity: expected 1 to 5"),
+        (smooth_images(2), "fog", 6, "severity: expected 1 to 5"),
+        (smooth_images(2).float(), "fog", 1, "images: expected uint8"),
+        (smooth_images(2, channels=4), "fog", 1, "images: expected uint8"),
+    ],
+)
+def test_errors(images, name, severity, message):
+    with pytest.raises(ValueError, match=message):
+        corrupted(images, name, severity)
+
+
+def test_a_test_set_with_every_corruption():
+    data = labelled(smooth_images(6))
+    found = list(MadeCorruptions(data, seed=1))
+    assert [name for name, _ in found] == [n for n in CORRUPTIONS for _ in range(SEVERITIES)]
+    for _, part in found:
+        assert torch.equal(part.labels, data.labels)
+    name, part = found[3]
+    assert torch.equal(part.inputs, corrupted(data.inputs, name, 4, seed=1))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """CIFAR-10-C of four images."""
+    images = smooth_images(4)
+    labels = np.tile([0, 1, 2, 3], SEVERITIES)
+    np.save(tmp_path / "labels.npy", labels)
+    for name in ("fog", "snow"):
+        parts = [images + severity for severity in range(SEVERITIES)]
+        np.save(tmp_path / f"{name}.npy", torch.cat(parts).permute(0, 2, 3, 1).numpy())
+    return tmp_path
+
+
+def test_published_files_are_cut_by_severity(folder):
+    test = labelled(smooth_images(4))
+    source = PublishedCorruptions(folder, replace(test, class_names=("k", "l", "m", "n")))
+    found = list(source)
+    assert [name for name, _ in found] == ["fog"] * SEVERITIES + ["snow"] * SEVERITIES
+    for place, (_, part) in enumerate(found):
+        assert torch.equal(part.inputs, test.inputs + place % SEVERITIES)
+        assert part.labels.tolist() == [0, 1, 2, 3]
+        assert part.class_names == ("k", "l", "m", "n")
+    assert source.about["files"] == ["fog", "snow"]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "labels.npy").unlink(), "labels.npy"),
+        (lambda f: [path.unlink() for path in f.glob("*o*.npy")], "gaussian_noise.npy"),
+        (lambda f: np.save(f / "labels.npy", np.full(20, 4)), "labels below 4"),
+        (lambda f: np.save(f / "labels.npy", np.zeros(7, int)), "labels below 4"),
+        (lambda f: np.save(f / "fog.npy", np.zeros((20, 8, 8, 3), np.uint8)), r"fog.npy: expected"),
+        (lambda f: (f / "fog.npy").write_bytes(b"none"), "fog.npy: expected an array"),
+    ],
+)
+def test_published_files_that_are_not_right(folder, break_it, message):
+    break_it(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        list(PublishedCorruptions(folder, labelled(smooth_images(4))))
