@@ -13,6 +13,7 @@ from iada.experiments import recipe as recipes
 from iada.experiments.datasets import BUNDLED
 from iada.experiments.experiment import Limits, Parts, best_device, limited, make_split, read_parts
 from iada.experiments.listing import comparison, derived_records, listing, published_figures
+from iada.experiments.on_demand import NOTHING, OnDemand, check_demand, with_demand
 from iada.experiments.progress import Series
 from iada.experiments.recipe import Recipe
 from iada.experiments.records import RECORD, read_records
@@ -54,6 +55,19 @@ def add_paper(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     smaller.add_argument("--test-limit", type=int, default=0, help="test images a class")
     parser.add_argument(
         "--evaluate-every", type=int, default=1, metavar="N", help="test every N epochs (default 1)"
+    )
+    demand = parser.add_argument_group("measured of each finished run on demand")
+    demand.add_argument(
+        "--corruptions",
+        nargs="?",
+        const=True,
+        default=False,
+        type=Path,
+        metavar="CIFAR-10-C",
+        help="accuracy on corrupted test images: made here, or those of the published folder",
+    )
+    demand.add_argument(
+        "--moved-features", action="store_true", help="Fig. 5: images of what ε does to features"
     )
     parser.set_defaults(run=paper)
 
@@ -200,9 +214,12 @@ def _run(
     for deviation in limits.words(recipe.methods[0].trainer.epochs):
         say(f"  other than published: {deviation}")
     parts = read_parts(recipe, options.data, limits)
+    demand = OnDemand(options.corruptions, options.moved_features)
+    check_demand(demand, recipe, parts)
     command, run_options = _command(recipe, options), replace(run_options, root=options.out)
     folder, seeds = options.out / recipe.name, _seeds(options)
-    run_methods(recipe, parts, seeds, limits, replace(run_options, folder=folder), series, command)
+    run_here = replace(run_options, folder=folder)
+    run_methods(recipe, parts, seeds, limits, run_here, series, command, demand)
 
 
 def run_methods(
@@ -213,10 +230,12 @@ def run_methods(
     run_options: RunOptions,
     series: Series,
     command: str,
+    demand: OnDemand = NOTHING,
 ) -> None:
     """Every method of the recipe with every seed, in METHOD/seedN of the options' folder.
 
     Prints the figures, and writes the report there. command: what it says that makes the runs.
+    demand: what is measured of each beside.
     """
     from iada.experiments.report import write_page
 
@@ -232,8 +251,13 @@ def run_methods(
             own, shown_as = folder / entry.key / f"seed{seed}", f"{begun}{outlook}: {name}"
             run_here = replace(run_options, folder=own, progress=shown_as)
             made = not (own / RECORD).exists()
-            records.append(run(plan(recipe, entry, seed, split, limits, run_here)))
-            say(f"  {series.end(records[-1], recipe, made)}")
+            planned = plan(recipe, entry, seed, split, limits, run_here)
+            record = run(planned)
+            say(f"  {series.end(record, recipe, made)}")
+            record, lines = with_demand(planned, record, demand)
+            for line in lines:
+                say(f"  {line}")
+            records.append(record)
     say(f"\n{comparison(recipe, records)}")
     published = published_figures([recipe])
     shown = [*records, *derived_records(recipe, records)]
@@ -259,6 +283,10 @@ def _command(recipe: Recipe, options: argparse.Namespace) -> str:
         words.append(f"--seed {options.seed}")
     if options.methods:
         words.append(f"--methods {' '.join(options.methods)}")
+    if options.corruptions:
+        words.append("--corruptions" if options.corruptions is True else "--corruptions CIFAR-10-C")
+    if options.moved_features:
+        words.append("--moved-features")
     if options.changes:
         words.append(f"--set {shlex.join(options.changes)}")
     return " ".join(words)

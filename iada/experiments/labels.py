@@ -1,9 +1,7 @@
 """`python -m iada labels`: the samples whose labels a trained run believes least."""
 
 import argparse
-import base64
 import csv
-import io
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from iada.experiments.command import check_at_least
 from iada.experiments.datasets import Labelled
-from iada.experiments.datasets.images import open_image
+from iada.experiments.datasets.images import data_address, open_image
 from iada.experiments.datasets.own import read_own
 from iada.experiments.model_file import DESCRIPTION, SAMPLES, run_folder
 from iada.experiments.own_data import (
@@ -172,11 +170,7 @@ def _thumbnail(data: Labelled, row: int) -> str:
         image = Image.fromarray(inputs[row].permute(1, 2, 0).contiguous().numpy())
     else:
         image = open_image(inputs[row], photo=True)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    content = io.BytesIO()
-    image.save(content, "PNG" if max(image.size) <= 64 else "JPEG", quality=85)
-    kind = "png" if max(image.size) <= 64 else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+    return data_address(image, THUMBNAIL)
 
 
 def render(

@@ -104,14 +104,21 @@ def run(planned: PlannedRun) -> dict[str, Any]:
     other settings or on other data, finished or begun: run.json is what it was begun with; or if
     another process is at it.
     """
-    with contextlib.ExitStack() as entered:
-        by_first(lambda: _enter(planned.options.folder, entered), current_group())
+    with entered_folder(planned.options.folder):
         return _run(planned)
 
 
-def _enter(folder: Path, entered: contextlib.ExitStack) -> None:
-    check_writable(folder)
-    entered.enter_context(folder_lock(folder))
+@contextlib.contextmanager
+def entered_folder(folder: Path) -> Iterator[None]:
+    """A run's folder, which can be written to and in which no other process is while inside."""
+
+    def enter() -> None:
+        check_writable(folder)
+        entered.enter_context(folder_lock(folder))
+
+    with contextlib.ExitStack() as entered:
+        by_first(enter, current_group())
+        yield
 
 
 def _run(planned: PlannedRun) -> dict[str, Any]:

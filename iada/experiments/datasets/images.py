@@ -1,5 +1,6 @@
-"""Image files, read by Pillow."""
+"""Image files, read by Pillow; and images as pages have them."""
 
+import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,20 @@ def _as_seen(image: "Image") -> "Image":
 def pixels(image: "Image") -> Tensor:
     """uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def data_address(image: "Image", most: int) -> str:
+    """The image, at most so many pixels a side, as an address that holds it: data:image/…
+
+    Exact up to 64 pixels a side, as PNG; else a JPEG.
+    """
+    image = image.copy()
+    image.thumbnail((most, most))
+    small = max(image.size) <= SMALL
+    content = io.BytesIO()
+    image.save(content, "PNG" if small else "JPEG", quality=85)
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def scaled_part(image: "Image", box: tuple[float, float, float, float], size: int) -> Tensor:

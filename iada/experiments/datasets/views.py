@@ -86,6 +86,9 @@ class MemoryView(View):
             AFR's second stage; None for never.
         device: where to keep the images and make the batches; None leaves them where they are, as
             does AutoAugment.
+
+    Attributes:
+        mean, deviation: of each channel, (C, 1, 1), on the CPU.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class MemoryView(View):
         leave = device is None or self._policy is not None
         self.images = data.inputs if leave else data.inputs.to(device)
         self.labels, self.groups = data.labels.to(self.images.device), data.groups
-        self.deviation = deviation.flatten()
+        self.mean, self.deviation = mean[0], deviation[0]
         self.scale = (1 / (255 * deviation)).to(self.images.device)
         self.shift = (-mean / deviation).to(self.images.device)
         self.plain_from = plain_from

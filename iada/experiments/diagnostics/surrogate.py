@@ -139,13 +139,25 @@ def _expected(
 
 def _logit_differences(inputs: LossInputs, label: int, rows: Tensor) -> Tensor:
     """(w_j − w_y)·(h + ε s) + b_j − b_y, (n, C), for these rows, of one class."""
-    features, weight = inputs.features[rows].double(), inputs.weight.double()
-    offset = weight.new_zeros(len(weight)) if inputs.bias is None else inputs.bias.double()
-    if inputs.epsilon is not None:
-        logits = features @ weight.T + offset
-        direction = perturbation_sign(logits, weight, rows.new_full((len(rows), 1), label))
-        features = features + inputs.epsilon[rows, None].double() * direction
+    weight = inputs.weight.double()
+    features, offset = perturbed(inputs, rows), _offset(inputs)
     return features @ (weight - weight[label]).T + (offset - offset[label])
+
+
+def perturbed(inputs: LossInputs, rows: Tensor) -> Tensor:
+    """h + ε s of these rows, (n, A) float64; h itself without ε."""
+    features, weight = inputs.features[rows].double(), inputs.weight.double()
+    if inputs.epsilon is None:
+        return features
+    logits = features @ weight.T + _offset(inputs)
+    direction = perturbation_sign(logits, weight, inputs.labels[rows, None].long())
+    return features + inputs.epsilon[rows, None].double() * direction
+
+
+def _offset(inputs: LossInputs) -> Tensor:
+    """The head's bias, (C) float64; 0 without."""
+    weight = inputs.weight
+    return weight.new_zeros(len(weight)).double() if inputs.bias is None else inputs.bias.double()
 
 
 def _factor(difference: Tensor, sigma: Tensor) -> tuple[Tensor, float]:

@@ -54,7 +54,7 @@ def elastic(images: Tensor, amount: float, rng: np.random.Generator) -> Tensor:
 
 
 def _blocks(side: int, fewer: int) -> Tensor:
-    """(side, side): each pixel becomes the mean of its block, of so many that the axis is cut in."""
+    """(side, side): makes each pixel the mean of its block, of so many on an axis."""
     block = torch.arange(side) * fewer // side
     together = (block[:, None] == block).float()
     return together / together.sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""CIFAR-10-C and CIFAR-100-C as they are published: NAME.npy for each corruption, and labels.npy."""
+"""CIFAR-10-C and CIFAR-100-C as published: NAME.npy for each corruption, and labels.npy."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
