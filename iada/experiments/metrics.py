@@ -223,9 +223,14 @@ def mean_std(records: Runs) -> dict[str, dict[str, Spread]]:
             values = [(record.get(epoch) or {}).get(name) for record in records]
             known = [float(value) for value in values if value is not None]
             if known:
-                std = statistics.stdev(known) if len(known) > 1 else None
-                spreads[epoch][name] = Spread(statistics.fmean(known), std, len(known))
+                spreads[epoch][name] = spread(known)
     return spreads
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of at least one value."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), std, len(values))
 
 
 def paired(records: Runs, others: Runs, metric: str) -> Paired | None:

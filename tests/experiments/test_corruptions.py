@@ -1,6 +1,7 @@
 """Corruptions made here, and the published files: in kind, by severity, and by seed."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,6 +103,14 @@ def test_blurs_leave_a_flat_image_as_it_is(name):
 def test_errors(images, name, severity, message):
     with pytest.raises(ValueError, match=message):
         corrupted(images, name, severity)
+
+
+def test_the_amounts_are_documented():
+    page = (Path(__file__).parents[2] / "docs/experiments.md").read_text(encoding="utf-8")
+    lines = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    told = {cells[1].strip(" `"): cells[2] for cells in lines}
+    for name, (_, amounts) in CORRUPTIONS.items():
+        assert [float(number) for number in told[name].split(",")] == list(amounts)
 
 
 def test_a_test_set_with_every_corruption():

@@ -129,6 +129,45 @@ def make_sweep():
     return found
 
 
+def corrupted(place=0):
+    rows = {"gaussian_noise": [0.6, 0.5, 0.4, 0.3, 0.2], "fog": [0.7, 0.65, 0.6, 0.55, 0.5]}
+    rows = {name: [value + 0.05 * place for value in row] for name, row in rows.items()}
+    values = [value for row in rows.values() for value in row]
+    return {
+        "source": "made",
+        "clean": 0.8,
+        "accuracy": rows,
+        "mean": sum(values) / len(values),
+    }
+
+
+def moved(wrong=None):
+    def target(kind, length, residual):
+        return {
+            "kind": kind,
+            "moved": length,
+            "prediction": 3,
+            "own_rank": 0,
+            "nearest": [{"row": 9, "label": 2, "distance": 1.25}],
+            "residual": residual,
+            "below_zero": 0.75 * length,
+            "nearest_image": "data:image/png;base64,bmVhcg==",
+            "inverted_image": "data:image/png;base64,bWFkZQ==",
+        }
+
+    targets = [target("h", 0.0, 0.1), target("h + ε s", 2.0, 0.9), target("drawn", 4.0, 2.1)]
+    sample = {
+        "row": 7,
+        "label": 1,
+        "wrong": wrong,
+        "epsilon": -0.25,
+        "image": "data:image/png;base64,b3du",
+        "targets": targets,
+    }
+    radii = [0.0, 1.5, 2.5]
+    return {"alpha": 0.5, "width": 64, "steps": 300, "radii": radii, "samples": [sample]}
+
+
 class Page(HTMLParser):
     """What a page holds; fails on tags that are not closed in order."""
 
@@ -516,3 +555,47 @@ def test_the_page_says_when_by_what_and_how_long():
     said = "02 January 2026, 03:04 UTC; iada 0.1.0; commit abc1234; 1 of 2 runs took 0:01:01"
     assert made(records) == said
     assert made([{}]) == ""
+
+
+def test_corruptions_have_a_table_and_a_figure(sketch, tmp_path):
+    records = [make_record("ce", seed, corruptions=corrupted(seed)) for seed in (0, 1)]
+    records += [make_record("meta-iada", seed) for seed in (0, 1)]  # not measured
+    page = read(write_page(records, tmp_path))
+    assert page.row("corruption") == ["corruption", "CE"]
+    assert page.row("none") == ["none", "80.0 ± 0.0"]
+    assert page.row("mean of all")[1].startswith("52.5")
+    assert page.row("gaussian noise") == ["gaussian noise", "42.5 ± 3.5"]
+    assert "not the files of CIFAR-10-C" in page.text
+    picture = names(records)["corruptions"]
+    for told in ("80.0 at 0", "67.5 at 1", "37.5 at 5"):
+        assert told in picture.alt
+    assert "corruptions" not in names(make_comparison())
+    published = {**corrupted(), "source": "published"}
+    page = read(write_page([make_record(corruptions=published)], tmp_path))
+    assert "Corruptions as published" in page.text
+    assert "not the files" not in page.text
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(None, ""), (True, ", wrong label")])
+def test_moved_features_are_shown_as_they_are(wrong, said, sketch, tmp_path):
+    records = [make_record("meta-iada", 3, moved_features=moved(wrong)), make_record("ce", 3)]
+    path = write_page(records, tmp_path)
+    page = read(path)
+    text = path.read_text(encoding="utf-8")
+    assert text.count("<img") == text.count('alt="') == 1 + 2 * 3
+    assert text.count("bmVhcg==") == text.count("bWFkZQ==") == 3
+    assert "training image" in page.row("training image")[0]
+    (row,) = [cells for cells in page.rows if cells and cells[0].startswith("automobile")]
+    assert row[0] == f"automobile{said}ε -0.250"
+    assert row[1] == " nearest: bird, at 1.25predicted: catmade: 0.10 off"
+    assert row[2] == " moved by 2.00nearest: bird, at 1.25predicted: catmade: 0.90 off"
+    for told in (
+        "Meta-IADA, CIFAR10-LT 100:1, seed 3",
+        "α = 0.5",
+        "300 steps",
+        "√tr Σ_y are 1.50 to 2.50",
+        "√A = 8.00",
+        "Of the 2 moved features 1 have one that is off by more than half of the move",
+        "1.50 to 3.00 of each moved one lies there",
+    ):
+        assert told in page.text, told

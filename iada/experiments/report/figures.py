@@ -19,6 +19,7 @@ from iada.experiments.report.charts import (
     epsilon_by_label,
     spectra,
 )
+from iada.experiments.report.corruptions import by_severity
 from iada.experiments.report.style import Picture, SeriesStyle, series_styles
 from iada.experiments.report.variants import (
     Record,
@@ -61,6 +62,7 @@ def draw_all(experiment: str, title: str, variants: Variants, headline: str) -> 
     add("sensitivity", _sensitivity, variants, headline)
     add("confusion", _confusion, main)
     add("reliability", _reliability, main)
+    add("corruptions", by_severity, main)
     add("curves", _curves, main)
     with_epsilon = [variant for variant in main if variant.has("epsilon")]
     untrained = [v for v in with_epsilon if setting(v.records[0], "perturbation") == "untrained"]

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from iada.experiments.report.corruptions import corruption_note, corruption_table
 from iada.experiments.report.figures import draw_all
+from iada.experiments.report.moved import moved_panels
 from iada.experiments.report.style import Picture
 from iada.experiments.report.tables import (
     Published,
@@ -145,7 +147,10 @@ def _section(
         "explanation": _explanation(variants, any(known)),
         "deviations": list(dict.fromkeys(deviations)),
         "details": details_table(variants, metrics),
+        "corruptions": corruption_table(variants),
+        "corruption_note": corruption_note(variants),
         "figures": map(figure, pictures),
+        "moved": moved_panels(title, variants),
         "differing": differing,
         "common": common,
         "runs": runs_table(variants),

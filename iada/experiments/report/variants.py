@@ -18,6 +18,9 @@ A record is one finished run in plain values, as JSON has them. Of its keys "exp
                              "histogram_flipped"} as of `iada.experiments.epsilon_log.EpsilonLog`
     spectrum                 (C, A) eigenvalues, as of `iada.experiments.diagnostics.spectrum`
     surrogate                `iada.experiments.diagnostics.SurrogateGap.as_record()`
+    corruptions              of `iada.experiments.diagnostics.corruption_accuracy`: "clean", "mean",
+                             and "accuracy", by corruption and severity
+    moved_features           of `iada.experiments.moved_record`: Fig. 5, its images in it
     seconds, machine
 """
 

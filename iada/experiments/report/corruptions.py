@@ -1,0 +1,91 @@
+"""Accuracy on corrupted test images: a table by corruption, and a figure by severity."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from iada.experiments.metrics import spread
+from iada.experiments.report.charts import Series, curves
+from iada.experiments.report.style import Picture
+from iada.experiments.report.table import Cell, Table
+from iada.experiments.report.tables import shown
+from iada.experiments.report.variants import Variants
+
+Found = Mapping[str, Any]  # of a record, as of `iada.experiments.diagnostics.corruption_accuracy`
+
+
+def corruption_table(variants: Variants) -> Table | None:
+    """Corruptions by methods, each the mean over severities; None without any."""
+    measured = {variant.label: _found(variant.records) for variant in variants}
+    measured = {label: runs for label, runs in measured.items() if runs}
+    names = list(
+        dict.fromkeys(n for runs in measured.values() for r in runs for n in r["accuracy"])
+    )
+    if not names:
+        return None
+    rows = [
+        [Cell("none"), *(_cell([run["clean"] for run in runs]) for runs in measured.values())],
+        [
+            Cell("mean of all"),
+            *(_cell([run["mean"] for run in runs]) for runs in measured.values()),
+        ],
+    ]
+    for name in names:
+        columns = [[run["accuracy"].get(name) for run in runs] for runs in measured.values()]
+        cells = [_cell([np.mean(row) for row in column if row]) for column in columns]
+        rows.append([Cell(name.replace("_", " ")), *cells])
+    return Table(["corruption", *measured], rows)
+
+
+def corruption_note(variants: Variants) -> str:
+    """Below the table: what was measured, and whose corruptions these are."""
+    runs = [run for variant in variants for run in _found(variant.records)]
+    sources = {run["source"] for run in runs}
+    text = "Top-1 accuracy (%) at the last epoch, each corruption's the mean of its severities."
+    if "made" in sources:
+        text += (
+            " Corruptions made here, with amounts of this project: not the files of CIFAR-10-C, "
+            "and not to be compared with figures on these."
+        )
+    if "published" in sources:
+        text += " Corruptions as published: CIFAR-10-C or CIFAR-100-C."
+    return text
+
+
+def by_severity(name: str, title: str, variants: Variants) -> Picture | None:
+    """A line a method: the mean over corruptions at each severity, 0 being the clean images."""
+    series, most = [], 0
+    for variant in variants:
+        rows = [_severities(run) for run in _found(variant.records)]
+        if rows:
+            most = max(most, *map(len, rows))
+            series.append((variant, rows))
+    if not series:
+        return None
+    drawn = []
+    for variant, rows in series:
+        values = np.full((len(rows), most), np.nan)
+        for place, row in enumerate(rows):
+            values[place, : len(row)] = [100 * value for value in row]
+        drawn.append(Series(variant.label, variant.style, values))
+    axis = "severity"
+    caption = (
+        f"Accuracy on corrupted test images, the mean over corruptions at each severity, {title}. "
+        "Severity 0 is the test set as it is."
+    )
+    positions = {axis: list(range(most))}
+    return curves(name, caption, {axis: drawn}, ylabel="accuracy (%)", positions=positions)
+
+
+def _found(records: Sequence[Mapping[str, Any]]) -> list[Found]:
+    return [record["corruptions"] for record in records if record.get("corruptions")]
+
+
+def _severities(found: Found) -> list[float]:
+    """Clean, and then the mean over corruptions at each severity."""
+    return [found["clean"], *np.mean(list(found["accuracy"].values()), axis=0).tolist()]
+
+
+def _cell(values: Sequence[float]) -> Cell:
+    return Cell(shown("top1", spread([float(v) for v in values]), 1) if values else None)
