@@ -66,7 +66,7 @@ def test_finished_runs_are_measured_once(images, tmp_path, capsys, quick):
     check_moved(ours)
     page = (tmp_path / "table2/cifar10-100/index.html").read_text(encoding="utf-8")
     assert "after the paper&#39;s Fig. 5" in page
-    assert page.count("data:image/png;base64,") == 8 * 9
+    assert page.count('<img src="data:image/png;base64,') == 8 * 9
     assert "gaussian noise" in page
     assert "--corruptions --moved-features" in page
 
