@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from iada.experiments.report.variants import Record, Variants
+from iada.experiments.report.variants import Record, Variants, is_noisy
 
 _HALF = 0.5  # of a move: an inversion that is farther off than so much of it does not show it
 
@@ -64,9 +64,10 @@ def caption(of: str, record: Record) -> str:
     moved = [target for target in targets if target["kind"] != "h"]
     lost = sum(target["residual"] > _HALF * target["moved"] for target in moved)
     radii = [radius for radius in found["radii"] if radius > 0] or [0.0]
+    order = "" if is_noisy(record) else " from the largest to the smallest"
     text = (
-        f"What ε does to features, {of}: after the paper's Fig. 5. Rows: of classes from the "
-        "largest to the smallest, the training sample of largest and that of smallest mean ε late "
+        f"What ε does to features, {of}: after the paper's Fig. 5. Rows: of classes{order}, "
+        "the training sample of largest and that of smallest mean ε late "
         "in training. Columns: its feature h, the control; h + ε s; and draws from "
         f"N(h + ε s, αΣ_y), α = {found['alpha']:g}. In each, left the training image, unaugmented, "
         "whose feature is nearest, the sample itself left out; right an image made to have the "
