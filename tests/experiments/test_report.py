@@ -586,7 +586,7 @@ def test_moved_features_are_shown_as_they_are(wrong, said, sketch, tmp_path):
     assert text.count("bmVhcg==") == text.count("bWFkZQ==") == 3
     assert "training image" in page.row("training image")[0]
     (row,) = [cells for cells in page.rows if cells and cells[0].startswith("automobile")]
-    assert row[0] == f"automobile{said}ε -0.250"
+    assert row[0] == f"automobile{said}ε -0.250√tr Σ_y 1.50"
     assert row[1] == " nearest: bird, at 1.25predicted: catmade: 0.10 off"
     assert row[2] == " moved by 2.00nearest: bird, at 1.25predicted: catmade: 0.90 off"
     for told in (

@@ -50,7 +50,9 @@ def _rows(record: Record) -> dict[str, Any]:
                 }
             )
         wrong = {None: "", False: ", right label", True: ", wrong label"}[sample.get("wrong")]
+        radius = record["moved_features"]["radii"][sample["label"]]
         about = [f"{named(sample['label'])}{wrong}", f"ε {sample['epsilon']:+.3f}"]
+        about.append(f"√tr Σ_y {radius:.2f}")
         alt = f"Training image {sample['row']}, {about[0]}"
         rows.append({"image": sample["image"], "alt": alt, "lines": about, "cells": cells})
     kinds = [target["kind"] for target in samples[0]["targets"]]
