@@ -70,6 +70,27 @@ def _cut(axis: str, block: str, times: int = 1) -> Callable[[dict[str, Any]], fl
     return lambda a: times * math.ceil(a[axis] / a[block])
 
 
+def _rows_and_logits_steps(a: dict[str, Any]) -> float:
+    """Of the task whose programs have most; those of both run side by side."""
+    rows = 2 * math.ceil(a["sizes.N"] / a["BLOCK"]) if "groups.order" in a else 0
+    return max(rows, 0 if a["z"] is None else 2 + _cut("sizes.A", "BLOCK_A")(a))
+
+
+def _moments_and_sign_steps(a: dict[str, Any], rows: float) -> float:
+    moments = 2 + 3 * math.ceil(rows / a["BLOCK_M"]) if "moments.mean" in a else 0
+    return max(moments, 0 if a["sign"] is None else 2 + _cut("sizes.C", "BLOCK_C", 2)(a))
+
+
+def _softmax_and_loss(a: dict[str, Any]) -> float:
+    """By the last program of a tile of rows, and by the last of all."""
+    if a["losses"] is None:
+        return 0
+    loss = 1 + math.ceil(a["sizes.N"] / a["BLOCK"]) / 4 if "reduction.loss" in a else 0
+    if a["ALONE"]:
+        return loss
+    return a["BLOCK_N"] / a["ROWS"] * (2 + _cut("sizes.C", "BLOCK_SOFTMAX", 3)(a)) + loss
+
+
 def _head_backward_steps(a: dict[str, Any]) -> float:
     """Of the product whose programs have most; they run side by side."""
     rows = min(a["rows_per_split"], a["sizes.N"])
@@ -94,13 +115,12 @@ def _single_launch_steps(a: dict[str, Any], rows: float) -> float:
 
 # Dependent reads of one program, one for each turn of its loops; `rows` is the largest class.
 STEPS: dict[str, Callable[[dict[str, Any], float], float]] = {
-    "group_rows_kernel": lambda a, rows: 2 * math.ceil(a["N"] / a["BLOCK"]),
-    "moments_kernel": lambda a, rows: 2 + 3 * math.ceil(rows / a["BLOCK_M"]),
+    "rows_and_logits_kernel": lambda a, rows: _rows_and_logits_steps(a),
+    "moments_and_sign_kernel": lambda a, rows: _moments_and_sign_steps(a, rows),
     "class_pass_kernel": lambda a, rows: (
         2 + math.ceil(rows / a["BLOCK_K"]) + math.ceil(a["C"] / a["BLOCK_J"])
     ),
     "logits_kernel": lambda a, rows: 2 + _cut("sizes.A", "BLOCK_A")(a),
-    "sign_kernel": lambda a, rows: 2 + _cut("sizes.C", "BLOCK_C", 2)(a),
     "softmax_kernel": lambda a, rows: 2 + _cut("C", "BLOCK_C", 3)(a),
     "class_pass_weight_kernel": lambda a, rows: a["items_per_split"],
     "head_backward_kernel": lambda a, rows: _head_backward_steps(a),
@@ -108,11 +128,12 @@ STEPS: dict[str, Callable[[dict[str, Any], float], float]] = {
     "single_launch_backward_kernel": lambda a, rows: 2 + math.ceil(a["sizes.C"] / a["BLOCK_C"]),
 }
 
-# What the program that arrives last reads in the end: sums, for which reads do not wait.
+# What the program that arrives last reads in the end; for sums reads do not wait.
 LAST: dict[str, Callable[[dict[str, Any]], float]] = {
     "class_pass_kernel": lambda a: (
         0 if a.get("partials.total") is None else 1 + a["partials.P"] / 4
     ),
+    "logits_kernel": _softmax_and_loss,
     "softmax_kernel": lambda a: 1 + math.ceil(a["N"] / a["BLOCK"]) / 4,
     "class_pass_weight_kernel": lambda a: 1 + len(a["partials"]) / 4,
 }
@@ -124,8 +145,11 @@ def working_programs(launch: Launch, arguments: Mapping[str, Any], present: int)
     if name == "class_pass_kernel":
         tiles = math.isqrt(launch.grid[0])
         return tiles * (tiles + 1) // 2 * present
-    if name in ("moments_kernel", "single_launch_kernel"):
-        return count // launch.grid[0] * present
+    if name == "moments_and_sign_kernel" and "moments.mean" in arguments:
+        columns = math.ceil(arguments["sizes.A"] / arguments["COLUMNS"])
+        return count - columns * (arguments["sizes.C"] - present)
+    if name == "single_launch_kernel":
+        return present
     return count
 
 

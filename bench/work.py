@@ -22,9 +22,9 @@ class Work:
 
 # Written where they were read. What is only written counts once, like what is only read.
 IN_PLACE = {
-    "group_rows_kernel": ("count",),
-    "moments_kernel": ("moments.mean", "covariance"),
-    "softmax_kernel": ("z", "losses"),
+    "rows_and_logits_kernel": ("count",),
+    "moments_and_sign_kernel": ("moments.mean", "covariance"),
+    "softmax_kernel": ("z",),
     "class_pass_weight_kernel": ("partials", "grad"),
     "curvature_kernel": ("tangent",),
     "variances_step_kernel": ("covariance",),
@@ -33,7 +33,10 @@ IN_PLACE = {
 _CLASS_PARTS = ("parts.weight", "parts.sums", "parts.covariance")
 # Their first axis is the class, and classes without rows are left alone.
 BY_CLASS = {
-    "moments_kernel": ("moments.mean", "moments.center", "moments.shift", "covariance"),
+    "moments_and_sign_kernel": (
+        *("moments.mean", "moments.center", "moments.shift", "moments.batch_weight"),
+        "covariance",
+    ),
     "class_pass_kernel": (
         *("covariance", "partials.table", "partials.table_tangent"),
         *("partials.total", "partials.total_tangent"),
@@ -47,12 +50,10 @@ BY_CLASS = {
 # Of a record that serves several kernels, what one of them leaves alone; and counters.
 UNREAD = {
     "class_pass_kernel": ("moments.mean", "partials.arrived"),
-    "softmax_kernel": ("reduction.arrived",),
+    "softmax_kernel": ("arrived",),
     "logits_kernel": ("diagonal.tangent_mean", "arrived"),
     "class_pass_weight_kernel": ("arrived",),
     "head_backward_kernel": ("quadratic.diagonal.tangent_mean",),
-    "grad_variances_kernel": ("groups.batch_weight",),
-    "variances_step_kernel": ("groups.batch_weight",),
 }
 
 
@@ -65,6 +66,11 @@ def _head(products: int, diagonal_products: int = 0) -> Callable[..., float]:
         return (products + is_diagonal * diagonal_products) * size
 
     return count
+
+
+def _head_if(result: str) -> Callable[..., float]:
+    """One product where there is such a result: other programs of the launch have none."""
+    return lambda a, present: 0.0 if a[result] is None else _head(1)(a, present)
 
 
 def _head_backward(a: dict[str, Any], present: int) -> float:
@@ -101,8 +107,9 @@ def _single_launch(a: dict[str, Any], present: int) -> float:
 OPERATIONS: dict[str, Callable[[dict[str, Any], int], float]] = {
     "class_pass_kernel": _class_pass,
     "class_pass_weight_kernel": lambda a, present: 2.0 * present * a["C"] * a["A"] ** 2,
+    "rows_and_logits_kernel": _head_if("z"),
+    "moments_and_sign_kernel": _head_if("sign"),
     "logits_kernel": _head(1, 2),
-    "sign_kernel": _head(1),
     "head_backward_kernel": _head_backward,
     "grad_variances_kernel": lambda a, present: 4.0 * len(a["residual"]) * a["C"] * a["A"],
     "tangent_kernel": _head(2, 3),
@@ -128,6 +135,13 @@ def work_of(launch: Launch, present: int) -> Work:
 
 
 def _unread(name: str, argument: str, arguments: dict[str, Any]) -> bool:
+    if name == "rows_and_logits_kernel":
+        readers = {"samples.features": "z", "labels.classes": "groups.order"}
+        return argument in readers and arguments.get(readers[argument]) is None
+    if name == "moments_and_sign_kernel":
+        if argument.startswith(("samples.", "groups.")):
+            return "moments.mean" not in arguments
+        return argument == "labels.classes" and arguments["sign"] is None
     if name == "head_backward_kernel":
         has_quadratic = "quadratic.alpha.high" in arguments
         readers = {
@@ -150,4 +164,8 @@ def _both_ways(name: str, argument: str, arguments: dict[str, Any]) -> bool:
         return arguments["partials.total"] is not None  # where the last program adds them
     if name == "single_launch_kernel" and argument == "terms.covariance":
         return "statistics.mean" in arguments
+    if name == "logits_kernel" and argument == "z":
+        return arguments["losses"] is not None  # D in place of z̃
+    if argument == "losses":
+        return "reduction.loss" in arguments
     return argument in IN_PLACE.get(name, ())

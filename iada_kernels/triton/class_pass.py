@@ -183,7 +183,7 @@ def class_pass_kernel(
             mirror = tl.trans(tl.load(mirror_ptrs, mask=tl.trans(mask), other=0.0).to(ACC))
 
     if UPDATE == _STREAM:
-        w = tl.load(groups.batch_weight + c)
+        w = tl.load(moments.batch_weight + c)
         s, scatter = _streamed(
             s, samples, groups.order + tl.load(groups.start + c), m, w,
             moments.center + c * A, moments.shift + c * A,
@@ -244,11 +244,6 @@ def class_pass_kernel(
                     )
 
 
-def class_counter(weight: Tensor) -> Tensor:
-    """(C) int32 for `group_rows` to set to 0 and `stream_and_table` to count in."""
-    return torch.empty(len(weight), dtype=torch.int32, device=weight.device)
-
-
 def stream_and_table(
     covariance: Tensor,
     head: HeadWeight | None,
@@ -259,8 +254,8 @@ def stream_and_table(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The streaming update if `moments` are given; R and Ṙ (C, C) if a `head` is. One launch.
 
-    Rows of R for classes without samples are not written. With a head `arrived` is needed, as
-    `group_rows` has set it to 0, and is used up.
+    Rows of R for classes without samples are not written. With a head `arrived` is needed, a
+    counter at 0 for each class, and is used up.
     """
     num_classes, width = covariance.shape[:2]
     tile = current_configuration(covariance.device).class_pass

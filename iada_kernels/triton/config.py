@@ -63,12 +63,13 @@ class Configuration:
     class_pass: Tile  # (A, classes, rows of the class)
     rank_c_update: Tile  # (A, classes, -), the same kernel for UPDATE = ACCUMULATE, OVERWRITE
     class_pass_weight: Tile  # (classes, A, A)
-    logits: Tile  # (N, C, A)
+    logits: Tile  # (N, C, A); the rows of the classes take its warps and stages
     diagonal_logits: Tile
     tangent: Tile  # (N, C, A)
     diagonal_tangent: Tile
-    sign: Tile  # (N, A, C)
-    softmax: Tile  # (N, C, -)
+    sign: Tile  # (N, A, C); the moments take its warps and stages
+    softmax: Tile  # (N, C, -); rows and warps where it is a launch of its own
+    softmax_classes: int  # up to here it is part of the logits' launch
     grad_features: Tile  # (N, A, C)
     grad_weight: Tile  # (C, A, N); class_sums and grad_features take its warps and stages
     diagonal_weight: Tile
@@ -95,6 +96,7 @@ NVIDIA = Configuration(
     diagonal_tangent=Tile(16, 32, 16),
     sign=Tile(32, 64, 16, warps=8),
     softmax=Tile(4, 256, 0),
+    softmax_classes=2048,
     grad_features=Tile(32, 64, 32),
     grad_weight=Tile(32, 64, 16),
     diagonal_weight=Tile(16, 32, 16),
@@ -146,6 +148,7 @@ INTERPRETER = Configuration(
     diagonal_tangent=Tile(32, 16, 32),
     sign=Tile(32, 32, 16),
     softmax=Tile(16, 16, 0),
+    softmax_classes=2048,
     grad_features=Tile(32, 32, 16),
     grad_weight=Tile(16, 32, 32),
     diagonal_weight=Tile(16, 32, 32),

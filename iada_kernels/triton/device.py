@@ -11,11 +11,24 @@ def number(value, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_tile(base, rows, stride, columns, row_mask, column_mask, ACC: tl.constexpr):
-    """base[rows, columns] as a tile in the compute dtype, 0 outside the masks."""
+def set_to_zero(counters, count):
+    """By one program, before a launch in which programs count."""
+    for first in range(0, count, 256):
+        at = first + tl.arange(0, 256)
+        tl.store(counters + at, tl.zeros([256], dtype=tl.int32), mask=at < count)
+
+
+@triton.jit
+def load_tile(
+    base, rows, stride, columns, row_mask, column_mask, ACC: tl.constexpr, CACHE: tl.constexpr = ""
+):  # fmt: skip
+    """base[rows, columns] as a tile in the compute dtype, 0 outside the masks.
+
+    CACHE = ".cg" reads past the first-level cache, what other multiprocessors have stored.
+    """
     ptrs = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
-    return tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+    return tl.load(ptrs, mask=mask, other=0.0, cache_modifier=CACHE).to(ACC)
 
 
 @triton.jit
@@ -40,19 +53,20 @@ def tile_axis(axis: tl.constexpr, BLOCK: tl.constexpr, size):
 
 @triton.jit
 def softmax_sums(
-    z, rows, stride, row_mask, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
-):
+    z, rows, stride, row_mask, C,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, CACHE: tl.constexpr = "",
+):  # fmt: skip
     """max_j z_j and Σ_j exp(z_j − max) of each row, in two passes over its tiles."""
     row_max = tl.full([BLOCK_N], float("-inf"), dtype=ACC)
     for first in range(0, C, BLOCK_C):
         offs_c = first + tl.arange(0, BLOCK_C)
-        tile = load_tile(z, rows, stride, offs_c, row_mask, offs_c < C, ACC)
+        tile = load_tile(z, rows, stride, offs_c, row_mask, offs_c < C, ACC, CACHE)
         tile = tl.where((offs_c < C)[None, :], tile, float("-inf"))
         row_max = tl.maximum(row_max, tl.max(tile, axis=1))
     total = tl.zeros([BLOCK_N], dtype=ACC)
     for first in range(0, C, BLOCK_C):
         offs_c = first + tl.arange(0, BLOCK_C)
-        tile = load_tile(z, rows, stride, offs_c, row_mask, offs_c < C, ACC)
+        tile = load_tile(z, rows, stride, offs_c, row_mask, offs_c < C, ACC, CACHE)
         p = tl.where((offs_c < C)[None, :], tl.exp(tile - row_max[:, None]), 0.0)
         total += tl.sum(p, axis=1)
     return row_max, total
@@ -68,9 +82,9 @@ def load_labels(labels, rows, mask, C):
 
 
 @triton.jit
-def sample_axis(labels, BLOCK_N: tl.constexpr, N, C):
-    """The samples of this program, which of them exist, and their classes as `load_labels` does."""
-    rows, row_mask = tile_axis(0, BLOCK_N, N)
+def samples_at(labels, index, BLOCK_N: tl.constexpr, N, C):
+    """The samples of a tile, which of them exist, and their classes as `load_labels` does."""
+    rows, row_mask = tile_at(index, BLOCK_N, N)
     y, no_class = load_labels(labels, rows, row_mask, C)
     return rows, row_mask, y, no_class
 

@@ -33,6 +33,7 @@ from iada_kernels.triton.device import (
     load_tile,
     number,
     onto_features,
+    set_to_zero,
     store_tile,
     tile_at,
     tile_axis,
@@ -182,9 +183,7 @@ def head_backward_kernel(
     program = tl.program_id(0)
     if arrived is not None:  # for the class pass, which comes after all of this
         if program == 0:
-            for first in range(0, num_arrived, 256):
-                at = first + tl.arange(0, 256)
-                tl.store(arrived + at, tl.zeros([256], dtype=tl.int32), mask=at < num_arrived)
+            set_to_zero(arrived, num_arrived)
     if grids.sums is not None:
         count = grids.sums.rows * grids.sums.columns * grids.sums.splits
         if program < count:

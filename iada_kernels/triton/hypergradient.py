@@ -11,8 +11,8 @@ and `covariance_step` adds scale · ∂L̇/∂Σ: for a full Σ by the class pas
 row, ∂L̇/∂σ_u = α Σ_{i: y_i = u} g_i Σ_j [ D_ij (w_j − w_u)(V_j − V_u) + ½ c_ij (w_j − w_u)² ].
 g is 0 for rows that do not count and else 1, or 1/n for the mean.
 
-Launches for a full Σ: rows of each class, first logits, sign, class pass, logits, tangent, softmax,
-curvature, epsilon, class sums (2), and one for the step.
+Launches for a full Σ: the four of `forward`, tangent, curvature, epsilon, class sums (2), and one
+for the step.
 """
 
 from typing import NamedTuple
@@ -24,12 +24,7 @@ from torch import Tensor
 
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
 from iada_kernels.layout import contiguous_as
-from iada_kernels.triton.class_pass import (
-    HeadWeight,
-    class_counter,
-    rank_c_update,
-    stream_and_table,
-)
+from iada_kernels.triton.class_pass import HeadWeight, rank_c_update
 from iada_kernels.triton.class_pass_backward import class_sums
 from iada_kernels.triton.config import cdiv
 from iada_kernels.triton.device import (
@@ -38,14 +33,14 @@ from iada_kernels.triton.device import (
     load_table,
     load_tile,
     number,
-    sample_axis,
+    samples_at,
     store_tile,
     tile_axis,
 )
-from iada_kernels.triton.head import adjusted_logits, reduce_losses
+from iada_kernels.triton.forward import forward
 from iada_kernels.triton.launch import current_configuration, launch, split
 from iada_kernels.triton.records import Diagonal, Labels, Samples, Sizes, Table
-from iada_kernels.triton.rows import Groups, group_rows
+from iada_kernels.triton.rows import Groups
 
 
 class Sums(NamedTuple):
@@ -74,7 +69,7 @@ def tangent_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     N, C, A = sizes
-    rows, row_mask, y, _ = sample_axis(labels, BLOCK_N, N, C)
+    rows, row_mask, y, _ = samples_at(labels, tl.program_id(0), BLOCK_N, N, C)
     label = tl.maximum(y, 0)
     offs_c, col_mask = tile_axis(1, BLOCK_C, C)
     eps = load_epsilon(samples, rows, row_mask, ACC)
@@ -133,7 +128,7 @@ def curvature_kernel(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """In place: `residual` holds D already and `tangent` becomes c."""
-    rows, row_mask, y, _ = sample_axis(labels, BLOCK_N, N, C)
+    rows, row_mask, y, _ = samples_at(labels, tl.program_id(0), BLOCK_N, N, C)
     label_at = rows.to(tl.int64) * C + tl.maximum(y, 0)
     has_label = row_mask & (y >= 0)
     label_tangent = tl.load(tangent + label_at, mask=has_label, other=0.0)
@@ -216,19 +211,11 @@ def hypergradient(
     dtype, sigma = inputs.compute_dtype, inputs.covariance
     weight, tangent = inputs.weight.to(dtype).contiguous(), tangents.weight.to(dtype).contiguous()
     labels, sizes = Labels.of(inputs, options), Sizes.of(inputs)
-    full = inputs.has_full_covariance
     needs_covariance = needs_covariance and sigma is not None
-    groups = table = table_tangent = arrived = None
-    if full or needs_covariance:
-        arrived = class_counter(weight) if full else None
-        groups = group_rows(labels, None, weight, arrived)
-    if full and groups is not None and sigma is not None:
-        head = HeadWeight(weight, tangent)
-        table, table_tangent = stream_and_table(
-            sigma.to(dtype).contiguous(), head, groups, arrived=arrived
-        )
-    logits = adjusted_logits(inputs, options, weight, table)
-    z, sign, _ = logits
+    residual, sign, _, inv_count, groups, table_tangent = forward(
+        inputs, options, needs_covariance, tangent=tangent
+    )
+    assert inv_count is not None
     moves = Tangents(
         contiguous_as(tangents.features, dtype),
         tangent,
@@ -236,13 +223,11 @@ def hypergradient(
         Table.of(table_tangent),
     )
     z_tangent = _tangent_logits(inputs, options, weight, moves, sign)
-    _, inv_count = reduce_losses(logits, labels, options.reduction)
-    assert inv_count is not None
     configuration = current_configuration(weight.device)
     tile = configuration.softmax
     launch(
         curvature_kernel, (cdiv(sizes.N, tile.rows),),
-        z, z_tangent, labels, sizes.N, sizes.C,
+        residual, z_tangent, labels, sizes.N, sizes.C,
         like=weight, tile=tile, BLOCK_N=tile.rows, BLOCK_C=tile.columns,
     )  # fmt: skip
     grad_epsilon = None
@@ -252,18 +237,16 @@ def hypergradient(
         partials = weight.new_empty(grid[1], sizes.N)
         launch(
             grad_epsilon_kernel, grid,
-            z, z_tangent, weight, tangent, sign, inv_count, partials, sizes,
+            residual, z_tangent, weight, tangent, sign, inv_count, partials, sizes,
             like=weight, tile=tile, BLOCK_N=tile.rows, BLOCK_A=tile.columns, BLOCK_C=tile.depth,
         )  # fmt: skip
         grad_epsilon = partials[0] if len(partials) == 1 else partials.sum(dim=0)
     if not needs_covariance or groups is None:
         return grad_epsilon, None
-    if not full:
-        return grad_epsilon, Sums(z, z_tangent, inv_count, options.alpha, groups)
-    residual, curvature = (
-        class_sums(rows, labels, inv_count, options.alpha) for rows in (z, z_tangent)
-    )
-    return grad_epsilon, Sums(residual, curvature, None, options.alpha, groups)
+    if not inputs.has_full_covariance:
+        return grad_epsilon, Sums(residual, z_tangent, inv_count, options.alpha, groups)
+    sums = (class_sums(rows, labels, inv_count, options.alpha) for rows in (residual, z_tangent))
+    return grad_epsilon, Sums(*sums, None, options.alpha, groups)
 
 
 def covariance_step(

@@ -1,10 +1,11 @@
 """The IADA loss and its gradients by Triton kernels, for any N, C and A.
 
 Launches of this package, for a full Σ and ε given (a sum over partials may add one of torch's):
-    update    2  rows of each class, moments; the rest is part of the class pass
-    forward   5  first logits, sign, class pass, logits, softmax
+    forward   4  rows of each class and first logits, moments and sign, class pass, logits and loss
     backward  2  products of D (class sums, features, weight), class pass onto the weight
-Where W and Σ_c fit in one program: update and forward 1, backward 1 (`single_launch`).
+With a diagonal Σ 3 and 2, without Σ 3 and 1; the streaming update adds none. With so many classes
+that softmax and loss are not part of the logits' launch one more. Where W and Σ_c fit in one
+program: forward 1, backward 1 (`single_launch`).
 """
 
 from typing import NamedTuple
@@ -27,18 +28,13 @@ from iada_kernels.streaming import (
 )
 from iada_kernels.triton import single_launch, single_launch_backward
 from iada_kernels.triton.class_loss import SavedParts
-from iada_kernels.triton.class_pass import (
-    HeadWeight,
-    class_counter,
-    rank_c_update,
-    stream_and_table,
-)
+from iada_kernels.triton.class_pass import HeadWeight, rank_c_update, stream_and_table
 from iada_kernels.triton.class_pass_backward import add_table_gradient, table_counters
-from iada_kernels.triton.head import adjusted_logits, reduce_losses
+from iada_kernels.triton.forward import Dealt, forward, moments_and_sign, rows_and_logits
 from iada_kernels.triton.head_backward import Wanted, add_splits, grad_variances, head_products
-from iada_kernels.triton.moments import update_moments
-from iada_kernels.triton.records import Labels, Samples
-from iada_kernels.triton.rows import Groups, group_rows
+from iada_kernels.triton.moments import Moments
+from iada_kernels.triton.records import Labels, Samples, Sizes
+from iada_kernels.triton.rows import Groups
 
 
 class SavedLoss(NamedTuple):
@@ -66,28 +62,14 @@ def loss_forward(
         if state is not None:
             mark_updated(state)
         return result
-    weight, labels = inputs.weight.to(dtype).contiguous(), Labels.of(inputs, options)
     if stream is not None and state is not None and not is_writable(state, dtype):
         update_statistics(covariance_update, inputs, options, stream)
         stream = state = None
-    full = inputs.has_full_covariance
-    groups = samples = moments = table = arrived = None
-    if full or stream is not None or needs.covariance:
-        count = None if stream is None else stream.count
-        arrived = class_counter(weight) if full else None
-        groups = group_rows(labels, count, weight, arrived)
-    if stream is not None and groups is not None:
-        samples = Samples.plain(inputs.features)
-        moments = update_moments(samples, groups, stream.mean, None if full else sigma)
-    if full and sigma is not None and groups is not None:
-        sigma = sigma.to(dtype).contiguous()
-        head = HeadWeight(weight, None)
-        table, _ = stream_and_table(sigma, head, groups, samples, moments, arrived)
+    passed = forward(inputs, options, needs.covariance, stream)
     if state is not None:
         mark_updated(state)
-    logits = adjusted_logits(inputs, options, weight, table)
-    loss, inv_count = reduce_losses(logits, labels, options.reduction)
-    return loss, SavedLoss(logits.z, logits.sign, inv_count, groups)
+    saved = SavedLoss(passed.residual, passed.sign, passed.inv_count, passed.groups)
+    return passed.loss, saved
 
 
 def loss_backward(
@@ -153,9 +135,11 @@ def covariance_update(
     """One batch, in place on covariance (C, A, A) or (C, A), mean (C, A) and count (C) int64."""
     state = (covariance, mean, count)
     written = sigma, mean, count = writable(state, mean.dtype)
-    groups = group_rows(Labels(labels.contiguous(), -1), count, mean)
-    samples, full = Samples.plain(features), covariance.dim() == 3
-    moments = update_moments(samples, groups, mean, None if full else sigma)
+    samples, rows, full = Samples.plain(features), Labels(labels.contiguous(), -1), sigma.dim() == 3
+    groups, moments = Groups.empty(rows, len(mean)), Moments.of(mean)
+    dealt = Dealt(samples, rows, Sizes(len(labels), *mean.shape), groups, moments)
+    rows_and_logits(dealt, mean, count)
+    moments_and_sign(dealt, mean, None if full else sigma)
     if full:
         stream_and_table(sigma, None, groups, samples, moments)
     write_back(state, written)
@@ -165,7 +149,7 @@ def flatten(saved: SavedLoss | SavedParts) -> list[Tensor | None]:
     """The tensors of `saved` as one list."""
     if isinstance(saved, SavedParts):
         return list(saved)
-    return [saved.residual, saved.sign, saved.inv_count, *(saved.groups or (None,) * 4)]
+    return [saved.residual, saved.sign, saved.inv_count, *(saved.groups or (None,) * 3)]
 
 
 def unflatten(tensors: list[Tensor | None]) -> SavedLoss | SavedParts:
@@ -175,8 +159,8 @@ def unflatten(tensors: list[Tensor | None]) -> SavedLoss | SavedParts:
         assert size is not None
         assert sums is not None
         return SavedParts(size, sums, *parts)
-    residual, sign, inv_count, start, size, order, batch_weight = tensors
+    residual, sign, inv_count, start, size, order = tensors
     assert residual is not None
     if start is None or size is None or order is None:
         return SavedLoss(residual, sign, inv_count, None)
-    return SavedLoss(residual, sign, inv_count, Groups(start, size, order, batch_weight))
+    return SavedLoss(residual, sign, inv_count, Groups(start, size, order))

@@ -17,11 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iada_kernels.triton.config import cdiv
-from iada_kernels.triton.device import load_tile, tile_axis
-from iada_kernels.triton.launch import current_configuration, launch
-from iada_kernels.triton.records import Samples
-from iada_kernels.triton.rows import Groups
+from iada_kernels.triton.device import load_tile, tile_at
 
 
 @triton.jit
@@ -47,57 +43,51 @@ def class_mean(
 
 
 class Moments(NamedTuple):
-    """The mean μ, updated in place; μ′ of the batch and its shift from the old μ; (C, A) each."""
+    """The mean μ, updated in place; μ′ of the batch and its shift from the old μ; (C, A) each.
+
+    batch_weight (C) is w, which `rows.group_class` gives.
+    """
 
     mean: Tensor
     center: Tensor
     shift: Tensor
+    batch_weight: Tensor
+
+    @classmethod
+    def of(cls, mean: Tensor) -> "Moments":
+        """For `update_class` to fill."""
+        batch_weight = mean.new_empty(len(mean))
+        return cls(mean, torch.empty_like(mean), torch.empty_like(mean), batch_weight)
 
 
 @triton.jit
-def moments_kernel(
-    samples, groups, moments, covariance, A,
+def update_class(
+    samples, groups, moments, covariance, c, column, A,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0)
+    """A tile of columns of class c, and of its variances where `covariance` is given."""
     m = tl.load(groups.size + c)
-    if m == 0:
-        return
-    order = groups.order + tl.load(groups.start + c)
-    cols, col_mask = tile_axis(1, BLOCK_A, A)
-    batch_mean = class_mean(samples, order, m, cols, col_mask, BLOCK_M, BLOCK_A, ACC)
+    if m > 0:
+        order = groups.order + tl.load(groups.start + c)
+        cols, col_mask = tile_at(column, BLOCK_A, A)
+        batch_mean = class_mean(samples, order, m, cols, col_mask, BLOCK_M, BLOCK_A, ACC)
 
-    offs = c.to(tl.int64) * A + cols
-    w = tl.load(groups.batch_weight + c)
-    old = tl.load(moments.mean + offs, mask=col_mask, other=0.0)
-    mean_shift = batch_mean - old
-    tl.debug_barrier()  # several threads may read what one of them writes now
-    tl.store(moments.center + offs, batch_mean, mask=col_mask)
-    tl.store(moments.shift + offs, mean_shift, mask=col_mask)
-    tl.store(moments.mean + offs, old + w * mean_shift, mask=col_mask)
-    if covariance is not None:
-        total = tl.zeros([BLOCK_A], dtype=ACC)
-        for k in range(0, m, BLOCK_M):
-            at = k + tl.arange(0, BLOCK_M)
-            rows = tl.load(order + at, mask=at < m, other=0)
-            x = load_tile(samples.features, rows, samples.stride, cols, at < m, col_mask, ACC)
-            x = tl.where((at < m)[:, None], x - batch_mean[None, :], 0.0)
-            total += tl.sum(x * x, axis=0)
-        sigma = tl.load(covariance + offs, mask=col_mask, other=0.0)
-        spread = total / m + (1 - w) * mean_shift * mean_shift
-        tl.store(covariance + offs, (1 - w) * sigma + w * spread, mask=col_mask)
-
-
-def update_moments(
-    samples: Samples, groups: Groups, mean: Tensor, covariance: Tensor | None
-) -> Moments:
-    """μ in place, variances (C, A) too if given. One launch."""
-    tile = current_configuration(mean.device).moments
-    num_classes, width = mean.shape
-    moments = Moments(mean, torch.empty_like(mean), torch.empty_like(mean))
-    launch(
-        moments_kernel, (num_classes, cdiv(width, tile.columns)),
-        samples, groups, moments, covariance, width,
-        like=mean, tile=tile, BLOCK_M=tile.rows, BLOCK_A=tile.columns,
-    )  # fmt: skip
-    return moments
+        offs = c.to(tl.int64) * A + cols
+        w = tl.load(moments.batch_weight + c)
+        old = tl.load(moments.mean + offs, mask=col_mask, other=0.0)
+        mean_shift = batch_mean - old
+        tl.debug_barrier()  # several threads may read what one of them writes now
+        tl.store(moments.center + offs, batch_mean, mask=col_mask)
+        tl.store(moments.shift + offs, mean_shift, mask=col_mask)
+        tl.store(moments.mean + offs, old + w * mean_shift, mask=col_mask)
+        if covariance is not None:
+            total = tl.zeros([BLOCK_A], dtype=ACC)
+            for k in range(0, m, BLOCK_M):
+                at = k + tl.arange(0, BLOCK_M)
+                rows = tl.load(order + at, mask=at < m, other=0)
+                x = load_tile(samples.features, rows, samples.stride, cols, at < m, col_mask, ACC)
+                x = tl.where((at < m)[:, None], x - batch_mean[None, :], 0.0)
+                total += tl.sum(x * x, axis=0)
+            sigma = tl.load(covariance + offs, mask=col_mask, other=0.0)
+            spread = total / m + (1 - w) * mean_shift * mean_shift
+            tl.store(covariance + offs, (1 - w) * sigma + w * spread, mask=col_mask)

@@ -155,7 +155,7 @@ def _run_hypergradient(
     grad, sums = _hypergradient.hypergradient(inputs, options, tangents, needs_covariance)
     if sums is None:
         return [_absent(grad, weight_tangent)]
-    parts = (sums.residual, sums.curvature, sums.row_scale, *sums.groups[:3])
+    parts = (sums.residual, sums.curvature, sums.row_scale, *sums.groups)
     return [_absent(part, weight_tangent) for part in (grad, *parts)]
 
 
@@ -168,7 +168,7 @@ def _run_step(
     scale: float,
 ) -> None:
     residual, curvature, row_scale, start, size, order = sums
-    groups = Groups(start, size, order, None)
+    groups = Groups(start, size, order)
     record = _hypergradient.Sums(residual, curvature, _present(row_scale), alpha, groups)
     _hypergradient.covariance_step(covariance, weight, weight_tangent, record, scale)
 

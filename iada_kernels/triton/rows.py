@@ -3,10 +3,8 @@
     size[c]  = m, the rows of class c            start[c] = the rows of classes before c
     order[start[c] : start[c] + m]               these rows, ascending
     batch_weight[c] = m/(n + m), n ← n + m       where a streaming covariance is updated
-    arrived[c] = 0                               where a pass over Σ will count its programs
 
-labels (N) int64 · start, size, arrived (C) int32 · order (N) int32 · batch_weight (C) ·
-count n (C) int64.
+labels (N) int64 · start, size (C) int32 · order (N) int32 · batch_weight (C) · count n (C) int64.
 A label outside [0, C), or equal to ignore_index, belongs to no class.
 """
 
@@ -18,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.triton.device import load_labels
-from iada_kernels.triton.launch import current_configuration, launch
 from iada_kernels.triton.records import Labels
 
 
@@ -46,44 +43,28 @@ def scan_rows(labels, order, c, N, C, BLOCK: tl.constexpr):
 
 
 class Groups(NamedTuple):
-    """start, size (C) and order (N) int32; batch_weight (C) of a streaming update, else None."""
+    """start, size (C) and order (N) int32."""
 
     start: Tensor
     size: Tensor
     order: Tensor
-    batch_weight: Tensor | None
+
+    @classmethod
+    def empty(cls, labels: Labels, num_classes: int) -> "Groups":
+        """For `group_class` to fill."""
+        start = labels.classes.new_empty(num_classes, dtype=torch.int32)
+        return cls(start, torch.empty_like(start), start.new_empty(len(labels.classes)))
 
 
 @triton.jit
-def group_rows_kernel(
-    labels, groups, count, arrived, N, C, BLOCK: tl.constexpr, ACC: tl.constexpr
+def group_class(
+    labels, groups, count, batch_weight, c, N, C, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    c = tl.program_id(0)
+    """The rows of class c; with a `count`, its update in place and the weight of the batch."""
     before, m, _, _ = scan_rows(labels, groups.order, c, N, C, BLOCK)
     tl.store(groups.start + c, before)
     tl.store(groups.size + c, m)
     if count is not None:
         n = tl.load(count + c)
-        tl.store(groups.batch_weight + c, tl.cast(m, ACC) / tl.cast(tl.maximum(n + m, 1), ACC))
+        tl.store(batch_weight + c, tl.cast(m, ACC) / tl.cast(tl.maximum(n + m, 1), ACC))
         tl.store(count + c, n + m)
-    if arrived is not None:
-        tl.store(arrived + c, 0)
-
-
-def group_rows(
-    labels: Labels, count: Tensor | None, like: Tensor, arrived: Tensor | None = None
-) -> Groups:
-    """One launch; `count` is updated in place, `arrived` set to 0.
-
-    `like` is (C, A) in the compute dtype.
-    """
-    num_rows, num_classes = len(labels.classes), len(like)
-    start = labels.classes.new_empty(num_classes, dtype=torch.int32)
-    size, order = torch.empty_like(start), start.new_empty(num_rows)
-    groups = Groups(start, size, order, None if count is None else like.new_empty(num_classes))
-    block = current_configuration(like.device).group
-    launch(
-        group_rows_kernel, (num_classes,),
-        labels, groups, count, arrived, num_rows, num_classes, like=like, BLOCK=block,
-    )  # fmt: skip
-    return groups

@@ -120,13 +120,17 @@ def test_work_of_the_class_pass():
 
 
 def test_work_of_logits():
-    given = launch_of("logits_kernel", "cifar10-wrn", "step")
+    first = work_of(launch_of("rows_and_logits_kernel", "cifar10-wrn", "step"), present=3)
     n, c, a = 128, 10, 640
-    found = work_of(given, present=3)
-    labels = 8 * n
-    assert found.bytes == 4 * (n * a + n * c + c * a + c) + labels
-    assert found.float_operations == 2 * n * c * a
-    diagonal = work_of(launch_of("logits_kernel", "imagenet-diag", "step", 1), present=3)
+    logits = 4 * (n * a + n * c + c * a + c) + 8 * n  # with the labels
+    groups = 4 * (2 * c + n) + 2 * 8 * c + 4 * c  # size, start, order; count; batch weight
+    assert first.bytes == logits + groups + 4 * (c + 1 + 4)  # a counter for each tile of rows
+    second = work_of(launch_of("logits_kernel", "cifar10-wrn", "step"), present=3)
+    terms = 4 * (c * c + c) + n * a + 4 * n  # R, log π; sign and ε
+    loss = 4 * (n * c + 2 * n + 2)  # D over z̃; losses, written and read; the loss and 1/n
+    assert second.bytes == logits + terms + loss
+    assert first.float_operations == second.float_operations == 2 * n * c * a
+    diagonal = work_of(launch_of("logits_kernel", "imagenet-diag", "step"), present=3)
     assert diagonal.float_operations == 3 * 2 * 256 * 1000 * 2048
 
 
@@ -136,10 +140,12 @@ def test_every_launch_has_its_work(shape):
         for each in launches:
             work = work_of(each, present=3)
             assert work.bytes > 0
-            products = each.kernel.fn.__name__ in OPERATIONS
+            products, leaves = each.kernel.fn.__name__ in OPERATIONS, each.leaves()
             if each.kernel.fn.__name__ == "head_backward_kernel":  # its class sums alone have none
-                leaves = each.leaves()
                 products = "grids.features.rows" in leaves or "grids.weight.rows" in leaves
+            for name, result in (("rows_and_logits", "z"), ("moments_and_sign", "sign")):
+                if each.kernel.fn.__name__ == f"{name}_kernel":
+                    products = leaves[result] is not None
             assert (work.float_operations > 0) == products
 
 
@@ -159,7 +165,7 @@ def test_the_host_s_share_of_a_step_is_timed_without_a_warning():
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
-    assert 0 < found["cifar10-r32"] < found["cifar10-wrn"]  # 2 launches, 13 launches
+    assert 0 < found["cifar10-r32"] < found["cifar10-wrn"]  # 2 launches, 6 launches
 
 
 def test_sides_take_turns_on_a_device():

@@ -50,7 +50,7 @@ def moved_and_modelled(structure: str, absent: bool) -> list[tuple[str, int, flo
 @pytest.mark.parametrize("structure", ["full", "diag"])
 def test_bytes_of_the_model_are_those_that_kernels_move(structure):
     found = moved_and_modelled(structure, absent=False)
-    assert len(found) == {"full": 9, "diag": 8}[structure]
+    assert len(found) == {"full": 6, "diag": 5}[structure]
     assert [(name, moved) for name, moved, _ in found] == [(name, m) for name, _, m in found]
 
 

@@ -4,8 +4,10 @@ Inside `watching()` every launch is checked as its programs run:
 
     bounds       an access lies within a tensor that the kernel was given
     fresh        nothing is read of `torch.empty` memory before a kernel has written it
-    programs     no program reads or writes what another one of the launch writes, unless an
-                 atomic of both orders them
+    programs     no program reads or writes what another one of the launch writes, unless both
+                 have made an atomic access to one address, with acquire and release: the other
+                 one after the store and a barrier, this one later; and it reads past the
+                 first-level cache
     threads      what a program stored it reads again, or stores again, only after a
                  `tl.debug_barrier`, and no store writes one address twice
     overwrites   what a program read it stores only after a barrier
@@ -101,8 +103,10 @@ class Sanitizer:
         self.regions = [regions[start] for start in sorted(regions)]
         self.starts = np.array(sorted(regions), dtype=np.uint64)
         self.time: dict[int, int] = {}  # barriers that each program has passed
-        self.released: set[int] = set()  # programs that have made an atomic access
-        self.acquired: dict[int, set[int]] = {}  # by program, whose stores it may read
+        # By address of atomic accesses, and by program: whose stores are seen, and of each those
+        # before so many barriers.
+        self.released: dict[int, dict[int, int]] = {}
+        self.acquired: dict[int, dict[int, int]] = {}
         self.take_turns = None
         programs = list(enumerate(itertools.product(*map(range, grid))))
         if self.order != "grid":
@@ -135,14 +139,25 @@ class Sanitizer:
                 self.fail("bounds", region.name, f"has {size} numbers, not {elements.max() + 1}")
             yield region, elements
 
-    def load(self, pointers: Any, mask: Any) -> None:
+    def sees(self, region: Region, at: np.ndarray, foreign: np.ndarray) -> bool:
+        """Whether the stores of other programs to these elements come before what is done now."""
+        seen = self.acquired.get(self.program, {})
+        times = region.write_time[at][foreign]
+        limits = [seen.get(int(writer), 0) for writer in region.writer[at][foreign]]
+        return bool((times < limits).all())
+
+    def load(self, pointers: Any, mask: Any, cache: Any) -> None:
         me, now = self.program, self.time.get(self.program, 0)
         for region, at in self.touched(pointers, mask):
             if region.written is not None and not region.written[at].all():
                 self.fail("fresh", region.name, "is read before it is written")
             writer, reader = region.writer[at], region.reader[at]
-            if not np.isin(writer, [NOBODY, me, *self.acquired.get(me, ())]).all():
-                self.fail("programs", region.name, "is read, and stored by another program")
+            foreign = (writer != NOBODY) & (writer != me)
+            if foreign.any():
+                if not self.sees(region, at, foreign):
+                    self.fail("programs", region.name, "is read, and stored by another program")
+                if "CG" not in str(cache).upper():
+                    self.fail("programs", region.name, "is read through the first-level cache")
             if ((writer == me) & (region.write_time[at] == now)).any():
                 self.fail("threads", region.name, "is read after a store, without a barrier")
             region.reader[at] = np.where((reader == NOBODY) | (reader == me), me, SEVERAL)
@@ -154,7 +169,8 @@ class Sanitizer:
             if len(np.unique(at)) < len(at):
                 self.fail("threads", region.name, "is stored twice at once")
             writer, reader = region.writer[at], region.reader[at]
-            if not (np.isin(writer, (NOBODY, me)) & np.isin(reader, (NOBODY, me))).all():
+            foreign = (writer != NOBODY) & (writer != me)
+            if not np.isin(reader, (NOBODY, me)).all() or not self.sees(region, at, foreign):
                 self.fail("programs", region.name, "is stored, and used by another program")
             if ((writer == me) & (region.write_time[at] == now)).any():
                 self.fail("threads", region.name, "is stored again without a barrier")
@@ -164,11 +180,17 @@ class Sanitizer:
             if region.written is not None:
                 region.written[at] = True
 
-    def atomic(self, pointers: Any, mask: Any) -> None:
-        for _ in self.touched(pointers, mask):
-            pass
-        self.released.add(self.program)
-        self.acquired[self.program] = set(self.released)
+    def atomic(self, pointers: Any, mask: Any, order: Any) -> None:
+        mine = self.acquired.setdefault(self.program, {})
+        for region, at in self.touched(pointers, mask):
+            if "ACQUIRE_RELEASE" not in str(order):
+                self.fail("programs", region.name, "is counted in without acquire and release")
+            for element in at:
+                address = region.start + int(element) * region.itemsize
+                left = self.released.setdefault(address, {})
+                mine |= {other: max(time, mine.get(other, 0)) for other, time in left.items()}
+                left |= mine  # what this program has seen, who comes next sees too
+                left[self.program] = self.time.get(self.program, 0)
 
     def barrier(self) -> None:
         site = _caller()
@@ -252,13 +274,13 @@ def watching(**options: Any) -> Iterator[Sanitizer]:
     """Check every interpreted launch inside; options are fields of `Sanitizer`."""
     state = Sanitizer(**options)
 
-    def watched(name: str, check: Callable, pointers: int, mask: int) -> None:
+    def watched(name: str, check: Callable, *places: int) -> None:
         access = getattr(BUILDER, name)
 
         def call(*arguments: Any) -> Any:
             if state.take_turns is not None:
                 state.take_turns()
-            check(arguments[pointers], arguments[mask])
+            check(*(arguments[place] for place in places))
             return access(*arguments)
 
         patch.setattr(BUILDER, name, call)
@@ -285,9 +307,11 @@ def watching(**options: Any) -> Iterator[Sanitizer]:
             scope.restore()
 
     with pytest.MonkeyPatch.context() as patch:
-        watched("create_masked_load", state.load, 0, 1)
+        if hasattr(BUILDER, "get_cache_policy"):  # newer Triton; older gives the modifier alone
+            patch.setattr(BUILDER, "get_cache_policy", lambda modifier, eviction: modifier)
+        watched("create_masked_load", state.load, 0, 1, 3)
         watched("create_masked_store", state.store, 0, 2)
-        watched("create_atomic_rmw", state.atomic, 1, 3)
+        watched("create_atomic_rmw", state.atomic, 1, 3, 4)
         patch.setattr(BUILDER, "create_barrier", state.barrier)
         patch.setattr(interpreter.GridExecutor, "__call__", run_grid)
         poison_fresh_memory(patch, state.allocated)

@@ -137,7 +137,7 @@ def test_a_label_that_is_no_class_makes_its_loss_nan_and_reads_nothing(structure
 
 @pytest.mark.parametrize(
     ("structure", "width", "forward", "backward"),
-    [("full", 20, 7, 2), ("full", 40, 7, 2), ("diag", 20, 6, 2)],
+    [("full", 20, 4, 2), ("full", 40, 4, 2), ("diag", 20, 3, 2)],
 )
 def test_launches_of_a_general_step(structure, width, forward, backward):
     """Forward with streaming update, and backward."""
@@ -152,6 +152,38 @@ def test_launches_of_a_general_step(structure, width, forward, backward):
         with recording() as second:
             loss.backward()
     assert (len(first), len(second)) == (forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("structure", "epsilon", "softmax_classes", "launches"),
+    [
+        (None, True, 2048, ["rows_and_logits", "moments_and_sign", "logits", "head_backward"]),
+        (None, False, 2048, ["logits", "head_backward"]),
+        (None, False, 0, ["logits", "softmax", "head_backward"]),
+        ("full", False, 2048, ["rows_and_logits", "class_pass", "logits"]),
+    ],
+)
+def test_what_is_absent_has_no_launch(structure, epsilon, softmax_classes, launches):
+    """Without a streaming update."""
+    problem = random_problem(33, 5, 20, structure=structure, epsilon=epsilon).to(DEVICE)
+    with (
+        config.use(replace(GENERAL, softmax_classes=softmax_classes)),
+        torch.autograd.set_multithreading_enabled(False),
+        recording() as recorded,
+    ):
+        value_and_gradients(fused("triton"), problem)
+    names = [launch.kernel.fn.__name__ for launch in recorded]
+    assert names[: len(launches)] == [f"{name}_kernel" for name in launches]
+    assert structure is not None or len(names) == len(launches)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("softmax_classes", [0, 2048])
+def test_rows_of_several_tiles_of_classes(reduction, softmax_classes):
+    """The softmax by the last program to arrive, and as a launch of its own."""
+    with config.use(replace(GENERAL, softmax_classes=softmax_classes)):
+        problem = random_problem(35, 37, 6, structure="diag", reduction=reduction)
+        assert_agrees(problem, "triton", DEVICE)
 
 
 def specialised(launch):

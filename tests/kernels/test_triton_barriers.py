@@ -37,9 +37,17 @@ common = dict(
 )
 small = Combination(classes=10, width=64, other="update", **common)
 large = Combination(classes=10, width=130, other="hypergradient", **common)
+alone = dict(common, structure="none", needs=LossNeeds(*[False] * 6), width=64, other="update")
+wide, many = (Combination(classes=classes, **alone) for classes in (130, 3000))
 found = {}
 with compiling_for(architecture):
-    for _, launch in (each for c in (small, large) for each in recorded_launches(c, architecture)):
+    recorded = {c: recorded_launches(c, architecture) for c in (small, large, wide, many)}
+    for c, launch in ((c, launch) for c in recorded for _, launch in recorded[c]):
+        name = launch.kernel.fn.__name__
+        if c in (wide, many):  # rows of several tiles, for the softmax of either kernel
+            if name not in ("logits_kernel", "softmax_kernel"):
+                continue
+            name = name if c is wide else "many classes: " + name
         assembly = compiled(launch).asm["ptx" if architecture.startswith("sm") else "amdgcn"]
         files, events, place = {}, [], None
         for line in assembly.splitlines():

@@ -164,13 +164,13 @@ from bench.offline import compiling_for
 from bench.offline import complaint, figures_of
 from bench.shapes import SHAPES
 from iada_kernels.triton.config import Tile, configuration_for, use
-architecture, field, *sizes = sys.argv[1:]
+architecture, kernel, field, *sizes = sys.argv[1:]
 change = {field: Tile(*map(int, sizes))}
 with compiling_for(architecture), use(
     dataclasses.replace(configuration_for(architecture), **change)
 ):
     _, launches = next(recorded(SHAPES["cifar100-wrn"], architecture))
-    launch = next(x for x in launches if x.kernel.fn.__name__ == field + "_kernel")
+    launch = next(x for x in launches if x.kernel.fn.__name__ == kernel + "_kernel")
     print(complaint({**figures_of(launch, architecture, {}), "grid": launch.grid}))
 """
 
@@ -178,9 +178,9 @@ with compiling_for(architecture), use(
 @pytest.mark.parametrize(
     ("architecture", "tile", "words"),
     [
-        ("sm_90", ("moments", 256, 128, 0, 2), "of each thread in memory"),
-        ("sm_90", ("logits", 16, 16, 256, 4, 10), "of shared memory"),
-        ("gfx942", ("logits", 16, 16, 256, 4, 4), "of shared memory"),
+        ("sm_90", ("moments_and_sign", "moments", 1024, 128, 0), "of each thread in memory"),
+        ("sm_90", ("rows_and_logits", "logits", 16, 16, 256, 4, 10), "of shared memory"),
+        ("gfx942", ("rows_and_logits", "logits", 16, 16, 256, 4, 4), "of shared memory"),
     ],
     ids=["sm_90-spill", "sm_90-shared", "gfx942-shared"],
 )

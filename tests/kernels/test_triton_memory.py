@@ -30,35 +30,43 @@ N, C, A = 24, 4, 34  # two tiles along A; of the classes, one is empty
 GENERAL = replace(
     config.INTERPRETER, single_launch=replace(config.INTERPRETER.single_launch, classes=0)
 )
-# Structure of Σ, kernels for any size, gradient by Σ alone and no ε.
+KERNELS = {
+    "single": config.INTERPRETER,
+    "general": GENERAL,
+    "softmax": replace(GENERAL, softmax_classes=0),  # a launch of its own
+}
+# Structure of Σ, kernels, gradient by Σ alone and no ε, classes: of 20 a row has two tiles.
 CASES = [
-    ("full", False, False),
-    ("full", False, True),
-    ("full", True, False),
-    ("diag", True, False),
-    (None, False, False),
-    (None, True, False),
+    ("full", "single", False, C),
+    ("full", "single", True, C),
+    ("full", "general", False, C),
+    ("diag", "general", False, C),
+    (None, "single", False, C),
+    (None, "general", False, C),
+    (None, "general", False, 20),
+    (None, "softmax", False, C),
 ]
 # In these the threads that overwrite an element are those that have read it: one tile is loaded
 # and stored with the same pointers, and what other threads read of it a reduction has consumed,
 # which ends in a barrier of its own.
 EXCUSED = frozenset(
     {
-        ("group_rows_kernel", "overwrites", "count"),
+        ("rows_and_logits_kernel", "overwrites", "count"),
         ("softmax_kernel", "overwrites", "z"),
+        ("logits_kernel", "overwrites", "z"),
         ("curvature_kernel", "overwrites", "tangent"),
         ("variances_step_kernel", "overwrites", "covariance"),
         ("class_pass_kernel", "overwrites", "covariance"),
-        ("moments_kernel", "overwrites", "covariance"),
+        ("moments_and_sign_kernel", "overwrites", "covariance"),
     }
 )
 
 
-def step(structure, general, alone):
+def step(structure, kernels, alone, classes):
     """Every pass once; all that they return or change, in one list."""
     dtype = torch.float32
     problem = random_problem(
-        N, C, A, structure=structure, dtype=dtype, margin=0.0, epsilon=not alone
+        N, classes, A, structure=structure, dtype=dtype, margin=0.0, epsilon=not alone
     )
     problem.labels[problem.labels == 3] = 1
     inputs, options = problem.records()
@@ -67,17 +75,17 @@ def step(structure, general, alone):
     if alone:
         needs = LossNeeds(False, False, False, True, False, False)
     found = []
-    with config.use(GENERAL if general else config.INTERPRETER):
+    with config.use(KERNELS[kernels]):
         stream = None
         if structure is not None:
             stream = ClassStatistics(
-                torch.zeros(C, A, dtype=dtype), torch.ones(C, dtype=torch.int64)
+                torch.zeros(classes, A, dtype=dtype), torch.ones(classes, dtype=torch.int64)
             )
             found += [inputs.covariance, stream.mean, stream.count]
         loss, saved = backend.loss_forward(inputs, options, needs, stream)
         gradient = torch.full_like(loss, 1.5)
         found += [loss, *backend.loss_backward(inputs, options, saved, gradient, needs).tensors()]
-        if general:
+        if kernels != "single":
             tangents = HeadTangents(inputs.features.sin(), inputs.weight.cos(), None)
             epsilon, sums = backend.hypergradient(inputs, options, tangents, structure is not None)
             found.append(epsilon)
@@ -85,7 +93,7 @@ def step(structure, general, alone):
                 backend.covariance_step(
                     inputs.covariance, inputs.weight, tangents.weight, sums, 0.3
                 )
-            labels, logits = inputs.labels.clamp(min=0), inputs.features[:, :C].contiguous()
+            labels, logits = inputs.labels.clamp(min=0), inputs.features[:, :classes].contiguous()
             found.append(backend.characteristics(inputs.features, logits, labels, inputs.weight, 3))
     return [tensor for tensor in found if tensor is not None]
 
@@ -151,17 +159,27 @@ def _shift_kernel(source, out, N, AHEAD: tl.constexpr, WAIT: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _count_kernel(out, losses, arrived, ORDERED: tl.constexpr):
+def _count_kernel(
+    out, losses, arrived,
+    ORDERED: tl.constexpr, COUNTERS: tl.constexpr, WAIT: tl.constexpr, LATE: tl.constexpr,
+    SEM: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     tl.store(losses + program, program)
-    tl.debug_barrier()
+    if WAIT:
+        tl.debug_barrier()
     if ORDERED:
-        last = tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1
+        count = tl.atomic_add(arrived + program % COUNTERS, 1, sem=SEM)
+        last = count == tl.num_programs(0) // COUNTERS - 1
     else:
         last = program == tl.num_programs(0) - 1
+    if LATE:
+        tl.debug_barrier()
+        tl.store(losses + program, program)
+        tl.debug_barrier()
     if last:
         at = tl.arange(0, 4)
-        tl.store(out, tl.sum(tl.load(losses + at), axis=0))
+        tl.store(out + program, tl.sum(tl.load(losses + at, cache_modifier=CACHE), axis=0))
 
 
 @triton.jit
@@ -174,10 +192,11 @@ def shift(ahead=0, wait=True, size=16):
     _shift_kernel[(1,)](source, out, 16, AHEAD=ahead, WAIT=wait, BLOCK=16)
 
 
-def count(ordered):
-    out, losses = torch.zeros(1), torch.zeros(4)
-    _count_kernel[(4,)](out, losses, torch.zeros(1, dtype=torch.int32), ORDERED=ordered)
-    return out.item()
+def count(ordered, **changed):
+    out, losses, arrived = torch.zeros(4), torch.zeros(4), torch.zeros(2, dtype=torch.int32)
+    constants = {"COUNTERS": 1, "WAIT": True, "LATE": False, "SEM": "acq_rel", "CACHE": ".cg"}
+    _count_kernel[(4,)](out, losses, arrived, ORDERED=ordered, **constants | changed)
+    return out.sum().item()
 
 
 def test_what_is_safe_passes():
@@ -195,8 +214,16 @@ def test_what_is_safe_passes():
         (lambda: shift(size=8), "bounds"),
         (lambda: shift(wait=False), "threads: out is read after a store"),
         (lambda: count(False), r"programs: losses is .* another program"),
+        (lambda: count(True, COUNTERS=2), r"programs: losses is .* another program"),
+        (lambda: count(True, WAIT=False), r"programs: losses is .* another program"),
+        (lambda: count(True, LATE=True), r"programs: losses is .* another program"),
+        (lambda: count(True, SEM="relaxed"), "programs: arrived is counted in without acquire"),
+        (lambda: count(True, CACHE=""), "programs: losses is read through the first-level cache"),
     ],
-    ids=["past the end", "too small", "no barrier", "no atomic"],
+    ids=[
+        *("past the end", "too small", "no barrier", "no atomic", "another counter"),
+        *("no barrier before counting", "stored after counting", "relaxed", "first-level cache"),
+    ],
 )
 @pytest.mark.parametrize("order", ["grid", "interleaved"])
 def test_what_is_unsafe_is_seen(run, rule, order):
@@ -206,14 +233,14 @@ def test_what_is_unsafe_is_seen(run, rule, order):
 
 def test_fresh_memory_is_seen():
     """A kernel that is left out leaves memory that no one has written."""
-    from iada_kernels.triton import head
+    from iada_kernels.triton import forward
 
     problem = random_problem(N, C, A, structure=None, dtype=torch.float32, margin=0.0)
     backend = select_backend("triton", torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch, config.use(GENERAL):
-        launch = head.launch
+        launch, left_out = forward.launch, forward.moments_and_sign_kernel
         patch.setattr(
-            head, "launch", lambda k, *a, **c: None if k is head.sign_kernel else launch(k, *a, **c)
+            forward, "launch", lambda k, *a, **c: None if k is left_out else launch(k, *a, **c)
         )
         with pytest.raises(UnsafeAccess, match=r"fresh: samples.sign"), watching():
             backend.loss_forward(*problem.records(), LossNeeds(*[True] * 6))
