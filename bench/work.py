@@ -165,7 +165,7 @@ def _both_ways(name: str, argument: str, arguments: dict[str, Any]) -> bool:
     if name == "single_launch_kernel" and argument == "terms.covariance":
         return "statistics.mean" in arguments
     if name == "logits_kernel" and argument == "z":
-        return arguments["losses"] is not None  # D in place of z̃
+        return arguments["losses"] is not None and not arguments["ALONE"]  # D in place of z̃
     if argument == "losses":
         return "reduction.loss" in arguments
     return argument in IN_PLACE.get(name, ())

@@ -127,7 +127,7 @@ def test_work_of_logits():
     assert first.bytes == logits + groups + 4 * (c + 1 + 4)  # a counter for each tile of rows
     second = work_of(launch_of("logits_kernel", "cifar10-wrn", "step"), present=3)
     terms = 4 * (c * c + c) + n * a + 4 * n  # R, log π; sign and ε
-    loss = 4 * (n * c + 2 * n + 2)  # D over z̃; losses, written and read; the loss and 1/n
+    loss = 4 * (2 * n + 2)  # losses, written and read; the loss and 1/n; D takes the place of z̃
     assert second.bytes == logits + terms + loss
     assert first.float_operations == second.float_operations == 2 * n * c * a
     diagonal = work_of(launch_of("logits_kernel", "imagenet-diag", "step"), present=3)

@@ -185,6 +185,8 @@ class Sanitizer:
         for region, at in self.touched(pointers, mask):
             if "ACQUIRE_RELEASE" not in str(order):
                 self.fail("programs", region.name, "is counted in without acquire and release")
+            if region.written is not None and not region.written[at].all():
+                self.fail("fresh", region.name, "is counted in before it is set")
             for element in at:
                 address = region.start + int(element) * region.itemsize
                 left = self.released.setdefault(address, {})

@@ -18,7 +18,7 @@ from tests.kernels.test_triton_compile import without_interpreter
 pytestmark = pytest.mark.slow
 PACKAGE = Path(iada_kernels.__file__).parent / "triton"
 
-# Instructions of each kernel in order: (file, line, "store" | "load" | "barrier").
+# Instructions of each kernel in order, (file, line, kind): "past" beside a load is how it reads.
 LISTING = """
 import json, re, sys
 from bench.combinations import Combination, recorded_launches
@@ -28,7 +28,9 @@ architecture = sys.argv[1]
 kinds = (
     ("store", r"st\\.global|global_store|buffer_store"),
     ("load", r"ld\\.global|global_load|buffer_load"),
+    ("past", r"ld\\.global\\.cg"),
     ("barrier", r"bar\\.sync|barrier\\.sync|s_barrier"),
+    ("atomic", r"atom\\.\\S*acq_rel|global_atomic_add"),
 )
 common = dict(
     rows=40, features="float32", weight="float32", covariance="float32",
@@ -44,10 +46,10 @@ with compiling_for(architecture):
     recorded = {c: recorded_launches(c, architecture) for c in (small, large, wide, many)}
     for c, launch in ((c, launch) for c in recorded for _, launch in recorded[c]):
         name = launch.kernel.fn.__name__
-        if c in (wide, many):  # rows of several tiles, for the softmax of either kernel
-            if name not in ("logits_kernel", "softmax_kernel"):
+        if c in (wide, many):  # the softmax of rows of several tiles
+            if name != ("logits_kernel" if c is wide else "softmax_kernel"):
                 continue
-            name = name if c is wide else "many classes: " + name
+            name += f" of {c.classes} classes"
         assembly = compiled(launch).asm["ptx" if architecture.startswith("sm") else "amdgcn"]
         files, events, place = {}, [], None
         for line in assembly.splitlines():
@@ -58,7 +60,7 @@ with compiling_for(architecture):
             elif place is not None:
                 code = line.split("//")[0].split(";")[0] if line.strip()[:1] != ";" else ""
                 events += [(*place, kind) for kind, words in kinds if re.search(words, code)]
-        listed = found.setdefault(launch.kernel.fn.__name__, [])
+        listed = found.setdefault(name, [])
         listed += [(files[f], l, kind) for f, l, kind in events]
 json.dump(found, sys.stdout)
 """
@@ -79,12 +81,14 @@ EXCHANGES = [
     ("G", "class_loss.py", "tl.store(class_sums, sums", "class_loss.py", "tl.load(parts.sums +"),
     ("losses", "single_launch.py", "tl.store(scratch.losses", None, None),
 ]
-# The same where other kernels add what their programs have left.
+# The same where a program goes on with what others have left.
+WIDE = "logits_kernel of 130 classes"
 SUMS = [
-    (
-        *("losses of samples", "softmax_kernel", "head.py"),
-        *("tl.store(losses +", "total += tl.load(losses +"),
+    *(
+        (f"losses, {kernel}", kernel, "head.py", "tl.store(losses +", "total += tl.load(losses +")
+        for kernel in ("logits_kernel", WIDE, "softmax_kernel of 3000 classes")
     ),
+    ("logits", WIDE, "device.py", "tl.store(ptrs, tile.to(", "return tl.load(ptrs, mask=mask"),
     (
         *("parts of R", "class_pass_kernel", "class_pass.py"),
         *("tl.store(partials.table +", "row += tl.load(ptrs"),
@@ -128,17 +132,48 @@ def test_every_barrier_of_the_source_is_in_the_binary(listing):
     ],
 )
 def test_a_barrier_lies_between_a_store_and_the_load(listing, kernel, file, store, reader, load):
-    (line,) = lines_with(file, store)
-    events = listing[kernel]
-    after = max(at for at, event in enumerate(events) if event == (file, line, "store"))
+    between, _ = exchange(listing[kernel], file, store, reader, load)
+    assert {(f, n) for f, n, kind in between if kind == "barrier"} & explicit_barriers()
+
+
+def exchange(events, file, store, reader, load):
+    """What lies between the last of the stores and the first load, and what follows."""
+    lines = lines_with(file, store)
+    stored = [at for at, (f, n, kind) in enumerate(events) if (f, kind) == (file, "store")]
+    after = max(at for at in stored if events[at][1] in lines)
     following = events[after + 1 :]
-    wanted = None
-    if reader is not None:  # the compiler may give a load the line that first uses it
-        number = lines_with(reader, load)[0]
-        wanted = [(reader, n) for n in range(number, number + 4)]
+    wanted = None if reader is None else places(reader, load)
     first = next(
         at
         for at, (*place, kind) in enumerate(following)
         if kind == "load" and (wanted is None or tuple(place) in wanted)
     )
-    assert {(f, n) for f, n, kind in following[:first] if kind == "barrier"} & explicit_barriers()
+    return following[:first], following[first:]
+
+
+def places(reader, load):
+    """The compiler may give a load the line that first uses it."""
+    number = lines_with(reader, load)[0]
+    return [(reader, n) for n in range(number, number + 4)]
+
+
+programs_exchange = pytest.mark.parametrize(
+    ("kernel", "file", "store", "load"),
+    [pytest.param(*rest, id=name) for name, *rest in SUMS],
+)
+
+
+@programs_exchange
+def test_a_program_counts_after_the_barrier_and_before_the_load(listing, kernel, file, store, load):
+    between, _ = exchange(listing[kernel], file, store, file, load)
+    kinds = [kind for _, _, kind in between]
+    assert "atomic" in kinds[kinds.index("barrier") :]
+
+
+@programs_exchange
+@pytest.mark.parametrize("listing", ["sm_90"], indirect=True)
+def test_what_others_stored_is_read_past_the_first_level_cache(listing, kernel, file, store, load):
+    _, following = exchange(listing[kernel], file, store, file, load)
+    (line,) = lines_with(file, load)
+    read, past = (following.count((file, line, kind)) for kind in ("load", "past"))
+    assert read == past > 0

@@ -35,16 +35,17 @@ KERNELS = {
     "general": GENERAL,
     "softmax": replace(GENERAL, softmax_classes=0),  # a launch of its own
 }
-# Structure of Σ, kernels, gradient by Σ alone and no ε, classes: of 20 a row has two tiles.
+SMALL, WIDE = (N, C), (40, 20)  # rows and classes, of WIDE two tiles each
+# Structure of Σ, kernels, gradient by Σ alone and no ε, sizes.
 CASES = [
-    ("full", "single", False, C),
-    ("full", "single", True, C),
-    ("full", "general", False, C),
-    ("diag", "general", False, C),
-    (None, "single", False, C),
-    (None, "general", False, C),
-    (None, "general", False, 20),
-    (None, "softmax", False, C),
+    ("full", "single", False, SMALL),
+    ("full", "single", True, SMALL),
+    ("full", "general", False, SMALL),
+    ("diag", "general", False, SMALL),
+    (None, "single", False, SMALL),
+    (None, "general", False, SMALL),
+    (None, "general", False, WIDE),
+    (None, "softmax", False, SMALL),
 ]
 # In these the threads that overwrite an element are those that have read it: one tile is loaded
 # and stored with the same pointers, and what other threads read of it a reduction has consumed,
@@ -62,11 +63,11 @@ EXCUSED = frozenset(
 )
 
 
-def step(structure, kernels, alone, classes):
+def step(structure, kernels, alone, sizes):
     """Every pass once; all that they return or change, in one list."""
-    dtype = torch.float32
+    dtype, (rows, classes) = torch.float32, sizes
     problem = random_problem(
-        N, classes, A, structure=structure, dtype=dtype, margin=0.0, epsilon=not alone
+        rows, classes, A, structure=structure, dtype=dtype, margin=0.0, epsilon=not alone
     )
     problem.labels[problem.labels == 3] = 1
     inputs, options = problem.records()
