@@ -187,7 +187,7 @@ def forward(
     dealt = Dealt(samples, labels, sizes, groups, moments, weight, z, sign)
 
     row_tiles = cdiv(sizes.N, logits_tile_of(current_configuration(weight.device), inputs).rows)
-    is_first = groups is None and sign is None  # what comes then are the logits, which count
+    is_first = groups is None and sign is None  # the logits, then: nothing sets the counters to 0
     arrived = (torch.zeros if is_first else torch.empty)(
         sizes.C + 1 + row_tiles, dtype=torch.int32, device=weight.device
     )
@@ -198,7 +198,7 @@ def forward(
             sigma.to(dtype).contiguous(), HeadWeight(weight, tangent), groups,
             None if moments is None else samples, moments, arrived,
         )  # fmt: skip
-    loss, inv_count = head_loss(
-        z, inputs, options, weight, bias, Samples.of(inputs, sign), labels, table, arrived
-    )
+    if sign is not None:
+        samples = samples._replace(epsilon=contiguous_as(inputs.epsilon, dtype), sign=sign)
+    loss, inv_count = head_loss(z, inputs, options, weight, bias, samples, labels, table, arrived)
     return Forward(z, sign, loss, inv_count, groups, table_tangent)

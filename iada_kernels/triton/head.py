@@ -161,8 +161,9 @@ def _softmax_tile(
     offs_c, col_mask = tile_at(0, BLOCK_C, C)
     is_label = offs_c[None, :] == y[:, None]
     z_label = tl.sum(tl.where(is_label, total, 0.0), axis=1)
-    row_max = tl.max(tl.where(col_mask[None, :], total, float("-inf")), axis=1)
-    p = tl.where(col_mask[None, :], tl.exp(total - row_max[:, None]), 0.0)
+    total = tl.where(col_mask[None, :], total, float("-inf"))
+    row_max = tl.max(total, axis=1)
+    p = tl.exp(total - row_max[:, None])
     row_sum = tl.sum(p, axis=1)
     loss = tl.where(y >= 0, tl.log(row_sum) + (row_max - z_label), 0.0)
     tl.store(losses + rows, tl.where(wrong, float("nan"), loss), mask=row_mask)

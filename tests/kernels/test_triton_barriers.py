@@ -39,8 +39,8 @@ common = dict(
 )
 small = Combination(classes=10, width=64, other="update", **common)
 large = Combination(classes=10, width=130, other="hypergradient", **common)
-alone = dict(common, structure="none", needs=LossNeeds(*[False] * 6), width=64, other="update")
-wide, many = (Combination(classes=classes, **alone) for classes in (130, 3000))
+alone = dict(structure="none", streams=False, needs=LossNeeds(*[False] * 6), other="update")
+wide, many = (Combination(classes=c, width=64, **common | alone) for c in (130, 3000))
 found = {}
 with compiling_for(architecture):
     recorded = {c: recorded_launches(c, architecture) for c in (small, large, wide, many)}

@@ -35,7 +35,7 @@ KERNELS = {
     "general": GENERAL,
     "softmax": replace(GENERAL, softmax_classes=0),  # a launch of its own
 }
-SMALL, WIDE = (N, C), (40, 20)  # rows and classes, of WIDE two tiles each
+SMALL, WIDE = (N, C), (70, 20)  # rows and classes: of WIDE three tiles of rows, two of classes
 # Structure of Σ, kernels, gradient by Σ alone and no ε, sizes.
 CASES = [
     ("full", "single", False, SMALL),
