@@ -136,7 +136,7 @@ def rows_and_logits(
         dealt.samples, dealt.labels, dealt.groups, count,
         None if moments is None else moments.batch_weight,
         *((dealt.weight, bias, dealt.z) if has_logits else (None, None, None)),
-        arrived, 0 if arrived is None else len(arrived), sizes,
+        arrived, 0 if arrived is None else arrived.numel(), sizes,
         like=like, tile=tile, BLOCK=configuration.group,
         BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_A=tile.depth,
     )  # fmt: skip

@@ -295,8 +295,8 @@ def head_products(
         head_backward_kernel, (programs,),
         residual, row_scale, weight, Samples.of(inputs, sign), Labels.of(inputs, options),
         quadratic, split(options.alpha), results, arrived,
-        0 if arrived is None else len(arrived), grids, sizes, rows_per_split,
-        like=weight, tile=tile, SCALE_STRIDE=int(len(row_scale) > 1),
+        0 if arrived is None else arrived.numel(), grids, sizes, rows_per_split,
+        like=weight, tile=tile, SCALE_STRIDE=int(row_scale.numel() > 1),
         B=_blocks(sums_tile, features_tile, tile),
     )  # fmt: skip
     return results._replace(
@@ -325,7 +325,7 @@ def grad_variances(
     launch(
         grad_variances_kernel, (num_classes, cdiv(width, tile.columns)),
         residual, row_scale, groups, weight, grad, split(alpha), num_classes, width,
-        like=weight, tile=tile, SCALE_STRIDE=int(len(row_scale) > 1),
+        like=weight, tile=tile, SCALE_STRIDE=int(row_scale.numel() > 1),
         BLOCK_J=tile.rows, BLOCK_A=tile.columns,
     )  # fmt: skip
     return grad
@@ -334,4 +334,4 @@ def grad_variances(
 def add_splits(partials: Tensor | None) -> Tensor | None:
     if partials is None:
         return None
-    return partials[0] if len(partials) == 1 else partials.sum(dim=0)
+    return partials[0] if partials.shape[0] == 1 else partials.sum(dim=0)

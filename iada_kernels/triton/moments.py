@@ -56,7 +56,7 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, mean: Tensor) -> "Moments":
         """For `update_class` to fill."""
-        batch_weight = mean.new_empty(len(mean))
+        batch_weight = mean.new_empty(mean.shape[0])
         return cls(mean, torch.empty_like(mean), torch.empty_like(mean), batch_weight)
 
 

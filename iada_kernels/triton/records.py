@@ -23,7 +23,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, inputs: LossInputs) -> "Sizes":
-        return cls(len(inputs.labels), *inputs.weight.shape)
+        return cls(inputs.labels.numel(), *inputs.weight.shape)
 
 
 class Labels(NamedTuple):

@@ -53,7 +53,7 @@ class Groups(NamedTuple):
     def empty(cls, labels: Labels, num_classes: int) -> "Groups":
         """For `group_class` to fill."""
         start = labels.classes.new_empty(num_classes, dtype=torch.int32)
-        return cls(start, torch.empty_like(start), start.new_empty(len(labels.classes)))
+        return cls(start, torch.empty_like(start), start.new_empty(labels.classes.numel()))
 
 
 @triton.jit
