@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+ANY_CACHE = tl.constexpr("")  # as a default; a plain string cannot be one in Triton 3.6
+
 
 @triton.jit
 def number(value, ACC: tl.constexpr):
@@ -20,7 +22,8 @@ def set_to_zero(counters, count):
 
 @triton.jit
 def load_tile(
-    base, rows, stride, columns, row_mask, column_mask, ACC: tl.constexpr, CACHE: tl.constexpr = ""
+    base, rows, stride, columns, row_mask, column_mask,
+    ACC: tl.constexpr, CACHE: tl.constexpr = ANY_CACHE,
 ):  # fmt: skip
     """base[rows, columns] as a tile in the compute dtype, 0 outside the masks.
 
@@ -54,7 +57,8 @@ def tile_axis(axis: tl.constexpr, BLOCK: tl.constexpr, size):
 @triton.jit
 def softmax_sums(
     z, rows, stride, row_mask, C,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, CACHE: tl.constexpr = "",
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, CACHE: tl.constexpr = ANY_CACHE,
 ):  # fmt: skip
     """max_j z_j and Σ_j exp(z_j − max) of each row, in two passes over its tiles."""
     row_max = tl.full([BLOCK_N], float("-inf"), dtype=ACC)
