@@ -17,7 +17,7 @@ from iada_kernels.contract import HeadTangents, LossInputs, LossNeeds, LossOptio
 from iada_kernels.triton.launch import Launch, recording
 
 ROWS = (0, 1, 2, 7, 16, 33, 64, 127, 1024, 1025, 5000)
-CLASSES = (1, 2, 3, 10, 16, 33, 100, 128, 129, 1000)
+CLASSES = (1, 2, 3, 10, 16, 33, 100, 128, 129, 3000)
 WIDTHS = (1, 2, 5, 16, 17, 40, 63, 64, 65, 128, 640, 2048)
 FLOATS = {
     "float32": torch.float32,

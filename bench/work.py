@@ -136,8 +136,8 @@ def work_of(launch: Launch, present: int) -> Work:
 
 def _unread(name: str, argument: str, arguments: dict[str, Any]) -> bool:
     if name == "rows_and_logits_kernel":
-        readers = {"samples.features": "z", "labels.classes": "groups.order"}
-        return argument in readers and arguments.get(readers[argument]) is None
+        made_of = {"samples.features": "z", "labels.classes": "groups.order"}
+        return argument in made_of and arguments.get(made_of[argument]) is None
     if name == "moments_and_sign_kernel":
         if argument.startswith(("samples.", "groups.")):
             return "moments.mean" not in arguments

@@ -245,8 +245,10 @@ def hypergradient(
         return grad_epsilon, None
     if not inputs.has_full_covariance:
         return grad_epsilon, Sums(residual, z_tangent, inv_count, options.alpha, groups)
-    sums = (class_sums(rows, labels, inv_count, options.alpha) for rows in (residual, z_tangent))
-    return grad_epsilon, Sums(*sums, None, options.alpha, groups)
+    sums, curvature = (
+        class_sums(rows, labels, inv_count, options.alpha) for rows in (residual, z_tangent)
+    )
+    return grad_epsilon, Sums(sums, curvature, None, options.alpha, groups)
 
 
 def covariance_step(
