@@ -88,7 +88,7 @@ def _softmax_and_loss(a: dict[str, Any]) -> float:
     loss = 1 + math.ceil(a["sizes.N"] / a["BLOCK"]) / 4 if "reduction.loss" in a else 0
     if a["ALONE"]:
         return loss
-    return a["BLOCK_N"] / a["ROWS"] * (2 + _cut("sizes.C", "BLOCK_SOFTMAX", 3)(a)) + loss
+    return a["BLOCK_N"] / a["ROWS"] * (2 + _cut("sizes.C", "BLOCK_C", 3)(a)) + loss
 
 
 def _head_backward_steps(a: dict[str, Any]) -> float:

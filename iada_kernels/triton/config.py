@@ -68,8 +68,8 @@ class Configuration:
     tangent: Tile  # (N, C, A)
     diagonal_tangent: Tile
     sign: Tile  # (N, A, C); the moments take its warps and stages
-    softmax: Tile  # (N, C, -); rows and warps where it is a launch of its own
-    softmax_classes: int  # up to here it is part of the logits' launch
+    softmax: Tile  # (N, C, -), where it is a launch of its own
+    softmax_classes: int  # up to here, but for a diagonal Σ, it is part of the logits' launch
     grad_features: Tile  # (N, A, C)
     grad_weight: Tile  # (C, A, N); class_sums and grad_features take its warps and stages
     diagonal_weight: Tile
@@ -95,8 +95,8 @@ NVIDIA = Configuration(
     tangent=Tile(32, 64, 16, warps=8),
     diagonal_tangent=Tile(16, 32, 16),
     sign=Tile(32, 64, 16, warps=8),
-    softmax=Tile(4, 256, 0),
-    softmax_classes=2048,
+    softmax=Tile(2, 512, 0),
+    softmax_classes=256,  # more would take one program longer than another launch
     grad_features=Tile(32, 64, 32),
     grad_weight=Tile(32, 64, 16),
     diagonal_weight=Tile(16, 32, 16),

@@ -13,7 +13,8 @@ would cancel; for a full Σ the class pass gives R (C, C).
 First logits and sign share their launches with the statistics, see `forward`. z̃, softmax and loss
 are one launch: where a program has all classes of its rows it goes on with them, otherwise the
 last one of the rows does, and the last of all adds up ℓ. Where a row has so many classes that one
-program would hold up the others, softmax and loss have a launch of their own.
+program would hold up the others, or several tiles and Σ is diagonal, softmax and loss have a launch
+of their own.
 
 A row that does not count has D = 0 and ℓ = 0. A label that is no class makes its loss NaN.
 """
@@ -227,7 +228,7 @@ def logits_kernel(
     samples, weight, bias, labels, diagonal, terms, z, losses, reduction, arrived, sizes,
     ALONE: tl.constexpr, MEAN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_SOFTMAX: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """ALONE: a program has all classes of its rows. Otherwise one takes ROWS at a time."""
@@ -252,7 +253,7 @@ def logits_kernel(
             for part in range(BLOCK_N // ROWS):
                 index = row * (BLOCK_N // ROWS) + part
                 # Other multiprocessors stored z̃: past the first-level cache.
-                _softmax_rows(z, labels, losses, index, N, C, ROWS, BLOCK_SOFTMAX, ".cg", ACC)
+                _softmax_rows(z, labels, losses, index, N, C, ROWS, BLOCK_C, ".cg", ACC)
             if reduction is not None:
                 _reduce_if_last(losses, labels, reduction, arrived + C, N, MEAN, BLOCK, ACC)
 
@@ -300,15 +301,18 @@ def head_loss(
     terms = Terms(Table.of(table), split(options.alpha), log_prior, split(options.beta))
     tile, is_mean = logits_tile_of(configuration, inputs), options.reduction == "mean"
     grid, softmax = tile.grid(sizes.N, sizes.C), (losses, reduction, arrived)
-    is_joined = configuration.softmax_classes >= sizes.C
+    is_alone, diagonal = grid[1] == 1, Diagonal.of(inputs, weight)
+    # Beside the products of a diagonal Σ another loop would not find registers.
+    has_room = is_alone or diagonal is None
+    is_joined = has_room and configuration.softmax_classes >= sizes.C
     launch(
         logits_kernel, grid,
         samples, weight, bias, labels,
-        Diagonal.of(inputs, weight), terms, z, *(softmax if is_joined else (None,) * 3), sizes,
-        like=weight, tile=tile, ALONE=grid[1] == 1, MEAN=is_mean,
+        diagonal, terms, z, *(softmax if is_joined else (None,) * 3), sizes,
+        like=weight, tile=tile, ALONE=is_alone, MEAN=is_mean,
         BLOCK_N=tile.rows, BLOCK_C=tile.columns, BLOCK_A=tile.depth,
         ROWS=tile.warps,  # so that one warp adds a row up, in few registers
-        BLOCK_SOFTMAX=configuration.softmax.columns, BLOCK=configuration.group,
+        BLOCK=configuration.group,
     )  # fmt: skip
     if not is_joined:
         tile = configuration.softmax

@@ -3,9 +3,9 @@
 Launches of this package, for a full Σ and ε given (a sum over partials may add one of torch's):
     forward   4  rows of each class and first logits, moments and sign, class pass, logits and loss
     backward  2  products of D (class sums, features, weight), class pass onto the weight
-With a diagonal Σ 3 and 2, without Σ 3 and 1; the streaming update adds none. With so many classes
-that softmax and loss are not part of the logits' launch one more. Where W and Σ_c fit in one
-program: forward 1, backward 1 (`single_launch`).
+With a diagonal Σ 3 and 2, without Σ 3 and 1; the streaming update adds none. One more where softmax
+and loss are not part of the logits' launch, see `head`. Where W and Σ_c fit in one program: forward
+1, backward 1 (`single_launch`).
 """
 
 from typing import NamedTuple
