@@ -146,21 +146,21 @@ def covariance_update(
 
 
 def flatten(saved: SavedLoss | SavedParts) -> list[Tensor | None]:
-    """The tensors of `saved` as one list."""
+    """The tensors of `saved` as one list, whose first is None for a single launch's."""
     if isinstance(saved, SavedParts):
-        return list(saved)
+        return [None, *saved]
     return [saved.residual, saved.sign, saved.inv_count, *(saved.groups or (None,) * 3)]
 
 
 def unflatten(tensors: list[Tensor | None]) -> SavedLoss | SavedParts:
-    """The inverse of `flatten`; its two records differ in length."""
-    if len(tensors) == len(SavedParts._fields):
-        size, sums, *parts = tensors
+    """The inverse of `flatten`."""
+    residual, *others = tensors
+    if residual is None:
+        size, sums, *parts = others
         assert size is not None
         assert sums is not None
         return SavedParts(size, sums, *parts)
-    residual, sign, inv_count, start, size, order = tensors
-    assert residual is not None
+    sign, inv_count, start, size, order = others
     if start is None or size is None or order is None:
         return SavedLoss(residual, sign, inv_count, None)
     return SavedLoss(residual, sign, inv_count, Groups(start, size, order))
