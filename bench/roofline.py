@@ -6,7 +6,7 @@ grid, and the programs that registers and shared memory let a multiprocessor hol
     time = start + max(bytes, operations, chain)
     bytes       through memory at its sustained rate, or at what those at work can ask for
     operations  of the multiprocessor that gets most programs, at its sustained rate
-    chain       rounds of programs × the dependent reads of one of them × latency / stages
+    chain       dependent reads, of the longest program or of all shared out × latency / stages
 
 The constants are of the data sheet or assumed, and are written into the JSON with the predictions:
 they are there to be found wrong. What torch itself launches (means over classes, filling a counter,
@@ -18,7 +18,7 @@ import datetime
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,11 @@ from bench.offline import CUDA_RESERVED, Usage, compiled, compiling_for, usage
 from bench.shapes import SHAPES, Shape, draw_labels
 from bench.work import Work, work_of
 from iada_kernels.environment import environment, headline
+from iada_kernels.triton.head_backward import Grid
 from iada_kernels.triton.launch import INTERPRETED, Launch
+
+Arguments = dict[str, Any]  # of a launch, records as `record.field`
+Tasks = list[tuple[int, float]]  # programs, dependent reads of each
 
 
 @dataclass(frozen=True)
@@ -70,17 +74,6 @@ def _cut(axis: str, block: str, times: int = 1) -> Callable[[dict[str, Any]], fl
     return lambda a: times * math.ceil(a[axis] / a[block])
 
 
-def _rows_and_logits_steps(a: dict[str, Any]) -> float:
-    """Of the task whose programs have most; those of both run side by side."""
-    rows = 2 * math.ceil(a["sizes.N"] / a["BLOCK"]) if "groups.order" in a else 0
-    return max(rows, 0 if a["z"] is None else 2 + _cut("sizes.A", "BLOCK_A")(a))
-
-
-def _moments_and_sign_steps(a: dict[str, Any], rows: float) -> float:
-    moments = 2 + 3 * math.ceil(rows / a["BLOCK_M"]) if "moments.mean" in a else 0
-    return max(moments, 0 if a["sign"] is None else 2 + _cut("sizes.C", "BLOCK_C", 2)(a))
-
-
 def _softmax_and_loss(a: dict[str, Any]) -> float:
     """By the last program of a tile of rows, and by the last of all."""
     if a["losses"] is None:
@@ -89,17 +82,6 @@ def _softmax_and_loss(a: dict[str, Any]) -> float:
     if a["ALONE"]:
         return loss
     return a["BLOCK_N"] / a["ROWS"] * (2 + _cut("sizes.C", "BLOCK_C", 3)(a)) + loss
-
-
-def _head_backward_steps(a: dict[str, Any]) -> float:
-    """Of the product whose programs have most; they run side by side."""
-    rows = min(a["rows_per_split"], a["sizes.N"])
-    steps = {
-        "sums": math.ceil(rows / a["B.SUMS_N"].value),
-        "features": 1 + math.ceil(a["sizes.C"] / a["B.FEATURES_C"].value),
-        "weight": 2 + math.ceil(rows / a["B.WEIGHT_N"].value),
-    }
-    return max(steps[name] for name in steps if f"grids.{name}.rows" in a)
 
 
 def _single_launch_steps(a: dict[str, Any], rows: float) -> float:
@@ -113,19 +95,64 @@ def _single_launch_steps(a: dict[str, Any], rows: float) -> float:
     return steps + math.ceil(rows / size["M"]) * products
 
 
-# Dependent reads of one program, one for each turn of its loops; `rows` is the largest class.
-STEPS: dict[str, Callable[[dict[str, Any], float], float]] = {
-    "rows_and_logits_kernel": lambda a, rows: _rows_and_logits_steps(a),
-    "moments_and_sign_kernel": lambda a, rows: _moments_and_sign_steps(a, rows),
-    "class_pass_kernel": lambda a, rows: (
-        2 + math.ceil(rows / a["BLOCK_K"]) + math.ceil(a["C"] / a["BLOCK_J"])
-    ),
-    "logits_kernel": lambda a, rows: 2 + _cut("sizes.A", "BLOCK_A")(a),
-    "softmax_kernel": lambda a, rows: 2 + _cut("C", "BLOCK_C", 3)(a),
-    "class_pass_weight_kernel": lambda a, rows: a["items_per_split"],
-    "head_backward_kernel": lambda a, rows: _head_backward_steps(a),
-    "single_launch_kernel": _single_launch_steps,
-    "single_launch_backward_kernel": lambda a, rows: 2 + math.ceil(a["sizes.C"] / a["BLOCK_C"]),
+def _rows_and_logits(a: Arguments, counts: Sequence[int], programs: int) -> Tasks:
+    groups = a["sizes.C"] if "groups.order" in a else 0
+    return [
+        (groups, 2 * math.ceil(a["sizes.N"] / a["BLOCK"])),
+        (programs - groups, 0 if a["z"] is None else 2 + _cut("sizes.A", "BLOCK_A")(a)),
+    ]
+
+
+def _moments_and_sign(a: Arguments, counts: Sequence[int], programs: int) -> Tasks:
+    columns, tasks = math.ceil(a["sizes.A"] / a["COLUMNS"]), []
+    if "moments.mean" in a:
+        programs -= columns * a["sizes.C"]
+        tasks = [(columns, 2 + 3 * math.ceil(rows / a["BLOCK_M"])) for rows in counts]
+    if a["sign"] is not None:
+        tasks.append((programs, 2 + _cut("sizes.C", "BLOCK_C", 2)(a)))
+    return tasks
+
+
+def _class_pass(a: Arguments, counts: Sequence[int], programs: int) -> Tasks:
+    tiles = math.isqrt(programs // a["C"])
+    products = math.ceil(a["C"] / a["BLOCK_J"])
+    return [
+        (tiles * (tiles + 1) // 2, 2 + math.ceil(rows / a["BLOCK_K"]) + products) for rows in counts
+    ]
+
+
+def _head_backward(a: Arguments, counts: Sequence[int], programs: int) -> Tasks:
+    rows = min(a["rows_per_split"], a["sizes.N"])
+    reads = {
+        "sums": math.ceil(rows / a["B.SUMS_N"].value),
+        "features": 1 + math.ceil(a["sizes.C"] / a["B.FEATURES_C"].value),
+        "weight": 2 + math.ceil(rows / a["B.WEIGHT_N"].value),
+    }
+    return [
+        (math.prod(a[f"grids.{name}.{axis}"] for axis in Grid._fields), reads[name])
+        for name in reads
+        if f"grids.{name}.rows" in a
+    ]
+
+
+# Of launches whose programs differ: how many there are of each kind that do not leave at once
+# (of a class without rows, or above Σ's diagonal), and what one reads.
+DEALT: dict[str, Callable[[Arguments, Sequence[int], int], Tasks]] = {
+    "rows_and_logits_kernel": _rows_and_logits,
+    "moments_and_sign_kernel": _moments_and_sign,
+    "class_pass_kernel": _class_pass,
+    "head_backward_kernel": _head_backward,
+    "single_launch_kernel": lambda a, counts, programs: [
+        (1, _single_launch_steps(a, rows)) for rows in counts
+    ],
+}
+
+# Dependent reads of one program, one for each turn of its loops, where all are alike.
+STEPS: dict[str, Callable[[Arguments], float]] = {
+    "logits_kernel": lambda a: 2 + _cut("sizes.A", "BLOCK_A")(a),
+    "softmax_kernel": lambda a: 2 + _cut("C", "BLOCK_C", 3)(a),
+    "class_pass_weight_kernel": lambda a: a["items_per_split"],
+    "single_launch_backward_kernel": lambda a: 2 + math.ceil(a["sizes.C"] / a["BLOCK_C"]),
 }
 
 # What the program that arrives last reads in the end; for sums reads do not wait.
@@ -139,32 +166,37 @@ LAST: dict[str, Callable[[dict[str, Any]], float]] = {
 }
 
 
-def working_programs(launch: Launch, arguments: Mapping[str, Any], present: int) -> int:
-    """Programs that do not leave at once: of a class without rows, or above Σ's diagonal."""
-    name, count = launch.kernel.fn.__name__, math.prod(launch.grid)
-    if name == "class_pass_kernel":
-        tiles = math.isqrt(launch.grid[0])
-        return tiles * (tiles + 1) // 2 * present
-    if name == "moments_and_sign_kernel" and "moments.mean" in arguments:
-        columns = math.ceil(arguments["sizes.A"] / arguments["COLUMNS"])
-        return count - columns * (arguments["sizes.C"] - present)
-    if name == "single_launch_kernel":
-        return present
-    return count
+def tasks_of(launch: Launch, arguments: Arguments, counts: Sequence[int]) -> Tasks:
+    """Programs that do work, and the dependent reads of each; `counts` as for `predict`."""
+    name, programs = launch.kernel.fn.__name__, math.prod(launch.grid)
+    if name in DEALT:
+        return [task for task in DEALT[name](arguments, counts, programs) if task[0]]
+    return [(programs, STEPS[name](arguments))]
+
+
+def waits(tasks: Tasks, slots: int) -> float:
+    """Reads one after the other, with `slots` programs at a time: those alike start in rounds,
+    others fill each other's gaps but for the longest."""
+    if len(tasks) == 1:
+        ((programs, reads),) = tasks
+        return math.ceil(programs / slots) * reads
+    return max(
+        max(reads for _, reads in tasks), sum(programs * reads for programs, reads in tasks) / slots
+    )
 
 
 def predict(
-    machine: Machine, launch: Launch, used: Usage, work: Work, present: int, largest: int
+    machine: Machine, launch: Launch, used: Usage, work: Work, counts: Sequence[int]
 ) -> dict[str, Any]:
-    """Seconds of one launch and what they are made of; `largest` class of the batch, in rows."""
+    """Seconds of one launch and what they are made of; `counts` are the rows of classes present."""
     name, arguments = launch.kernel.fn.__name__, launch.leaves()
-    programs = working_programs(launch, arguments, present)
+    tasks = tasks_of(launch, arguments, counts)
+    programs = sum(count for count, _ in tasks)
     held = resident(machine, used, launch.num_warps)
     busiest = math.ceil(programs / machine.multiprocessors) / programs  # its share of all work
     rates = {"tf32": machine.tf32_per_second, "tf32x3": machine.tf32_per_second / 3}
     rate = rates.get(str(launch.arguments.get("DOT")), machine.float32_per_second)
-    rounds = math.ceil(programs / (machine.multiprocessors * held))
-    reads = rounds * STEPS[name](arguments, largest)
+    reads = waits(tasks, machine.multiprocessors * held)
     if name in LAST:
         reads += LAST[name](arguments)
     parts = {
@@ -214,23 +246,20 @@ class _TorchLaunches(TorchDispatchMode):
 def predict_step(machine: Machine, shape: Shape) -> dict[str, Any]:
     """Forward, backward and update in float32, as `bench.gpu` measures them."""
     labels = draw_labels(shape, torch.Generator().manual_seed(0))
-    counts = labels[labels != shape.ignore_index].bincount()
-    present, largest = int((counts > 0).sum()), int(counts.max())
+    counts = [rows for rows in labels[labels != shape.ignore_index].bincount().tolist() if rows]
     with compiling_for(machine.architecture):
         with _TorchLaunches() as torch_launches:
             _, launches = next(recorded(shape, machine.architecture))
         kernels = [
-            predict(
-                machine, launch, usage(compiled(launch)), work_of(launch, present), present, largest
-            )
+            predict(machine, launch, usage(compiled(launch)), work_of(launch, len(counts)), counts)
             for launch in launches
         ]
     names = torch_launches.names
     ours = sum(row["us"] for row in kernels)
     return {
         "shape": str(shape),
-        "classes_present": present,
-        "largest_class": largest,
+        "classes_present": len(counts),
+        "largest_class": max(counts),
         "us": round(ours + 1e6 * machine.start * len(names), 1),
         "us_of_bytes_alone": round(
             1e6 * sum(row["bytes"] for row in kernels) / machine.bytes_per_second, 1

@@ -11,7 +11,7 @@ if torch.cuda.is_available():
 
 from bench.launches import recorded
 from bench.offline import Usage
-from bench.roofline import H200, STEPS, predict, resident, working_programs
+from bench.roofline import H200, predict, resident, tasks_of, waits
 from bench.shapes import SHAPES
 from bench.work import Work, work_of
 from iada_kernels.contract import ClassStatistics, LossNeeds
@@ -78,8 +78,7 @@ def test_what_a_multiprocessor_holds(change, programs):
 def test_every_launch_of_a_step_is_predicted(shape):
     _, launches = next(recorded(SHAPES[shape], "sm_90"))
     for launch in launches:
-        found = predict(H200, launch, USED, work_of(launch, 5), present=5, largest=20)
-        assert found["kernel"] in STEPS
+        found = predict(H200, launch, USED, work_of(launch, 5), [4, 4, 1, 20, 3])
         assert found["us"] > 1e6 * H200.start
         assert 0 < found["working_programs"] <= torch.Size(launch.grid).numel()
 
@@ -87,10 +86,13 @@ def test_every_launch_of_a_step_is_predicted(shape):
 def test_the_slowest_part_decides():
     _, launches = next(recorded(SHAPES["cifar10-wrn"], "sm_90"))
     (launch,) = (each for each in launches if each.kernel.fn.__name__ == "class_pass_kernel")
-    assert working_programs(launch, launch.leaves(), present=5) == 55 * 5
+    counts = [4, 4, 1, 20, 3]
+    tasks = tasks_of(launch, launch.leaves(), counts)
+    assert sum(programs for programs, _ in tasks) == 55 * 5
+    assert max(reads for _, reads in tasks) == tasks[3][1] > tasks[2][1]
 
     def bound(work: Work) -> tuple[str, float]:
-        found = predict(H200, launch, USED, work, present=5, largest=20)
+        found = predict(H200, launch, USED, work, counts)
         return found["bound"], found["us"]
 
     assert bound(Work(1.0, 1.0))[0] == "chain"
@@ -98,3 +100,16 @@ def test_the_slowest_part_decides():
     assert name == "bytes"
     assert us == pytest.approx(1002, abs=0.1)
     assert bound(Work(1.0, 1e12))[0] == "operations"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "reads"),
+    [
+        ([(5, 3)], 6),  # two rounds
+        ([(4, 3)], 3),
+        ([(1, 100), (40, 3)], 100),  # the others pass beside the longest
+        ([(4, 10), (400, 3)], 310),
+    ],
+)
+def test_programs_wait_for_each_other_in_rounds_and_beside_longer_ones(tasks, reads):
+    assert waits(tasks, slots=4) == reads
