@@ -129,9 +129,9 @@ def _head_backward(a: Arguments, counts: Sequence[int], programs: int) -> Tasks:
         "weight": 2 + math.ceil(rows / a["B.WEIGHT_N"].value),
     }
     return [
-        (math.prod(a[f"grids.{name}.{axis}"] for axis in Grid._fields), reads[name])
+        (math.prod(a[f"{name}_grid.{axis}"] for axis in Grid._fields), reads[name])
         for name in reads
-        if f"grids.{name}.rows" in a
+        if f"{name}_grid.rows" in a
     ]
 
 

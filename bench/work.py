@@ -74,7 +74,7 @@ def _head_if(result: str) -> Callable[..., float]:
 
 
 def _head_backward(a: dict[str, Any], present: int) -> float:
-    products = ("grids.features.rows" in a) + ("grids.weight.rows" in a)
+    products = ("features_grid.rows" in a) + ("weight_grid.rows" in a)
     return _head(products, 1)(a, present)
 
 
@@ -145,11 +145,11 @@ def _unread(name: str, argument: str, arguments: dict[str, Any]) -> bool:
     if name == "head_backward_kernel":
         has_quadratic = "quadratic.alpha.high" in arguments
         readers = {
-            "labels.classes": has_quadratic or "grids.sums.rows" in arguments,
-            "weight": has_quadratic or "grids.features.rows" in arguments,
-            "samples.features": "grids.weight.rows" in arguments,
-            "samples.epsilon": "grids.weight.rows" in arguments,
-            "samples.sign": "grids.weight.rows" in arguments
+            "labels.classes": has_quadratic or "sums_grid.rows" in arguments,
+            "weight": has_quadratic or "features_grid.rows" in arguments,
+            "samples.features": "weight_grid.rows" in arguments,
+            "samples.epsilon": "weight_grid.rows" in arguments,
+            "samples.sign": "weight_grid.rows" in arguments
             or arguments["results.epsilon"] is not None,
         }
         if argument in readers:

@@ -18,7 +18,7 @@ from iada_kernels.layout import unit_inner_stride
 from iada_kernels.triton.config import cdiv
 from iada_kernels.triton.device import load_tile, softmax_sums, tile_axis
 from iada_kernels.triton.launch import current_configuration, launch
-from iada_kernels.triton.records import Sizes
+from iada_kernels.triton.records import Sizes, as_operand
 
 COLUMNS = 8
 
@@ -143,7 +143,7 @@ def characteristics(
     dtype = torch.promote_types(torch.float32, logits.dtype)
     configuration = current_configuration(features.device)
     tile, (count, num_classes) = configuration.statistics, logits.shape
-    features, logits = unit_inner_stride(features), unit_inner_stride(logits)
+    features, logits = as_operand(features, dtype), unit_inner_stride(logits)
     out = torch.empty(count, COLUMNS, dtype=dtype, device=features.device)
     k = max(0, min(neighbours, count - 1))
     launch(

@@ -35,7 +35,7 @@ from iada_kernels.triton.head import (
 )
 from iada_kernels.triton.launch import current_configuration, launch
 from iada_kernels.triton.moments import Moments, update_class
-from iada_kernels.triton.records import Labels, Samples, Sizes
+from iada_kernels.triton.records import Labels, Samples, Sizes, sign_dtype
 from iada_kernels.triton.rows import Groups, group_class
 
 
@@ -43,7 +43,7 @@ class Forward(NamedTuple):
     """What later passes need."""
 
     residual: Tensor  # D (N, C)
-    sign: Tensor | None  # s (N, A) int8
+    sign: Tensor | None  # s (N, A)
     loss: Tensor  # (N) or ()
     inv_count: Tensor | None  # (1), 1/n for the mean, 1 for the sum
     groups: Groups | None
@@ -113,7 +113,7 @@ class Dealt(NamedTuple):
     moments: Moments | None = None
     weight: Tensor | None = None  # with it z, and s where there is an ε
     z: Tensor | None = None  # (N, C)
-    sign: Tensor | None = None  # (N, A) int8
+    sign: Tensor | None = None  # (N, A)
 
 
 def rows_and_logits(
@@ -174,7 +174,7 @@ def forward(
     sigma, dtype, full = inputs.covariance, inputs.compute_dtype, inputs.has_full_covariance
     weight, bias = inputs.weight.to(dtype).contiguous(), contiguous_as(inputs.bias, dtype)
     samples, labels, sizes = (
-        Samples.plain(inputs.features), Labels.of(inputs, options), Sizes.of(inputs)
+        Samples.plain(inputs.features, dtype), Labels.of(inputs, options), Sizes.of(inputs)
     )  # fmt: skip
     groups = moments = count = sign = table = table_tangent = None
     if needs_rows or full or stream is not None:
@@ -183,7 +183,7 @@ def forward(
         moments, count = Moments.of(stream.mean), stream.count
     z = weight.new_empty(sizes.N, sizes.C)
     if inputs.epsilon is not None:
-        sign = torch.empty(inputs.features.shape, dtype=torch.int8, device=weight.device)
+        sign = weight.new_empty(inputs.features.shape, dtype=sign_dtype(dtype))
     dealt = Dealt(samples, labels, sizes, groups, moments, weight, z, sign)
 
     row_tiles = cdiv(sizes.N, logits_tile_of(current_configuration(weight.device), inputs).rows)

@@ -51,14 +51,6 @@ class Grid(NamedTuple):
     splits: int
 
 
-class Grids(NamedTuple):
-    """Of each product that is asked for; the programs are dealt out in this order."""
-
-    sums: Grid | None
-    features: Grid | None
-    weight: Grid | None
-
-
 class Blocks(NamedTuple):
     """The tiles of the products: rows, columns and steps."""
 
@@ -176,36 +168,37 @@ def _tile_of(program, grid):
 @triton.jit
 def head_backward_kernel(
     residual, row_scale, weight, samples, labels, quadratic, factor, results, arrived,
-    num_arrived, grids, sizes, rows_per_split,
+    num_arrived, sums_grid, features_grid, weight_grid, sizes, rows_per_split,
     SCALE_STRIDE: tl.constexpr, B: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
+    """Programs are dealt out to the products, grid by grid; None is a product not asked for."""
     N, C, _ = sizes
     program = tl.program_id(0)
     if arrived is not None:  # for the class pass, which comes after all of this
         if program == 0:
             set_to_zero(arrived, num_arrived)
-    if grids.sums is not None:
-        count = grids.sums.rows * grids.sums.columns * grids.sums.splits
+    if sums_grid is not None:
+        count = sums_grid.rows * sums_grid.columns * sums_grid.splits
         if program < count:
-            row, column, split_id = _tile_of(program, grids.sums)
+            row, column, split_id = _tile_of(program, sums_grid)
             sum_by_class(
                 residual, labels, row_scale, factor, results.sums, row, column, split_id,
                 N, C, rows_per_split, SCALE_STRIDE, B.SUMS_C, B.SUMS_J, B.SUMS_N, ACC, DOT,
             )  # fmt: skip
         program -= count
-    if grids.features is not None:
-        count = grids.features.rows * grids.features.columns
+    if features_grid is not None:
+        count = features_grid.rows * features_grid.columns
         if (program >= 0) & (program < count):
-            row, column, _ = _tile_of(program, grids.features)
+            row, column, _ = _tile_of(program, features_grid)
             _grad_features(
                 residual, weight, row_scale, samples.sign, results.features, results.epsilon,
                 row, column, sizes,
                 SCALE_STRIDE, B.FEATURES_N, B.FEATURES_A, B.FEATURES_C, ACC, DOT,
             )  # fmt: skip
         program -= count
-    if grids.weight is not None:
+    if weight_grid is not None:
         if program >= 0:
-            row, column, split_id = _tile_of(program, grids.weight)
+            row, column, split_id = _tile_of(program, weight_grid)
             _grad_weight(
                 residual, weight, row_scale, samples, labels, quadratic,
                 results.weight, results.bias, row, column, split_id, sizes, rows_per_split,
@@ -289,13 +282,13 @@ def head_products(
         weight=empty(wanted.weight, splits, sizes.C, sizes.A),
         bias=empty(wanted.bias, splits, sizes.C),
     )
-    grids = Grids(sums, features, head)
+    grids = sums, features, head
     programs = sum(g.rows * g.columns * g.splits for g in grids if g is not None)
     launch(
         head_backward_kernel, (programs,),
         residual, row_scale, weight, Samples.of(inputs, sign), Labels.of(inputs, options),
         quadratic, split(options.alpha), results, arrived,
-        0 if arrived is None else arrived.numel(), grids, sizes, rows_per_split,
+        0 if arrived is None else arrived.numel(), *grids, sizes, rows_per_split,
         like=weight, tile=tile, SCALE_STRIDE=int(row_scale.numel() > 1),
         B=_blocks(sums_tile, features_tile, tile),
     )  # fmt: skip

@@ -41,7 +41,7 @@ class SavedLoss(NamedTuple):
     """What the backward pass needs beside the inputs."""
 
     residual: Tensor  # D (N, C)
-    sign: Tensor | None  # s (N, A) int8
+    sign: Tensor | None  # s (N, A)
     inv_count: Tensor | None  # (1), 1/n for the mean, 1 for the sum
     groups: Groups | None
 
@@ -135,7 +135,8 @@ def covariance_update(
     """One batch, in place on covariance (C, A, A) or (C, A), mean (C, A) and count (C) int64."""
     state = (covariance, mean, count)
     written = sigma, mean, count = writable(state, mean.dtype)
-    samples, rows, full = Samples.plain(features), Labels(labels.contiguous(), -1), sigma.dim() == 3
+    samples, full = Samples.plain(features, mean.dtype), sigma.dim() == 3
+    rows = Labels(labels.contiguous(), -1)
     groups, moments = Groups.empty(rows, len(mean)), Moments.of(mean)
     dealt = Dealt(samples, rows, Sizes(len(labels), *mean.shape), groups, moments)
     rows_and_logits(dealt, mean, count)

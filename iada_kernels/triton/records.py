@@ -3,15 +3,30 @@
 Each field is specialised as if it were an argument of its own: pointers and sizes by divisibility
 by 16, and None, for what is absent, as a constant. In kernels a record is Triton's own tuple, so
 that no field can be called `values` or `type`; no argument of a kernel can be called `stream`. A
-record that a kernel compares with None must have no None among its fields: Triton 3.6 cannot.
+record that a kernel compares with None must have no None among its fields: Triton 3.6 cannot. Nor
+one that holds records with sizes in them: behind a branch it forgets those that are 1.
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.layout import contiguous_as, unit_inner_stride
+
+
+def as_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of a product: neighbours along the last axis side by side, and float64 where `dtype` is.
+
+    Triton 3.6 compiles no product of float64 whose operands a kernel converts; others it does.
+    """
+    return unit_inner_stride(tensor.to(dtype) if dtype == torch.float64 else tensor)
+
+
+def sign_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of s, an operand too, where sums are of `dtype`."""
+    return dtype if dtype == torch.float64 else torch.int8
 
 
 class Sizes(NamedTuple):
@@ -43,18 +58,18 @@ class Samples(NamedTuple):
     features: Tensor  # (N, A) of any float
     stride: int  # elements from one row to the next
     epsilon: Tensor | None  # (N)
-    sign: Tensor | None  # (N, A) int8
+    sign: Tensor | None  # (N, A) of `sign_dtype`
 
     @classmethod
-    def plain(cls, features: Tensor) -> "Samples":
-        """Without ε."""
-        features = unit_inner_stride(features)
+    def plain(cls, features: Tensor, dtype: torch.dtype) -> "Samples":
+        """Without ε, where sums are of `dtype`."""
+        features = as_operand(features, dtype)
         return cls(features, features.stride(0), None, None)
 
     @classmethod
     def of(cls, inputs: LossInputs, sign: Tensor | None) -> "Samples":
         """With ε in the compute dtype, where there is a sign."""
-        samples = cls.plain(inputs.features)
+        samples = cls.plain(inputs.features, inputs.compute_dtype)
         if sign is None:
             return samples
         epsilon = contiguous_as(inputs.epsilon, inputs.compute_dtype)

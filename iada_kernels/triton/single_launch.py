@@ -26,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.contract import ClassStatistics, LossInputs, LossNeeds, LossOptions
-from iada_kernels.layout import unit_inner_stride
 from iada_kernels.triton.class_loss import (
     Blocks,
     Head,
@@ -38,7 +37,7 @@ from iada_kernels.triton.class_loss import (
 )
 from iada_kernels.triton.config import SingleLaunchLimits, next_power_of_2
 from iada_kernels.triton.launch import current_configuration, launch, split
-from iada_kernels.triton.records import Labels, Samples, Sizes
+from iada_kernels.triton.records import Labels, Samples, Sizes, as_operand, sign_dtype
 from iada_kernels.triton.rows import scan_rows
 
 
@@ -100,10 +99,10 @@ def loss_forward(
 
     `stream` and `inputs.covariance` are updated in place.
     """
-    features, weight = unit_inner_stride(inputs.features), unit_inner_stride(inputs.weight)
     vectors = (inputs.bias, inputs.epsilon, inputs.log_prior)
     bias, epsilon, log_prior = (None if v is None else v.contiguous() for v in vectors)
     sizes, dtype = Sizes.of(inputs), inputs.compute_dtype
+    features, weight = (as_operand(each, dtype) for each in (inputs.features, inputs.weight))
     count, num_classes, width = sizes
 
     def fresh(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -117,7 +116,7 @@ def loss_forward(
         covariance=fresh(num_classes, width, width) if needs.covariance else None,
         epsilon=fresh(count) if needs.epsilon else None,
     )
-    sign = None if epsilon is None else fresh(count, width, dtype=torch.int8)
+    sign = None if epsilon is None else fresh(count, width, dtype=sign_dtype(dtype))
     keeps_residual = sign is not None or needs.features or needs.weight
     scratch = Scratch(
         order=fresh(count, dtype=torch.int32),

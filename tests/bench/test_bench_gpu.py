@@ -142,7 +142,7 @@ def test_every_launch_has_its_work(shape):
             assert work.bytes > 0
             products, leaves = each.kernel.fn.__name__ in OPERATIONS, each.leaves()
             if each.kernel.fn.__name__ == "head_backward_kernel":  # its class sums alone have none
-                products = "grids.features.rows" in leaves or "grids.weight.rows" in leaves
+                products = "features_grid.rows" in leaves or "weight_grid.rows" in leaves
             for name, result in (("rows_and_logits", "z"), ("moments_and_sign", "sign")):
                 if each.kernel.fn.__name__ == f"{name}_kernel":
                     products = leaves[result] is not None
