@@ -93,7 +93,10 @@ def errors(run: Run, name: str, shape: Shape) -> None:
     state = make_state(shape, problem)
     for dtype in (torch.float32, torch.bfloat16):
         label = str(dtype).removeprefix("torch.")
-        given, new = (_with_features(p, dtype) for p in (problem, other))
+        given, new = (
+            replace(p, features=p.features.detach().to(dtype).requires_grad_())
+            for p in (problem, other)
+        )
         judgement = run.attempt(
             f"{name}: errors, {label}", 20, partial(_errors, shape, given, state, None)
         )
@@ -136,10 +139,6 @@ def _errors(
 
 def _changing(problem: Problem) -> tuple[torch.Tensor, ...]:
     return (*problem.differentiable, problem.labels, problem.log_prior)
-
-
-def _with_features(problem: Problem, dtype: torch.dtype) -> Problem:
-    return replace(problem, features=problem.features.detach().to(dtype).requires_grad_())
 
 
 def _judge(run: Run, what: str, judgement: dict[str, dict[str, Any]] | None) -> None:

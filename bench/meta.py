@@ -140,7 +140,8 @@ def timed_row(name: str, rounds: int, compiled: bool) -> dict[str, float]:
     """Medians of the ratios to plain SGD round by round; SGD's own median in milliseconds."""
     modes = _modes(compiled)
     sides = {mode: step_of(name, mode) for mode in ("sgd", *modes)}
-    sides["interval10"] = _repeat(sides["interval10"], 10)
+    once = sides["interval10"]
+    sides["interval10"] = lambda: [once() for _ in range(10)]
     taken = interleave(sides, rounds, budget=1e9)
     taken["interval10"] = [seconds / 10 for seconds in taken["interval10"]]
     row = {mode: ratio(taken[mode], taken["sgd"]) for mode in modes}
@@ -149,10 +150,6 @@ def timed_row(name: str, rounds: int, compiled: bool) -> dict[str, float]:
 
 def _modes(compiled: bool) -> dict[str, dict[str, Any]]:
     return MODES | COMPILED if compiled else MODES
-
-
-def _repeat(call: Callable[[], object], times: int) -> Callable[[], object]:
-    return lambda: [call() for _ in range(times)]
 
 
 def step_of(name: str, mode: str) -> Callable[[], object]:
@@ -187,12 +184,8 @@ def step_of(name: str, mode: str) -> Callable[[], object]:
 def memory_row(name: str) -> dict[str, float]:
     """The shares of MEMORY, of peaks measured in fresh processes."""
     modes = {mode for pair in MEMORY.values() for mode in pair}
-    peaks = {mode: _peak(name, mode) for mode in modes}
+    peaks = {mode: int(_child(["--memory-of", name, mode], RETURNING)) for mode in modes}
     return {key: peaks[mode] / peaks[base] for key, (mode, base) in MEMORY.items()}
-
-
-def _peak(name: str, mode: str) -> int:
-    return int(_child(["--memory-of", name, mode], RETURNING))
 
 
 def _child(arguments: list[str], malloc: dict[str, str]) -> str:

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,21 +185,8 @@ def in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
     """What `call`, a function of this module, gives in a fresh process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["iada", "bench.shapes"])  # torch is imported once
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(sender, call, arguments))
-    child.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        child.join()
-        raise RuntimeError(f"{call.__name__}{arguments}: ended with {child.exitcode}") from None
-    finally:
-        child.join()
-
-
-def _answer(sender: Connection, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    sender.send(call(*arguments))
+    with ProcessPoolExecutor(1, mp_context=context) as fresh:
+        return fresh.submit(call, *arguments).result()
 
 
 def _times(shape: Shape, sides: list[str], rounds: int) -> tuple[dict[str, list[float]], int]:

@@ -31,7 +31,7 @@ from iada.models import mlp
 from iada.training.config import TrainerConfig
 from iada.training.loggers import logger_package, open_logger
 from iada.training.trainer import Trainer
-from iada.utils.checks import argument_error
+from iada.utils.checks import argument_error, check_choice
 from iada.utils.distributed import (
     by_first,
     current_group,
@@ -228,19 +228,13 @@ def _check_fresh(folder: Path) -> None:
 
 
 def _load_data(data: DataConfig, folder: Path) -> dict[str, TensorData]:
-    if data.kind == "digits":
-        return _load_digits(data.scenario)
-    if data.kind != "npz":
-        remedy = "choose one of them"
-        raise argument_error("[data] kind", "'digits' or 'npz'", repr(data.kind), remedy)
-    return _load_npz(folder / data.path)
+    check_choice("[data] kind", data.kind, ("digits", "npz"))
+    return _load_digits(data.scenario) if data.kind == "digits" else _load_npz(folder / data.path)
 
 
 def _load_digits(scenario: str) -> dict[str, TensorData]:
     rows = [name.removeprefix("digits/") for name in recipes.names() if name.startswith("digits/")]
-    if scenario not in rows:
-        remedy = "pass one"
-        raise argument_error("[data] scenario", f"one of {', '.join(rows)}", repr(scenario), remedy)
+    check_choice("[data] scenario", scenario, rows)
     recipe = recipes.load(f"digits/{scenario}")
     split = make_split(recipe, read_parts(recipe, None, Limits()), seed=0)
     parts = {name: getattr(split, name) for name in PARTS}

@@ -130,11 +130,11 @@ def test_ctrl_c_leaves_a_resumable_checkpoint(config, tmp_path):
             "ce_epochs = 7",
             r"ce_epochs: expected at most epochs=6, got 7; set it too",
         ),
-        ('"npz"', '"zip"', r"\[data\] kind: expected 'digits' or 'npz', got 'zip'"),
+        ('"npz"', '"zip"', r"\[data\] kind: expected one of 'digits', 'npz', got 'zip'"),
         (
             'kind = "npz"',
             'kind = "digits"\nscenario = "tail"',
-            r"\[data\] scenario: expected one of long-tail, noise, got 'tail'",
+            r"\[data\] scenario: expected one of 'long-tail', 'noise', got 'tail'",
         ),
         ("data.npz", "none.npz", r"\[data\] path: expected an .npz file"),
         ("data.npz", "config.toml", r"\[data\] path: expected an .npz file"),

@@ -157,7 +157,8 @@ def _view(
     if isinstance(data.inputs, Tensor) and data.inputs.is_floating_point():
         return lambda piece, augment: FeatureView(piece, device)
     if isinstance(data.inputs, Tensor):
-        scale = NORMALISATIONS.get(recipe.data["reader"], CIFAR10 if _small(data) else IMAGENET)
+        usual = CIFAR10 if data.inputs.shape[-1] <= 64 else IMAGENET
+        scale = NORMALISATIONS.get(recipe.data["reader"], usual)
         return lambda piece, augment: MemoryView(piece, scale, augment, plain_from, device)
     if isinstance(data.inputs[0], str):
         folder = recipe.model.backbone.removeprefix("transformers/")
@@ -168,10 +169,6 @@ def _view(
         raise argument_error("augment", "'none' or 'crop-flip'", "image files", remedy)
     size, options = recipe.model.image_size, FILE_OPTIONS.get(recipe.data["reader"], {})
     return lambda piece, augment: FileView(piece, augment is not None, size, **options)
-
-
-def _small(data: Labelled) -> bool:
-    return isinstance(data.inputs, Tensor) and data.inputs.shape[-1] <= 64
 
 
 def best_device() -> torch.device:

@@ -182,10 +182,6 @@ def _batch_norm(node: Any, given: Tangents) -> Tensor | None:
     return tangent.addcmul_(inputs, slope).add_(shift)
 
 
-def _relu(node: Any, given: Tangents) -> Tensor | None:
-    return torch.ops.aten.threshold_backward(given[0], node._saved_result, 0)
-
-
 def _add(node: Any, given: Tangents) -> Tensor | None:
     first, second = given
     shape = node._input_metadata[0].shape
@@ -252,11 +248,6 @@ def _layer_norm(node: Any, given: Tangents) -> Tensor | None:
     return tangent if moved_bias is None else _plus(tangent, moved_bias.expand(inputs.shape))
 
 
-def _symmetric(node: Any, given: Tangents) -> Tensor | None:
-    """Functions of each number by itself, and softmax: J is symmetric, the backward function J."""
-    return node(given[0])
-
-
 def _shaped(node: Any, given: Tangents) -> Tensor | None:
     assert given[0] is not None
     return given[0].reshape(node._input_metadata[0].shape)
@@ -296,7 +287,9 @@ RULES: Mapping[str, Callable[[Any, Tangents], Tensor | None]] = {
     "ConvolutionBackward0": _convolution,
     "NativeBatchNormBackward0": _batch_norm,
     "NativeLayerNormBackward0": _layer_norm,
-    "ReluBackward0": _relu,
+    "ReluBackward0": lambda node, given: torch.ops.aten.threshold_backward(
+        given[0], node._saved_result, 0
+    ),
     "AddBackward0": _add,
     "AddmmBackward0": _addmm,
     "MmBackward0": _matmul("_saved_self", "_saved_mat2"),
@@ -310,7 +303,8 @@ RULES: Mapping[str, Callable[[Any, Tangents], Tensor | None]] = {
     "ScaledDotProductFlashAttentionBackward0": _attention,
     "ScaledDotProductEfficientAttentionBackward0": _attention,
     "ScaledDotProductCudnnAttentionBackward0": _attention,
-    **{f"{name}Backward0": _symmetric for name in SMOOTH + PIECEWISE},
+    # Functions of each number by itself, and softmax: J is symmetric, the backward function J.
+    **{f"{name}Backward0": lambda node, given: node(given[0]) for name in SMOOTH + PIECEWISE},
 }
 
 FUSED_ATTENTION: Sequence[str] = [name for name in RULES if name.startswith("ScaledDotProduct")]

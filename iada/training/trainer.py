@@ -190,7 +190,10 @@ class Trainer:
             stop_flag() as stopped,
             contextlib.ExitStack() as entered,
         ):
-            self._enter_folder(entered)
+            if self._run_folder is not None:
+                self._run_folder.enter(entered, self.group)
+                if not self._run_folder.has_our_checkpoint:
+                    self.save()
             entered.callback(setattr, self, "_meta_stream", None)  # ends its workers
             names = ("folder", "tensorboard", "progress", "logger") if rank == 0 else ()
             wanted = {name: getattr(self, name) for name in names}
@@ -201,13 +204,6 @@ class Trainer:
                         where = "" if self.folder is None else f"; resume from {self.folder}"
                         raise KeyboardInterrupt(f"stopped at epoch {self.epoch}{where}")
         return self.history
-
-    def _enter_folder(self, entered: contextlib.ExitStack) -> None:
-        if self._run_folder is None:
-            return
-        self._run_folder.enter(entered, self.group)
-        if not self._run_folder.has_our_checkpoint:
-            self.save()
 
     def _run_epoch(self, stopped: Callable[[], bool], logs: Logs) -> bool:
         """The rest of the current epoch; False if asked to stop, with a state to be saved."""

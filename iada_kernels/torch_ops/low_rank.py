@@ -36,7 +36,8 @@ def class_table_and_projections(
 ) -> tuple[Tensor, Tensor | None]:
     """R and, where they are small, the projections of the distinct classes."""
     unique, place = distinct(classes)
-    count, rank = len(weight) if unique is None else len(unique), _rank(weight, covariance)
+    count = len(weight) if unique is None else len(unique)
+    rank = covariance.shape[1] // weight.shape[1] - 1
     if count * rank * len(weight) > MOST_PROJECTIONS:
         return _table(weight, covariance, unique, place, kept=None), None
     kept: list[Tensor] = []
@@ -216,7 +217,3 @@ def _at(table: Tensor, place: Tensor | None) -> Tensor:
 def _column(label: Tensor, like: Tensor) -> Tensor:
     """The label's column as an index into (u, r, C)."""
     return label[:, None, None].expand(-1, like.shape[1], 1)
-
-
-def _rank(weight: Tensor, covariance: Tensor) -> int:
-    return covariance.shape[1] // weight.shape[1] - 1

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from iada_kernels.contract import LossInputs, LossOptions
 from iada_kernels.triton.class_pass_backward import sum_by_class
-from iada_kernels.triton.config import Configuration, Tile, cdiv
+from iada_kernels.triton.config import Tile, cdiv
 from iada_kernels.triton.device import (
     load_labels,
     load_samples,
@@ -256,7 +256,10 @@ def head_products(
     `feature_gradient` is ∂L/∂h in the compute dtype: with it a diagonal Σ's part of ∂L/∂W is there.
     """
     configuration, sizes = current_configuration(weight.device), Sizes.of(inputs)
-    rows_per_split, splits = configuration.split_rows, _splits(configuration, sizes.N)
+    rows_per_split, splits = (
+        configuration.split_rows,
+        max(1, cdiv(sizes.N, configuration.split_rows)),
+    )
     tile, quadratic = configuration.grad_weight, None
     diagonal = Diagonal.of(inputs, weight) if wanted.weight else None
     if diagonal is not None and feature_gradient is not None:
@@ -303,10 +306,6 @@ def head_products(
 def _blocks(*tiles: Tile) -> Blocks:
     sizes = (size for tile in tiles for size in (tile.rows, tile.columns, tile.depth))
     return Blocks(*map(tl.constexpr, sizes))  # as plain int they cannot be shapes in Triton 3.6
-
-
-def _splits(configuration: Configuration, count: int) -> int:
-    return max(1, cdiv(count, configuration.split_rows))
 
 
 def grad_variances(

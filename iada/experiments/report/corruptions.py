@@ -1,4 +1,4 @@
-"""Accuracy on corrupted test images: a table by corruption, and a figure by severity."""
+"""Accuracy on corrupted test images: a table by corruption."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 
 from iada.experiments.metrics import spread
-from iada.experiments.report.charts import Series, curves
-from iada.experiments.report.style import Picture
 from iada.experiments.report.table import Cell, Table
 from iada.experiments.report.tables import shown
 from iada.experiments.report.variants import Variants
@@ -53,38 +51,8 @@ def corruption_note(variants: Variants) -> str:
     return text
 
 
-def by_severity(name: str, title: str, variants: Variants) -> Picture | None:
-    """A line a method: the mean over corruptions at each severity, 0 being the clean images."""
-    series, most = [], 0
-    for variant in variants:
-        rows = [_severities(run) for run in _found(variant.records)]
-        if rows:
-            most = max(most, *map(len, rows))
-            series.append((variant, rows))
-    if not series:
-        return None
-    drawn = []
-    for variant, rows in series:
-        values = np.full((len(rows), most), np.nan)
-        for place, row in enumerate(rows):
-            values[place, : len(row)] = [100 * value for value in row]
-        drawn.append(Series(variant.label, variant.style, values))
-    axis = "severity"
-    caption = (
-        f"Accuracy on corrupted test images, the mean over corruptions at each severity, {title}. "
-        "Severity 0 is the test set as it is."
-    )
-    positions = {axis: list(range(most))}
-    return curves(name, caption, {axis: drawn}, ylabel="accuracy (%)", positions=positions)
-
-
 def _found(records: Sequence[Mapping[str, Any]]) -> list[Found]:
     return [record["corruptions"] for record in records if record.get("corruptions")]
-
-
-def _severities(found: Found) -> list[float]:
-    """Clean, and then the mean over corruptions at each severity."""
-    return [found["clean"], *np.mean(list(found["accuracy"].values()), axis=0).tolist()]
 
 
 def _cell(values: Sequence[float]) -> Cell:

@@ -19,7 +19,6 @@ from iada.experiments.report.charts import (
     epsilon_by_label,
     spectra,
 )
-from iada.experiments.report.corruptions import by_severity
 from iada.experiments.report.style import Picture, SeriesStyle, series_styles
 from iada.experiments.report.variants import (
     Record,
@@ -62,7 +61,7 @@ def draw_all(experiment: str, title: str, variants: Variants, headline: str) -> 
     add("sensitivity", _sensitivity, variants, headline)
     add("confusion", _confusion, main)
     add("reliability", _reliability, main)
-    add("corruptions", by_severity, main)
+    add("corruptions", _by_severity, main)
     add("curves", _curves, main)
     with_epsilon = [variant for variant in main if variant.has("epsilon")]
     untrained = [v for v in with_epsilon if setting(v.records[0], "perturbation") == "untrained"]
@@ -293,6 +292,26 @@ def _reliability(name: str, title: str, variants: Variants) -> Picture | None:
     )
     panels, positions = {axis: [*series, ideal]}, {axis: centres}
     return curves(name, caption, panels, ylabel="accuracy (%)", positions=positions)
+
+
+def _by_severity(name: str, title: str, variants: Variants) -> Picture | None:
+    """A line a method: clean images, and then the mean over corruptions at each severity."""
+
+    def row(record: Record) -> list[float] | None:
+        found = record.get("corruptions")
+        if not found:
+            return None
+        return [found["clean"], *np.mean(list(found["accuracy"].values()), axis=0).tolist()]
+
+    if not (series := _series(variants, row)):
+        return None
+    axis = "severity"
+    caption = (
+        f"Accuracy on corrupted test images, the mean over corruptions at each severity, {title}. "
+        "Severity 0 is the test set as it is."
+    )
+    positions = {axis: list(range(max(one.values.shape[1] for one in series)))}
+    return curves(name, caption, {axis: series}, ylabel="accuracy (%)", positions=positions)
 
 
 def _curves(name: str, title: str, variants: Variants) -> Picture | None:
