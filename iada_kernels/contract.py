@@ -59,7 +59,7 @@ class LossOptions(NamedTuple):
 
     def values(self) -> tuple[float, float, int, str]:
         """Those that operators take: all but the label smoothing."""
-        return self[:4]
+        return self.alpha, self.beta, self.ignore_index, self.reduction
 
 
 class LossNeeds(NamedTuple):

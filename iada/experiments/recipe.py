@@ -302,7 +302,7 @@ def _order(name: str) -> tuple[int, int]:
     """The papers' tables in their order, then figures, then what is not of a paper."""
     folder = name.split("/")[0]
     kinds = ("table", "uniform-noise", "figure", "afr-table", "controls", "frozen", "digits")
-    kind = next(rank for rank, start in enumerate(kinds) if folder.startswith(start))
+    kind = next((rank for rank, start in enumerate(kinds) if folder.startswith(start)), len(kinds))
     return kind, int("".join(filter(str.isdigit, folder)) or 0)
 
 

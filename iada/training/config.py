@@ -216,8 +216,14 @@ def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _options_of(method: MethodOptions | str | None) -> MethodOptions | None:
     if isinstance(method, str) and method in METHODS:
-        return METHODS[method]()
-    if method is None or isinstance(method, MethodOptions):
+        method = METHODS[method]()
+    if method is None:
+        return None
+    if isinstance(method, MethodOptions):
+        both = set(_field_names(TrainerConfig)) & set(_field_names(type(method)))
+        for name in both:  # settings and options are one table in TOML, records and checkpoints
+            where = f"{type(method).__name__}.{name}"
+            raise argument_error(where, "a name of its own", "that of a setting", "rename it")
         return method
     expected = f"one of {', '.join(map(repr, METHODS))}, or a method's options"
     raise argument_error("method", expected, repr(method), "pass one of these")

@@ -1,4 +1,4 @@
-"""Launch configurations: how each kernel is cut into programs, one record for each architecture.
+"""Launch configurations: how each kernel is cut into programs, one record for each kind of GPU.
 
 They are fixed, so that a result and its speed do not depend on what ran before; `use` replaces
 one for tuning.
@@ -86,6 +86,7 @@ class Configuration:
 
 # Where A is no multiple of 16, addresses take registers: with larger tiles, longer steps or fewer
 # warps the head's products and the rank-C update keep some in memory (bench.resources --matrix).
+# Hopper's; the others' records start from it.
 NVIDIA = Configuration(
     class_pass=Tile(64, 32, 16, warps=8),
     rank_c_update=Tile(64, 16, 16, warps=8),

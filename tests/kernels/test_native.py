@@ -474,15 +474,19 @@ def test_a_required_library_that_is_missing_is_an_error():
 
 
 @needs_library
-def test_every_instruction_set_agrees():
-    code = """
+@pytest.mark.parametrize(
+    ("num_classes", "width"),
+    [(9, 33), (2, 40), (9, 200)],  # products; dots of few classes; columns in several panels
+)
+def test_every_instruction_set_agrees(num_classes, width):
+    code = f"""
 import json, torch, iada
 from iada_kernels import native
 torch.manual_seed(0)
-h = torch.randn(50, 33, dtype=torch.float64, requires_grad=True)
-w = torch.randn(9, 33, dtype=torch.float64)
-state = iada.ClassCovariance(9, 33).double()
-y = torch.arange(50) % 7
+h = torch.randn(50, {width}, dtype=torch.float64, requires_grad=True)
+w = torch.randn({num_classes}, {width}, dtype=torch.float64)
+state = iada.ClassCovariance({num_classes}, {width}).double()
+y = torch.arange(50) % min(7, {num_classes})
 state.update(h.detach(), y)
 loss = iada.fused_loss(h, w, None, y, covariance=state, epsilon=torch.linspace(-.9, .9, 50))
 loss.backward()

@@ -1,5 +1,6 @@
 """The trainer: methods, resume, interruption, errors; and its data order and checkpoints."""
 
+import dataclasses
 import os
 import signal
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import iada
+from iada.methods.options import MethodOptions
 from iada.methods.registry import METHODS
 from iada.models import mlp
 from iada.training.checkpoint import load_checkpoint, save_checkpoint
@@ -388,6 +390,19 @@ def test_meta_batches_are_loaded_for_meta_steps_alone():
     trainer.meta_set = Counted(make_data(15, seed=1).inputs, make_data(15).labels)
     trainer.fit()
     assert Counted.reads == 3 * 8  # steps 0, 3 and 6 of eight, with a meta batch of eight
+
+
+@pytest.mark.parametrize("from_table", [False, True])
+def test_an_option_with_the_name_of_a_setting_is_refused(monkeypatch, from_table):
+    @dataclasses.dataclass(frozen=True)
+    class Focal(MethodOptions):
+        gamma: float = 2.0
+
+    monkeypatch.setitem(METHODS, "focal", Focal)
+    kind = iada.TrainerConfig
+    make = kind.from_settings if from_table else lambda settings: kind(method=Focal())
+    with pytest.raises(ValueError, match=r"^Focal.gamma: expected a name of its own"):
+        make({"method": "focal", "gamma": 0.1})
 
 
 @pytest.mark.parametrize(
