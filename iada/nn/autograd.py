@@ -68,7 +68,12 @@ class IADALossFunction(torch.autograd.Function):
                 ctx.lent.awaited = False
         grads = results.tensors()
         grads.insert(LABELS, None)
-        return (*(None,) * OTHERS, *map(_cast, grads, inputs))
+        cast = [
+            grad if grad is None or tensor is None or grad.dtype is tensor.dtype
+            else grad.to(tensor.dtype)
+            for grad, tensor in zip(grads, inputs, strict=True)
+        ]  # fmt: skip
+        return (*(None,) * OTHERS, *cast)
 
 
 def _saved(ctx: Any) -> LossInputs:
@@ -77,12 +82,6 @@ def _saved(ctx: Any) -> LossInputs:
     if ctx.lent is not None:
         tensors[COVARIANCE] = ctx.lent.read()
     return LossInputs(*tensors)
-
-
-def _cast(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-    if grad is None or tensor is None or grad.dtype == tensor.dtype:
-        return grad
-    return grad.to(tensor.dtype)
 
 
 def _backward_with_graph(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:

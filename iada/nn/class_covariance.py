@@ -214,16 +214,15 @@ class ClassCovariance(nn.Module):
         lent = LentCovariance(self.covariance)
         self._lent.append(weakref.ref(lent))
         if len(self._lent) > MANY_LENT:  # where Σ is only read
-            self._lent[:] = [ref for ref in self._lent if _awaited(ref)]
+            self._lent[:] = [ref for ref in self._lent if (held := ref()) and held.awaited]
         return lent
 
     def settle(self) -> None:
         """To be called before Σ changes in place: what is lent, and still awaited, gets a copy."""
-        if torch.compiler.is_compiling() or not self._lent:
+        if not self._lent or torch.compiler.is_compiling():
             return
-        awaited = [lent for ref in self._lent if (lent := _awaited(ref)) is not None]
-        current = [lent for lent in awaited if lent.is_now(self.covariance)]
-        if current:
+        awaited = [lent for ref in self._lent if (lent := ref()) is not None and lent.awaited]
+        if current := [lent for lent in awaited if lent.is_now(self.covariance)]:
             copy = self.covariance.clone()
             for lent in current:
                 lent.replace(copy)
@@ -260,8 +259,3 @@ def _checked_rank(structure: str, rank: int | None) -> int:
         remedy = "32 is a start; 0 is the diagonal structure"
         raise argument_error("rank", "an int from 0 for structure='low-rank'", repr(rank), remedy)
     return rank
-
-
-def _awaited(ref: "weakref.ref[LentCovariance]") -> LentCovariance | None:
-    lent = ref()
-    return lent if lent is not None and lent.awaited else None

@@ -40,8 +40,8 @@ def fused_loss(
     weights of rows, to any order.
 
     With a diagonal Σ or none nothing of size N×C is held where that is large (above 2²⁴ and above
-    N×A): on torch operators, and so on CPUs; not by Triton, with label_smoothing or return_logits,
-    under torch.compile, or with create_graph=True.
+    N×A); but with label_smoothing or return_logits, under torch.compile, or with create_graph=True
+    it is.
 
     Examples:
         >>> loss = iada.fused_loss(features, head.weight, head.bias, labels)

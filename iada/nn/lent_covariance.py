@@ -13,6 +13,8 @@ class LentCovariance:
         awaited: whether the first backward is still to come.
     """
 
+    __slots__ = ("__weakref__", "_covariance", "_version", "awaited")
+
     def __init__(self, covariance: Tensor) -> None:
         self._covariance, self._version = covariance, covariance._version
         self.awaited = True

@@ -16,7 +16,8 @@ row, z̃_j = w_j·u + w_j²·v + b_j + β log π_j with v = ½ α Σ_y and u = h
 their mean the rows w_j lose no common offset in the squares.
 
 Memory beside inputs and gradients: m − w_y of the features' size in the compute dtype, with ε a
-byte more for each feature, and some tiles of at most 4 MiB. No host synchronisation.
+byte more for each feature, and some tiles of at most 4 MiB, on a GPU 64 MiB, where smaller products
+would not fill it. No host synchronisation.
 """
 
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from iada_kernels.torch_ops.reduction import mean_divisor, reduced
 
 MOST_LOGITS = 2**24  # 64 MiB of float32: up to here all at once, which is a product less
 NARROW = 1024  # features below this number make tiles no larger
+SIDE = 4  # a tile's side on a GPU, times that on a CPU
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def loss_forward(
     pull, spread = of_features(needs_mean, dtype), of_features(needs_spread, dtype)
     signs = of_features(inputs.epsilon is not None, torch.int8)
     losses, log_sums, wrongs = [], [], []
-    for rows in _tiles(*inputs.features.shape):
+    for rows in _tiles(inputs.features):
         y, sign = target[rows], None
         if signs is not None:
             unmoved = Tilt(inputs.features[rows].to(dtype), None, y)
@@ -146,7 +148,7 @@ def loss_backward(
         torch.mul(saved.pull, factor[:, None], out=grads.features)
     if needs.epsilon and saved.pull is not None and saved.sign is not None:
         pull, sign = saved.pull, saved.sign
-        tiles = _tiles(*pull.shape)
+        tiles = _tiles(pull)
         slopes = [torch.linalg.vecdot(pull[rows], sign[rows].to(pull.dtype)) for rows in tiles]
         grads.epsilon = join(slopes) * factor
     if needs.covariance and saved.spread is not None:
@@ -167,11 +169,11 @@ def _head_gradients(
     head, offset = _head(inputs), _offset(inputs, options.beta)
     grad_weight = torch.empty_like(inputs.weight) if needs_weight else None
     sums = factor.new_zeros(len(inputs.weight))
-    for classes in _tiles(*inputs.weight.shape):
+    for classes in _tiles(inputs.weight):
         weight = head.rows(classes)
         linear = torch.zeros_like(weight)
         square = torch.zeros_like(weight) if inputs.covariance is not None else None
-        for rows in _tiles(*inputs.features.shape):
+        for rows in _tiles(inputs.features):
             sign = None if saved.sign is None else saved.sign[rows]
             tilt = _tilt(inputs, options, head, rows, saved.target, sign)
             d = _logits(weight, tilt, offset, classes).sub_(saved.log_sum[rows, None]).exp_()
@@ -203,7 +205,7 @@ def _sums_over_others(
     log_sum = tilt.linear.new_full((len(tilt.target),), -torch.inf)
     top, total = log_sum, torch.zeros_like(log_sum)
     mean, mean_square = torch.zeros_like(tilt.linear), torch.zeros_like(tilt.linear)
-    for classes in _tiles(*head.weight.shape):
+    for classes in _tiles(head.weight):
         weight = head.rows(classes)
         z = _logits(weight, tilt, offset, classes)
         _fill_at_label(z, tilt.target, classes, -torch.inf)
@@ -267,7 +269,7 @@ def _head(inputs: LossInputs) -> Head:
     weight, dtype, centre = inputs.weight, inputs.compute_dtype, None
     if inputs.covariance is not None:
         centre = torch.zeros(weight.shape[1], dtype=dtype, device=weight.device)
-        for classes in _tiles(*weight.shape):
+        for classes in _tiles(weight):
             centre += weight[classes].to(dtype).sum(dim=0)
         centre /= len(weight)
     return Head(weight, centre, dtype)
@@ -284,6 +286,8 @@ def _offset(inputs: LossInputs, beta: float | None) -> Tensor | None:
     return prior if bias is None else prior + bias
 
 
-def _tiles(count: int, width: int) -> Iterator[slice]:
-    """Blocks of rows or of classes, of one size for both sides of a tile."""
-    return blocks(count, max(NARROW, width))
+def _tiles(matrix: Tensor) -> Iterator[slice]:
+    """Blocks of rows (…, A) or of classes, of one size for both sides of a tile."""
+    side = 1 if matrix.device.type == "cpu" else SIDE
+    count, width = matrix.shape
+    return blocks(count, max(side * NARROW, width) // side**2)

@@ -2,7 +2,7 @@
 
 Each operator is its launcher, and its fake is the same launcher with nothing launched, so that
 shapes cannot differ. Records go through the operators' schemas as lists of their tensors. An absent
-tensor among results is an empty one of dtype uint8.
+tensor among results is an empty one of dtype uint8. Heads of many classes go to `class_blocks`.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from iada_kernels.contract import (
     LossOptions,
 )
 from iada_kernels.streaming import update_statistics
+from iada_kernels.torch_ops import class_blocks
 from iada_kernels.triton import characteristics as _characteristics
 from iada_kernels.triton import hypergradient as _hypergradient
 from iada_kernels.triton import loss as _loss
@@ -34,6 +35,10 @@ def loss_forward(
     stream: ClassStatistics | None = None,
 ) -> tuple[Tensor, Any]:
     """See `contract.Backend`."""
+    if class_blocks.has_many_classes(inputs):
+        if stream is not None:
+            update_statistics(_loss.covariance_update, inputs, options, stream)
+        return class_blocks.loss_forward(inputs, options, needs)
     if not torch.compiler.is_compiling():
         return _loss.loss_forward(inputs, options, needs, stream)
     if stream is not None:
@@ -46,6 +51,8 @@ def loss_backward(
     inputs: LossInputs, options: LossOptions, saved: Any, grad_loss: Tensor, needs: LossNeeds
 ) -> LossGradients:
     """See `contract.Backend`."""
+    if isinstance(saved, class_blocks.SavedRows):
+        return class_blocks.loss_backward(inputs, options, saved, grad_loss, needs)
     if not isinstance(saved, list):
         return _loss.loss_backward(inputs, options, saved, grad_loss, needs)
     arguments = (list(inputs), *options.values(), saved, grad_loss, list(needs))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import iada
 from iada_kernels.torch_ops import class_blocks
+from tests.conftest import _targets
 from tests.helpers.problems import (
     REDUCTIONS,
     TENSORS,
@@ -26,6 +27,9 @@ from tests.nn.test_memory import largest_output
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(
+    not any(target.backend == "triton" for target in _targets()), reason="no Triton here"
+)
 STRUCTURES = (None, "diag")
 
 shapes = st.fixed_dictionaries(
@@ -177,6 +181,42 @@ def test_when_it_serves(shape, more, served, tiles, monkeypatch):
     problem, before = random_problem(*shape, **{"structure": "diag", **more}), len(tiles)
     value_and_gradients(fused("torch"), problem)
     assert len(tiles) - before == served
+
+
+@needs_triton
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_triton_leaves_large_heads_to_these_passes(structure, streams, tiles):
+    if streams and structure is None:
+        pytest.skip("a stream has a Σ")
+    problem, before = random_problem(20, 30, 6, structure=structure), len(tiles)
+
+    def loss_of(p, backend):
+        if not streams:
+            return fused(backend)(p)
+        module = iada.IADALoss(30, 6, structure="diag", backend=backend).double()
+        module.log_prior = p.log_prior
+        loss = module(p.features, p.weight, p.bias, p.labels, p.epsilon)
+        state = module.covariance
+        return loss + state.mean.sum() + state.covariance.sum() + 0 * p.covariance.sum()
+
+    found, wanted = (
+        value_and_gradients(lambda p, b=backend: loss_of(p, b), problem)
+        for backend in ("triton", "torch")
+    )
+    assert_same(found, wanted)
+    assert len(tiles) == before + 2
+
+
+def test_tiles_of_a_gpu_are_larger(monkeypatch, block_elements):
+    block_elements(2**20)
+    monkeypatch.setattr(class_blocks, "NARROW", 1024)
+    on_cpu, on_gpu = (
+        [rows.stop for rows in class_blocks._tiles(torch.empty(10_000, 512, device=kind))]
+        for kind in ("cpu", "meta")
+    )
+    assert (on_cpu[0], on_gpu[0]) == (1024, 4096)
+    assert on_cpu[-1] == on_gpu[-1] == 10_000
 
 
 def test_a_large_head_on_a_cpu_is_served_by_itself(tiles):
