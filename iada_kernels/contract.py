@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from iada_kernels.low_rank import is_low_rank
+from iada_kernels.triangular import is_triangular
 
 
 class LossInputs(NamedTuple):
@@ -24,7 +25,8 @@ class LossInputs(NamedTuple):
     weight: Tensor  # (C, A)
     bias: Tensor | None  # (C)
     labels: Tensor  # (N) int64
-    # (C, A, A), symmetric; or its diagonal (C, A); or packed (C, (1 + r) A), see `low_rank`
+    # (C, A, A), symmetric; its triangles, see `triangular`; its diagonal (C, A); or packed
+    # (C, (1 + r) A), see `low_rank`
     covariance: Tensor | None = None
     epsilon: Tensor | None = None  # (N)
     log_prior: Tensor | None = None  # (C)
@@ -39,13 +41,19 @@ class LossInputs(NamedTuple):
 
     @property
     def has_full_covariance(self) -> bool:
-        """Whether Σ is given, and as matrices (C, A, A)."""
+        """Whether Σ is given, and as matrices (C, A, A) or their triangles."""
         return self.covariance is not None and self.covariance.dim() == 3
 
     @property
     def has_low_rank_covariance(self) -> bool:
         """Whether Σ is given, and packed with at least one factor."""
         return self.covariance is not None and is_low_rank(self.covariance, self.features.shape[-1])
+
+    @property
+    def has_compact_covariance(self) -> bool:
+        """Whether Σ is given in a form that torch operators alone read: low-rank, or triangles."""
+        sigma, width = self.covariance, self.features.shape[-1]
+        return sigma is not None and (is_low_rank(sigma, width) or is_triangular(sigma, width))
 
 
 class LossOptions(NamedTuple):

@@ -34,7 +34,7 @@ def select_backend(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     options: LossOptions | None = None,
-    low_rank: bool = False,
+    compact: bool = False,
 ) -> Backend:
     """The module that computes on `device` for features of `dtype`, with these options.
 
@@ -47,7 +47,7 @@ def select_backend(
         device: of the tensors.
         dtype: of the features.
         options: of the loss, some of which only torch operators serve.
-        low_rank: whether it is for a low-rank Σ, which only torch operators serve.
+        compact: whether it is for a low-rank or triangle Σ, which only torch operators serve.
 
     Raises:
         ValueError: an unknown name.
@@ -61,9 +61,9 @@ def select_backend(
     chosen = name or BEST.get(device.type, "torch")
     reason = _why_not(chosen, device, dtype)
     smoothed = options is not None and options.label_smoothing
-    only_torch = chosen != "torch" and (smoothed or low_rank)
+    only_torch = chosen != "torch" and (smoothed or compact)
     if only_torch and not reason:
-        what = "label_smoothing" if smoothed else "a low-rank covariance"
+        what = "label_smoothing" if smoothed else "a low-rank or triangle covariance"
         reason = f"{what} is served by torch operators"
     if not reason:
         if chosen == "triton":
@@ -81,8 +81,8 @@ def select_backend(
 
 def backend_for(inputs: LossInputs, options: LossOptions | None, name: str | None) -> Backend:
     """`select_backend` for a loss of these inputs."""
-    h, low_rank = inputs.features, inputs.has_low_rank_covariance
-    return select_backend(name, h.device, h.dtype, options, low_rank)
+    h, compact = inputs.features, inputs.has_compact_covariance
+    return select_backend(name, h.device, h.dtype, options, compact)
 
 
 def served_by(name: str | None, device: torch.device) -> str:

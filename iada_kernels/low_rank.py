@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iada_kernels.triangular import diagonals, is_triangular, matrices
+
 
 class LowRankCovariance(NamedTuple):
     """Σ_c = diag(d_c) + U_c U_cᵀ of each class, as people pass it to `iada.fused_loss`.
@@ -55,13 +57,17 @@ def unpacked(covariance: Tensor, width: int) -> LowRankCovariance:
 
 def variances(covariance: Tensor, width: int) -> Tensor:
     """The diagonal of Σ in any structure, (C, A)."""
+    if is_triangular(covariance, width):
+        return diagonals(covariance, width)
     if covariance.dim() == 3:
         return covariance.diagonal(dim1=1, dim2=2)
     return unpacked(covariance, width).variances() if is_low_rank(covariance, width) else covariance
 
 
 def without_factors(covariance: Tensor, width: int) -> Tensor:
-    """Σ (C, A, A) for a packed one, and any other as it is."""
+    """Σ (C, A, A) for a packed one or triangles, and any other as it is."""
+    if is_triangular(covariance, width):
+        return matrices(covariance, width)
     return unpacked(covariance, width).dense() if is_low_rank(covariance, width) else covariance
 
 

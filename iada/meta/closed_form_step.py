@@ -9,6 +9,7 @@ from iada.nn.projection import SemidefiniteSteps
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
 from iada_kernels.dispatch import backend_for
 from iada_kernels.low_rank import difference_norm, is_low_rank, unpacked
+from iada_kernels.triangular import is_triangular, times_off_diagonal
 
 
 def closed_form_step(
@@ -89,4 +90,6 @@ def relative_change(sigma: Tensor, former: Tensor, width: int) -> Tensor:
         change, size = difference_norm(unpacked(sigma, width), unpacked(former, width))
         return change / size.clamp(min=tiny)
     norm = torch.linalg.vector_norm
+    if is_triangular(sigma, width):  # what stands for two entries counts twice
+        sigma, former = (times_off_diagonal(each, width, 2**0.5) for each in (sigma, former))
     return norm(sigma - former) / norm(former).clamp(min=tiny)

@@ -55,6 +55,7 @@ from iada.nn.projection import (
 )
 from iada.utils.distributed import Group
 from iada_kernels.contract import LossInputs
+from iada_kernels.triangular import is_triangular, times_off_diagonal
 
 
 class MetaIADA(BilevelMethod):
@@ -321,7 +322,8 @@ class MetaIADA(BilevelMethod):
         tensors = (*detached(head), forward.rows.labels, sigma, constant, self.log_prior)
         inputs = LossInputs(forward.global_features, *tensors)
         scaled = self._learner.scaler.is_enabled()
-        guarded = self.keep_semidefinite and not self.project and sigma.dim() == 3
+        guarded = self.keep_semidefinite and not self.project
+        guarded = guarded and self.covariance.structure == "full"
         guard = SemidefiniteSteps(self.unchecked, self.held) if guarded else None
         grad_epsilon, sigma = closed_form_step(
             inputs,
@@ -366,7 +368,9 @@ class MetaIADA(BilevelMethod):
             factor = inverse_rate(self.optimizer, head.weight)
             grads = [grad * factor for grad in grads]
         self.sample_epsilon.step(grads, self._learner.scale())
-        if sigma.dim() == 3:
+        if is_triangular(sigma, head.in_features):
+            grad_sigma = times_off_diagonal(grad_sigma, head.in_features, 0.5)
+        elif sigma.dim() == 3:
             grad_sigma = (grad_sigma + grad_sigma.mT) / 2
         return sigma.detach() - self._covariance_step_size() * grad_sigma
 

@@ -27,10 +27,11 @@ from iada.utils.distributed import (
     others_told,
 )
 from iada_kernels.dispatch import select_backend
-from iada_kernels.low_rank import LowRankCovariance, unpacked, variances
+from iada_kernels.low_rank import LowRankCovariance, unpacked, variances, without_factors
 from iada_kernels.streaming import without_ignored
+from iada_kernels.triangular import is_triangular, triangular_shape
 
-STRUCTURES = ("full", "diag", "low-rank")
+STRUCTURES = ("full", "triangle", "diag", "low-rank")
 MANY_LENT = 16
 
 
@@ -56,8 +57,9 @@ class ClassCovariance(nn.Module):
     Args:
         num_classes: C.
         num_features: A.
-        structure: "full" keeps (C, A, A), "diag" the variances only, (C, A), "low-rank" a diagonal
-            and `rank` directions of each class.
+        structure: "full" keeps (C, A, A), "triangle" the same in half the memory, without what
+            symmetry repeats, "diag" the variances only, (C, A), "low-rank" a diagonal and `rank`
+            directions of each class.
         rank: r of "low-rank", 0 or more, for which 32 is a start. None for the others.
         shrinkage: n₀ ≥ 0: losses see (1 − λ_c) Σ_c + λ_c S, with λ_c = n₀ / (n₀ + n_c) and S the
             mean of the Σ_c weighted by n_c, so that few samples do not make a covariance of few
@@ -71,7 +73,8 @@ class ClassCovariance(nn.Module):
 
     Attributes:
         covariance: Σ, symmetric, (C, A, A) or (C, A), in squared units of the features; of the
-            low-rank structure packed, (C, (1 + r) A), of which `low_rank` is a view.
+            triangle structure these, of which `dense` makes matrices; of the low-rank
+            structure (C, (1 + r) A), of which `low_rank` is a view.
         mean: μ, (C, A).
         count: n, (C) int64.
     """
@@ -105,6 +108,8 @@ class ClassCovariance(nn.Module):
         sigma: tuple[int, ...] = (num_classes, num_features * (1 + self.rank))
         if structure == "full":
             sigma = (*shape, num_features)
+        elif structure == "triangle":
+            sigma = (num_classes, *triangular_shape(num_features))
         self.covariance = nn.Buffer(torch.zeros(sigma, device=device, dtype=dtype))
         self.mean = nn.Buffer(torch.zeros(shape, device=device, dtype=dtype))
         count = torch.zeros(num_classes, device=device, dtype=torch.int64)
@@ -113,7 +118,7 @@ class ClassCovariance(nn.Module):
     @property
     def low_rank(self) -> LowRankCovariance:
         """The diagonal (C, A) and the factors (C, A, r) of the low-rank structure, as views."""
-        if self.structure == "full":
+        if self.structure in ("full", "triangle"):
             remedy = "build it with structure='low-rank'"
             raise argument_error("structure", "'low-rank'", repr(self.structure), remedy)
         return unpacked(self.covariance, self.mean.shape[1])
@@ -127,7 +132,7 @@ class ClassCovariance(nn.Module):
         """Σ with all its entries in any structure, (C, A, A)."""
         if self.structure == "diag":
             return torch.diag_embed(self.covariance)
-        return self.covariance if self.structure == "full" else self.low_rank.dense()
+        return without_factors(self.covariance, self.mean.shape[1])
 
     def class_share(self) -> Tensor:
         """1 − λ_c of `shrinkage`, (C): how much of what losses see is the class's own Σ."""
@@ -197,8 +202,8 @@ class ClassCovariance(nn.Module):
         self, features: Tensor, labels: Tensor, ignore_index: int, backend: str | None
     ) -> None:
         labels = without_ignored(labels.long(), ignore_index, len(self.mean))
-        low_rank = self.rank > 0
-        passes = select_backend(backend, self.mean.device, features.dtype, low_rank=low_rank)
+        compact = self.rank > 0 or is_triangular(self.covariance, self.mean.shape[1])
+        passes = select_backend(backend, self.mean.device, features.dtype, compact=compact)
         self.settle()
         with full_precision(self.mean.device):
             passes.covariance_update(self.covariance, self.mean, self.count, features, labels)

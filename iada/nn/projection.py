@@ -5,20 +5,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from iada_kernels.torch_ops.blocking import blocks
+from iada_kernels.triangular import is_triangular, matrices, triangles
+
 
 def nearest_positive_semidefinite(
     covariance: Tensor, width: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Σ with its negative eigenvalues at 0, and the number of classes that had any beyond rounding.
 
-    covariance (C, A, A), symmetric, variances (C, A), or packed with this width A: then it is its
-    diagonal that is clamped. A class without negative eigenvalues keeps its bits.
+    covariance (C, A, A), symmetric, variances (C, A), or with this width A triangles or packed:
+    then it is its diagonal that is clamped. A class without negative eigenvalues keeps its bits.
     """
     if covariance.dim() == 2:
         negative = covariance < 0
         if width is not None:
             negative[:, width:] = False
         return covariance.masked_fill(negative, 0.0), negative.any(dim=1).sum()
+    if width is not None and is_triangular(covariance, width):
+        return _by_matrices(nearest_positive_semidefinite, width, covariance)
     values, vectors = torch.linalg.eigh(covariance)
     rounding = values.abs().amax(dim=1) * values.shape[1] * torch.finfo(values.dtype).eps
     negative = values[:, 0] < -rounding
@@ -36,8 +41,8 @@ def semidefinite_or_former(
     Cholesky factorization of Σ + A · rounding · trace goes through, so that no eigenvalues are
     needed and nothing waits for the device. NaN counts as indefinite.
 
-    covariance, former: (C, A, A), symmetric, variances (C, A), or packed with this width A; former
-    is semidefinite.
+    covariance, former: (C, A, A), symmetric, variances (C, A), or with this width A triangles or
+    packed; former is semidefinite.
     Returns Σ and the number of classes that went back, ().
     """
     if covariance.dim() == 2:
@@ -45,8 +50,23 @@ def semidefinite_or_former(
         if width is not None:
             fine[:, width:] = covariance[:, width:].isfinite()
         return torch.where(fine, covariance, former), (~fine).any(dim=1).sum()
+    if width is not None and is_triangular(covariance, width):
+        return _by_matrices(semidefinite_or_former, width, covariance, former)
     kept, fine = _semidefinite_or_former(covariance, former)
     return kept, (~fine).sum()
+
+
+def _by_matrices(
+    step: Callable[..., tuple[Tensor, Tensor]], width: int, *covariances: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`step` of triangles, some classes at a time: what it keeps, and what it counts."""
+    kept = torch.empty_like(covariances[0])
+    count = torch.zeros((), dtype=torch.int64, device=kept.device)
+    for classes in blocks(len(kept), width * width):
+        found, number = step(*(matrices(sigma[classes], width) for sigma in covariances))
+        kept[classes] = triangles(found)
+        count += number
+    return kept, count
 
 
 def _semidefinite_or_former(covariance: Tensor, former: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from iada_kernels import native
 from iada_kernels.contract import LossInputs, LossOptions
+from iada_kernels.triangular import triangular_shape
 
 _value_checks = contextvars.ContextVar("value_checks", default=False)
 
@@ -244,8 +245,9 @@ def _check_loss_options(options: LossOptions) -> None:
 
 
 def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:
-    """float32 or float64, full (C, A, A), diagonal (C, A) or packed (C, (1 + r) A)."""
+    """float32 or float64, full (C, A, A) or its triangles, diagonal (C, A) or (C, (1 + r) A)."""
     full, diagonal = (num_classes, width, width), (num_classes, width)
+    triangles = (num_classes, *triangular_shape(width))
     expected = f"a float32 or float64 tensor {full} (full) or {diagonal} (diagonal)"
     check_tensor("covariance", covariance, expected + " or an iada.ClassCovariance")
     if covariance.dtype not in (torch.float32, torch.float64):
@@ -253,6 +255,6 @@ def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:
         raise argument_error("covariance", expected, f"dtype {covariance.dtype}", remedy)
     shape = tuple(covariance.shape)
     packed = len(shape) == 2 and width and shape[1] and shape[1] % width == 0
-    if shape not in (full, diagonal) and not (packed and shape[0] == num_classes):
+    if shape not in (full, triangles, diagonal) and not (packed and shape[0] == num_classes):
         remedy = f"build it with iada.ClassCovariance({num_classes}, {width})"
         raise argument_error("covariance", expected, f"shape {shape}", remedy)

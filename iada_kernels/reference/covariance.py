@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from iada_kernels.low_rank import LowRankCovariance, is_low_rank, unpacked
+from iada_kernels.triangular import is_triangular, matrices, triangles
 
 
 def population_statistics(
@@ -40,6 +41,10 @@ def covariance_update(
     """
     if is_low_rank(covariance, mean.shape[1]):
         return _low_rank_update(covariance, mean, count, features, labels)
+    if is_triangular(covariance, mean.shape[1]):
+        full = matrices(covariance, mean.shape[1])
+        updated, new_mean, new_count = covariance_update(full, mean, count, features, labels)
+        return triangles(updated), new_mean, new_count
     diagonal = covariance.dim() == 2
     batch_covariance, batch_mean, batch_count = population_statistics(
         features, labels, mean.shape[0], diagonal

@@ -21,6 +21,7 @@ from iada_kernels.torch_ops import low_rank
 from iada_kernels.torch_ops.blocking import blocks, join
 from iada_kernels.torch_ops.loss import perturbation_sign, table_rows
 from iada_kernels.torch_ops.quadratic import class_table_and_tangent, differences
+from iada_kernels.triangular import is_triangular, triangles
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def hypergradient(
 def covariance_step(
     covariance: Tensor, weight: Tensor, weight_tangent: Tensor, sums: ClassSums, scale: float
 ) -> None:
-    """Σ += scale · ∂L̇/∂Σ in place, for covariance (C, A, A), (C, A), or packed.
+    """Σ += scale · ∂L̇/∂Σ in place, for covariance (C, A, A), its triangles, (C, A), or packed.
 
     Of a packed one the gradients are those by d and U.
     """
@@ -136,7 +137,10 @@ def covariance_step(
         scaled = delta_tangent.mul_(sums.residual[rows, :, None])
         scaled.addcmul_(delta, sums.curvature[rows, :, None], value=0.5)
         grad = delta.mT @ scaled
-        _add(covariance, sums.classes, rows, (grad + grad.mT) * 0.5, scale)
+        grad = (grad + grad.mT) * 0.5
+        if is_triangular(covariance, width):  # by the entries of Σ, as of matrices
+            grad = triangles(grad)
+        _add(covariance, sums.classes, rows, grad, scale)
 
 
 def covariance_step_bound(weight: Tensor, weight_tangent: Tensor, sums: ClassSums) -> Tensor | None:

@@ -9,9 +9,9 @@ repeat. Given G = ∂L/∂R,
     ∂L/∂W   = Σ_u [ diag(G_u)(W − 1w_c) Σ_c − e_c (G_uᵀ (W − 1w_c) Σ_c) ]
     ∂L/∂Σ_c = ½ Σ_u (W − 1w_c)ᵀ diag(G_u) (W − 1w_c)
 
-Shapes: weight (C, A), covariance (C, A, A), (C, A) or packed, classes (U), R and G (U, C). Scratch
-is bounded by a few blocks, whatever the shape. Here are the choice of the structure and the full
-one; `diagonal` and `low_rank` have the others.
+Shapes: weight (C, A), covariance (C, A, A), its triangles, (C, A) or packed, classes (U), R and G
+(U, C). Scratch is bounded by a few blocks, whatever the shape. Here are the choice of the structure
+and the full one; `diagonal` and `low_rank` have the others.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from iada_kernels.low_rank import is_low_rank
+from iada_kernels.low_rank import is_low_rank, without_factors
 from iada_kernels.torch_ops import low_rank
 from iada_kernels.torch_ops.blocking import BLOCK_ELEMENTS, blocks, is_one_block, join
 from iada_kernels.torch_ops.diagonal import (
@@ -27,6 +27,7 @@ from iada_kernels.torch_ops.diagonal import (
     diagonal_table,
     diagonal_table_and_tangent,
 )
+from iada_kernels.triangular import is_triangular, times_off_diagonal, triangles
 
 FEW_ROWS = 32  # up to here a second product costs less than a transposed copy of a large Σ
 
@@ -111,16 +112,23 @@ def class_table_backward(
     grad_covariance = weight.new_zeros(covariance.shape) if needs_covariance else None
     if grad_weight is None and grad_covariance is None:
         return None
+    triangular = is_triangular(covariance, weight.shape[1])
     for delta, sigma, rows in _full_blocks(weight, covariance, classes):
         if grad_weight is not None:
             product = _twice_product(delta, sigma)
             _add_product(grad_weight, classes, rows, product, grad_table[rows])
         if grad_covariance is not None:
             scaled = delta * (0.5 * grad_table[rows, :, None])
-            if classes is None:
+            if classes is None and not triangular:
                 torch.bmm(scaled.mT, delta, out=grad_covariance[rows])
+                continue
+            grad = scaled.mT @ delta
+            if triangular:
+                grad = times_off_diagonal(triangles(grad), weight.shape[1], 2.0)
+            if classes is None:
+                grad_covariance[rows] = grad
             else:
-                grad_covariance.index_add_(0, classes[rows], scaled.mT @ delta)
+                grad_covariance.index_add_(0, classes[rows], grad)
     return grad_covariance
 
 
@@ -131,9 +139,11 @@ def _full_blocks(
     num_classes, width = weight.shape
     count = num_classes if classes is None else len(classes)
     copies_sigma = classes is not None or num_classes > FEW_ROWS or covariance.dtype != weight.dtype
+    copies_sigma = copies_sigma or is_triangular(covariance, width)
     for rows in blocks(count, width * (max(width, num_classes) if copies_sigma else num_classes)):
         index = rows if classes is None else classes[rows]
-        yield differences(weight, index), covariance[index].to(weight.dtype), rows
+        sigma = without_factors(covariance[index].to(weight.dtype), width)
+        yield differences(weight, index), sigma, rows
 
 
 def _twice_product(rows: Tensor, sigma: Tensor) -> Tensor:

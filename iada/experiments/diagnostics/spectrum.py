@@ -16,8 +16,8 @@ def spectrum(covariance: Tensor | ClassCovariance) -> Tensor:
     is shown as it is.
     """
     if isinstance(covariance, ClassCovariance):
-        low_rank = covariance.structure == "low-rank"
-        covariance = covariance.dense() if low_rank else covariance.covariance
+        compact = covariance.structure in ("low-rank", "triangle")
+        covariance = covariance.dense() if compact else covariance.covariance
     check_tensor("covariance", covariance, "a tensor (C, A, A) or (C, A)")
     if covariance.dim() not in (2, 3):
         got = f"shape {tuple(covariance.shape)}"
