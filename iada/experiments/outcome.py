@@ -104,9 +104,11 @@ def covariance_diagnostics(
     rows = torch.arange(GAP_ROWS) * count // GAP_ROWS if count > GAP_ROWS else torch.arange(count)
     outputs = trainer.outputs(train, rows=rows)
     weight, bias = detached(trainer.method.head)
-    sigma, bias = covariance.shrunk().cpu(), None if bias is None else bias.cpu()
+    device, bias = covariance.mean.device, None if bias is None else bias.cpu()
+    parts = outputs.features.to(device), outputs.labels.to(device)
+    features, sigma = trainer.method.seen_by_loss(*parts)
+    features, sigma = features.float().cpu(), None if sigma is None else sigma.cpu()
     strengths = None if epsilon is None else epsilon[rows].nan_to_num(0.0).float()
-    features, labels = outputs.features.float(), outputs.labels
-    inputs = LossInputs(features, weight.cpu(), bias, labels, sigma, strengths)
+    inputs = LossInputs(features, weight.cpu(), bias, outputs.labels, sigma, strengths)
     gap = surrogate_gap(inputs, alpha=float(trainer.method.alpha), samples=200)
     return {"spectrum": spectrum(covariance).tolist(), "surrogate": gap.as_record()}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from iada.experiments.run import PlannedRun, build_trainer
+from iada.meta.method import Method
 from iada.utils.distributed import own_part
 from iada.utils.loading import batches
 
@@ -14,11 +15,12 @@ WARM_UP, TIMED = 2, 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step of plain CE, of the method, and of one test; steps of each phase."""
+    """Seconds of a step of plain CE, of the method, of a test and of `Method.prepare`; steps."""
 
     plain_step: float
     method_step: float
     test: float
+    preparation: float
     plain_steps: int
     method_steps: int
     tests: int
@@ -27,7 +29,7 @@ class Estimate:
     def total(self) -> float:
         """Seconds of the run."""
         steps = self.plain_step * self.plain_steps + self.method_step * self.method_steps
-        return steps + self.test * self.tests
+        return steps + self.preparation + self.test * self.tests
 
 
 def estimate(planned: PlannedRun) -> Estimate:
@@ -56,10 +58,12 @@ def estimate(planned: PlannedRun) -> Estimate:
     count = min(len(split.test), 4 * config.batch_size)
     start = _now(device)
     trainer.outputs(views.test, rows=torch.arange(count))
-    test = (_now(device) - start) / count * len(split.test)
+    sample = (_now(device) - start) / count
+    prepares = type(trainer.method).prepare is not Method.prepare
     phases = steps * config.ce_epochs, steps * (config.epochs - config.ce_epochs)
     tests = -(-config.epochs // planned.options.evaluate_every) + 1
-    return Estimate(seconds[0], seconds[1], test, *phases, tests)
+    passes = sample * len(split.test), sample * len(split.train) if prepares else 0.0
+    return Estimate(seconds[0], seconds[1], *passes, *phases, tests)
 
 
 def _now(device: torch.device) -> float:

@@ -127,8 +127,8 @@ class Learner:
             if index is not None and num_samples and len(index):
                 low, high = index.aminmax()
                 if low < 0 or high >= num_samples:
-                    expected = f"places in [0, {num_samples}), the memory's num_samples"
-                    remedy = "build TrainingMemory for the whole training set"
+                    expected = f"places in [0, {num_samples}), the samples that the method knows"
+                    remedy = "build it (or its TrainingMemory) for the whole training set"
                     got = f"{int(low)} to {int(high)}"
                     raise argument_error(f"{name} index", expected, got, remedy)
         rank = rank_of(self.group)

@@ -110,6 +110,16 @@ class Method(nn.Module):
         """Which of the next `count` steps will look at theirs, so that it can be loaded ahead."""
         return [False] * count
 
+    def prepare(self) -> None:
+        """Called before each epoch of the method's own, first: a pass over the training set, once.
+
+        Only where there is one: its time is part of what `paper --dry-run` says.
+        """
+
+    def seen_by_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features (N, A) and Σ as the method's loss takes them, for the terms of Table 1."""
+        return features, None if self.covariance is None else self.covariance.shrunk()
+
     def begin_epoch(self, epoch: int, order: Order, first_step: int) -> Order:
         """Called before the steps of each epoch of the method's own, and when one goes on.
 

@@ -39,7 +39,9 @@ class GroupMethod(Method):
         run: what it is built for: a training set with `groups`, (N) integers from 0, whose batches
             have indices.
         balanced_batches: each batch's rows are drawn anew, with replacement, so that all groups
-            come equally often; the draws depend on seed and step alone, and so on no stop.
+            come equally often; the draws depend on seed and step alone, and so on no stop. What a
+            data set draws follows from seed, step and sample: one that comes twice in a batch is
+            the same picture twice.
 
     Attributes:
         group_counts: training samples of each group, (G); 0 for a number that no sample has.
@@ -157,9 +159,9 @@ class GroupDRO(GroupMethod):
 
     def group_loss(self, losses: Tensor, groups: Tensor) -> Tensor:
         """Σ q_g L_g, after q has taken its step."""
-        sums = losses.new_zeros(len(self.log_q)).index_add(0, groups, losses)
-        count = torch.zeros_like(sums).index_add_(0, groups, torch.ones_like(losses))
-        means = sums / count.clamp(min=1)
+        # A product, whose order is fixed: ranks add up the same bits, on a GPU too.
+        members = F.one_hot(groups, len(self.log_q)).to(losses.dtype)
+        means = (losses @ members) / members.sum(dim=0).clamp(min=1)
         with torch.no_grad():  # in logarithms, so that no loss is too large for exp
             moved = self.log_q + self.step_size * (means.to(self.log_q) + self.adjustment)
             self.log_q.copy_(moved.log_softmax(dim=0))

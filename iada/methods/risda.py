@@ -87,7 +87,7 @@ class RISDA(HeadLossMethod):
     ) -> None:
         super().__init__(run, covariance=covariance, alpha=covariance_scale)
         assert run.train_set is not None
-        self.train_set, self.num_workers = run.train_set, run.num_workers
+        self.train_set, self.num_workers, self.seed = run.train_set, run.num_workers, run.seed
         self.epochs, self.prepared = run.epochs, False
         self.covariance_scale, self.prototype_scale = covariance_scale, prototype_scale
         self.shift = prototype_scale
@@ -99,20 +99,21 @@ class RISDA(HeadLossMethod):
         self.displacement = nn.Buffer(torch.zeros_like(covariance.mean))
 
     def begin_epoch(self, epoch: int, order: Order, first_step: int) -> Order:
-        """The rows as they are; before the first epoch, a pass over the training set."""
-        if not self.prepared:
-            self._prepare()
+        """The rows as they are."""
         share = epoch / self.epochs
         self.alpha, self.shift = share * self.covariance_scale, share * self.prototype_scale
         return order
 
     @torch.no_grad()
-    def _prepare(self) -> None:
-        """Σ, K and μ̃ of the training set as it is served, by the network as it is."""
+    def prepare(self) -> None:
+        """Once, Σ, K and μ̃ of the training set as it is served, by the network as it is."""
+        if self.prepared:
+            return
         classes, head = len(self.mixing), self.head
         confusion = torch.zeros_like(self.mixing).flatten()
         parts = (self.classifier.backbone, head, self.train_set)
-        for features, logits, labels in by_batch(*parts, num_workers=self.num_workers):
+        batches = by_batch(*parts, num_workers=self.num_workers, seed=self.seed)
+        for features, logits, labels in batches:
             self.covariance.update_gathered(features, labels)
             cells = classes * labels + logits.argmax(dim=1)
             confusion.index_add_(0, cells, torch.ones_like(cells, dtype=confusion.dtype))
@@ -129,11 +130,15 @@ class RISDA(HeadLossMethod):
     def loss(self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         """The weighted mean over the batch."""
         self.covariance.update_gathered(features, labels)
-        sigma = self.covariance.covariance
-        mixed = (self.mixing @ sigma.flatten(1)).view_as(sigma)
-        displaced = features + self.shift * self.displacement[labels].to(features.dtype)
+        displaced, mixed = self.seen_by_loss(features, labels)
         terms: dict[str, Any] = {"covariance": mixed, "alpha": self.alpha}
         return fused_loss(displaced, weight, bias, labels, **terms, class_weight=self.class_weights)
+
+    def seen_by_loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """h + t a μ̃_y, and Σ̃."""
+        sigma = self.covariance.covariance
+        mixed = (self.mixing @ sigma.flatten(1)).view_as(sigma)
+        return features + self.shift * self.displacement[labels].to(features.dtype), mixed
 
     def get_extra_state(self) -> dict[str, Any]:
         """Whether the pass between the stages was made, and the scales of the epoch."""

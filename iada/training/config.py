@@ -46,7 +46,7 @@ class TrainerConfig:
             minimises, its source and its cost. None where `Trainer` is given your own method.
         epochs: T2 of Algorithm 1, in epochs.
         ce_epochs: T1, the epochs of plain CE before the method; by default four fifths of epochs
-            (160 of 200) for Meta-IADA and MetaSAug, 0 for the others, which are published without.
+            (160 of 200) for Meta-IADA, MetaSAug and RISDA, 0 for those published without.
         batch_size: n of Algorithm 1.
         meta_batch_size: m of Algorithm 1.
         optimizer: of the classifier, by its name in torch.optim: "SGD", "Adam", "AdamW", …

@@ -220,6 +220,7 @@ class Trainer:
             self._first_loss = None
         watch = self._loss_watch()
         if meta_phase:
+            self.method.prepare()
             rest = self.method.begin_epoch(epoch, rest, self._step)
         train = self._loader(self.train_set, rest)
         for _ in rest:

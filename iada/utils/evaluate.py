@@ -57,13 +57,17 @@ def by_batch(
     batch_size: int = 512,
     num_workers: int = 0,
     rows: Tensor | None = None,
+    seed: int = 0,
 ) -> Iterator[Outputs]:
-    """Of each batch, in evaluation mode, on the head's device; arguments as of `outputs`."""
+    """Of each batch, in evaluation mode, on the head's device; arguments as of `outputs`.
+
+    seed: of what the data set draws.
+    """
     check_dataset("dataset", dataset)
     chosen = torch.arange(len(dataset)) if rows is None else rows  # type: ignore[arg-type]
     order = [part.tolist() for part in chosen.split(batch_size)]
     with evaluating(backbone, head):
-        for batch in batches(dataset, order, num_workers):
+        for batch in batches(dataset, order, num_workers, seed):
             inputs, labels, *_ = to_device(tuple(batch), head.weight.device)
             features = backbone(inputs)
             yield Outputs(features, head(features), labels)

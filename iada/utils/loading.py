@@ -35,6 +35,8 @@ class TensorData(Dataset):
     def __init__(self, inputs: Tensor, labels: Tensor, groups: Tensor | None = None) -> None:
         check_tensor("inputs", inputs, "a tensor (N, ...)")
         check_labels(labels, len(inputs))
+        if groups is not None:
+            check_tensor("groups", groups, f"integers from 0, ({len(inputs)},)")
         self.inputs, self.labels = inputs, labels.long()
         self.groups = _class_indices([groups], len(inputs))
         if groups is not None and self.groups is None:

@@ -35,6 +35,7 @@ def build(backbone=None, begin=True, **options):
     run = MethodRun(backbone, head, optimizer, COUNTS, make_set(), epochs=EPOCHS, ce_epochs=6)
     method = RISDAOptions(**{**OPTIONS, **options}).build(run)
     if begin:
+        method.prepare()
         method.begin_epoch(EPOCH, [[0]], 0)
     return method
 
@@ -147,6 +148,7 @@ def test_scales_follow_the_run():
     before = method.displacement.clone()
     method.head.weight.data.neg_()
     for epoch in (6, 7):
+        method.prepare()
         method.begin_epoch(epoch, [[0]], 0)
         assert method.alpha == pytest.approx(3.0 * epoch / 8)
         assert method.shift == pytest.approx(0.7 * epoch / 8)
@@ -174,6 +176,7 @@ def test_the_pass_between_the_stages_leaves_the_network_alone():
     method = build(backbone, begin=False)
     state, random = copy.deepcopy(backbone.state_dict()), torch.get_rng_state()
     order = [[3, 1], [2]]
+    method.prepare()
     assert method.begin_epoch(EPOCH, order, 7) is order
     assert torch.equal(torch.get_rng_state(), random)
     for name, value in backbone.state_dict().items():
@@ -226,6 +229,7 @@ def test_nothing_of_rows_by_classes_by_width_is_built(structure):
     method = RISDAOptions(structure=structure).build(run)
     features, labels = torch.randn(rows, width), torch.arange(rows) % classes
     with LargestOutput() as watch:
+        method.prepare()
         method.begin_epoch(1, [[0]], 0)
         method.step((features, labels))
     assert watch.numel <= classes * width * max(classes, width), watch.maker

@@ -84,8 +84,8 @@ class TermsLog:
 
     Every so many steps it looks at the batch that was just trained on, in evaluation mode: one
     forward without gradient, random state and BatchNorm statistics left alone. ε is that of the
-    step, 0 for methods without; Σ and π are the method's. Sums stay on the device until `summary`.
-    With several processes, over this one's rows.
+    step, 0 for methods without; Σ and π are the method's, and so are features that its loss moves.
+    Sums stay on the device until `summary`. With several processes, over this one's rows.
 
     Args:
         every: steps from one look to the next, counted from each epoch's first.
@@ -105,7 +105,7 @@ class TermsLog:
         head, method = trainer.head, trainer.method
         with evaluating(trainer.backbone, head):
             features = trainer.backbone(inputs)
-        covariance = None if method.covariance is None else method.covariance.shrunk()
+        features, covariance = method.seen_by_loss(features, labels)
         epsilon = result.epsilon if isinstance(result, MetaStep) else None
         given = LossInputs(features, head.weight, head.bias, labels, covariance, epsilon)
         terms = regularization_terms(given._replace(log_prior=getattr(method, "log_prior", None)))

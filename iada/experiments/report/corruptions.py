@@ -25,7 +25,7 @@ def corruption_table(variants: Variants) -> Table | None:
     rows = [
         [Cell("none"), *(_cell([run["clean"] for run in runs]) for runs in measured.values())],
         [
-            Cell("mean of all"),
+            Cell("mean"),
             *(_cell([run["mean"] for run in runs]) for runs in measured.values()),
         ],
     ]
@@ -47,7 +47,10 @@ def corruption_note(variants: Variants) -> str:
             "and not to be compared with figures on these."
         )
     if "published" in sources:
-        text += " Corruptions as published: CIFAR-10-C or CIFAR-100-C."
+        text += (
+            " Corruptions as published: CIFAR-10-C or CIFAR-100-C. The mean is over the fifteen of "
+            "the benchmark, without the four that its authors keep for choosing settings."
+        )
     return text
 
 

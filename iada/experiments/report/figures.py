@@ -301,7 +301,8 @@ def _by_severity(name: str, title: str, variants: Variants) -> Picture | None:
         found = record.get("corruptions")
         if not found:
             return None
-        return [found["clean"], *np.mean(list(found["accuracy"].values()), axis=0).tolist()]
+        accuracy = [found["accuracy"][name] for name in found.get("in_mean", found["accuracy"])]
+        return [found["clean"], *np.mean(accuracy, axis=0).tolist()]
 
     if not (series := _series(variants, row)):
         return None
