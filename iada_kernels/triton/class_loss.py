@@ -15,6 +15,7 @@ from iada_kernels.triton.device import (
     load_tile,
     number,
     onto_features,
+    wait_for_memory,
 )
 from iada_kernels.triton.launch import Number
 from iada_kernels.triton.moments import class_mean
@@ -98,6 +99,7 @@ def _update_statistics(
     s = tl.load(ptrs, mask=mask, other=0.0)
     old = tl.load(statistics.mean + c * A + offs_a, mask=col_mask, other=0.0)
     n = tl.load(statistics.n + c)
+    wait_for_memory()
     tl.debug_barrier()  # several threads may read what one of them writes now
     w = tl.cast(m, ACC) / tl.cast(n + m, ACC)
     shift = center - old
@@ -182,6 +184,7 @@ def _sign_logits(
     mass = tl.sum(r, axis=1)
     r /= tl.where(mass > 0, mass, 1.0)[:, None]
     tl.store(row_residual, r, mask=row_mask[:, None] & class_mask[None, :])
+    wait_for_memory()
     tl.debug_barrier()
     g = onto_features(
         residual, rows, row_mask, head.weight, head.stride, offs_a, col_mask, C,
@@ -193,6 +196,7 @@ def _sign_logits(
         s = tl.zeros([B.M, B.A], dtype=tl.int8)
     ptrs = samples.sign + rows[:, None] * A + offs_a[None, :]
     tl.store(ptrs, s, mask=row_mask[:, None] & col_mask[None, :])
+    wait_for_memory()
     tl.debug_barrier()
     return _onto_classes(samples.sign, A, rows, row_mask, head, sizes, B, ACC, DOT)
 
@@ -274,9 +278,11 @@ def class_loss(
     if terms.covariance is not None:
         if statistics is not None:
             _update_statistics(samples, order, m, terms.covariance, statistics, c, A, B, ACC, DOT)
+            wait_for_memory()
             tl.debug_barrier()  # Σ is read in another layout
         sigma = terms.covariance + c * A * A
         _quadratic_forms(head, label_row, sigma, parts, c, sizes, B, ACC, DOT)
+        wait_for_memory()
         tl.debug_barrier()
         offset += alpha * tl.load(class_sums, mask=class_mask, other=0.0)
     if terms.log_prior is not None:
@@ -320,6 +326,7 @@ def class_loss(
             tl.store(row_residual, d, mask=row_mask[:, None] & class_mask[None, :])
 
     if residual is not None:
+        wait_for_memory()
         tl.debug_barrier()  # D, s and P are read in other layouts
         grad = _row_gradients(samples, residual, order, m, head, parts, sizes, B, ACC, DOT)
     if parts.weight is not None:
@@ -330,11 +337,14 @@ def class_loss(
             grad += table_grad - tl.where(
                 label_mask[:, None], tl.sum(table_grad, axis=0)[None, :], 0.0
             )
+            wait_for_memory()
             tl.debug_barrier()  # P has been read
         tl.store(weight_ptrs, grad, mask=mask)
+    wait_for_memory()
     tl.debug_barrier()  # R has been read
     tl.store(class_sums, sums, mask=class_mask)
     if parts.covariance is not None:
+        wait_for_memory()
         tl.debug_barrier()  # G is read in slices
         _covariance_gradient(head, label_row, parts, c, alpha, sizes, B, ACC, DOT)
     return tl.sum(total, axis=0)

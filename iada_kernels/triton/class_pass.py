@@ -32,7 +32,11 @@ import triton.language as tl
 from torch import Tensor
 
 from iada_kernels.triton.config import Tile, cdiv, next_power_of_2
-from iada_kernels.triton.device import load_tile, number
+from iada_kernels.triton.device import (
+    load_tile,
+    number,
+    wait_for_memory,
+)
 from iada_kernels.triton.launch import Number, current_configuration, launch, split
 from iada_kernels.triton.moments import Moments
 from iada_kernels.triton.records import Samples
@@ -234,6 +238,7 @@ def class_pass_kernel(
                 form += tl.sum(product * q, axis=1)
                 tl.store(partials.table_tangent + partial + offs_c, 0.5 * form, mask=k_mask)
         if partials.total is not None:
+            wait_for_memory()
             tl.debug_barrier()  # the parts of this program are there before it counts
             if tl.atomic_add(partials.arrived + c, 1, sem="acq_rel") == partials.P - 1:
                 P = partials.P

@@ -25,6 +25,7 @@ from iada_kernels.triton.device import (
     store_tile,
     tile_at,
     tile_axis,
+    wait_for_memory,
 )
 from iada_kernels.triton.launch import current_configuration, launch, split
 from iada_kernels.triton.records import Labels
@@ -74,6 +75,7 @@ def class_pass_weight_kernel(
     offs = rows.to(tl.int64)[:, None] * A + cols[None, :]
     tile_mask = row_mask[:, None] & col_mask[None, :]
     tl.store(partials + split_id.to(tl.int64) * C * A + offs, total, mask=tile_mask)
+    wait_for_memory()
     tl.debug_barrier()  # the partial of this program is there before it counts
     tile, splits = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.num_programs(2)
     if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == splits - 1:
@@ -81,6 +83,7 @@ def class_pass_weight_kernel(
         for index in range(splits):  # other multiprocessors stored them: past the first-level cache
             ptrs = partials + tl.cast(index, tl.int64) * C * A + offs
             result += tl.load(ptrs, mask=tile_mask, other=0.0, cache_modifier=".cg")
+        wait_for_memory()
         tl.debug_barrier()  # all of the tile has been read
         tl.store(grad + offs, result, mask=tile_mask)
 

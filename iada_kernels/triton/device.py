@@ -2,7 +2,10 @@
 
 import triton
 import triton.language as tl
+from triton.language.target_info import current_target
+from triton.runtime.jit import constexpr_function
 
+INTERPRETED = triton.knobs.runtime.interpret
 ANY_CACHE = tl.constexpr("")  # as a default; a plain string cannot be one in Triton 3.6
 
 
@@ -10,6 +13,34 @@ ANY_CACHE = tl.constexpr("")  # as a default; a plain string cannot be one in Tr
 def number(value, ACC: tl.constexpr):
     """A Python number, which `launch.split` gave as two float32, in the compute dtype."""
     return tl.cast(value.high, ACC) + tl.cast(value.low, ACC)
+
+
+@constexpr_function
+def wait_instruction():
+    """By which a wave of an AMD GPU waits for its loads and stores; empty elsewhere.
+
+    A barrier there waits for what a program keeps beside it, not for memory; NVIDIA's for both.
+    """
+    target = None if INTERPRETED else current_target()
+    if target is None or target.backend != "hip":
+        return ""
+    if target.arch.startswith("gfx9"):
+        wait = "s_waitcnt vmcnt(0)"
+    elif target.arch.startswith("gfx12"):
+        wait = "s_wait_loadcnt 0x0\ns_wait_storecnt 0x0"
+    else:
+        wait = "s_waitcnt vmcnt(0)\ns_waitcnt_vscnt null, 0x0"
+    return wait + "\nv_mov_b32 $0, $1"
+
+
+@triton.jit
+def wait_for_memory():
+    """Before a barrier, behind which other threads or programs read what was stored, or store."""
+    WAIT: tl.constexpr = wait_instruction()
+    if WAIT != "":
+        tl.inline_asm_elementwise(
+            WAIT, "=v,v", [tl.arange(0, 64)], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

@@ -39,6 +39,7 @@ from iada_kernels.triton.device import (
     softmax_sums,
     store_tile,
     tile_at,
+    wait_for_memory,
 )
 from iada_kernels.triton.launch import Number, current_configuration, launch, split
 from iada_kernels.triton.records import Diagonal, Labels, Samples, Sizes, Table
@@ -206,6 +207,7 @@ def _reduce_if_last(
     MEAN: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """By the last tile of rows: the sum of the losses in order, or the mean of those that count."""
+    wait_for_memory()
     tl.debug_barrier()  # the losses of this program are there before it counts
     if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         total = tl.zeros([BLOCK], dtype=ACC)
@@ -247,6 +249,7 @@ def logits_kernel(
             _reduce_if_last(losses, labels, reduction, arrived + C, N, MEAN, BLOCK, ACC)
     else:
         store_logits(z, total, row, column, sizes, BLOCK_N, BLOCK_C)
+        wait_for_memory()
         tl.debug_barrier()  # this tile of z̃ is there before the program counts
         before = tl.atomic_add(arrived + C + 1 + row, 1, sem="acq_rel")
         if before == tl.num_programs(1) - 1:

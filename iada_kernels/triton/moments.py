@@ -17,7 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iada_kernels.triton.device import load_tile, tile_at
+from iada_kernels.triton.device import (
+    load_tile,
+    tile_at,
+    wait_for_memory,
+)
 
 
 @triton.jit
@@ -76,6 +80,7 @@ def update_class(
         w = tl.load(moments.batch_weight + c)
         old = tl.load(moments.mean + offs, mask=col_mask, other=0.0)
         mean_shift = batch_mean - old
+        wait_for_memory()
         tl.debug_barrier()  # several threads may read what one of them writes now
         tl.store(moments.center + offs, batch_mean, mask=col_mask)
         tl.store(moments.shift + offs, mean_shift, mask=col_mask)

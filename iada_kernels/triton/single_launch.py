@@ -36,6 +36,7 @@ from iada_kernels.triton.class_loss import (
     class_loss,
 )
 from iada_kernels.triton.config import SingleLaunchLimits, next_power_of_2
+from iada_kernels.triton.device import wait_for_memory
 from iada_kernels.triton.launch import current_configuration, launch, split
 from iada_kernels.triton.records import Labels, Samples, Sizes, as_operand, sign_dtype
 from iada_kernels.triton.rows import scan_rows
@@ -49,6 +50,7 @@ def single_launch_kernel(
     N, C, _ = sizes
     c = tl.program_id(0)
     first, m, num_valid, num_invalid = scan_rows(labels, scratch.order, c, N, C, B.N)
+    wait_for_memory()
     tl.debug_barrier()  # other threads read what was stored to `order`
     inv_count = tl.cast(1.0, ACC)
     if MEAN:
@@ -61,6 +63,7 @@ def single_launch_kernel(
         )  # fmt: skip
     tl.store(parts.size + c, m)
     tl.store(scratch.losses + c, total)
+    wait_for_memory()
     tl.debug_barrier()
     if tl.atomic_add(scratch.arrived, 1, sem="acq_rel") == C - 1:
         j = tl.arange(0, B.C)

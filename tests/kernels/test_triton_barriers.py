@@ -29,6 +29,7 @@ kinds = (
     ("store", r"st\\.global|global_store|buffer_store"),
     ("load", r"ld\\.global|global_load|buffer_load"),
     ("past", r"ld\\.global\\.cg"),
+    ("wait", r"s_waitcnt vmcnt\\(0\\)"),
     ("barrier", r"bar\\.sync|barrier\\.sync|s_barrier"),
     ("atomic", r"atom\\.\\S*acq_rel|global_atomic_add"),
 )
@@ -124,16 +125,31 @@ def test_every_barrier_of_the_source_is_in_the_binary(listing):
     assert explicit_barriers() <= {(file, line) for file, line, kind in events if kind == "barrier"}
 
 
-@pytest.mark.parametrize(
+threads_exchange = pytest.mark.parametrize(
     ("kernel", "file", "store", "reader", "load"),
     [
         *(pytest.param("single_launch_kernel", *rest, id=name) for name, *rest in EXCHANGES),
         *(pytest.param(k, f, store, f, load, id=name) for name, k, f, store, load in SUMS),
     ],
 )
+
+
+@threads_exchange
 def test_a_barrier_lies_between_a_store_and_the_load(listing, kernel, file, store, reader, load):
     between, _ = exchange(listing[kernel], file, store, reader, load)
     assert {(f, n) for f, n, kind in between if kind == "barrier"} & explicit_barriers()
+
+
+@threads_exchange
+@pytest.mark.parametrize("listing", ["gfx942"], indirect=True)
+def test_each_wave_waits_for_its_stores_before_the_barrier(
+    listing, kernel, file, store, reader, load
+):
+    """AMD's barrier does not, and the thread that counts publishes what has arrived."""
+    between, _ = exchange(listing[kernel], file, store, reader, load)
+    explicit = explicit_barriers()
+    barrier = next(at for at, (f, n, _) in enumerate(between) if (f, n) in explicit)
+    assert "wait" in [kind for _, _, kind in between[:barrier]]
 
 
 def exchange(events, file, store, reader, load):
