@@ -85,12 +85,17 @@ def main() -> int:
     run = Run(device, options.budget, ceilings)
     shapes = TINY if options.dry_run else {name: SHAPES[name] for name in options.shapes or ORDER}
     run.shapes = before.get("shapes", {})
-    run.failures = before.get("failures", [])
+    run.failures = before.get("failures", {})
     for name, shape in shapes.items():
         run.shapes.setdefault(name, {"shape": str(shape), "parts": []})
     for part in options.parts:
+        run.part = part
+        if part in options.again:
+            run.failures.pop(part, None)
         for name, shape in shapes.items():
             done = run.shapes[name]["parts"]
+            if part in options.again and part in done:
+                done.remove(part)
             if part not in done:
                 waiting = len(run.left_out)
                 PARTS[part](run, name, shape)
@@ -99,10 +104,11 @@ def main() -> int:
                 path.write_text(json.dumps(report(run), indent=1) + "\n")
     contestants = f"{headline(describe(run.device), MEANING)}; triton {triton_version()}"
     print(f"\n{path}\n\n{contestants}\n\n{table(run.shapes, run.ceilings)}")
-    for title, lines in (("left out", run.left_out), ("FAILED", run.failures)):
+    failed = [line for part in options.parts for line in run.failures.get(part, ())]
+    for title, lines in (("left out", run.left_out), ("FAILED", failed)):
         for line in lines:
             print(f"{title}: {line}")
-    return 1 if run.failures else 0
+    return 1 if failed else 0
 
 
 def report(run: Run) -> dict[str, Any]:

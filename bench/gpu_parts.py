@@ -55,7 +55,8 @@ class Run:
         self.begin, self.budget = time.monotonic(), budget
         self.compiler = "inductor" if device.type == "cuda" else "eager"
         self.left_out: list[str] = []
-        self.failures: list[str] = []
+        self.part = ""  # that is being measured
+        self.failures: dict[str, list[str]] = {}  # of each part
         self.shapes: dict[str, dict[str, Any]] = {}
         self.ceilings = ceilings or measure_ceilings(self.watch, small=device.type != "cuda")
 
@@ -83,7 +84,7 @@ class Run:
 
     def fail(self, what: str) -> None:
         print(f"FAILED {what}", flush=True)
-        self.failures.append(what)
+        self.failures.setdefault(self.part, []).append(what)
 
 
 def errors(run: Run, name: str, shape: Shape) -> None:

@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from iada.utils.files import atomic_write
 
 REPORT = "stages.json"
 TAIL = 4000  # characters of what a stage printed that are kept
+ATTEMPTS = 2  # at a stage under a tool that the call had to stop
 LEAVE = 10.0  # seconds of a call for its own end
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 COUNTERS = (
@@ -55,8 +56,9 @@ DONE, FAILED, STOPPED, ABSENT = "done", "failed", "stopped", "not here"
 class Stage:
     """A command, and the seconds below which it is not begun and after which it is stopped.
 
-    tool: a program that it needs. goes_on: its next call takes up where this one was stopped, and
-    it ends by itself within `--budget`, which is added.
+    tool: a program that it needs, with which it is begun twice at most. goes_on: its next call
+    takes up where this one was stopped, and it ends by itself within `--budget`, which is added.
+    after: the stage whose results it needs.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Stage:
     most: float
     tool: str = ""
     goes_on: bool = False
+    after: str = ""
 
 
 def add_half_hour(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +75,9 @@ def add_half_hour(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("--full: the first half hour on a GPU")
     group.add_argument("--full", action="store_true", help="all stages, over several calls")
     group.add_argument("--seconds", type=float, default=570, help="of this call (default 570)")
-    group.add_argument("--again", nargs="+", default=[], metavar="STAGE", help="run these anew")
+    group.add_argument(
+        "--again", nargs="+", default=[], metavar="STAGE", help="run these anew, or these parts"
+    )
     group.add_argument("--data", type=Path, help="CIFAR-10, for the stage training")
 
 
@@ -86,15 +91,19 @@ def half_hour(options: argparse.Namespace) -> int:
     ended: dict[str, Any] = json.loads(path.read_text())["stages"] if path.exists() else {}
     waiting = []
     for stage in stages(folder, options):
-        state = ended.get(stage.name, {}).get("state")
-        if state in (DONE, FAILED, ABSENT) and stage.name not in options.again:
+        former = ended.get(stage.name, {})
+        state, attempts = former.get("state"), former.get("attempts", 0)
+        has_ended = state in (DONE, FAILED, ABSENT) or (stage.tool and attempts >= ATTEMPTS)
+        if has_ended and stage.name not in options.again:
             print(f"{stage.name}: {state} before", flush=True)
             continue
         left = options.seconds - LEAVE - (time.monotonic() - begin)
-        if left < stage.least:
+        needed = ended.get(stage.after, {}).get("state") in (DONE, FAILED) or not stage.after
+        if left < stage.least or not needed:
             waiting.append(stage.name)
             continue
-        ended[stage.name] = run_stage(stage, folder, min(left, stage.most))
+        found = run_stage(stage, folder, min(left, stage.most))
+        ended[stage.name] = {**found, "attempts": attempts + 1}
         with atomic_write(path) as file:
             file.write(json.dumps({"machine": machine, "stages": ended}, indent=1).encode() + b"\n")
         print(f"{stage.name}: {ended[stage.name]['state']}", flush=True)
@@ -107,8 +116,8 @@ def half_hour(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def stages(folder: Path, options: argparse.Namespace) -> list[Stage]:
-    """All of them, in order."""
+def stages(folder: Path, options: argparse.Namespace) -> Iterator[Stage]:
+    """All of them, in order; each is made when its turn comes, of what those before have found."""
     python = (sys.executable, "-m")
     gpu: tuple[str, ...] = (*python, "bench.gpu", "--resume", "--out", str(folder))
     tiles: tuple[str, ...] = (*python, "bench.tiles", "--json", str(folder / "tiles.json"))
@@ -117,20 +126,25 @@ def stages(folder: Path, options: argparse.Namespace) -> list[Stage]:
     if options.dry_run:
         gpu, tiles = (*gpu, "--dry-run"), (*tiles, "--dry-run", "--changes", "1")
         one_step = (*one_step, "--small", "1")
-    found = [Stage("errors", (*gpu, "--parts", "errors"), 60, 400, goes_on=True)]
+
+    def measured(name: str, least: float, most: float, *parts: str) -> Stage:
+        anew = ("--again", *parts) if name in options.again else ()
+        return Stage(name, (*gpu, "--parts", *parts, *anew), least, most, goes_on=True)
+
+    yield measured("errors", 60, 400, "errors")
     for tool in SANITIZERS:
         watch = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
-        found.append(Stage(tool, (*watch, *one_step), 60, 240, tool="compute-sanitizer"))
-    found += [
-        Stage("times", (*gpu, "--parts", "times"), 60, 400, goes_on=True),
-        Stage("floor", (*gpu, "--parts", "floor"), 30, 240, goes_on=True),
-        Stage("compiled", (*gpu, "--parts", *compiled), 90, 400, goes_on=True),
-        Stage("tiles", tiles, 90, 400, goes_on=True),
-        Stage("counters", counters_command(folder, one_step), 60, 240, tool="ncu"),
-    ]
+        yield Stage(tool, (*watch, *one_step), 60, 240, tool="compute-sanitizer")
+    yield measured("times", 60, 400, "times")
+    yield measured("floor", 30, 240, "floor")
+    yield measured("compiled", 90, 400, *compiled)
+    if "tiles" in options.again:
+        (folder / "tiles.json").unlink(missing_ok=True)
+    yield Stage("tiles", tiles, 90, 400, goes_on=True)
+    counters = counters_command(folder, one_step)
+    yield Stage("counters", counters, 60, 240, tool="ncu", after="times")
     if options.data is not None:
-        found.append(Stage("training", training_command(folder, options, python), 60, 1e9))
-    return found
+        yield Stage("training", training_command(folder, options, python), 60, 1e9)
 
 
 def counters_command(folder: Path, one_step: Sequence[str]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ SMALL = (
     Shape("dense", 70, 5, 20, "full", "skewed"),
     Shape("wide", 5, 3, 130, "full"),
     Shape("many", 9, 200, 18, "diag"),
+    Shape("rows", 70, 130, 70, "full"),  # several tiles of rows and of classes, the softmax joined
 )
 ALL = LossNeeds(True, True, True, True, True, True)
 

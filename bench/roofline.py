@@ -107,7 +107,8 @@ def _moments_and_sign(a: Arguments, counts: Sequence[int], programs: int) -> Tas
     columns, tasks = math.ceil(a["sizes.A"] / a["COLUMNS"]), []
     if "moments.mean" in a:
         programs -= columns * a["sizes.C"]
-        tasks = [(columns, 2 + 3 * math.ceil(rows / a["BLOCK_M"])) for rows in counts]
+        passes = 2 if a.get("covariance") is None else 3  # the mean, its residuals, squares
+        tasks = [(columns, 2 + passes * math.ceil(rows / a["BLOCK_M"])) for rows in counts]
     if a["sign"] is not None:
         tasks.append((programs, 2 + _cut("sizes.C", "BLOCK_C", 2)(a)))
     return tasks
@@ -176,7 +177,7 @@ def tasks_of(launch: Launch, arguments: Arguments, counts: Sequence[int]) -> Tas
 
 def waits(tasks: Tasks, slots: int) -> float:
     """Reads one after the other, with `slots` programs at a time: those alike start in rounds,
-    others fill each other's gaps but for the longest."""
+    others at best fill each other's gaps but for the longest."""
     if len(tasks) == 1:
         ((programs, reads),) = tasks
         return math.ceil(programs / slots) * reads

@@ -79,7 +79,7 @@ def loss_backward(
     grad_loss: Tensor,
     needs: LossNeeds,
 ) -> LossGradients:
-    """The gradients asked for: of the features in their dtype, others in the compute dtype."""
+    """The gradients asked for: of the features in their dtype or, as others, the compute dtype."""
     if isinstance(saved, SavedParts):
         return single_launch_backward.loss_backward(inputs, options, saved, grad_loss, needs)
     weight = inputs.weight.to(inputs.compute_dtype).contiguous()

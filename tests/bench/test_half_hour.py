@@ -76,6 +76,20 @@ def test_a_call_goes_on_behind_the_last_one(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "ran").read_text() == "first wrong wrong long "
 
 
+def test_a_tool_that_takes_too_long_is_begun_twice(tmp_path, monkeypatch):
+    given = [
+        Stage("watched", python("import time; time.sleep(600)"), 0, 1, tool="sh"),
+        Stage("next", python(""), 0, 20, after="watched"),
+    ]
+    monkeypatch.setattr(half_hour, "stages", lambda folder, options: given)
+    for attempts in (1, 2, 2):
+        half_hour.half_hour(options_for(tmp_path))
+        (report,) = tmp_path.glob("full-*/stages.json")
+        stages = json.loads(report.read_text())["stages"]
+        assert stages["watched"]["attempts"] == attempts
+        assert "next" not in stages
+
+
 def test_the_slowest_kernels(tmp_path):
     kernels = [{"kernel": "a", "ms": 1}, {"kernel": "b", "ms": 5}, {"kernel": "a", "ms": 4}]
     others = [{"kernel": "c", "ms": 3}, {"kernel": "d", "ms": 0.1}]
@@ -137,6 +151,8 @@ def test_all_of_it_with_stubs(tmp_path):
     assert {end["state"] for end in stages.values()} == {"done"}
     assert "watched by compute-sanitizer" in stages["racecheck"]["output"]
     assert "watched by ncu" in stages["counters"]["output"]
+    (counters,) = (line for line in done.stdout.splitlines() if line.startswith("counters: ncu"))
+    assert "--kernel-name" in counters  # by what the stage times has found
     (found,) = report.parent.glob("gpu-cpu-*.json")
     for shape in json.loads(found.read_text())["shapes"].values():
         assert shape["parts"] == ["errors", "times", "floor", "torch-compiled", "eager-compiled"]
@@ -144,4 +160,5 @@ def test_all_of_it_with_stubs(tmp_path):
         assert {"liger", "cut_cross_entropy"} & set(shape["floor"]["not_installed"])
     tiles = json.loads((report.parent / "tiles.json").read_text())
     assert tiles["complete"]
+    assert "grad_features" in tiles["unswept"]
     assert all(len(entry["tried"]) == 1 for entry in tiles["tiles"].values())
