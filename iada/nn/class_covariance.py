@@ -130,9 +130,9 @@ class ClassCovariance(nn.Module):
 
     def dense(self) -> Tensor:
         """Σ with all its entries in any structure, (C, A, A)."""
-        if self.structure == "diag":
-            return torch.diag_embed(self.covariance)
-        return without_factors(self.covariance, self.mean.shape[1])
+        if self.structure in ("full", "triangle"):
+            return without_factors(self.covariance, self.mean.shape[1])
+        return self.low_rank.dense()
 
     def class_share(self) -> Tensor:
         """1 − λ_c of `shrinkage`, (C): how much of what losses see is the class's own Σ."""

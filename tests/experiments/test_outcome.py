@@ -19,6 +19,7 @@ def test_the_surrogate_is_recorded_at_the_epsilon_of_training():
     covariance = iada.ClassCovariance(3, 5)
     covariance.update(features, labels)
     method = SimpleNamespace(covariance=covariance, head=head, alpha=0.5)
+    method.seen_by_loss = lambda h, y: (h, covariance.covariance)
 
     def outputs(data, rows):
         return Outputs(features[rows], head(features[rows]).detach(), labels[rows])
