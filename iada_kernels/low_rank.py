@@ -64,7 +64,7 @@ def variances(covariance: Tensor, width: int) -> Tensor:
     return unpacked(covariance, width).variances() if is_low_rank(covariance, width) else covariance
 
 
-def without_factors(covariance: Tensor, width: int) -> Tensor:
+def unfolded(covariance: Tensor, width: int) -> Tensor:
     """Σ (C, A, A) for a packed one or triangles, and any other as it is."""
     if is_triangular(covariance, width):
         return matrices(covariance, width)

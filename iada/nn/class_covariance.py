@@ -27,7 +27,7 @@ from iada.utils.distributed import (
     others_told,
 )
 from iada_kernels.dispatch import select_backend
-from iada_kernels.low_rank import LowRankCovariance, unpacked, variances, without_factors
+from iada_kernels.low_rank import LowRankCovariance, unfolded, unpacked, variances
 from iada_kernels.streaming import without_ignored
 from iada_kernels.triangular import is_triangular, triangular_shape
 
@@ -131,7 +131,7 @@ class ClassCovariance(nn.Module):
     def dense(self) -> Tensor:
         """Σ with all its entries in any structure, (C, A, A)."""
         if self.structure in ("full", "triangle"):
-            return without_factors(self.covariance, self.mean.shape[1])
+            return unfolded(self.covariance, self.mean.shape[1])
         return self.low_rank.dense()
 
     def class_share(self) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from iada.nn.arguments import Extras, loss_of_rows
 from iada.nn.class_covariance import ClassCovariance
 from iada_kernels.contract import LossInputs, LossOptions
-from iada_kernels.low_rank import LowRankCovariance, without_factors
+from iada_kernels.low_rank import LowRankCovariance, unfolded
 
 
 def eager_loss(
@@ -55,7 +55,7 @@ def _compute(inputs: LossInputs, options: LossOptions) -> Tensor:
         shift = inputs.epsilon[:, None].to(dtype) * _perturbation_sign(logits, weight, target)
         adjusted = F.linear(features + shift, weight, bias)
     if inputs.covariance is not None:
-        sigma = without_factors(inputs.covariance, weight.shape[1])
+        sigma = unfolded(inputs.covariance, weight.shape[1])
         quadratic = _isda_quadratic(weight, sigma.to(dtype), target)
         adjusted = adjusted + options.alpha * quadratic
     if inputs.log_prior is not None:

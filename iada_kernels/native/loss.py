@@ -107,13 +107,15 @@ def operator_inputs(inputs: LossInputs, dtype: torch.dtype) -> list[Tensor | Non
 
     Features keep their own; blocks of them are converted where they are read.
     """
-    features, weight, bias, labels, covariance, epsilon, log_prior = inputs
-    converted = [
-        tensor if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous())
-        else tensor.to(dtype).contiguous()
-        for tensor in (weight, bias, covariance, epsilon, log_prior)
-    ]  # fmt: skip
-    return [features.contiguous(), *converted[:2], labels.contiguous(), *converted[2:]]
+    return [
+        inputs.features.contiguous(),
+        contiguous_as(inputs.weight, dtype),
+        contiguous_as(inputs.bias, dtype),
+        inputs.labels.contiguous(),
+        contiguous_as(inputs.covariance, dtype),
+        contiguous_as(inputs.epsilon, dtype),
+        contiguous_as(inputs.log_prior, dtype),
+    ]
 
 
 def _call(

@@ -10,7 +10,7 @@ from einops import einsum
 from torch import Tensor
 
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
-from iada_kernels.low_rank import without_factors
+from iada_kernels.low_rank import unfolded
 from iada_kernels.reference.loss import adjusted_logits, perturbation_sign
 
 
@@ -70,7 +70,7 @@ def _quadratic_tangent(
     """The derivative of ρ_ij along V, (N, C), which sees the symmetric part of Σ only."""
     delta = weight[None, :, :] - weight[labels][:, None, :]
     delta_tangent = weight_tangent[None, :, :] - weight_tangent[labels][:, None, :]
-    sigma = without_factors(covariance, weight.shape[1])[labels]
+    sigma = unfolded(covariance, weight.shape[1])[labels]
     if sigma.dim() == 2:
         return einsum(delta, sigma, delta_tangent, "n c a, n a, n c a -> n c")
     sigma = (sigma + sigma.mT) / 2

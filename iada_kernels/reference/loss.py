@@ -5,7 +5,7 @@ from einops import einsum
 from torch import Tensor
 
 from iada_kernels.contract import LossInputs, LossOptions
-from iada_kernels.low_rank import without_factors
+from iada_kernels.low_rank import unfolded
 
 
 def perturbation_sign(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def perturbation_sign(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def quadratic_forms(weight: Tensor, covariance: Tensor, labels: Tensor) -> Tensor:
     """ρ_ij = ½ (w_j − w_y)ᵀ Σ_y (w_j − w_y) with y the label of sample i: (N, C)."""
     delta = weight[None, :, :] - weight[labels][:, None, :]
-    sigma = without_factors(covariance, weight.shape[1])[labels]
+    sigma = unfolded(covariance, weight.shape[1])[labels]
     if sigma.dim() == 2:
         return 0.5 * einsum(delta, sigma, delta, "n c a, n a, n c a -> n c")
     return 0.5 * einsum(delta, sigma, delta, "n c a, n a b, n c b -> n c")

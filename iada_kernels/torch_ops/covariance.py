@@ -10,7 +10,7 @@ Rows are centred on their batch mean before any product, so that large means do 
 import torch
 from torch import Tensor
 
-from iada_kernels.low_rank import is_low_rank, without_factors
+from iada_kernels.low_rank import is_low_rank, unfolded
 from iada_kernels.torch_ops.blocking import blocks
 from iada_kernels.torch_ops.low_rank_update import low_rank_update
 from iada_kernels.triangular import is_triangular, triangles
@@ -61,7 +61,7 @@ def _update_full_grouped(
     groups = centred[labels.argsort(stable=True)].split(size.tolist())
     for c, (batch_weight, group) in enumerate(zip(w[:, 0].tolist(), groups[:-1], strict=True)):
         if len(group):
-            sigma = without_factors(covariance[c : c + 1], shift.shape[1])[0]
+            sigma = unfolded(covariance[c : c + 1], shift.shape[1])[0]
             sigma.addmm_(group.T, group, beta=1 - batch_weight, alpha=batch_weight / len(group))
             sigma.addr_(shift[c], shift[c], alpha=batch_weight * (1 - batch_weight))
             if is_triangular(covariance, shift.shape[1]):

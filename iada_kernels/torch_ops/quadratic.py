@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from iada_kernels.low_rank import is_low_rank, without_factors
+from iada_kernels.low_rank import is_low_rank, unfolded
 from iada_kernels.torch_ops import low_rank
 from iada_kernels.torch_ops.blocking import BLOCK_ELEMENTS, blocks, is_one_block, join
 from iada_kernels.torch_ops.diagonal import (
@@ -142,7 +142,7 @@ def _full_blocks(
     copies_sigma = copies_sigma or is_triangular(covariance, width)
     for rows in blocks(count, width * (max(width, num_classes) if copies_sigma else num_classes)):
         index = rows if classes is None else classes[rows]
-        sigma = without_factors(covariance[index].to(weight.dtype), width)
+        sigma = unfolded(covariance[index].to(weight.dtype), width)
         yield differences(weight, index), sigma, rows
 
 

@@ -5,7 +5,8 @@ import triton.language as tl
 from triton.language.target_info import current_target
 from triton.runtime.jit import constexpr_function
 
-INTERPRETED = triton.knobs.runtime.interpret
+from iada_kernels.triton.launch import INTERPRETED
+
 ANY_CACHE = tl.constexpr("")  # as a default; a plain string cannot be one in Triton 3.6
 
 

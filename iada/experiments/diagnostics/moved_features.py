@@ -12,7 +12,7 @@ from torch import Tensor
 from iada.experiments.diagnostics.surrogate import perturbed
 from iada.utils.checks import argument_error, check_count, check_loss_arguments
 from iada_kernels.contract import LossInputs, LossOptions
-from iada_kernels.low_rank import variances, without_factors
+from iada_kernels.low_rank import unfolded, variances
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def moved_features(
     drawn = centre[:, None].expand_as(noise).clone()
     for c in labels.unique().tolist():
         rows = labels == c
-        sigma = without_factors(inputs.covariance[c : c + 1], features.shape[1])[0].double()
+        sigma = unfolded(inputs.covariance[c : c + 1], features.shape[1])[0].double()
         if sigma.dim() == 1:
             sigma = torch.diag(sigma)
         values, vectors = torch.linalg.eigh((sigma + sigma.mT) / 2)

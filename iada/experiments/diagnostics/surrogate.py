@@ -22,7 +22,7 @@ from iada.utils.checks import (
     check_loss_arguments,
 )
 from iada_kernels.contract import LossInputs, LossOptions
-from iada_kernels.low_rank import without_factors
+from iada_kernels.low_rank import unfolded
 from iada_kernels.torch_ops.loss import perturbation_sign
 
 CHUNK = 2**22  # numbers drawn at a time: 32 MiB of float64
@@ -106,7 +106,7 @@ def surrogate_gap(
         for c in labels.unique().tolist():
             rows = (labels == c).nonzero()[:, 0]
             centre = _logit_differences(inputs, c, rows)
-            sigma = without_factors(inputs.covariance[c : c + 1], head.shape[1])[0]
+            sigma = unfolded(inputs.covariance[c : c + 1], head.shape[1])[0]
             factor, negative = _factor(head - head[c], sigma.double())
             factor = factor * math.sqrt(alpha)
             bound = (centre + 0.5 * factor.square().sum(dim=1)).logsumexp(dim=1)
