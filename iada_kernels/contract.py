@@ -98,7 +98,7 @@ class LossGradients:
         return [*head, self.covariance, self.epsilon, self.log_prior]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ClassStatistics:
     """What the streaming covariance keeps beside Σ."""
 

@@ -49,7 +49,7 @@ class IADALossFunction(torch.autograd.Function):
         loss, ctx.saved = backend.loss_forward(LossInputs(*tensors), options, needs, stream)
         ctx.lent = None
         if owner is not None and not needs.covariance:
-            ctx.lent = owner.lend()
+            ctx.lent = owner.lend(tensors[COVARIANCE])
             tensors = (*tensors[:COVARIANCE], None, *tensors[COVARIANCE + 1 :])
         ctx.save_for_backward(*tensors)
         ctx.options, ctx.needs, ctx.backend = options, needs, backend

@@ -214,9 +214,9 @@ class ClassCovariance(nn.Module):
         for buffer in (self.covariance, self.mean, self.count):
             buffer.zero_()
 
-    def lend(self) -> LentCovariance:
-        """Σ as it stands, for a loss that will want it in its backward."""
-        lent = LentCovariance(self.covariance)
+    def lend(self, covariance: Tensor) -> LentCovariance:
+        """Its own Σ as it stands, for a loss that will want it in its backward."""
+        lent = LentCovariance(covariance)
         self._lent.append(weakref.ref(lent))
         if len(self._lent) > MANY_LENT:  # where Σ is only read
             self._lent[:] = [ref for ref in self._lent if (held := ref()) and held.awaited]

@@ -113,7 +113,7 @@ class _ClassTable(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, classes: Tensor, owner: ClassCovariance) -> Tensor:
         ctx.save_for_backward(weight, classes)
         if ctx.needs_input_grad[0]:
-            ctx.lent = owner.lend()
+            ctx.lent = owner.lend(owner.covariance)
         listed = _listed(classes, owner.covariance)
         table = class_table(weight, owner.covariance, listed)
         return table if listed is classes else table[classes]

@@ -44,31 +44,41 @@ struct BlockScratch {
   }
 };
 
-// Loss of one row of adjusted logits, which become D.
+// Losses of rows of adjusted logits, which become D; `scale` of each row.
 template <class T>
-double row_loss(T* adjusted, int64_t label, T scale, int64_t count) {
-  const T top = row_maximum(adjusted, count);
-  const T own = adjusted[label] - top;
-  T total = exponentials(adjusted, top, count, adjusted);
-  const T own_exponential = adjusted[label];
-  adjusted[label] = 0;
-  Vector<T> rest{};
-  for (int64_t j = 0; j < count; j += kLanes<T>) rest += load(adjusted + j);
-  const T others = sum<T>(rest);
-  total = own_exponential + others;
-  const T factor = scale / total;
-  for (int64_t j = 0; j < count; j += kLanes<T>) store(adjusted + j, load(adjusted + j) * factor);
-  adjusted[label] = -others * factor;
-  // log1p keeps what log(1 + others) loses when the label's logit is far above all others.
-  if (own == 0) return __builtin_log1p(static_cast<double>(others) / own_exponential);
-  return __builtin_log(static_cast<double>(total)) - static_cast<double>(own);
+void row_losses(T* adjusted, int64_t stride, int64_t rows, int64_t columns, const int64_t* labels,
+                const T* scale, double* losses) {
+  constexpr int64_t n = kLanes<T>;
+  for (int64_t first = 0; first < rows; first += n, adjusted += n * stride) {
+    const int64_t count = smaller(n, rows - first);
+    T top[n], own[n], own_exponential[n], others[n];
+    row_maxima(adjusted, stride, count, columns, top);
+    for (int64_t i = 0; i < count; ++i) own[i] = adjusted[i * stride + labels[first + i]] - top[i];
+    exponentials(adjusted, stride, count, columns, top);
+    for (int64_t i = 0; i < count; ++i) {
+      T& at_label = adjusted[i * stride + labels[first + i]];
+      own_exponential[i] = at_label;
+      at_label = 0;
+    }
+    row_sums(adjusted, stride, count, columns, others);
+    for (int64_t i = 0; i < count; ++i) {
+      T* d = adjusted + i * stride;
+      const T total = own_exponential[i] + others[i], factor = scale[first + i] / total;
+      for (int64_t j = 0; j < columns; j += n) store(d + j, load(d + j) * factor);
+      d[labels[first + i]] = -others[i] * factor;
+      // log1p keeps what log(1 + others) loses when the label's logit is far above all others.
+      losses[first + i] =
+          own[i] == 0 ? __builtin_log1p(static_cast<double>(others[i]) / own_exponential[i])
+                      : __builtin_log(static_cast<double>(total)) - static_cast<double>(own[i]);
+    }
+  }
 }
 
 template <class T>
 void block_of_rows(const Head<T>& p, const PackedHead<T>& packed, int64_t begin, int64_t rows,
                    const BlockScratch<T>& s, Sums<T>& sums) {
   const int64_t C = p.num_classes, A = p.width, c_row = packed.classes_row,
-                a_row = packed.width_row;
+                a_row = packed.width_row, columns = packed.columns;
   const auto row_number = [&](int64_t i) {
     return p.rows == nullptr ? begin + i : p.rows[begin + i];
   };
@@ -79,40 +89,47 @@ void block_of_rows(const Head<T>& p, const PackedHead<T>& packed, int64_t begin,
   product<T>(rows, c_row, A, s.features, a_row, 1, packed.transposed.data, c_row, s.logits, c_row, false);
   for (int64_t i = 0; i < rows; ++i) {
     T* z = s.logits + i * c_row;
-    for (int64_t j = 0; j < c_row; j += kLanes<T>) store(z + j, load(z + j) + load(packed.bias.data + j));
+    for (int64_t j = 0; j < columns; j += kLanes<T>) store(z + j, load(z + j) + load(packed.bias.data + j));
   }
+  int64_t labels[kBlock];
+  for (int64_t i = 0; i < rows; ++i) labels[i] = p.labels[row_number(i)];
   const bool directed = p.epsilon != nullptr && C > 1;
   if (directed) {
-    for (int64_t i = 0; i < rows; ++i) {
-      mixture(s.logits + i * c_row, p.labels[row_number(i)], c_row, s.moved + i * c_row);
-    }
+    mixtures(s.logits, c_row, rows, columns, labels, s.moved);
     product<T>(rows, a_row, C, s.moved, c_row, 1, packed.weight.data, a_row, s.sign, a_row, false);
     for (int64_t k = 0; k < rows * a_row; k += kLanes<T>) store(s.sign + k, sign<T>(load(s.sign + k)));
     product<T>(rows, c_row, A, s.sign, a_row, 1, packed.transposed.data, c_row, s.moved, c_row, false);
   }
+  T scale[kBlock];
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t row = row_number(i), label = p.labels[row];
+    const int64_t row = row_number(i);
     const T* z = s.logits + i * c_row;
     const T* t = s.moved + i * c_row;
     T* d = s.adjusted + i * c_row;
     const T epsilon = directed ? p.epsilon[row] : T(0);
     const T* table =
-        p.table == nullptr ? nullptr : p.table + p.slot[label] * table_row(p.num_classes);
-    for (int64_t j = 0; j < c_row; j += kLanes<T>) {
+        p.table == nullptr ? nullptr : p.table + p.slot[labels[i]] * table_row(p.num_classes);
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
       Vector<T> v = load(z + j);
       if (directed) v += epsilon * load(t + j);
       if (table != nullptr) v += load(table + j);
       store(d + j, v + load(packed.prior.data + j));
     }
-    const T scale = p.row_scale == nullptr ? p.scale : p.scale * p.row_scale[row];
-    const double loss = row_loss(d, label, scale, c_row);
-    sums.loss += loss;
-    if (p.losses != nullptr) p.losses[row] = static_cast<T>(loss);
+    scale[i] = p.row_scale == nullptr ? p.scale : p.scale * p.row_scale[row];
+  }
+  double losses[kBlock];
+  row_losses(s.adjusted, c_row, rows, columns, labels, scale, losses);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = row_number(i);
+    const T* t = s.moved + i * c_row;
+    const T* d = s.adjusted + i * c_row;
+    sums.loss += losses[i];
+    if (p.losses != nullptr) p.losses[row] = static_cast<T>(losses[i]);
     if (p.grad_epsilon != nullptr) p.grad_epsilon[row] = directed ? dot(d, t, C) : T(0);
     if (p.residual != nullptr) std::memcpy(p.residual + row * C, d, C * sizeof(T));
   }
   if (p.grad_bias != nullptr) {
-    for (int64_t j = 0; j < c_row; j += kLanes<T>) {
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
       Vector<T> total{};
       for (int64_t i = 0; i < rows; ++i) total += load(s.adjusted + i * c_row + j);
       store(sums.bias + j, load(sums.bias + j) + total);

@@ -4,6 +4,8 @@
 
 #include "operators.hpp"
 
+#include <cstdlib>
+
 #include "tensors.hpp"
 
 namespace iada {
@@ -12,10 +14,42 @@ void parallel_ranges(int64_t count, int64_t grain, RangeFunction function, void*
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, function, context));
 }
 
-void out_of_memory(int64_t bytes) {
-  STD_TORCH_CHECK(false, "native: expected ", bytes, " bytes of memory for scratch, got none; free "
-                  "some, take a smaller batch, or pass backend='torch'");
-  std::abort();  // not reached; the check above does not return
+namespace {
+
+// What each thread keeps for scratch, taken and given back from its end. A small batch takes twenty
+// buffers, and an allocator's work for them as long as its products.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kKept = 64;  // each its own allocation, whose bounds are watched
+#else
+constexpr int64_t kKept = 1 << 18;
+#endif
+struct Kept {
+  alignas(64) char memory[kKept];
+  int64_t taken;
+};
+thread_local Kept kept;
+
+}  // namespace
+
+void* take_scratch(int64_t bytes) {
+  Kept& own = kept;
+  if (bytes <= kKept - own.taken) {
+    own.taken += bytes;
+    return own.memory + own.taken - bytes;
+  }
+  void* memory = std::aligned_alloc(64, static_cast<size_t>(bytes));
+  STD_TORCH_CHECK(memory != nullptr, "native: expected ", bytes, " bytes of memory for scratch, got "
+                  "none; free some, take a smaller batch, or pass backend='torch'");
+  return memory;
+}
+
+void give_back_scratch(void* memory, int64_t bytes) {
+  Kept& own = kept;
+  if (memory >= own.memory && memory < own.memory + kKept) {
+    own.taken -= bytes;
+  } else {
+    std::free(memory);
+  }
 }
 
 namespace {

@@ -50,6 +50,7 @@ template <class T>
 void block_of_rows(const TangentHead<T>& p, const PackedHead<T>& packed, const T* moved_transposed,
                    const T* moved_bias, int64_t begin, int64_t rows, T* memory) {
   const int64_t C = p.num_classes, A = p.width, c_row = packed.classes_row, a_row = packed.width_row;
+  const int64_t columns = packed.columns;
   T *features = memory, *direction = features + kBlock * a_row;
   T *logits = direction + kBlock * a_row, *moves = logits + kBlock * c_row;
   T *along = moves + kBlock * c_row, *along_moves = along + kBlock * c_row;
@@ -69,15 +70,15 @@ void block_of_rows(const TangentHead<T>& p, const PackedHead<T>& packed, const T
   }
   for (int64_t i = 0; i < rows; ++i) {
     T* z = logits + i * c_row;
-    for (int64_t j = 0; j < c_row; j += kLanes<T>) {
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
       store(z + j, load(z + j) + load(packed.bias.data + j));
     }
   }
   const bool directed = p.epsilon != nullptr && C > 1;
   if (directed) {
-    for (int64_t i = 0; i < rows; ++i) {
-      mixture(logits + i * c_row, p.labels[row_number(i)], c_row, along + i * c_row);
-    }
+    int64_t labels[kBlock];
+    for (int64_t i = 0; i < rows; ++i) labels[i] = p.labels[row_number(i)];
+    mixtures(logits, c_row, rows, columns, labels, along);
     product<T>(rows, a_row, C, along, c_row, 1, packed.weight.data, a_row, direction, a_row, false);
     for (int64_t k = 0; k < rows * a_row; k += kLanes<T>) {
       store(direction + k, sign<T>(load(direction + k)));
@@ -93,7 +94,7 @@ void block_of_rows(const TangentHead<T>& p, const PackedHead<T>& packed, const T
     const T *t = along + i * c_row, *t_moves = along_moves + i * c_row;
     const int64_t place = p.table == nullptr ? 0 : p.slot[label] * table_row(C);
     const T epsilon = directed ? p.epsilon[row] : T(0);
-    for (int64_t j = 0; j < c_row; j += kLanes<T>) {
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
       Vector<T> v = load(z + j), dv = load(z_moves + j) + load(moved_bias + j);
       if (directed) {
         v += epsilon * load(t + j);
@@ -106,7 +107,7 @@ void block_of_rows(const TangentHead<T>& p, const PackedHead<T>& packed, const T
       store(z + j, v + load(packed.prior.data + j));
       store(z_moves + j, dv);
     }
-    row_tangent(z, z_moves, label, p.scale, c_row);
+    row_tangent(z, z_moves, label, p.scale, columns);
     if (p.grad_epsilon != nullptr) {
       p.grad_epsilon[row] = directed ? dot(z, t_moves, C) + dot(z_moves, t, C) : T(0);
     }

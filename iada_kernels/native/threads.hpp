@@ -9,7 +9,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 
 namespace iada {
 
@@ -18,8 +17,10 @@ using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 // Calls `function` on consecutive ranges that cover [0, count); defined in operators.cpp.
 void parallel_ranges(int64_t count, int64_t grain, RangeFunction function, void* context);
 
-// Raises a RuntimeError that names the size; defined in operators.cpp.
-[[noreturn]] void out_of_memory(int64_t bytes);
+// Memory on a cache line's boundary, to be given back by the thread that took it, the latest first; a
+// multiple of 64 bytes. A RuntimeError that names the size if there is none. Defined in operators.cpp.
+void* take_scratch(int64_t bytes);
+void give_back_scratch(void* memory, int64_t bytes);
 
 namespace {
 
@@ -47,17 +48,19 @@ inline void parallel_pieces(int64_t count, double work, int64_t scratch_size, co
   }
 }
 
-// Uninitialised memory on a cache line's boundary.
+// Uninitialised memory, for as long as the scope lasts that it stands in.
 template <class T>
 struct Buffer {
   T* data = nullptr;
+  int64_t bytes = 0;
   explicit Buffer(int64_t size) {
     if (size <= 0) return;
-    const size_t bytes = (static_cast<size_t>(size) * sizeof(T) + 63) / 64 * 64;
-    data = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (data == nullptr) out_of_memory(static_cast<int64_t>(bytes));
+    bytes = (size * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    data = static_cast<T*>(take_scratch(bytes));
   }
-  ~Buffer() { std::free(data); }
+  ~Buffer() {
+    if (data != nullptr) give_back_scratch(data, bytes);
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 };

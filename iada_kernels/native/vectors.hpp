@@ -53,6 +53,12 @@ inline int64_t padded(int64_t size) {
   return (size + kTileColumns<T> - 1) / kTileColumns<T> * kTileColumns<T>;
 }
 
+// Columns that a pass over vectors touches.
+template <class T>
+inline int64_t whole_vectors(int64_t size) {
+  return (size + Lanes<T>::count - 1) / Lanes<T>::count * Lanes<T>::count;
+}
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
@@ -77,14 +83,21 @@ inline T sum(Vector<T> v) {
   return total;
 }
 template <class T>
-inline T largest(Vector<T> v) {
-  T best = v[0];
-  for (int64_t i = 1; i < kLanes<T>; ++i) best = v[i] > best || v[i] != v[i] ? v[i] : best;
-  return best;
-}
-template <class T>
 inline Vector<T> choose(Integers<T> mask, Vector<T> yes, Vector<T> no) {
   return mask ? yes : no;
+}
+// Of the lanes S apart the larger ones, then of those half as far apart, …; NaN if there is one.
+template <class T, int S, int... I>
+inline T largest(Vector<T> v, std::integer_sequence<int, I...> lanes) {
+  const Vector<T> other = __builtin_shufflevector(v, v, (I ^ S)...);
+  v = choose<T>((v > other) | (v != v), v, other);
+  if constexpr (S > 1) return largest<T, S / 2>(v, lanes);
+  return v[0];
+}
+template <class T>
+inline T largest(Vector<T> v) {
+  constexpr int n = static_cast<int>(kLanes<T>);
+  return largest<T, n / 2>(v, std::make_integer_sequence<int, n>());
 }
 template <class T>
 inline Vector<T> sign(Vector<T> v) {
