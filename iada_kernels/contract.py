@@ -51,7 +51,7 @@ class LossInputs(NamedTuple):
 
     @property
     def has_compact_covariance(self) -> bool:
-        """Whether Σ is given in a form that torch operators alone read: low-rank, or triangles."""
+        """Whether Σ is given in a form that torch operators read: low-rank, or triangles."""
         sigma, width = self.covariance, self.features.shape[-1]
         return sigma is not None and (is_low_rank(sigma, width) or is_triangular(sigma, width))
 

@@ -47,7 +47,8 @@ def select_backend(
         device: of the tensors.
         dtype: of the features.
         options: of the loss, some of which only torch operators serve.
-        compact: whether it is for a low-rank or triangle Σ, which only torch operators serve.
+        compact: whether it is for a low-rank or triangle Σ: products of matrices, which are torch's
+            under any name.
 
     Raises:
         ValueError: an unknown name.
@@ -61,11 +62,11 @@ def select_backend(
     chosen = name or BEST.get(device.type, "torch")
     reason = _why_not(chosen, device, dtype)
     smoothed = options is not None and options.label_smoothing
-    only_torch = chosen != "torch" and (smoothed or compact)
-    if only_torch and not reason:
-        what = "label_smoothing" if smoothed else "a low-rank or triangle covariance"
-        reason = f"{what} is served by torch operators"
+    if smoothed and chosen != "torch" and not reason:
+        reason = "label_smoothing is served by torch operators"
     if not reason:
+        if compact:
+            return torch_ops
         if chosen == "triton":
             return triton_backend()
         return native if chosen == "native" else torch_ops
@@ -74,7 +75,7 @@ def select_backend(
             f"backend: {name!r} cannot serve tensors on {device}: {reason}; "
             "use backend=None or backend='torch'"
         )
-    if dtype in DTYPES and not only_torch:  # else there is nothing to install
+    if dtype in DTYPES and not (compact or smoothed):  # else there is nothing to install
         _warn_once(chosen, device.type)
     return torch_ops
 

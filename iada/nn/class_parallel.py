@@ -94,10 +94,13 @@ def diagonal_form(
     return table.masked_fill(rows.label_mask(table), 0.0)
 
 
-def full_form(
+def table_form(
     weight: Tensor, owner: ClassCovariance, classes: range, num_classes: int, rows: Rows
 ) -> Tensor:
-    """R[y, j] for the own `classes` j, (N, c): rows by the ranks of y, columns to those of j."""
+    """R[y, j] for the own `classes` j, (N, c), with Σ in any structure.
+
+    Rows are made by the ranks of y, columns go to those of j.
+    """
     start, stop = classes.start, classes.stop
     head = rows.sum(nn.functional.pad(weight, (0, 0, start, num_classes - stop)))
     # The own classes first, as Σ has them.

@@ -10,8 +10,9 @@ over ranks of which one has the value and the others zeros: an all_reduce, whose
 sum of the gradients of all ranks.
 
 With N rows of all ranks, a step exchanges, forward and backward together, 2 N·A for the features
-where ranks have their own rows, N·A for s, 3 N·A for a diagonal Σ, 2 (C·A + N·C) for a full one.
-No rank holds more than its classes' logits, (N, C / ranks), but for a full Σ the head and (N, C).
+where ranks have their own rows, N·A for s, 3 N·A for a diagonal Σ, 2 (C·A + N·C) for any other.
+No rank holds more than its classes' logits, (N, C / ranks), but for the head and (N, C) where Σ is
+not diagonal.
 """
 
 from typing import Any
@@ -25,9 +26,9 @@ from iada.nn.class_parallel import (
     Rows,
     Sum,
     diagonal_form,
-    full_form,
     log_sum_exp,
     perturbation_sign,
+    table_form,
 )
 from iada.nn.priors import log_class_prior
 from iada.utils.autocast import full_precision
@@ -77,7 +78,7 @@ class ShardedIADALoss(nn.Module):
         num_features: A.
         process_group: of torch.distributed; its ranks call it together.
         class_counts: training samples of all classes, (C), from which π follows; or None.
-        structure: "diag", or "full" for as many classes as a rank has memory for, c·A².
+        structure: as in `ClassCovariance`, for the own classes alone; "full" is c·A² for c of them.
         rows: "own": each rank passes its own rows of the batch, as many as it has. "shared": all
             pass the same rows, as tensor-parallel ranks do.
         alpha: as in `fused_loss`.
@@ -86,6 +87,7 @@ class ShardedIADALoss(nn.Module):
         reduction: "mean" or "sum".
         device: of the buffers.
         dtype: of the buffers; float32 or float64.
+        rank: of the low-rank structure, see `ClassCovariance`.
 
     Every rank gets the loss of the whole batch. After `backward` on every rank, the gradients of
     weight and bias are those of one process, to rounding: leave them out of
@@ -94,7 +96,7 @@ class ShardedIADALoss(nn.Module):
     as DistributedDataParallel and FSDP do, are those of one process.
 
     In evaluation mode the same is exchanged, and Σ does not change. Its backward can be
-    differentiated again with a diagonal Σ, not with a full one.
+    differentiated again with a diagonal Σ, not with another.
     """
 
     log_prior: Tensor | None
@@ -113,10 +115,10 @@ class ShardedIADALoss(nn.Module):
         reduction: str = "mean",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        rank: int | None = None,
     ) -> None:
         super().__init__()
         check_choice("rows", rows, ROWS)
-        check_choice("structure", structure, ("diag", "full"))
         check_choice("reduction", reduction, ("mean", "sum"))
         check_count("num_classes", num_classes, 2, "a head of one class has no loss")
         self._group = GroupReference(process_group)
@@ -124,10 +126,9 @@ class ShardedIADALoss(nn.Module):
         first = min(num_classes, rank_of(process_group) * most)
         self.classes = range(first, min(num_classes, first + most))
         self.num_classes, self.num_features, self.rows = num_classes, num_features, rows
-        self.structure = structure
         count = max(1, len(self.classes))  # a rank without classes keeps the zeros of one
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.covariance = ClassCovariance(count, num_features, structure, **place)
+        self.covariance = ClassCovariance(count, num_features, structure, rank, **place)
         prior = None
         if class_counts is not None:
             prior = log_class_prior(class_counts, num_classes)[first : self.classes.stop]
@@ -225,17 +226,17 @@ class ShardedIADALoss(nn.Module):
         z = inputs.features @ weight.T
         if inputs.bias is not None:
             z = z + inputs.bias.to(dtype)
-        label_weight = None
-        if inputs.epsilon is not None or self.structure == "diag":
+        sigma, label_weight = self.covariance.covariance, None
+        is_diagonal = sigma.shape[1:] == (self.num_features,)
+        if inputs.epsilon is not None or is_diagonal:
             label_weight = rows.of_labels(weight)
         if inputs.epsilon is not None:
             assert label_weight is not None
             sign = perturbation_sign(z.detach(), weight.detach(), label_weight, rows)
             z = z + inputs.epsilon.to(dtype)[:, None] * (sign @ weight.T)
-        if label_weight is None or self.structure == "full":
-            form = full_form(weight, self.covariance, self.classes, self.num_classes, rows)
+        if label_weight is None or not is_diagonal:
+            form = table_form(weight, self.covariance, self.classes, self.num_classes, rows)
         else:
-            sigma = self.covariance.covariance
             form = diagonal_form(weight, label_weight, sigma, self.num_classes, rows)
         z = z + self.alpha * form
         if inputs.log_prior is not None:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import iada
+from iada.nn.class_covariance import STRUCTURES
 from iada.utils.distributed import launched_group, rank_of, size_of
 
 WIDTH, IGNORED = 5, 90
@@ -52,6 +53,7 @@ def check_one_process(group, num_classes, structure, rows, reduction, with_epsil
     """Loss, gradients and statistics are those of one process with all classes and rows."""
     weight, bias, counts = head_of(num_classes)
     options = {"structure": structure, "reduction": reduction, "ignore_index": IGNORED}
+    options["rank"] = 2 if structure == "low-rank" else None
     whole = iada.IADALoss(num_classes, WIDTH, counts, **options).double()
     criterion = iada.ShardedIADALoss(num_classes, WIDTH, group, counts, rows=rows, **options)
     criterion = criterion.double()
@@ -159,7 +161,7 @@ def check_errors(group):
 def main():
     with launched_group():
         group = dist.group.WORLD
-        for structure, rows in itertools.product(("diag", "full"), iada.nn.sharded_loss.ROWS):
+        for structure, rows in itertools.product(STRUCTURES, iada.nn.sharded_loss.ROWS):
             check_one_process(group, 7, structure, rows, "mean", with_epsilon=True)
         check_one_process(group, 7, "full", "own", "sum", with_epsilon=False)
         check_one_process(group, 2, "diag", "own", "mean", with_epsilon=True)

@@ -19,14 +19,17 @@ def test_ranks_together_give_what_one_process_gives(processes):
     assert output.count("done") == processes
 
 
-@pytest.mark.parametrize("structure", ["diag", "full"])
-def test_a_process_alone(structure):
+@pytest.mark.parametrize(
+    ("structure", "rank"),
+    [("diag", None), ("full", None), ("triangle", None), ("low-rank", 2), ("low-rank", 0)],
+)
+def test_a_process_alone(structure, rank):
     """Without a group it is IADALoss; gradients by finite differences."""
     weight, bias = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     features, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 3, -100, 0])
     epsilon = torch.rand(6, dtype=torch.float64)
-    alone = iada.ShardedIADALoss(4, 3, None, structure=structure).double()
-    whole = iada.IADALoss(4, 3, structure=structure).double()
+    alone = iada.ShardedIADALoss(4, 3, None, structure=structure, rank=rank).double()
+    whole = iada.IADALoss(4, 3, structure=structure, rank=rank).double()
     got = alone(features, weight, bias, labels, epsilon)
     torch.testing.assert_close(got, whole(features, weight, bias, labels, epsilon))
     alone.eval()
@@ -40,6 +43,7 @@ def test_arguments_that_do_not_fit():
     for options, message in (
         ({"rows": "some"}, "^rows: expected one of 'own', 'shared'"),
         ({"structure": "banded"}, "^structure: expected one of"),
+        ({"structure": "low-rank"}, "^rank: expected an int from 0"),
         ({"reduction": "none"}, "^reduction: expected one of 'mean', 'sum'"),
     ):
         with pytest.raises(ValueError, match=message):
