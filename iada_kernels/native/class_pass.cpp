@@ -7,11 +7,15 @@
 // Differences are taken before any product, so that nothing cancels. A quadratic form sees the
 // symmetric part of Σ_c only, so must its derivative: P_u stands for (W − 1w_c)(Σ_c + Σ_cᵀ)/2.
 //
-// Scratch of a thread: kRows rows of differences (A), a panel of Σ_c (A × one tile), one block of P;
-// with up to kFewRows classes, P once for each kColumns rows of Σ_c.
+// With `rounded`, products with many rows of W are of operands rounded to bfloat16, where the
+// processor has them; differences and forms are not.
+//
+// Scratch of a thread: kRows rows of differences (A), a panel of Σ_c (A × one tile), one block of P,
+// rounded ones in half as much again; with up to kFewRows classes, P once for each kColumns rows of Σ_c.
 
 #include "passes.hpp"
 #include "product.hpp"
+#include "rounded_product.hpp"
 #include "threads.hpp"
 
 namespace iada {
@@ -90,6 +94,12 @@ void symmetric_panel(const T* sigma, int64_t width, int64_t n, int64_t columns, 
   }
 }
 
+template <class T>
+bool rounds([[maybe_unused]] const ClassPass<T>& p) {
+  if constexpr (kRounds<T>) return p.rounded && processor_rounds();
+  return false;
+}
+
 // One piece of columns [begin, end) of Σ_c with many rows of W: tiles of products.
 template <class T>
 void piece_of_products(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t end, T* partial,
@@ -102,11 +112,24 @@ void piece_of_products(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t 
   T* panel = delta + kRows * width_padded;
   T* block = panel + width * tile_columns;
   T* moved = block + kRows * tile_columns;
+  [[maybe_unused]] uint32_t *rounded_delta = nullptr, *rounded_panel = nullptr;
+  [[maybe_unused]] const int64_t pairs = width_padded / 2;
+  if constexpr (kRounds<T>) {
+    if (rounds(p)) {
+      rounded_delta = reinterpret_cast<uint32_t*>(moved + (p.tangent == nullptr ? 0 : kRows * width_padded));
+      rounded_panel = rounded_delta + kRows * pairs;
+    }
+  }
   const bool symmetric = p.product != nullptr || p.tangent != nullptr;
   for (int64_t j0 = 0; j0 < p.num_classes; j0 += kRows) {
     const int64_t rows = smaller(kRows, p.num_classes - j0);
     for (int64_t j = 0; j < rows; ++j) {
       padded_difference(p.weight + (j0 + j) * width, own, width, delta + j * width_padded);
+      if constexpr (kRounds<T>) {
+        if (rounded_delta != nullptr) {
+          round_row(delta + j * width_padded, width_padded, rounded_delta + j * pairs);
+        }
+      }
       if (p.tangent == nullptr) continue;
       padded_difference(p.weight_tangent + (j0 + j) * width, p.weight_tangent + c * width, width,
                         moved + j * width_padded);
@@ -127,8 +150,13 @@ void piece_of_products(const ClassPass<T>& p, int64_t u, int64_t begin, int64_t 
         const T* from = p.next + n * width;
         fetch = {from, from + columns * width, (columns * width + tiles - 1) / tiles};
       }
-      product<T>(rows, tile_columns, width, delta, width_padded, 1, source, stride, block,
-                 tile_columns, false, fetch);
+      if (rounded_delta == nullptr) {
+        product<T>(rows, tile_columns, width, delta, width_padded, 1, source, stride, block,
+                   tile_columns, false, fetch);
+      } else if constexpr (kRounds<T>) {
+        round_panel(source, stride, width, rounded_panel);
+        rounded_product(rows, width, rounded_delta, pairs, rounded_panel, block, fetch);
+      }
       for (int64_t j = 0; j < rows; ++j) {
         const T* made = block + j * tile_columns;
         partial[j0 + j] += tile_dot(made, delta + j * width_padded + n);
@@ -202,9 +230,9 @@ void full_table(const ClassPass<T>& p) {
   const double work = double(p.present) * p.num_classes * p.width * p.width;
   const bool dots = p.num_classes <= kFewRows;
   const int64_t sides = p.tangent == nullptr ? 1 : 2;
-  const int64_t scratch = dots ? sides * kFewRows * p.width
-                               : (sides * kRows + kTileColumns<T>) * padded<T>(p.width) +
-                                     kRows * kTileColumns<T>;
+  const int64_t tiles = (sides * kRows + kTileColumns<T>) * padded<T>(p.width) + kRows * kTileColumns<T>;
+  const int64_t rounded = rounds(p) ? (kRows + kTileColumns<T>) * padded<T>(p.width) / 2 : 0;
+  const int64_t scratch = dots ? sides * kFewRows * p.width : tiles + rounded;
   Buffer<T> partial(p.present * pieces * row), tangents(sides == 2 ? p.present * pieces * row : 0);
   const int64_t product_size = p.num_classes * p.width;
   Buffer<T> partial_products(dots && p.product != nullptr ? p.present * pieces * product_size : 0);

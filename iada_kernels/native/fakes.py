@@ -13,7 +13,7 @@ FEATURES, WEIGHT, BIAS, COVARIANCE, EPSILON, PRIOR = (1 << bit for bit in range(
 
 def _loss_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`arguments`: the tensors of `LossInputs`, row_scale, and the numbers of the schema."""
-    inputs, (*_, reduction, needs) = LossInputs(*arguments[:7]), arguments[7:]
+    inputs, (*_, reduction, needs, _rounded) = LossInputs(*arguments[:7]), arguments[7:]
     weight = inputs.weight
     rows, classes = inputs.features.shape[0], weight.shape[0]
     partial = weight.numel() if needs & WEIGHT else 0

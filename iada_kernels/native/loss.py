@@ -8,6 +8,10 @@ which then runs the forward operator again with them.
 With a stream the update of Σ is part of the same operator call: Σ is read while it is still in a
 cache, and a label out of range is refused before anything is changed.
 
+After torch.set_float32_matmul_precision("medium") the class pass multiplies the differences of W
+with a full float32 Σ as bfloat16, where the processor has AVX512-BF16; under torch.compile, as it
+was set when the graph was traced.
+
 Where the head is large and Σ is not full, the work is in dense products of W, and `torch_ops`,
 which is made of torch's matrix products, serves the call.
 """
@@ -70,7 +74,8 @@ def loss_forward(
         return loss, SavedLoss(residual, partial)
     *head, _, epsilon, log_prior = operator_inputs(inputs, dtype)
     tensors = (*head, *state, epsilon, log_prior)
-    loss, residual, partial = _forward_update(*tensors, *options[:3], reduction, needed)
+    numbers = (*options[:3], reduction, needed, rounds_products())
+    loss, residual, partial = _forward_update(*tensors, *numbers)
     mark_updated(state)
     return loss, SavedLoss(residual, partial)
 
@@ -118,6 +123,14 @@ def operator_inputs(inputs: LossInputs, dtype: torch.dtype) -> list[Tensor | Non
     ]
 
 
+def rounds_products() -> bool:
+    """Whether float32 may be multiplied as bfloat16, with sums in float32, as torch was told."""
+    return torch.get_float32_matmul_precision() == "medium"
+
+
+rounds_products._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `dispatch`
+
+
 def _call(
     inputs: LossInputs,
     dtype: torch.dtype,
@@ -127,7 +140,7 @@ def _call(
     needed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (*operator_inputs(inputs, dtype), contiguous_as(row_scale, dtype))
-    return _forward(*tensors, *options[:3], reduction, needed)
+    return _forward(*tensors, *options[:3], reduction, needed, rounds_products())
 
 
 def _bits(needs: LossNeeds) -> int:

@@ -21,6 +21,7 @@ struct LossCall {
   const Tensor *mean, *count;  // null, or what the batch is streamed into beside the covariance
   double alpha, beta;
   int64_t ignore_index, reduction, needs;
+  bool rounded;
 };
 
 // Σ of the classes `rows`, updated where that is asked for, and their rows of the table.
@@ -42,7 +43,7 @@ void fresh_table(const LossCall& call, const ClassRows& rows, bool full, T* tabl
     run(ClassPass<T>{C, A, part.present, part.classes, pointer<T>(call.weight), sigma, full,
                      static_cast<T>(call.alpha), table + first * table_row(C),
                      product == nullptr ? nullptr : product + first * C * A, nullptr, nullptr,
-                     one ? sigma + rows.classes[first + 1] * A * A : nullptr});
+                     one ? sigma + rows.classes[first + 1] * A * A : nullptr, call.rounded});
   };
   // Threads share the parts where these are more than the pieces of one; else those pieces. Within
   // a part nothing differs. Scratch of the update and of the class pass is then each thread's.
@@ -129,10 +130,10 @@ LossResult loss_forward(const Tensor& features, const Tensor& weight,
                         const std::optional<Tensor>& epsilon,
                         const std::optional<Tensor>& log_prior,
                         const std::optional<Tensor>& row_scale, double alpha, double beta,
-                        int64_t ignore_index, int64_t reduction, int64_t needs) {
+                        int64_t ignore_index, int64_t reduction, int64_t needs, bool rounded) {
   const LossCall call{features,  weight,  labels,  bias,  covariance, epsilon,      log_prior,
                       row_scale, nullptr, nullptr, alpha, beta,       ignore_index, reduction,
-                      needs};
+                      needs,     rounded};
   return weight.scalar_type() == ScalarType::Double ? loss_of<double>(call) : loss_of<float>(call);
 }
 
@@ -141,11 +142,11 @@ LossResult loss_forward_update(const Tensor& features, const Tensor& weight,
                                const Tensor& covariance, const Tensor& mean, const Tensor& count,
                                const std::optional<Tensor>& epsilon,
                                const std::optional<Tensor>& log_prior, double alpha, double beta,
-                               int64_t ignore_index, int64_t reduction, int64_t needs) {
+                               int64_t ignore_index, int64_t reduction, int64_t needs, bool rounded) {
   const std::optional<Tensor> sigma(covariance), none;
   const LossCall call{features, weight, labels, bias,  sigma, epsilon,      log_prior,
                       none,     &mean,  &count, alpha, beta,  ignore_index, reduction,
-                      needs};
+                      needs,    rounded};
   return weight.scalar_type() == ScalarType::Double ? loss_of<double>(call) : loss_of<float>(call);
 }
 

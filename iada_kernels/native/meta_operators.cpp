@@ -35,7 +35,7 @@ HypergradientResult hypergradient_of(const TangentCall& call) {
     run(ClassPass<T>{C, A, rows.present, rows.classes, pointer<T>(call.weight),
                      pointer<T>(call.covariance), call.covariance->dim() == 3,
                      static_cast<T>(call.alpha), table.data, nullptr,
-                     pointer<T>(call.weight_tangent), tangent.data, nullptr});
+                     pointer<T>(call.weight_tangent), tangent.data, nullptr, false});
   }
   const int64_t count = grouping.rows();
   const double divisor = call.reduction == kMean ? double(larger(1, count)) : 1.0;

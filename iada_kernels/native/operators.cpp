@@ -136,11 +136,11 @@ STABLE_TORCH_LIBRARY(iada_native, library) {
   library.def(
       "loss_forward(Tensor features, Tensor weight, Tensor? bias, Tensor labels, Tensor? covariance,"
       " Tensor? epsilon, Tensor? log_prior, Tensor? row_scale, float alpha, float beta,"
-      " int ignore_index, int reduction, int needs) -> (Tensor, Tensor, Tensor)");
+      " int ignore_index, int reduction, int needs, bool rounded) -> (Tensor, Tensor, Tensor)");
   library.def(
       "loss_forward_update(Tensor features, Tensor weight, Tensor? bias, Tensor labels,"
       " Tensor(a!) covariance, Tensor(b!) mean, Tensor(c!) count, Tensor? epsilon,"
-      " Tensor? log_prior, float alpha, float beta, int ignore_index, int reduction, int needs)"
+      " Tensor? log_prior, float alpha, float beta, int ignore_index, int reduction, int needs, bool rounded)"
       " -> (Tensor, Tensor, Tensor)");
   library.def(
       "loss_backward(Tensor grad_loss, Tensor features, Tensor weight, Tensor labels,"

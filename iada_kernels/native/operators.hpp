@@ -27,7 +27,7 @@ LossResult loss_forward(const Tensor& features, const Tensor& weight,
                         const std::optional<Tensor>& epsilon,
                         const std::optional<Tensor>& log_prior,
                         const std::optional<Tensor>& row_scale, double alpha, double beta,
-                        int64_t ignore_index, int64_t reduction, int64_t needs);
+                        int64_t ignore_index, int64_t reduction, int64_t needs, bool rounded);
 
 // The same after the batch went into covariance, mean and count. Nothing is changed where a label
 // is refused.
@@ -36,7 +36,7 @@ LossResult loss_forward_update(const Tensor& features, const Tensor& weight,
                                const Tensor& covariance, const Tensor& mean, const Tensor& count,
                                const std::optional<Tensor>& epsilon,
                                const std::optional<Tensor>& log_prior, double alpha, double beta,
-                               int64_t ignore_index, int64_t reduction, int64_t needs);
+                               int64_t ignore_index, int64_t reduction, int64_t needs, bool rounded);
 
 Gradients loss_backward(const Tensor& grad_loss, const Tensor& features, const Tensor& weight,
                         const Tensor& labels, const Tensor& residual, const Tensor& partial,

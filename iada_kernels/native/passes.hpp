@@ -37,6 +37,7 @@ struct ClassPass {
   const T* weight_tangent;  // V (C, A), or null
   T* tangent;  // α (w_j − w_c)ᵀ Σ_c (V_j − V_c) (U, table_row(C)), or null
   const T* next;  // (A, A): Σ of the class that comes after, brought closer meanwhile; or null
+  bool rounded;   // whether products may be of operands rounded to bfloat16
 };
 
 // ∂L/∂W through R: grad_weight_j += α Σ_u G_uj P_uj, grad_weight_c −= α Σ_j G_uj P_uj.

@@ -53,7 +53,8 @@ def test_compiles_in_one_graph(backend, device, reduction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("needs", [0, FEATURES, WEIGHT | EPSILON, 63])
 @pytest.mark.parametrize("reduction", [0, 1, 2])
-def test_opcheck_of_the_native_operators(dtype, needs, reduction):
+@pytest.mark.parametrize("rounded", [False, True])
+def test_opcheck_of_the_native_operators(dtype, needs, reduction, rounded):
     tensors = make_tensors(dtype)
     features, weight, bias, epsilon, covariance = tensors.values()
     forward = (
@@ -70,6 +71,7 @@ def test_opcheck_of_the_native_operators(dtype, needs, reduction):
         -100,
         reduction,
         needs,
+        rounded,
     )
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.iada_native.loss_forward, forward, test_utils=tests)

@@ -7,10 +7,12 @@ Errors are judged against those of the torch closed forms at the same dtype, bot
 reference in float64.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -501,6 +503,70 @@ print(json.dumps([native.instruction_set(), loss.item(), h.grad.abs().sum().item
     assert "portable" in sets
     for values in sets.values():
         assert values == pytest.approx(sets["portable"], rel=1e-12)
+
+
+@pytest.fixture
+def medium_precision():
+    """torch's leave to multiply float32 as bfloat16; taken back at the end."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def rounds_here():
+    """Whether products of operands rounded to bfloat16 are compiled for this processor."""
+    with contextlib.suppress(OSError):
+        has = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+        return has and native.is_available() and native.instruction_set() == "avx512"
+    return False
+
+
+def loss_and_gradients(p, **options):
+    leaves = {n: t.clone().requires_grad_() for n, t in p._asdict().items() if n != "labels"}
+    loss = iada.fused_loss(labels=p.labels, alpha=1.0, backend="native", **leaves, **options)
+    return [loss.detach(), *torch.autograd.grad(loss.sum(), list(leaves.values()))]
+
+
+@needs_library
+@pytest.mark.parametrize("size", [(33, 100, 17), (31, 130, 33), (40, 7, 300), (9, 4, 1)])
+def test_products_of_rounded_operands(size, medium_precision):
+    """The form of the rounded differences with the rounded Σ, to the rounding of float32 sums."""
+    p = inputs(*size, ignored=0.0)._replace(epsilon=None)
+    p = p._replace(
+        **{n: t.float() for n, t in p._asdict().items() if t is not None and n != "labels"}
+    )
+    p = p._replace(epsilon=torch.zeros(size[0]))
+    losses = loss_and_gradients(p, reduction="none")[0]
+    rounded = p.covariance.bfloat16().double()
+    delta = p.weight[None] - p.weight[p.labels][:, None]
+    forms = (delta.bfloat16().double() @ rounded[p.labels] * delta.double()).sum(dim=2) / 2
+    plain = torch.nn.functional.linear(p.features.double(), p.weight.double(), p.bias.double())
+    want = torch.nn.functional.cross_entropy(
+        plain + forms + p.log_prior.double(), p.labels, reduction="none"
+    )
+    if not rounds_here():
+        pytest.skip("this processor multiplies float32 as it is")
+    torch.testing.assert_close(losses.double(), want, rtol=3e-6, atol=3e-6)
+
+
+@needs_library
+def test_what_is_not_rounded(medium_precision):
+    """Products of float64, a diagonal Σ, up to three classes; none where it was not asked."""
+    full, few = inputs(20, 30, 40), inputs(20, 3, 40)
+    single = [full, few, inputs(20, 30, 40, "diag")]
+    single = [
+        p._replace(**{n: t.float() for n, t in p._asdict().items() if n != "labels"})
+        for p in single
+    ]
+    cases = [full, *single]
+    rounded = [loss_and_gradients(p) for p in cases]
+    torch.set_float32_matmul_precision("high")
+    plain = [loss_and_gradients(p) for p in cases]
+    same = [all(map(torch.equal, r, q)) for r, q in zip(rounded, plain, strict=True)]
+    assert same == [True, not rounds_here(), True, True]
+    errors = [(r - q).norm() / q.norm() for r, q in zip(rounded[1], plain[1], strict=True)]
+    assert max(errors) < 2**-8
 
 
 @needs_library
