@@ -103,7 +103,8 @@ plt.show()
 # %% [markdown]
 # ## What ε does
 #
-# Small classes are made harder (ε > 0) more often than the largest, as in the paper's Fig. 3. A
+# Small classes are made harder (ε > 0) more often than the largest, as in the paper's Fig. 3. Its
+# control, which the recipes have, is an untrained network: each class then has a share at random. A
 # margin for small classes is what the prior gives as well.
 
 # %%

@@ -30,7 +30,14 @@ from iada.models import build_backbone
 from iada.utils.checks import argument_error, check_choice
 from iada.utils.evaluate import outputs
 
-NORMALISATIONS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "digits": ((0.0,), (1.0,))}
+# As in huaxiuyao/LISA's cmnist_dataset.py: its third channel is empty.
+COLORED_MNIST = ((0.1307, 0.1307, 0.0), (0.3081, 0.3081, 0.3081))
+NORMALISATIONS = {
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
+    "digits": ((0.0,), (1.0,)),
+    "mnist": COLORED_MNIST,
+}
 # How the published protocols of these cut their images.
 FILE_OPTIONS: dict[str, dict[str, Any]] = {
     "waterbirds": {"shape": "square", "scale": (0.7, 1.0)},
@@ -105,16 +112,18 @@ def make_split(recipe: Recipe, parts: Parts, seed: int) -> Split:
     options = dict(recipe.scenario)
     scenario = SCENARIOS[options.pop("name")]
     clustering = options.pop("clustering", None)
+    weights = options.pop("clustering_weights", "")
     _check_keys("scenario", options, scenario)
     if clustering is not None:
         source = parts[options.get("meta_from", "validation")]
-        options["features"] = _features(clustering, source, recipe.model.image_size)
+        options["features"] = _features(clustering, weights, source, recipe.model.image_size)
     return scenario(parts, seed=seed, **options)
 
 
-def _features(backbone: str, data: Labelled, size: int) -> Tensor:
-    """Of a pre-trained backbone, (N, A)."""
-    model, head = build_backbone(backbone, data.num_classes, pretrained=True, image_size=size)
+def _features(backbone: str, weights: str, data: Labelled, size: int) -> Tensor:
+    """Of a pre-trained backbone, (N, A); weights as `build_backbone` takes them."""
+    own = {"pretrained": True, "weights": weights, "image_size": size}
+    model, head = build_backbone(backbone, data.num_classes, **own)  # type: ignore[arg-type]
     device = best_device()
     return outputs(model.to(device), head.to(device), FileView(data, size=size), 256).features
 

@@ -142,6 +142,7 @@ def _run(planned: PlannedRun) -> dict[str, Any]:
 
     def measured() -> dict[str, Any]:
         last = measured_on(trainer, views.test, split.test, split, options.data is None)
+        plain = make_view(planned.recipe, split.train, options.device)
         machine = {"device": str(options.device), **environment(options.device)}
         processes = size_of(trainer.group)
         record = {
@@ -153,7 +154,7 @@ def _run(planned: PlannedRun) -> dict[str, Any]:
             "curve": curve(trainer.history, watch.terms),
             "reliability": last.reliability,
             "epsilon": epsilon_record(watch.epsilon),
-            **covariance_diagnostics(trainer, views.train, watch.epsilon.mean_epsilon()),
+            **covariance_diagnostics(trainer, plain, watch.epsilon.mean_epsilon()),
             # Of this call alone, where a run was interrupted.
             "seconds": None if resumed else seconds,
             "finished": f"{datetime.now(UTC):%Y-%m-%dT%H:%MZ}",
@@ -161,7 +162,6 @@ def _run(planned: PlannedRun) -> dict[str, Any]:
             "machine": machine | ({"processes": str(processes)} if processes > 1 else {}),
         }
         if options.data is not None:
-            plain = make_view(planned.recipe, split.train, options.device)
             file = options.folder / SAMPLES
             write_samples(file, split, trainer.outputs(plain), watch.epsilon)
         write_record(options.folder / RECORD, record)

@@ -10,7 +10,7 @@ from iada.meta.meta_iada import MetaIADA
 from iada.methods.options import BilevelOptions, CovarianceOptions, MethodRun
 from iada.nn.characteristics import TrainingMemory
 from iada.nn.perturbation_net import PerturbationNet
-from iada.nn.priors import class_balanced_weights
+from iada.nn.priors import class_balanced_weights, log_class_prior
 from iada.utils.checks import argument_error
 from iada.utils.settings import setting
 
@@ -20,7 +20,7 @@ PERTURBATION_INITS = ("default", "zero")
 
 @dataclass(frozen=True)
 class LearnedCovarianceOptions(BilevelOptions, CovarianceOptions):
-    """Of the methods whose Σ learns.
+    """Of the methods whose Σ a meta step moves.
 
     Args:
         covariance_lr: η₂ of Eq. 9. With 0, and no Ω to be learned, there is no meta step: an
@@ -88,6 +88,7 @@ class MetaIADAOptions(LearnedCovarianceOptions):
 
     Args:
         beta: of Eq. 6.
+        inverse_weights: losses weighed by 1/π_y, as in Eq. 5, which has no log π: beta = 0.
         perturbation: "learned"; "untrained": Ω keeps its initial values; or "constant": ε is
             `epsilon` for all samples.
         perturbation_lr: Adam's on Ω (η₂ of Eq. 8).
@@ -103,6 +104,7 @@ class MetaIADAOptions(LearnedCovarianceOptions):
     """
 
     beta: float = 1.0
+    inverse_weights: bool = False
     perturbation: str = setting("learned", choices=PERTURBATIONS)
     perturbation_lr: float = setting(1e-3, above=0)
     perturbation_weight_decay: float = setting(0.0, least=0)
@@ -128,6 +130,8 @@ class MetaIADAOptions(LearnedCovarianceOptions):
     def build(self, run: MethodRun) -> MetaIADA:
         options = ("beta", "persistent", "epsilon_scale", "epsilon_unit")
         own: dict[str, Any] = {name: getattr(self, name) for name in options}
+        if self.inverse_weights:
+            own["class_weights"] = log_class_prior(run.class_counts).neg().exp()
         if self.perturbation == "constant":
             return self.engine(run, epsilon=self.epsilon, **own)
         zero = self.perturbation_init == "zero"

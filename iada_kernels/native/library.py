@@ -16,7 +16,16 @@ from iada_kernels.version import __version__
 REQUIRED_BY = "IADA_REQUIRE_NATIVE"  # set: a missing library is an error
 TAKEN_FROM = "IADA_NATIVE_LIBRARY"  # set: another build of it; "none": act as if there were none
 
-OPERATORS = (*fakes.FAKES, "arguments_fit")
+ARGUMENTS = {  # of each operator: a library of other sources may have others
+    "loss_forward": 14,
+    "loss_forward_update": 15,
+    "loss_backward": 11,
+    "covariance_update": 5,
+    "hypergradient": 15,
+    "covariance_step": 8,
+    "characteristics": 5,
+    "arguments_fit": 9,
+}
 BUILD = (
     "In a clone of iada, in the environment that has torch: pip install scikit-build-core cmake "
     "ninja && pip install --no-build-isolation --no-deps --force-reinstall ."
@@ -39,9 +48,11 @@ def _load() -> tuple[str | None, str, str]:
         torch.ops.load_library(path)
     except OSError as error:  # built for another machine, or for a newer torch
         return None, f"{path} does not load: {error}", BUILD
-    absent = [name for name in OPERATORS if not hasattr(torch.ops.iada_native, name)]
-    if absent:
-        return None, f"{path} is of another version: it has no {absent[0]}", BUILD
+    for name, count in ARGUMENTS.items():
+        operator = getattr(torch.ops.iada_native, name, None)
+        if operator is None or len(operator.default._schema.arguments) != count:
+            wanted = f"{name} of {count} arguments"
+            return None, f"{path} is of another version: it has no {wanted}", BUILD
     return path, "", ""
 
 
@@ -71,7 +82,7 @@ if PATH is not None:
     # Called under autograd.Function only: without this, torch's fallback looks for requires_grad at
     # every call.
     _autograd = torch.library.Library("iada_native", "IMPL", "Autograd")
-    for _operator in OPERATORS:
+    for _operator in ARGUMENTS:
         _autograd.impl(_operator, torch.library.fallthrough_kernel)
     for _operator, _fake in fakes.FAKES.items():
         torch.library.register_fake(f"iada_native::{_operator}", _fake)

@@ -26,6 +26,7 @@ from iada_kernels.contract import (
     LossNeeds,
     LossOptions,
 )
+from iada_kernels.native import library
 
 needs_library = pytest.mark.skipif(not native.is_available(), reason="no native library here")
 
@@ -593,6 +594,16 @@ except RuntimeError as error:
     assert done.returncode == 0, done.stderr
     assert "native: expected 204" in done.stdout
     assert "bytes of memory for scratch" in done.stdout
+
+
+@needs_library
+def test_a_library_of_other_sources_is_told(monkeypatch):
+    assert library._load() == (library.PATH, "", "")
+    monkeypatch.setitem(library.ARGUMENTS, "loss_forward", 3)
+    path, why, remedy = library._load()
+    assert path is None
+    assert why.endswith("is of another version: it has no loss_forward of 3 arguments")
+    assert remedy == library.BUILD
 
 
 @needs_library

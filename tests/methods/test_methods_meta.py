@@ -276,6 +276,20 @@ def test_metasaug_uses_its_meta_step_once():
     assert float(result.loss) == pytest.approx(float(plain.detach()), rel=0.2)
 
 
+def test_equation_5_weighs_each_class_by_its_inverse_share():
+    (batch, _), (build, _, width) = make_batches("conv"), BACKBONES["conv"]
+    backbone, head = build().double(), nn.Linear(width, CLASSES).double()
+    settings = {"method": "meta-iada", "beta": 0.0, "inverse_weights": True, "covariance_lr": 0.0}
+    settings |= {"perturbation": "constant", "alpha": 0.0, "epochs": 1, "ce_epochs": 0}
+    counts, data = torch.tensor([40, 20, 10]), iada.TensorData(*batch)
+    config = iada.TrainerConfig.from_settings(settings)
+    method = iada.Trainer(backbone, head, data, None, config, class_counts=counts).method
+    losses = F.cross_entropy(head(backbone(batch[0])), batch[1], reduction="none").detach()
+    weights = (counts.sum() / counts)[batch[1]]
+    loss = method.step(batch, None).loss
+    torch.testing.assert_close(loss, (weights * losses).sum() / weights.sum(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("epsilon", [0.0, -0.4])
 def test_constant_strengths(epsilon):
     method = make_engine("conv", epsilon=epsilon)
