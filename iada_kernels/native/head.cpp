@@ -53,10 +53,11 @@ void row_losses(T* adjusted, int64_t stride, int64_t rows, int64_t columns, cons
     const int64_t count = smaller(n, rows - first);
     T top[n], own[n], own_exponential[n], others[n];
     row_maxima(adjusted, stride, count, columns, top);
-    for (int64_t i = 0; i < count; ++i) own[i] = adjusted[i * stride + labels[first + i]] - top[i];
-    exponentials(adjusted, stride, count, columns, top);
     for (int64_t i = 0; i < count; ++i) {
-      T& at_label = adjusted[i * stride + labels[first + i]];
+      T* row = adjusted + i * stride;
+      T& at_label = row[labels[first + i]];
+      own[i] = at_label - top[i];
+      exponentials(row, top[i], columns, row);
       own_exponential[i] = at_label;
       at_label = 0;
     }

@@ -62,16 +62,10 @@ inline T row_maximum(const T* row, int64_t count) {
   return largest<T>(best);
 }
 
-// row ← exp(row − top), its sum returned.
+// to ← exp(row − top).
 template <class T>
-inline T exponentials(const T* row, T top, int64_t count, T* to) {
-  Vector<T> total{};
-  for (int64_t j = 0; j < count; j += kLanes<T>) {
-    const Vector<T> e = exponential(load(row + j) - top);
-    store(to + j, e);
-    total += e;
-  }
-  return sum<T>(total);
+inline void exponentials(const T* row, T top, int64_t columns, T* to) {
+  for (int64_t j = 0; j < columns; j += kLanes<T>) store(to + j, exponential(load(row + j) - top));
 }
 
 // Below as many rows as a vector has lanes are taken together, `stride` apart: what they add up or
@@ -97,25 +91,6 @@ inline void row_maxima(const T* rows, int64_t stride, int64_t count, int64_t col
   store(to, top);
 }
 
-// The sum of each of kLanes vectors, to kLanes numbers.
-template <class T>
-inline void lane_sums(Vector<T>* vectors, T* to) {
-  transpose<T, kLanes<T> / 2>(vectors);
-  Vector<T> total{};
-  for (int64_t k = 0; k < kLanes<T>; ++k) total += vectors[k];
-  store(to, total);
-}
-
-// rows ← exp(row − top).
-template <class T>
-inline void exponentials(T* rows, int64_t stride, int64_t count, int64_t columns, const T* top) {
-  for (int64_t i = 0; i < count; ++i, rows += stride) {
-    for (int64_t j = 0; j < columns; j += kLanes<T>) {
-      store(rows + j, exponential(load(rows + j) - top[i]));
-    }
-  }
-}
-
 // The sum of each of `count` rows, to kLanes numbers.
 template <class T>
 inline void row_sums(const T* rows, int64_t stride, int64_t count, int64_t columns, T* to) {
@@ -123,7 +98,10 @@ inline void row_sums(const T* rows, int64_t stride, int64_t count, int64_t colum
   for (int64_t i = 0; i < count; ++i, rows += stride) {
     for (int64_t j = 0; j < columns; j += kLanes<T>) total[i] += load(rows + j);
   }
-  lane_sums(total, to);
+  transpose<T, kLanes<T> / 2>(total);
+  Vector<T> all{};
+  for (int64_t k = 0; k < kLanes<T>; ++k) all += total[k];
+  store(to, all);
 }
 
 // to ← the coefficients of Σ_{j≠y} e^{z_j} (w_j − w_y) in the rows of W, for any number of rows.
@@ -140,7 +118,9 @@ inline void mixtures(const T* logits, int64_t stride, int64_t rows, int64_t colu
       to[row + labels[i]] = -kInfinity<T>;
     }
     row_maxima(to, stride, count, columns, top);
-    exponentials(to, stride, count, columns, top);
+    for (int64_t i = 0; i < count; ++i) {
+      exponentials(to + i * stride, top[i], columns, to + i * stride);
+    }
     row_sums(to, stride, count, columns, total);
     for (int64_t i = 0; i < count; ++i) to[i * stride + labels[i]] = -total[i];
   }
