@@ -88,7 +88,7 @@ class Problem:
 
     def tensors(self) -> dict[str, Any]:
         """By the names that `iada.fused_loss` has for them."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(vars(self))
 
     def gradients(self, loss: Callable[..., Tensor], **options: Any) -> tuple[Tensor, ...]:
         """Forward and backward: what a step of `loss` computes for the differentiable tensors."""

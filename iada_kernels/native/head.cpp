@@ -87,7 +87,7 @@ void block_of_rows(const Head<T>& p, const PackedHead<T>& packed, int64_t begin,
     read_row(p.type, p.features, row_number(i) * A, A, s.features + i * a_row);
     for (int64_t a = A; a < a_row; ++a) s.features[i * a_row + a] = 0;
   }
-  product<T>(rows, c_row, A, s.features, a_row, 1, packed.transposed.data, c_row, s.logits, c_row, false);
+  product<T>(rows, columns, A, s.features, a_row, 1, packed.transposed.data, c_row, s.logits, c_row, false);
   for (int64_t i = 0; i < rows; ++i) {
     T* z = s.logits + i * c_row;
     for (int64_t j = 0; j < columns; j += kLanes<T>) store(z + j, load(z + j) + load(packed.bias.data + j));
@@ -99,7 +99,7 @@ void block_of_rows(const Head<T>& p, const PackedHead<T>& packed, int64_t begin,
     mixtures(s.logits, c_row, rows, columns, labels, s.moved);
     product<T>(rows, a_row, C, s.moved, c_row, 1, packed.weight.data, a_row, s.sign, a_row, false);
     for (int64_t k = 0; k < rows * a_row; k += kLanes<T>) store(s.sign + k, sign<T>(load(s.sign + k)));
-    product<T>(rows, c_row, A, s.sign, a_row, 1, packed.transposed.data, c_row, s.moved, c_row, false);
+    product<T>(rows, columns, A, s.sign, a_row, 1, packed.transposed.data, c_row, s.moved, c_row, false);
   }
   T scale[kBlock];
   for (int64_t i = 0; i < rows; ++i) {

@@ -1,8 +1,8 @@
 // Small dense products C (+)= A B, for operands that fit a cache.
 //
 // A (M, K) with any two strides, so that a transposed operand costs nothing; B (K, N) with
-// contiguous rows, N a multiple of kTileColumns (pad with zeros); C (M, N). A tile of up to 6 rows
-// and two vectors stays in registers over a block of K.
+// contiguous rows, N of whole vectors (pad with zeros); C (M, N). A tile of up to 6 rows and two
+// vectors, or of 12 and the last one, stays in registers over a block of K.
 
 #pragma once
 
@@ -14,44 +14,39 @@ namespace {
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kDepth = 256;  // rows of B in a block: with two vectors each, half a level-1 cache
 
-template <class T, int M>
+template <class T, int M, int V>
 inline void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* b,
                  int64_t b_row, T* c, int64_t c_row, bool add) {
-  Vector<T> acc[M][2] = {};
+  Vector<T> acc[M][V] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    const Vector<T> b0 = load(b), b1 = load(b + kLanes<T>);
-#pragma GCC unroll 6
+    Vector<T> row[V];
+    for (int v = 0; v < V; ++v) row[v] = load(b + v * kLanes<T>);
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       const Vector<T> x = splat(a[m * a_row]);
-      acc[m][0] += x * b0;
-      acc[m][1] += x * b1;
+      for (int v = 0; v < V; ++v) acc[m][v] += x * row[v];
     }
     a += a_column;
     b += b_row;
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
-    T* row = c + m * c_row;
-    if (add) {
-      acc[m][0] += load(row);
-      acc[m][1] += load(row + kLanes<T>);
+    for (int v = 0; v < V; ++v) {
+      T* to = c + m * c_row + v * kLanes<T>;
+      if (add) acc[m][v] += load(to);
+      store(to, acc[m][v]);
     }
-    store(row, acc[m][0]);
-    store(row + kLanes<T>, acc[m][1]);
   }
 }
 
-template <class T>
+// `rows` from 1 to M.
+template <class T, int M, int V>
 inline void tile_of(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_column,
                     const T* b, int64_t b_row, T* c, int64_t c_row, bool add) {
-  switch (rows) {
-    case 1: return tile<T, 1>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
-    case 2: return tile<T, 2>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
-    case 3: return tile<T, 3>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
-    case 4: return tile<T, 4>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
-    case 5: return tile<T, 5>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
-    default: return tile<T, 6>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
+  if constexpr (M > 1) {
+    if (rows < M) return tile_of<T, M - 1, V>(rows, depth, a, a_row, a_column, b, b_row, c, c_row, add);
   }
+  tile<T, M, V>(depth, a, a_row, a_column, b, b_row, c, c_row, add);
 }
 
 // Prefetches the elements [at, end), `step` of them at each call.
@@ -67,21 +62,29 @@ struct Fetch {
   }
 };
 
-// What `fetch` asks for comes while tiles are multiplied.
+// V vectors of columns, in tiles of up to M rows; what `fetch` asks for comes while they are multiplied.
+template <class T, int M, int V>
+inline void tiles(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_column,
+                  const T* b, int64_t b_row, T* c, int64_t c_row, bool add, Fetch<T>& fetch) {
+  const int64_t count = (rows + M - 1) / M;
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t begin = rows * t / count, end = rows * (t + 1) / count;
+    tile_of<T, M, V>(end - begin, depth, a + begin * a_row, a_row, a_column, b, b_row,
+                     c + begin * c_row, c_row, add);
+    fetch();
+  }
+}
+
 template <class T>
 inline void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row,
                     int64_t a_column, const T* b, int64_t b_row, T* c, int64_t c_row, bool add,
                     Fetch<T> fetch = {}) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t k = 0; k < larger(depth, 1); k += kDepth) {
     const int64_t deep = smaller(kDepth, depth - k);
     for (int64_t n = 0; n < columns; n += kTileColumns<T>) {
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-        tile_of<T>(end - begin, deep, a + begin * a_row + k * a_column, a_row, a_column,
-                   b + k * b_row + n, b_row, c + begin * c_row + n, c_row, add || k > 0);
-        fetch();
-      }
+      const auto column = columns - n > kLanes<T> ? tiles<T, kTileRows, 2> : tiles<T, 2 * kTileRows, 1>;
+      column(rows, deep, a + k * a_column, a_row, a_column, b + k * b_row + n, b_row, c + n, c_row,
+             add || k > 0, fetch);
     }
   }
 }

@@ -60,13 +60,13 @@ void block_of_rows(const TangentHead<T>& p, const PackedHead<T>& packed, const T
   for (int64_t i = 0; i < rows; ++i) {
     read_row(p.type, p.features, row_number(i) * A, A, features + i * a_row);
   }
-  product<T>(rows, c_row, A, features, a_row, 1, packed.transposed.data, c_row, logits, c_row, false);
-  product<T>(rows, c_row, A, features, a_row, 1, moved_transposed, c_row, moves, c_row, false);
+  product<T>(rows, columns, A, features, a_row, 1, packed.transposed.data, c_row, logits, c_row, false);
+  product<T>(rows, columns, A, features, a_row, 1, moved_transposed, c_row, moves, c_row, false);
   if (p.features_tangent != nullptr) {
     for (int64_t i = 0; i < rows; ++i) {
       std::memcpy(features + i * a_row, p.features_tangent + row_number(i) * A, A * sizeof(T));
     }
-    product<T>(rows, c_row, A, features, a_row, 1, packed.transposed.data, c_row, moves, c_row, true);
+    product<T>(rows, columns, A, features, a_row, 1, packed.transposed.data, c_row, moves, c_row, true);
   }
   for (int64_t i = 0; i < rows; ++i) {
     T* z = logits + i * c_row;
@@ -83,9 +83,9 @@ void block_of_rows(const TangentHead<T>& p, const PackedHead<T>& packed, const T
     for (int64_t k = 0; k < rows * a_row; k += kLanes<T>) {
       store(direction + k, sign<T>(load(direction + k)));
     }
-    product<T>(rows, c_row, A, direction, a_row, 1, packed.transposed.data, c_row, along, c_row,
+    product<T>(rows, columns, A, direction, a_row, 1, packed.transposed.data, c_row, along, c_row,
                false);
-    product<T>(rows, c_row, A, direction, a_row, 1, moved_transposed, c_row, along_moves, c_row,
+    product<T>(rows, columns, A, direction, a_row, 1, moved_transposed, c_row, along_moves, c_row,
                false);
   }
   for (int64_t i = 0; i < rows; ++i) {
