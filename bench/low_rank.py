@@ -28,12 +28,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     parser.add_argument("--most-gigabytes", type=float, default=2.0)
     parser.add_argument("--features", type=Path, help="an .npz of python -m iada features")
+    parser.add_argument("--parts", type=int, default=1, help="each class in so many, by k-means")
     options = parser.parse_args()
     machine = environment()
     backends = {"diag and full": machine["backend"], "rank r": "torch operators"}
     print(headline(machine, backends) + "\n")
     if options.features is not None:
-        return show_errors(options.features, options.ranks)
+        return show_errors(options.features, options.ranks, options.parts)
     return show_times(options)
 
 
@@ -79,13 +80,14 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def show_errors(path: Path, ranks: list[int]) -> int:
+def show_errors(path: Path, ranks: list[int], parts: int) -> int:
     """Of training features in batches of 128 at random, one pass."""
     from iada.experiments.datasets.features import read_features
 
     part = read_features(path)["train"]
     inputs: Tensor = part.inputs  # type: ignore[assignment]
-    classes, width = int(part.labels.max()) + 1, inputs.shape[1]
+    labels = in_parts(inputs, part.labels, parts)
+    classes, width = int(labels.max()) + 1, inputs.shape[1]
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))
     full = iada.ClassCovariance(classes, width).double()
     print("| rank | Σ d / tr Σ | error of Σ, of its norm | its bound | error of ρ | its bound |")
@@ -97,7 +99,7 @@ def show_errors(path: Path, ranks: list[int]) -> int:
         state = iada.ClassCovariance(classes, width, "low-rank", rank)
         for rows in order.split(128):
             for one in (full, state):
-                one.update(inputs[rows], part.labels[rows])
+                one.update(inputs[rows], labels[rows])
         sigma, found = full.covariance, state.dense().double()
         left = state.low_rank.diagonal.double()
         norm = torch.linalg.matrix_norm(sigma, 2)
@@ -114,6 +116,20 @@ def show_errors(path: Path, ranks: list[int]) -> int:
         ]
         print(f"| {rank} | " + " | ".join(f"{float(c.amax()):.2g}" for c in columns) + " |")
     return 0
+
+
+def in_parts(inputs: Tensor, labels: Tensor, parts: int) -> Tensor:
+    """Finer labels: those of class c become c·parts to c·parts + parts − 1."""
+    if parts == 1:
+        return labels
+    from sklearn.cluster import KMeans
+
+    finer = labels * parts
+    for c in labels.unique():
+        rows = labels == c
+        means = KMeans(parts, n_init=1, random_state=0).fit(inputs[rows].numpy())
+        finer[rows] += torch.from_numpy(means.labels_).to(finer.dtype)
+    return finer
 
 
 if __name__ == "__main__":
