@@ -1,10 +1,14 @@
 """Tensors in the layout and dtype that kernels read."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
-def contiguous_as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+
+def contiguous_as(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
     """Contiguous and of `dtype`; itself where it is that already."""
     if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
         return tensor

@@ -17,7 +17,7 @@ from torch import Tensor
 from iada_kernels.layout import unit_inner_stride
 from iada_kernels.triton.config import cdiv
 from iada_kernels.triton.device import load_tile, softmax_sums, tile_axis
-from iada_kernels.triton.launch import current_configuration, launch
+from iada_kernels.triton.launch import current_configuration, launch, planned
 from iada_kernels.triton.records import Sizes, as_operand
 
 COLUMNS = 8
@@ -136,6 +136,7 @@ def characteristics_kernel(
     tl.store(ptrs + 7, fraction, mask=row_mask)
 
 
+@planned
 def characteristics(
     features: Tensor, logits: Tensor, labels: Tensor, weight: Tensor, neighbours: int
 ) -> Tensor:

@@ -275,14 +275,13 @@ def stream_and_table(
         table = covariance.new_empty(num_classes, *parts, num_classes)
         return table, None if head.tangent is None else torch.empty_like(table)
 
-    parts = tables(count)
-    sums: tuple[Tensor | None, Tensor | None] = (None, None) if count == 1 else tables()
-    partials = Partials(*parts, count, *sums, None if count == 1 else arrived)
+    sums = tables()
+    if count == 1:  # a single part is the sum
+        partials = Partials(*sums, count, None, None, None)
+    else:
+        partials = Partials(*tables(count), count, *sums, arrived)
     _launch(tile, update, covariance, head, groups, partials, samples, moments, None)
-    if count > 1:
-        return sums
-    table, tangent = parts  # a single part is the sum
-    return table[:, 0], None if tangent is None else tangent[:, 0]
+    return sums
 
 
 def rank_c_update(

@@ -179,6 +179,11 @@ def use(configuration: Configuration) -> Iterator[None]:
         _chosen.reset(token)
 
 
+def chosen() -> Configuration | None:
+    """The configuration of the `use` that this is inside of."""
+    return _chosen.get()
+
+
 def configuration_for(architecture: str) -> Configuration:
     """The record for "sm_90", "gfx942", "interpreter" and their like."""
     chosen = _chosen.get()

@@ -172,7 +172,7 @@ def forward(
     `tangent`, V (C, A) in the compute dtype, Ṙ of a full Σ too.
     """
     sigma, dtype, full = inputs.covariance, inputs.compute_dtype, inputs.has_full_covariance
-    weight, bias = inputs.weight.to(dtype).contiguous(), contiguous_as(inputs.bias, dtype)
+    weight, bias = contiguous_as(inputs.weight, dtype), contiguous_as(inputs.bias, dtype)
     samples, labels, sizes = (
         Samples.plain(inputs.features, dtype), Labels.of(inputs, options), Sizes.of(inputs)
     )  # fmt: skip
@@ -195,7 +195,7 @@ def forward(
     moments_and_sign(dealt, weight, None if full or stream is None else sigma)
     if full and sigma is not None and groups is not None:
         table, table_tangent = stream_and_table(
-            sigma.to(dtype).contiguous(), HeadWeight(weight, tangent), groups,
+            contiguous_as(sigma, dtype), HeadWeight(weight, tangent), groups,
             None if moments is None else samples, moments, arrived,
         )  # fmt: skip
     if sign is not None:

@@ -66,7 +66,7 @@ class Blocks(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Where the products go, those asked for; (S, ...) are partials along the batch."""
+    """Where the products go, those asked for; (S, ...) are partials, without S where it is 1."""
 
     sums: Tensor | None  # (S, C, C)
     features: Tensor | None  # (N, A)
@@ -275,13 +275,18 @@ def head_products(
         rows, columns = tile.grid(sizes.C, sizes.A)
         head = Grid(rows, columns if wanted.weight else 1, splits)
 
-    def empty(is_wanted: bool, *size: int, dtype: torch.dtype | None = None) -> Tensor | None:
-        return weight.new_empty(*size, dtype=dtype) if is_wanted else None
+    def empty(is_wanted: bool, parts: int, *size: int) -> Tensor | None:
+        if not is_wanted:
+            return None
+        return weight.new_empty(size if parts == 1 else (parts, *size))
 
+    grad_features = None
+    if wanted.features is not None:
+        grad_features = weight.new_empty(sizes.N, sizes.A, dtype=wanted.features)
     results = Results(
         sums=empty(wanted.sums, splits, sizes.C, sizes.C),
-        features=empty(wanted.features is not None, sizes.N, sizes.A, dtype=wanted.features),
-        epsilon=empty(wanted.epsilon, features_tile.grid(sizes.N, sizes.A)[1], sizes.N),
+        features=grad_features,
+        epsilon=empty(wanted.epsilon, 1 if features is None else features.columns, sizes.N),
         weight=empty(wanted.weight, splits, sizes.C, sizes.A),
         bias=empty(wanted.bias, splits, sizes.C),
     )
@@ -296,9 +301,9 @@ def head_products(
         B=_blocks(sums_tile, features_tile, tile),
     )  # fmt: skip
     return results._replace(
-        sums=add_splits(results.sums),
-        epsilon=add_splits(results.epsilon),
-        bias=add_splits(results.bias),
+        sums=add_parts(results.sums, 2),
+        epsilon=add_parts(results.epsilon, 1),
+        bias=add_parts(results.bias, 1),
     )
 
 
@@ -323,7 +328,8 @@ def grad_variances(
     return grad
 
 
-def add_splits(partials: Tensor | None) -> Tensor | None:
-    if partials is None:
-        return None
-    return partials[0] if partials.shape[0] == 1 else partials.sum(dim=0)
+def add_parts(partials: Tensor | None, axes: int) -> Tensor | None:
+    """The result, of so many axes; a single part, which has no more, is that."""
+    if partials is None or partials.dim() == axes:
+        return partials
+    return partials.sum(dim=0)

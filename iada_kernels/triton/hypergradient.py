@@ -38,7 +38,7 @@ from iada_kernels.triton.device import (
     tile_axis,
 )
 from iada_kernels.triton.forward import forward
-from iada_kernels.triton.launch import current_configuration, launch, split
+from iada_kernels.triton.launch import current_configuration, launch, planned, split
 from iada_kernels.triton.records import Diagonal, Labels, Samples, Sizes, Table
 from iada_kernels.triton.rows import Groups
 
@@ -204,12 +204,13 @@ def variances_step_kernel(
     tl.store(ptrs, (old.to(ACC) + total).to(covariance.dtype.element_ty), mask=col_mask)
 
 
+@planned
 def hypergradient(
     inputs: LossInputs, options: LossOptions, tangents: HeadTangents, needs_covariance: bool
 ) -> tuple[Tensor | None, Sums | None]:
     """∂L̇/∂ε (N), None without epsilon, and what `covariance_step` needs."""
     dtype, sigma = inputs.compute_dtype, inputs.covariance
-    weight, tangent = inputs.weight.to(dtype).contiguous(), tangents.weight.to(dtype).contiguous()
+    weight, tangent = contiguous_as(inputs.weight, dtype), contiguous_as(tangents.weight, dtype)
     labels, sizes = Labels.of(inputs, options), Sizes.of(inputs)
     needs_covariance = needs_covariance and sigma is not None
     residual, sign, _, inv_count, groups, table_tangent = forward(
@@ -251,14 +252,14 @@ def hypergradient(
     return grad_epsilon, Sums(sums, curvature, None, options.alpha, groups)
 
 
+@planned
 def covariance_step(
     covariance: Tensor, weight: Tensor, weight_tangent: Tensor, sums: Sums, scale: float
 ) -> None:
     """Σ += scale · ∂L̇/∂Σ in place, for covariance (C, A, A) or (C, A). One launch."""
     dtype = sums.residual.dtype
-    weight, tangent = weight.to(dtype).contiguous(), weight_tangent.to(dtype).contiguous()
-    in_place = covariance.is_contiguous() and covariance.dtype == dtype
-    written = covariance if in_place else covariance.to(dtype).contiguous()
+    weight, tangent = contiguous_as(weight, dtype), contiguous_as(weight_tangent, dtype)
+    written = contiguous_as(covariance, dtype)
     if sums.row_scale is None:
         head = HeadWeight(weight, tangent)
         rank_c_update(written, head, sums.groups, sums.curvature, sums.residual, scale)
@@ -270,7 +271,7 @@ def covariance_step(
             split(scale * sums.alpha), num_classes, width,
             like=weight, tile=tile, BLOCK_J=tile.rows, BLOCK_A=tile.columns,
         )  # fmt: skip
-    if not in_place:
+    if written is not covariance:
         covariance.copy_(written)
     torch.autograd.graph.increment_version((covariance,))
 

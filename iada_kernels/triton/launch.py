@@ -1,24 +1,33 @@
 """Starting kernels, and writing down what is or would be started.
 
-Every launcher of this package goes through `launch`. Inside `recording` each launch is written
+Every launcher of this package goes through `launch`, and every operation is `planned`, so that what
+Triton finds out at a launch it finds out once (`plans`). Inside `recording` each launch is written
 down: with execute=False nothing runs, so that launchers can be called with meta or fake tensors to
-learn shapes, to count launches and to compile, offline, exactly what ships.
+learn shapes, to count launches and to compile, offline, exactly what ships. Nothing is planned
+there, nor in the interpreter.
 """
 
 import contextlib
 import contextvars
 import ctypes
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
+from iada_kernels.triton import config
 from iada_kernels.triton.config import Configuration, SingleLaunchLimits, Tile, configuration_for
+from iada_kernels.triton.plans import Call, Plan, Plans, Unplannable, signature
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,8 @@ _recording: contextvars.ContextVar[_Recording | None] = contextvars.ContextVar(
     "recording", default=None
 )
 
+_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("call", default=None)
+
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -77,11 +88,42 @@ INTERPRETED = triton.knobs.runtime.interpret
 def recording(execute: bool = True, architecture: str | None = None) -> Iterator[list[Launch]]:
     """Collect the launches made inside; `architecture` ("sm_90") chooses its configuration."""
     current = _Recording([], execute, architecture)
-    token = _recording.set(current)
+    token, call = _recording.set(current), _call.set(None)
     try:
         yield current.launches
     finally:
+        _call.reset(call)
         _recording.reset(token)
+
+
+def planned(operation: Callable[P, R]) -> Callable[P, R]:
+    """`operation`, whose launches are a function of its signature: see `plans`."""
+    plans = Plans()
+
+    @functools.wraps(operation)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if INTERPRETED or _recording.get() is not None:
+            return operation(*args, **kwargs)
+        device = driver.active.get_current_device()
+        try:
+            key = signature(device, (*args, *itertools.chain(*kwargs.items())) if kwargs else args)
+        except Unplannable:
+            return _running(None, operation, *args, **kwargs)
+        current = Call(plans.find(key), driver.active.get_current_stream(device))
+        result = _running(current, operation, *args, **kwargs)
+        if current.noted is not None:
+            plans.keep(key, Plan(tuple(current.noted), config.chosen()))
+        return result
+
+    return call
+
+
+def _running(call: Call | None, operation: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    token = _call.set(call)
+    try:
+        return operation(*args, **kwargs)
+    finally:
+        _call.reset(token)
 
 
 def launch(
@@ -99,6 +141,12 @@ def launch(
     """
     if 0 in grid:
         return
+    call = _call.get()
+    if call is not None:
+        step = call.step(kernel, grid)
+        if step is not None:
+            step.start(*arguments, *step.constants, stream=call.stream)
+            return
     if "ACC" in kernel.arg_names:
         constants["ACC"] = tl.float64 if like.dtype == torch.float64 else tl.float32
     if "DOT" in kernel.arg_names:
@@ -110,11 +158,19 @@ def launch(
         current.launches.append(Launch(kernel, grid, named, warps, stages, tile))
         if not current.execute:
             return
-    kernel[grid](*arguments, **constants, **_options(warps, stages))
+    compiled = kernel[grid](*arguments, **constants, **_options(warps, stages))
+    if call is not None:
+        names = kernel.arg_names[len(arguments) :]
+        call.note(kernel, grid, compiled, tuple(constants[name] for name in names))
 
 
 def current_configuration(device: torch.device) -> Configuration:
     """The launch configuration for `device`, or for the architecture that is being recorded."""
+    call = _call.get()
+    if call is not None:  # within one operation it is one
+        if call.configuration is None:
+            call.configuration = configuration_for(_architecture(device))
+        return call.configuration
     current = _recording.get()
     if current is not None and current.architecture is not None:
         return configuration_for(current.architecture)

@@ -19,6 +19,7 @@ from iada_kernels.contract import (
     LossNeeds,
     LossOptions,
 )
+from iada_kernels.layout import contiguous_as
 from iada_kernels.streaming import (
     is_writable,
     mark_updated,
@@ -31,7 +32,8 @@ from iada_kernels.triton.class_loss import SavedParts
 from iada_kernels.triton.class_pass import HeadWeight, rank_c_update, stream_and_table
 from iada_kernels.triton.class_pass_backward import add_table_gradient, table_counters
 from iada_kernels.triton.forward import Dealt, forward, moments_and_sign, rows_and_logits
-from iada_kernels.triton.head_backward import Wanted, add_splits, grad_variances, head_products
+from iada_kernels.triton.head_backward import Wanted, add_parts, grad_variances, head_products
+from iada_kernels.triton.launch import planned
 from iada_kernels.triton.moments import Moments
 from iada_kernels.triton.records import Labels, Samples, Sizes
 from iada_kernels.triton.rows import Groups
@@ -46,6 +48,7 @@ class SavedLoss(NamedTuple):
     groups: Groups | None
 
 
+@planned
 def loss_forward(
     inputs: LossInputs,
     options: LossOptions,
@@ -72,6 +75,7 @@ def loss_forward(
     return passed.loss, saved
 
 
+@planned
 def loss_backward(
     inputs: LossInputs,
     options: LossOptions,
@@ -82,7 +86,7 @@ def loss_backward(
     """The gradients asked for: of the features in their dtype or, as others, the compute dtype."""
     if isinstance(saved, SavedParts):
         return single_launch_backward.loss_backward(inputs, options, saved, grad_loss, needs)
-    weight = inputs.weight.to(inputs.compute_dtype).contiguous()
+    weight = contiguous_as(inputs.weight, inputs.compute_dtype)
     sigma, groups = inputs.covariance, saved.groups
     full = inputs.has_full_covariance
     row_scale = grad_loss if saved.inv_count is None else grad_loss * saved.inv_count
@@ -109,17 +113,16 @@ def loss_backward(
         products = head_products(inputs, options, *tensors, wanted, arrived=arrived)
     if full and groups is not None and sigma is not None and products.sums is not None:
         if products.weight is not None and arrived is not None:
-            written = sigma.to(weight.dtype).contiguous()
-            add_table_gradient(
-                written, weight, products.sums, groups.size, products.weight[0], arrived
-            )
+            read = contiguous_as(sigma, weight.dtype)
+            onto = products.weight if products.weight.dim() == 2 else products.weight[0]
+            add_table_gradient(read, weight, products.sums, groups.size, onto, arrived)
         if needs.covariance:
             grads.covariance = weight.new_empty(sigma.shape)
             head = HeadWeight(weight, None)
             rank_c_update(grads.covariance, head, groups, products.sums, overwrite=True)
     if needs.features:
         grads.features = products.features
-    grads.epsilon, grads.weight = products.epsilon, add_splits(products.weight)
+    grads.epsilon, grads.weight = products.epsilon, add_parts(products.weight, 2)
     if needs.bias:
         grads.bias = products.bias
     if needs.log_prior and products.bias is not None:
@@ -129,6 +132,7 @@ def loss_backward(
     return grads
 
 
+@planned
 def covariance_update(
     covariance: Tensor, mean: Tensor, count: Tensor, features: Tensor, labels: Tensor
 ) -> None:

@@ -76,14 +76,15 @@ def is_supported(inputs: LossInputs, options: LossOptions, stream: ClassStatisti
     """Whether one launch serves: sizes within the configuration, Σ full and where it lies."""
     limit = current_configuration(inputs.features.device).single_launch
     num_classes, width = inputs.weight.shape
-    dtype, sigma = inputs.compute_dtype, inputs.covariance
     if (
         options.reduction == "none"
         or len(inputs.labels) > limit.rows
         or num_classes > limit.classes
         or width > limit.width
-        or _padded(num_classes) * _padded(width) * dtype.itemsize > limit.tile_bytes
     ):
+        return False
+    dtype, sigma = inputs.compute_dtype, inputs.covariance
+    if _padded(num_classes) * _padded(width) * dtype.itemsize > limit.tile_bytes:
         return False
     if sigma is None:
         return True

@@ -1,0 +1,118 @@
+"""Planned launches are those that Triton would make; comparing them takes compiled kernels' keys.
+
+The suite runs with interpreted kernels, which have none: that comparison has its own processes.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from triton.compiler import CompiledKernel
+
+from iada_kernels.contract import LossInputs, LossNeeds, LossOptions
+from iada_kernels.dispatch import triton_backend
+from iada_kernels.triton import launch
+from iada_kernels.triton.plans import Call, Plan, Plans, Unplannable, signature
+
+ROOT = Path(__file__).parents[2]
+
+
+class Binary(CompiledKernel):
+    """That says where it would start."""
+
+    module = None
+
+    def __init__(self):
+        pass
+
+    def __getitem__(self, grid):
+        return lambda *arguments: (grid, arguments)
+
+
+def compared(*arguments: str) -> str:
+    """What planned_process.py prints."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.helpers.planned_process", *arguments]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_planned_launches_are_tritons_also_in_threads_and_after_errors():
+    launches = int(compared("sm_90").split()[0])
+    assert launches > 2000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_no_piece_of_a_signature_can_be_left_out(architecture):
+    found = compared(architecture, "--mutants")
+    assert found.count("seen:") == (14 if architecture == "gfx942" else 13)
+
+
+def test_a_plan_is_what_was_noted():
+    call = Call(None, stream=3)
+    call.note("kernel", (4, 2), Binary(), (64, "tf32"))
+    (step,) = call.noted
+    assert (step.kernel, step.grid, step.constants) == ("kernel", (4, 2), (64, "tf32"))
+    assert step.start("x", 64) == ((4, 2, 1), ("x", 64))
+
+
+def test_a_launch_that_is_not_the_next_goes_tritons_way():
+    first = Call(None, None)
+    for kernel in ("a", "b"):
+        first.note(kernel, (4,), Binary(), ())
+    call = Call(Plan(tuple(first.noted), None), None)
+    assert call.step("a", (4,)) is first.noted[0]
+    assert call.step("b", (5,)) is None
+    assert call.step("b", (4,)) is None, "a plan has an end"
+    assert call.noted is None
+
+
+def test_without_a_compiled_kernel_there_is_no_plan():
+    call = Call(None, None)
+    for compiled in (Binary(), None, Binary()):
+        call.note("kernel", (1,), compiled, ())
+    assert call.noted is None
+
+
+def test_the_oldest_plans_go():
+    plans = Plans(limit=2)
+    for name in "abc":
+        plans.keep((name,), Plan((), None))
+    assert len(plans) == 2
+    assert plans.find(("a",)) is None
+    assert plans.find(("c",)) == Plan((), None)
+
+
+def test_a_tensor_of_a_subclass_has_no_signature():
+    class Special(Tensor):
+        pass
+
+    with pytest.raises(Unplannable, match="Special"):
+        signature(0, (torch.ones(2).as_subclass(Special),))
+
+
+def _loss():
+    inputs = LossInputs(torch.randn(5, 4), torch.randn(3, 4), None, torch.tensor([0, 1, 2, 0, 1]))
+    return triton_backend().loss_forward(inputs, LossOptions(), LossNeeds(*[False] * 6))[0]
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here")
+def test_the_interpreter_has_no_plans(monkeypatch):
+    def signature(*arguments):
+        raise AssertionError("planned")
+
+    monkeypatch.setattr(launch, "signature", signature)
+    assert _loss().isfinite()
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with launch.recording(execute=False) as launches:  # nor have recordings
+        _loss()
+    assert launches
