@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from iada_kernels.triton.launch import Launch
+from iada_kernels.triton.launch import ALL_REGISTERS, Launch
 
 # Shared memory that one program can ask for, in bytes: NVIDIA's opt-in maximum, AMD's LDS.
 GRID_LIMIT = (2**31 - 1, 65535, 65535)
@@ -82,9 +82,10 @@ def compiling_for(architecture: str) -> Iterator[None]:
         driver._active = before
 
 
-def compiled(launch: Launch) -> Any:
+def compiled(launch: Launch, **options: Any) -> Any:
     """The binary of a recorded launch, the same object for launches that share one."""
-    return launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options)
+    options = launch.options | options
+    return launch.kernel.warmup(**launch.arguments, grid=launch.grid, **options)
 
 
 def usage(binary: Any) -> Usage:
@@ -139,15 +140,25 @@ def _cuobjdump(cubin: bytes) -> str:
 def figures_of(
     launch: Launch, architecture: str, known: dict[int, dict[str, Any]]
 ) -> dict[str, Any]:
-    """`known` keeps what was read of a binary, by its identity: kernels keep binaries alive."""
+    """`known` keeps what was read of a binary, by its identity: kernels keep binaries alive.
+
+    As a launch does, `launch.keeping_less`: "all_registers" says of which binary the figures are.
+    """
     limit = {"limit": SHARED_LIMIT[architecture]}
+
+    def figures(**options: Any) -> dict[str, Any]:
+        binary = compiled(launch, **options)
+        if id(binary) not in known:
+            known[id(binary)] = asdict(usage(binary))
+        return {**known[id(binary)], **limit, "all_registers": bool(options)}
+
     try:
-        binary = compiled(launch)
+        found = figures()
+        if not found["stack"] or architecture.startswith("gfx"):
+            return found
+        return min(found, figures(**ALL_REGISTERS), key=lambda each: each["stack"])
     except Exception as error:  # whatever the compiler raises belongs into the table
         return {**limit, "error": f"{type(error).__name__}: {error}"[-2000:]}
-    if id(binary) not in known:
-        known[id(binary)] = asdict(usage(binary))
-    return {**known[id(binary)], **limit}
 
 
 def complaint(row: dict[str, Any], allowed_stack: int = 0) -> str:

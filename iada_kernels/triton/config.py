@@ -98,7 +98,7 @@ NVIDIA = Configuration(
     sign=Tile(32, 64, 16, warps=8),
     softmax=Tile(2, 512, 0),
     softmax_classes=256,  # more would take one program longer than another launch
-    grad_features=Tile(32, 64, 32),
+    grad_features=Tile(32, 64, 32, warps=8),
     grad_weight=Tile(32, 64, 16),
     diagonal_weight=Tile(16, 32, 16),
     class_sums=Tile(32, 32, 32),
@@ -131,6 +131,7 @@ AMD = replace(
     diagonal_logits=Tile(32, 32, 16),
     tangent=Tile(32, 64, 32, warps=8),
     sign=Tile(32, 64, 32),
+    grad_features=Tile(32, 64, 32),
     grad_weight=Tile(32, 64, 32),
     diagonal_weight=Tile(32, 32, 16),
     single_launch=SingleLaunchLimits(1024, 128, 64, 2**15, 512, 32, 64, 256, 64),

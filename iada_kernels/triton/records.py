@@ -103,4 +103,7 @@ class Table(NamedTuple):
 
     @classmethod
     def of(cls, table: Tensor | None) -> "Table | None":
-        return None if table is None else cls(table, table.stride(0))
+        if table is None:
+            return None
+        # Of a single row any stride will do; Triton 3.6 loses one of 1 within a record of records.
+        return cls(table, table.stride(0) if len(table) > 1 else 0)

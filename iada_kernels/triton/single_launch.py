@@ -151,7 +151,8 @@ def _blocks(limits: SingleLaunchLimits, num_classes: int, width: int) -> Blocks:
         min(limits.class_step, block_c),
         block_c,
         block_a,
-        min(limits.step, block_c, block_a),
+        # Where A is no multiple of 16, addresses take registers that a longer step would need.
+        min(limits.step if width % 16 == 0 else 16, block_c, block_a),
     )
     return Blocks(*map(tl.constexpr, sizes))  # as plain int they cannot be shapes in Triton 3.6
 
