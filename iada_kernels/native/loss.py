@@ -8,9 +8,9 @@ which then runs the forward operator again with them.
 With a stream the update of Σ is part of the same operator call: Σ is read while it is still in a
 cache, and a label out of range is refused before anything is changed.
 
-After torch.set_float32_matmul_precision("medium") the class pass multiplies the differences of W
-with a full float32 Σ as bfloat16, where the processor has AVX512-BF16; under torch.compile, as it
-was set when the graph was traced.
+After torch.set_float32_matmul_precision("medium") the class pass of these operators multiplies the
+differences of W with a full float32 Σ as bfloat16, where the processor has AVX512-BF16; under
+torch.compile, as it was set when the graph was traced: a change need not trace it again.
 
 Where the head is large and Σ is not full, the work is in dense products of W, and `torch_ops`,
 which is made of torch's matrix products, serves the call.
@@ -27,6 +27,7 @@ from iada_kernels.layout import contiguous_as
 from iada_kernels.native import library
 from iada_kernels.native.batch import covariance_update
 from iada_kernels.native.fakes import BIAS, EPSILON, PRIOR, WEIGHT
+from iada_kernels.precision import allows_bfloat16
 from iada_kernels.streaming import is_writable, mark_updated, update_statistics
 from iada_kernels.torch_ops.class_blocks import SavedRows
 from iada_kernels.torch_ops.loss import SavedLoss as TorchSavedLoss
@@ -74,7 +75,7 @@ def loss_forward(
         return loss, SavedLoss(residual, partial)
     *head, _, epsilon, log_prior = operator_inputs(inputs, dtype)
     tensors = (*head, *state, epsilon, log_prior)
-    numbers = (*options[:3], reduction, needed, rounds_products())
+    numbers = (*options[:3], reduction, needed, allows_bfloat16())
     loss, residual, partial = _forward_update(*tensors, *numbers)
     mark_updated(state)
     return loss, SavedLoss(residual, partial)
@@ -123,14 +124,6 @@ def operator_inputs(inputs: LossInputs, dtype: torch.dtype) -> list[Tensor | Non
     ]
 
 
-def rounds_products() -> bool:
-    """Whether float32 may be multiplied as bfloat16, with sums in float32, as torch was told."""
-    return torch.get_float32_matmul_precision() == "medium"
-
-
-rounds_products._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `dispatch`
-
-
 def _call(
     inputs: LossInputs,
     dtype: torch.dtype,
@@ -140,7 +133,7 @@ def _call(
     needed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (*operator_inputs(inputs, dtype), contiguous_as(row_scale, dtype))
-    return _forward(*tensors, *options[:3], reduction, needed, rounds_products())
+    return _forward(*tensors, *options[:3], reduction, needed, allows_bfloat16())
 
 
 def _bits(needs: LossNeeds) -> int:

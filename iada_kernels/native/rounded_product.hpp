@@ -1,5 +1,5 @@
 // Products of float32 operands rounded to bfloat16, with sums in float32: twice the multiply-adds of an
-// instruction, where the processor has AVX512-BF16. An operand's relative error is 2⁻⁹ at most.
+// instruction, where the processor has AVX512-BF16. An operand's relative error is 2⁻⁸ at most.
 //
 // Neighbours along K lie in one word, the first in its low half, with a zero after an odd K: A (M, K/2),
 // B (K/2, kTileColumns), C (M, kTileColumns).

@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from iada_kernels.precision import allows_tf32
 from iada_kernels.triton import config
 from iada_kernels.triton.config import Configuration, SingleLaunchLimits, Tile, configuration_for
 from iada_kernels.triton.plans import Call, Plan, Plans, Unplannable, signature
@@ -176,9 +177,9 @@ def launch(
 
 def keeping_less(binary: Any, again: Callable[[], Any]) -> Any:
     """`binary`, or that of `again`, made with ALL_REGISTERS, if it keeps less in memory."""
-    if not isinstance(binary, CompiledKernel) or binary.metadata.target.backend != "cuda":
+    if not isinstance(binary, CompiledKernel) or not binary.n_spills:
         return binary
-    if not binary.n_spills:
+    if binary.metadata.target.backend != "cuda":
         return binary
     other = again()
     _ = other[(1, 1, 1)]  # loads it, which tells n_spills
@@ -210,9 +211,7 @@ def _architecture(device: torch.device) -> str:
 
 def _dot_precision(configuration: Configuration) -> str:
     """How float32 is multiplied: true float32 unless torch was told that less will do."""
-    if torch.get_float32_matmul_precision() == "highest":
-        return configuration.true_float32
-    return configuration.fast_float32
+    return configuration.fast_float32 if allows_tf32() else configuration.true_float32
 
 
 class Number(NamedTuple):

@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from triton.compiler import CompiledKernel
 
 from iada_kernels.contract import ClassStatistics, LossNeeds
+from iada_kernels.precision import allows_tf32
 from iada_kernels.triton import config
 
 Signature = tuple[Any, ...]
@@ -112,7 +113,7 @@ def signature(device: Any, arguments: Iterable[Any]) -> Signature:
     parts = [
         device,
         id(config.chosen()),
-        torch.get_float32_matmul_precision(),
+        allows_tf32(),
         triton.knobs.runtime.debug,
         triton.knobs.compilation.instrumentation_mode,
     ]

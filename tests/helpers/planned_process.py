@@ -34,7 +34,7 @@ from tests.helpers.planned_calls import Case, calls_of, families, in_force
 
 PIECES = {  # of the source of `plans`, and what stands there instead
     **dict.fromkeys(("device,\n", "id(config.chosen()),", "value.dtype,"), "None,"),
-    **dict.fromkeys(("torch.get_float32_matmul_precision(),", "triton.knobs.runtime.debug,"), "0,"),
+    **dict.fromkeys(("allows_tf32(),", "triton.knobs.runtime.debug,"), "0,"),
     "triton.knobs.compilation.instrumentation_mode,": "0,",
     **dict.fromkeys(("value.shape,", "value.stride(),", "value.data_ptr() % ALIGNMENT,"), "0,"),
     **{
@@ -56,6 +56,7 @@ class Key(CompiledKernel):
     """Stands where a binary does."""
 
     module = function = packed_metadata = None
+    n_spills = 0
 
     def __init__(self, kernel: JITFunction, name: str, options: Any) -> None:
         self.kernel, self.name, self.options = kernel, name, options

@@ -1,11 +1,14 @@
 """What launchers work out on the host, and how often."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 import triton
+from triton.compiler import CompiledKernel
 
 from iada_kernels.triton import launch
 from iada_kernels.triton.config import cdiv, next_power_of_2
@@ -30,3 +33,32 @@ def test_a_device_is_asked_once_what_it_is(monkeypatch):
     finally:
         launch._architecture.cache_clear()
     assert asked == devices[:2]
+
+
+class Binary(CompiledKernel):
+    """Loaded, it tells what it keeps of each thread in memory."""
+
+    module = None
+
+    def __init__(self, spills: int, backend: str = "cuda") -> None:
+        self.metadata = SimpleNamespace(target=SimpleNamespace(backend=backend))
+        self.n_spills, self.loaded = spills, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> None:
+        self.loaded += 1
+
+
+@pytest.mark.parametrize(("first", "second", "taken"), [(2, 0, 1), (9, 4, 1), (4, 4, 0), (2, 8, 0)])
+def test_what_keeps_less_in_memory_is_launched(first, second, taken):
+    binaries = Binary(first), Binary(second)
+    found = launch.keeping_less(binaries[0], lambda: binaries[1])
+    assert found is binaries[taken]
+    assert binaries[1].loaded == 1
+
+
+def test_nothing_is_compiled_again_without_need():
+    def again():
+        raise AssertionError("compiled again")
+
+    for binary in (Binary(0), Binary(3, backend="hip"), SimpleNamespace(n_spills=3), None):
+        assert launch.keeping_less(binary, again) is binary
