@@ -170,7 +170,7 @@ def merged(base: Sections, sections: Sections) -> Sections:
 
 def with_own(base: Sections, sections: Sections) -> Sections:
     """`merged`, but a method's own settings go over the base's of that method, key by key."""
-    methods = dict(base["methods"])
+    methods = dict(base.get("methods", {}))
     for key, settings in sections.get("methods", {}).items():
         if not isinstance(settings, dict):
             remedy = f"write [methods.{key}]"
@@ -291,7 +291,7 @@ def _sections(name: str) -> Sections:
     base = sections.pop("base", None)
     if base is None:
         return sections
-    return merged(_sections(base), sections)
+    return with_own(_sections(base), sections)
 
 
 def _root() -> Traversable:

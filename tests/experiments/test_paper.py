@@ -156,6 +156,15 @@ def test_what_recipes_owe_to_the_sources():
     assert {(c.trainer.epochs, c.trainer.milestones) for c in uniform.methods} == {(60, (50, 55))}
 
 
+def test_a_row_adds_to_what_its_base_says_of_a_method():
+    rows = ("frozen/cifar10-flip-40", "frozen/cifar10-100")
+    base, own = ({m.key: m for m in load(row).methods}["meta-weight-net"] for row in rows)
+    assert own.title == base.title == "Meta-Weight-Net"
+    assert own.meta_per_class == base.meta_per_class == 10
+    assert own.trainer.ce_epochs == base.trainer.ce_epochs
+    assert own.trainer.method.normalized
+
+
 def test_the_model_in_a_digest_is_that_of_before_there_were_choices():
     names = {"backbone", "pretrained", "augment", "image_size"}
     assert set(load("table2/cifar10-100").model.as_record()) == names
