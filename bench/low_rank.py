@@ -30,6 +30,8 @@ def main() -> int:
     parser.add_argument("--features", type=Path, help="an .npz of python -m iada features")
     parser.add_argument("--parts", type=int, default=1, help="each class in so many, by k-means")
     options = parser.parse_args()
+    if options.parts < 1:
+        parser.error(f"--parts: expected at least 1, got {options.parts}")
     machine = environment()
     backends = {"diag and full": machine["backend"], "rank r": "torch operators"}
     print(headline(machine, backends) + "\n")
@@ -100,15 +102,16 @@ def show_errors(path: Path, ranks: list[int], parts: int) -> int:
         for rows in order.split(128):
             for one in (full, state):
                 one.update(inputs[rows], labels[rows])
-        sigma, found = full.covariance, state.dense().double()
-        left = state.low_rank.diagonal.double()
+        spread = full.variances.sum(dim=1) > 0  # a class of one sample has no covariance
+        sigma, found = full.covariance[spread], state.dense().double()[spread]
+        left = state.low_rank.diagonal.double()[spread]
         norm = torch.linalg.matrix_norm(sigma, 2)
         error = torch.linalg.matrix_norm(found - sigma, 2)
         forms = ((delta @ one) * delta for one in (sigma, found - sigma))
         rho, off = (form.sum(dim=2) for form in forms)
         bound = (delta.abs() @ left.sqrt().T).square().T
         columns = [
-            left.sum(dim=1) / full.variances.sum(dim=1),
+            left.sum(dim=1) / full.variances.sum(dim=1)[spread],
             error / norm,
             left.sum(dim=1) / norm,
             off.abs().amax(dim=1) / rho.mean(dim=1),
@@ -127,6 +130,9 @@ def in_parts(inputs: Tensor, labels: Tensor, parts: int) -> Tensor:
     finer = labels * parts
     for c in labels.unique():
         rows = labels == c
+        if int(rows.sum()) < 2 * parts:
+            size = f"{int(rows.sum())} rows of class {int(c)}"
+            raise SystemExit(f"bench.low_rank: --parts: {size} are too few for {parts} parts")
         means = KMeans(parts, n_init=1, random_state=0).fit(inputs[rows].numpy())
         finer[rows] += torch.from_numpy(means.labels_).to(finer.dtype)
     return finer

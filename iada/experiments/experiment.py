@@ -114,6 +114,9 @@ def make_split(recipe: Recipe, parts: Parts, seed: int) -> Split:
     clustering = options.pop("clustering", None)
     weights = options.pop("clustering_weights", "")
     _check_keys("scenario", options, scenario)
+    if weights and clustering is None:
+        remedy = "name a backbone in scenario.clustering"
+        raise argument_error("scenario.clustering_weights", "no weights", repr(weights), remedy)
     if clustering is not None:
         source = parts[options.get("meta_from", "validation")]
         options["features"] = _features(clustering, weights, source, recipe.model.image_size)
@@ -167,7 +170,9 @@ def _view(
         return lambda piece, augment: FeatureView(piece, device)
     if isinstance(data.inputs, Tensor):
         usual = CIFAR10 if data.inputs.shape[-1] <= 64 else IMAGENET
-        scale = NORMALISATIONS.get(recipe.data["reader"], usual)
+        means, deviations = NORMALISATIONS.get(recipe.data["reader"], usual)
+        channels = data.inputs.shape[1]  # one of MNIST's without its colours
+        scale = means[:channels], deviations[:channels]
         return lambda piece, augment: MemoryView(piece, scale, augment, plain_from, device)
     if isinstance(data.inputs[0], str):
         folder = recipe.model.backbone.removeprefix("transformers/")

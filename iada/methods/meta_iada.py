@@ -88,7 +88,8 @@ class MetaIADAOptions(LearnedCovarianceOptions):
 
     Args:
         beta: of Eq. 6.
-        inverse_weights: losses weighed by 1/π_y, as in Eq. 5, which has no log π: beta = 0.
+        inverse_weights: losses weighed by 1/π_y, as in Eq. 5, which has no log π: set beta = 0. A
+            batch's loss is divided by the sum of its weights.
         perturbation: "learned"; "untrained": Ω keeps its initial values; or "constant": ε is
             `epsilon` for all samples.
         perturbation_lr: Adam's on Ω (η₂ of Eq. 8).
@@ -122,6 +123,9 @@ class MetaIADAOptions(LearnedCovarianceOptions):
         if self.epsilon and self.perturbation != "constant":
             expected = f"0 with a perturbation that is {self.perturbation}"
             raise argument_error("epsilon", expected, repr(self.epsilon), "set perturbation too")
+        if self.inverse_weights and self.beta:
+            remedy = "Eq. 5 has weights in place of log π: set one of them to 0 or False"
+            raise argument_error("beta", "0 with inverse_weights", repr(self.beta), remedy)
 
     @property
     def meta_learns(self) -> bool:

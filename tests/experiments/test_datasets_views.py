@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from iada.experiments.datasets import Labelled, read_civilcomments, read_folder
+from iada.experiments.datasets import READERS, Labelled, read_civilcomments, read_folder
 from iada.experiments.datasets.augment import HOLE, crop_flip, cutout
 from iada.experiments.datasets.counter_rng import draws
 from iada.experiments.datasets.views import (
@@ -22,6 +22,8 @@ from iada.experiments.datasets.views import (
     middle,
     random_part,
 )
+from iada.experiments.experiment import make_view
+from iada.experiments.recipe import load
 from iada.models.small import mlp
 from iada.training.config import TrainerConfig
 from iada.training.trainer import Trainer
@@ -38,6 +40,14 @@ def images(count=40, size=32, channels=3):
     generator = torch.Generator().manual_seed(0)
     shape = (count, channels, size, size)
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def test_digits_without_colours_are_normalised_as_mnist(tmp_path):
+    parts = READERS["mnist"](made.write_mnist(tmp_path))
+    view = make_view(load("table6/cmnist"), parts["train"], torch.device("cpu"))
+    images, _, _ = next(iter(batches(view, [[0, 1]])))
+    expected = (parts["train"].inputs[:2].float() / 255 - 0.1307) / 0.3081
+    torch.testing.assert_close(images, expected)
 
 
 def labelled(count=40, size=32):

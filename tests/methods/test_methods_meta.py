@@ -290,6 +290,11 @@ def test_equation_5_weighs_each_class_by_its_inverse_share():
     torch.testing.assert_close(loss, (weights * losses).sum() / weights.sum(), rtol=1e-6, atol=0)
 
 
+def test_equation_5_has_no_prior():
+    with pytest.raises(ValueError, match=r"beta: expected 0 with inverse_weights, got 1\.0"):
+        iada.TrainerConfig.from_settings({"method": "meta-iada", "inverse_weights": True})
+
+
 @pytest.mark.parametrize("epsilon", [0.0, -0.4])
 def test_constant_strengths(epsilon):
     method = make_engine("conv", epsilon=epsilon)
