@@ -42,7 +42,7 @@ class SingleLaunchLimits:
     rows: int  # the largest N; 0 turns the single launch off
     classes: int  # the largest C
     width: int  # the largest A
-    tile_bytes: int  # the largest W, padded to powers of two
+    tile_bytes: int  # the largest W, padded to powers of two; half of it at odd widths
     block_elements: int  # rows × C of one block of 16 to 64 rows
     step: int  # classes or features that one product reads at a time
     class_step: int  # rows of the quadratic forms' product at a time
@@ -103,7 +103,7 @@ NVIDIA = Configuration(
     diagonal_weight=Tile(16, 32, 16),
     class_sums=Tile(32, 32, 32),
     moments=Tile(32, 64, 0),
-    statistics=Tile(16, 64, 32),
+    statistics=Tile(16, 64, 32, warps=8),
     single_launch=SingleLaunchLimits(1024, 128, 64, 2**15, 1024, 32, 64, 256, 64),
     group=1024,
     split_rows=4096,
@@ -134,6 +134,7 @@ AMD = replace(
     grad_features=Tile(32, 64, 32),
     grad_weight=Tile(32, 64, 32),
     diagonal_weight=Tile(32, 32, 16),
+    statistics=Tile(16, 64, 32),
     single_launch=SingleLaunchLimits(1024, 128, 64, 2**15, 512, 32, 64, 256, 64),
     true_float32="ieee",
     fast_float32="ieee",

@@ -84,7 +84,9 @@ def is_supported(inputs: LossInputs, options: LossOptions, stream: ClassStatisti
     ):
         return False
     dtype, sigma = inputs.compute_dtype, inputs.covariance
-    if _padded(num_classes) * _padded(width) * dtype.itemsize > limit.tile_bytes:
+    # Where A is no multiple of 16, addresses take registers.
+    tile_bytes = limit.tile_bytes if width % 16 == 0 else limit.tile_bytes // 2
+    if _padded(num_classes) * _padded(width) * dtype.itemsize > tile_bytes:
         return False
     if sigma is None:
         return True
@@ -151,8 +153,7 @@ def _blocks(limits: SingleLaunchLimits, num_classes: int, width: int) -> Blocks:
         min(limits.class_step, block_c),
         block_c,
         block_a,
-        # Where A is no multiple of 16, addresses take registers that a longer step would need.
-        min(limits.step if width % 16 == 0 else 16, block_c, block_a),
+        min(limits.step, block_c, block_a),
     )
     return Blocks(*map(tl.constexpr, sizes))  # as plain int they cannot be shapes in Triton 3.6
 
