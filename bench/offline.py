@@ -142,7 +142,7 @@ def figures_of(
 ) -> dict[str, Any]:
     """`known` keeps what was read of a binary, by its identity: kernels keep binaries alive.
 
-    As a launch does, `launch.keeping_less`: "all_registers" says of which binary the figures are.
+    As a launch does, `launch.keeping_less`: "all_registers" is there if that compiled it again.
     """
     limit = {"limit": SHARED_LIMIT[architecture]}
 
@@ -150,7 +150,8 @@ def figures_of(
         binary = compiled(launch, **options)
         if id(binary) not in known:
             known[id(binary)] = asdict(usage(binary))
-        return {**known[id(binary)], **limit, "all_registers": bool(options)}
+        again = {"all_registers": True} if options else {}
+        return {**known[id(binary)], **limit, **again}
 
     try:
         found = figures()
