@@ -112,11 +112,12 @@ NVIDIA = Configuration(
     fast_float32="tf32",
 )
 
-# Ampere multiplies in registers, where the two products of a rank-C update do not fit.
+# Ampere multiplies in registers, where the two products of a rank-C update do not fit, nor long
+# steps of the class pass onto the weight.
 AMPERE = replace(
     NVIDIA,
     rank_c_update=Tile(32, 32, 16, warps=8),
-    diagonal_tangent=Tile(32, 32, 16, warps=8),
+    class_pass_weight=Tile(64, 64, 16, warps=8),
 )
 
 # In steps of 16 rows the update alone would spill 8 bytes here.
