@@ -263,7 +263,7 @@ def stream_and_table(
     counter at 0 for each class, and is used up.
     """
     num_classes, width = covariance.shape[:2]
-    tile = current_configuration(covariance.device).class_pass
+    tile = current_configuration(covariance.device).class_pass.of(covariance.dtype)
     tiles = cdiv(width, tile.rows)
     count = tiles * (tiles + 1) // 2
     update = NONE if moments is None else STREAM
@@ -294,7 +294,7 @@ def rank_c_update(
     overwrite: bool = False,
 ) -> None:
     """Σ += scale (rank-C term), UPDATE = ACCUMULATE; or Σ = with `overwrite`. One launch."""
-    tile = current_configuration(covariance.device).rank_c_update
+    tile = current_configuration(covariance.device).rank_c_update.of(covariance.dtype)
     rank_c = RankC(residual, curvature, split(scale))
     update = OVERWRITE if overwrite else ACCUMULATE
     _launch(tile, update, covariance, head, groups, None, None, None, rank_c)

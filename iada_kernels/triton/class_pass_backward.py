@@ -145,7 +145,8 @@ def class_sums(residual: Tensor, labels: Labels, row_scale: Tensor, factor: floa
 
 def table_counters(weight: Tensor) -> Tensor:
     """int32, one for each tile of `add_table_gradient`, to be set to 0 by a launch before it."""
-    rows, columns = current_configuration(weight.device).class_pass_weight.grid(*weight.shape)
+    tile = current_configuration(weight.device).class_pass_weight.of(weight.dtype)
+    rows, columns = tile.grid(*weight.shape)
     return torch.empty(rows * columns, dtype=torch.int32, device=weight.device)
 
 
@@ -159,7 +160,7 @@ def add_table_gradient(
 ) -> None:
     """∂L/∂W through R, for full Σ, onto `grad` (C, A). One launch; `arrived` is 0 before."""
     configuration = current_configuration(covariance.device)
-    tile, (num_classes, width) = configuration.class_pass_weight, weight.shape
+    tile, (num_classes, width) = configuration.class_pass_weight.of(weight.dtype), weight.shape
     items = num_classes * cdiv(width, tile.depth)
     rows, columns = tile.grid(num_classes, width)
     splits = max(1, min(items, configuration.programs // (rows * columns)))

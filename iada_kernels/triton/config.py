@@ -9,6 +9,8 @@ import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 
 def cdiv(size: int, block: int) -> int:
     """Blocks that cover `size`. Triton's own serves kernels too and takes a microsecond here."""
@@ -29,6 +31,10 @@ class Tile:
     depth: int
     warps: int = 4
     stages: int = 2
+
+    def of(self, dtype: torch.dtype) -> "Tile":
+        """For sums in `dtype`: of float64 32 rows at most; Triton 3.6 aborts on Blackwell at 64."""
+        return replace(self, rows=min(self.rows, 32)) if dtype == torch.float64 else self
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         """How many tiles a result of this size has along each axis."""
