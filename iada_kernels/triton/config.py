@@ -56,6 +56,7 @@ class SingleLaunchLimits:
     columns: int  # elements of a gradient that a program of the backward pass sums
     warps: int = 8
     stages: int = 1
+    float64: bool = True  # whether sums in it are served
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,17 @@ NVIDIA = Configuration(
 # steps of the class pass onto the weight.
 AMPERE = replace(
     NVIDIA,
-    rank_c_update=Tile(32, 32, 16, warps=8),
+    rank_c_update=Tile(32, 16, 16, warps=8),
     class_pass_weight=Tile(64, 64, 16, warps=8),
 )
 
-# In steps of 16 rows the update alone would spill 8 bytes here.
-BLACKWELL = replace(NVIDIA, class_pass=Tile(64, 32, 32, warps=8))
+# In steps of 16 rows the update alone would spill 8 bytes here. Triton 3.6 aborts on a product of
+# float64 with 64 rows, see `Tile.of`, as a single launch has them.
+BLACKWELL = replace(
+    NVIDIA,
+    class_pass=Tile(64, 32, 32, warps=8),
+    single_launch=replace(NVIDIA.single_launch, float64=False),
+)
 
 # 64 KiB of shared memory, and no TF32: a product of float32 takes more registers.
 AMD = replace(
