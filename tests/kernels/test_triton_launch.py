@@ -10,7 +10,9 @@ pytest.importorskip("triton")
 import triton
 from triton.compiler import CompiledKernel
 
-from iada_kernels.triton import launch
+from bench.combinations import Combination, recorded_launches
+from iada_kernels.contract import LossNeeds
+from iada_kernels.triton import config, launch
 from iada_kernels.triton.config import cdiv, next_power_of_2
 
 
@@ -62,3 +64,34 @@ def test_nothing_is_compiled_again_without_need():
 
     for binary in (Binary(0), Binary(3, backend="hip"), SimpleNamespace(n_spills=3), None):
         assert launch.keeping_less(binary, again) is binary
+
+
+GPUS = {"sm_80": config.AMPERE, "sm_90": config.NVIDIA, "sm_100": config.BLACKWELL}
+
+
+@pytest.mark.parametrize("architecture", GPUS)
+def test_sums_in_float64_have_small_tiles(architecture):
+    for name, tile in vars(GPUS[architecture]).items():
+        if isinstance(tile, config.Tile):
+            assert tile.of(torch.float64).rows <= 32, name
+            assert tile.of(torch.float32) is tile
+
+
+@pytest.mark.parametrize(
+    ("architecture", "width", "dtype", "is_single"),
+    [
+        ("sm_90", 64, "float32", True),
+        ("sm_90", 63, "float32", False),
+        ("sm_90", 16, "float64", True),
+        ("sm_100", 64, "float32", True),
+        ("sm_100", 16, "float64", False),
+    ],
+)
+def test_which_heads_a_single_launch_serves(architecture, width, dtype, is_single):
+    c = Combination(
+        rows=64, classes=100, width=width, features=dtype, weight=dtype, covariance=dtype,
+        structure="full", streams=False, terms=(), needs=LossNeeds(*(True,) * 4, False, False),
+        reduction="mean", matmul="highest", other="update", neighbours=0,
+    )  # fmt: skip
+    kernels = {launch.kernel.fn.__name__ for _, launch in recorded_launches(c, architecture)}
+    assert ("single_launch_kernel" in kernels) == is_single
