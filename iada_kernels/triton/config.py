@@ -48,7 +48,8 @@ class SingleLaunchLimits:
     rows: int  # the largest N; 0 turns the single launch off
     classes: int  # the largest C
     width: int  # the largest A
-    tile_bytes: int  # the largest W, padded to powers of two; half of it at odd widths
+    tile_bytes: int  # the largest W, padded to powers of two
+    odd_tile_bytes: int  # and where A is no multiple of 16
     block_elements: int  # rows × C of one block of 16 to 64 rows
     step: int  # classes or features that one product reads at a time
     class_step: int  # rows of the quadratic forms' product at a time
@@ -111,7 +112,7 @@ NVIDIA = Configuration(
     class_sums=Tile(32, 32, 32),
     moments=Tile(32, 64, 0),
     statistics=Tile(16, 64, 32, warps=8),
-    single_launch=SingleLaunchLimits(1024, 128, 64, 2**15, 1024, 32, 64, 256, 64),
+    single_launch=SingleLaunchLimits(1024, 128, 64, 2**15, 2**14, 1024, 32, 64, 256, 64),
     group=1024,
     split_rows=4096,
     programs=512,
@@ -148,7 +149,7 @@ AMD = replace(
     grad_weight=Tile(32, 64, 32),
     diagonal_weight=Tile(32, 32, 16),
     statistics=Tile(16, 64, 32),
-    single_launch=SingleLaunchLimits(1024, 128, 64, 2**15, 512, 32, 64, 256, 64),
+    single_launch=SingleLaunchLimits(1024, 128, 64, 2**15, 2**13, 512, 32, 64, 256, 64),
     true_float32="ieee",
     fast_float32="ieee",
 )
@@ -171,7 +172,7 @@ INTERPRETER = Configuration(
     class_sums=Tile(16, 16, 32),
     moments=Tile(16, 32, 0),
     statistics=Tile(16, 32, 32),
-    single_launch=SingleLaunchLimits(1024, 128, 128, 2**17, 256, 16, 16, 32, 16),
+    single_launch=SingleLaunchLimits(1024, 128, 128, 2**17, 2**16, 256, 16, 16, 32, 16),
     group=64,
     split_rows=64,
     programs=4,

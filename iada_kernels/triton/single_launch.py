@@ -85,7 +85,7 @@ def is_supported(inputs: LossInputs, options: LossOptions, stream: ClassStatisti
         return False
     dtype, sigma = inputs.compute_dtype, inputs.covariance
     # Where A is no multiple of 16, addresses take registers.
-    tile_bytes = limit.tile_bytes if width % 16 == 0 else limit.tile_bytes // 2
+    tile_bytes = limit.tile_bytes if width % 16 == 0 else limit.odd_tile_bytes
     size = _padded(num_classes) * _padded(width) * dtype.itemsize
     if size > tile_bytes or (dtype == torch.float64 and not limit.float64):
         return False
