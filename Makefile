@@ -8,6 +8,7 @@
 # make stress     200 short trainings of three kinds under torchrun; counts those that do not end well
 # make fuzz       30 minutes: 10,000 random cases of each backend against torch's own error
 # make fallback   what every backend must pass, as if there were no native library
+# make resources   compiles the kernels of all reference shapes for four GPUs; part of CI
 # make matrix   compiles random combinations for four GPUs with Triton 3.6, the oldest there may be
 # make wheel   builds dist/*.whl with the native library in it, for every Python and torch from 2.11
 # make dist    that wheel and the source distribution, both checked, and the conda recipe rendered
@@ -25,7 +26,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick check bench regression docs docs-serve sanitize stress fuzz fallback wheel dist check-wheel check-sdist matrix clean FORCE
+.PHONY: demo test quick check bench regression docs docs-serve sanitize stress fuzz fallback wheel dist check-wheel check-sdist resources matrix clean FORCE
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m iada demo --out demo-report
@@ -166,6 +167,11 @@ check-sdist:
 	$(SDIST_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) $(SDIST_VENV)/wheel/*.whl
 	cd $(SDIST_VENV) && export IADA_REQUIRE_NATIVE=1 && unset IADA_NATIVE_LIBRARY PYTHONPATH && \
 	  bin/python -m iada_kernels && bin/python -W error -c "$(USE)"
+
+# An architecture a core; nothing is launched.
+resources: $(VENV)/.dev
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.resources --jobs "$$(nproc)" --json build/resources.json
 
 # torch 2.11 brings Triton 3.6. Nothing is launched, and no native library is needed.
 OLDEST_VENV := build/triton-3.6
