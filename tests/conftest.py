@@ -14,6 +14,7 @@ if not torch.cuda.is_available():  # before triton is imported, which looks once
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from iada_kernels import BACKENDS, select_backend
+from iada_kernels.dispatch import HAS_TRITON, INTERPRETED
 
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=150)
 settings.load_profile("suite")
@@ -74,6 +75,17 @@ def pytest_collection_modifyitems(items) -> None:
                 item.add_marker(pytest.mark.slow)
             elif isinstance(target, Target) and target.device.type == "cuda":
                 item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Interpreted kernels in half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if HAS_TRITON and INTERPRETED:
+            from tests.helpers.interpreter import patch_language_once
+
+            patch_language_once(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

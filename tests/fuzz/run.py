@@ -14,7 +14,7 @@ from tests.fuzz.draw import COMPILED, INTERPRETED, Draw
 from tests.fuzz.judge import FACTOR, Judged, broken
 from tests.fuzz.loss import fuzz_loss, fuzz_stream
 from tests.fuzz.statistics import fuzz_characteristics, fuzz_covariance, fuzz_hypergradient
-from tests.helpers.interpreter import cast_through_float32
+from tests.helpers.interpreter import cast_through_float32, patch_language_once
 from tests.helpers.poison import poison_fresh_memory
 
 Pass = Callable[[Draw, str, torch.device], list[Judged]]
@@ -100,6 +100,7 @@ def circumstances(draw: Draw, backend: str, device: torch.device) -> Iterator[No
             poison_fresh_memory(patch)
             if device.type == "cpu":
                 cast_through_float32(patch)
+                patch_language_once(patch)
             if general:
                 stack.enter_context(_without_the_single_launch(device))
         stack.callback(torch.set_num_threads, torch.get_num_threads())

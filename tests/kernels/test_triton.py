@@ -34,17 +34,13 @@ if not any(target.backend == "triton" for target in _targets()):
 
 from iada_kernels.triton import config
 from iada_kernels.triton.launch import recording
+from tests.helpers.interpreter import GENERAL
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 pytestmark = pytest.mark.slow
 few = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-# The single-launch loss would take most small problems.
-GENERAL = replace(
-    config.INTERPRETER, single_launch=replace(config.INTERPRETER.single_launch, classes=0)
-)
 
 
 def kernels(general):

@@ -20,6 +20,7 @@ import triton.language as tl
 from iada_kernels.contract import ClassStatistics, HeadTangents, LossNeeds
 from iada_kernels.dispatch import select_backend
 from iada_kernels.triton import config
+from tests.helpers.interpreter import GENERAL
 from tests.helpers.problems import random_problem
 from tests.helpers.sanitizer import UnsafeAccess, watching
 from tests.kernels.test_triton_compile import shipped_kernels
@@ -27,9 +28,6 @@ from tests.kernels.test_triton_compile import shipped_kernels
 pytestmark = pytest.mark.slow
 
 N, C, A = 24, 4, 34  # two tiles along A; of the classes, one is empty
-GENERAL = replace(
-    config.INTERPRETER, single_launch=replace(config.INTERPRETER.single_launch, classes=0)
-)
 KERNELS = {
     "single": config.INTERPRETER,
     "general": GENERAL,
