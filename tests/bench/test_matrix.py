@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 
 from bench.combinations import NEEDS, combinations, recorded_launches
 from bench.offline import complaint
-from tests.kernels.test_triton_compile import FITS, shipped_kernels, without_interpreter
+from tests.helpers.compiling import without_interpreter
+from tests.kernels.test_triton_compile import FITS, shipped_kernels
 
 pytestmark = pytest.mark.slow
 

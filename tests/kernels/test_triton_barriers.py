@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 import iada_kernels
-from tests.kernels.test_triton_compile import without_interpreter
+from tests.helpers.compiling import without_interpreter
 
 pytestmark = pytest.mark.slow
 PACKAGE = Path(iada_kernels.__file__).parent / "triton"
