@@ -17,7 +17,14 @@ from iada_kernels import select_backend
 from iada_kernels.contract import LossInputs, LossNeeds, LossOptions
 from tests.conftest import _targets
 from tests.helpers.problems import TENSORS, fused, random_problem, value_and_gradients
-from tests.nn.test_covariance import assert_state, new_state, population, skewed_stream
+from tests.nn.test_covariance import (
+    assert_population,
+    assert_state,
+    new_state,
+    population,
+    skewed_stream,
+    splits,
+)
 from tests.nn.test_loss import (
     assert_agrees,
     assert_error_within_ratio,
@@ -60,6 +67,12 @@ def test_drawn_dtypes(shape, terms, dtypes, general):
     problem = random_problem(**shape, **terms, dtypes=dtypes)
     with kernels(general):
         assert_error_within_ratio(problem, "triton", DEVICE)
+
+
+@settings(max_examples=30)
+@splits
+def test_drawn_streams(stream, structure, cuts):
+    assert_population(stream, structure, cuts, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("structure", ["full", "diag", None])

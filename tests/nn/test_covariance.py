@@ -81,7 +81,7 @@ def assert_same_bits(state, kept):
 # What it equals -------------------------------------------------------------------------------
 
 
-@given(
+splits = given(
     stream=st.fixed_dictionaries(
         {
             "rows": st.integers(0, 60),
@@ -94,7 +94,15 @@ def assert_same_bits(state, kept):
     structure=st.sampled_from(["full", "diag"]),
     cuts=st.lists(st.integers(0, 60), max_size=8),
 )
-def test_equals_population_statistics_however_split(stream, structure, cuts, backend, device):
+
+
+@splits
+def test_equals_population_statistics_however_split(stream, structure, cuts, compiled_target):
+    assert_population(stream, structure, cuts, *compiled_target)
+
+
+def assert_population(stream, structure, cuts, backend, device):
+    """However the stream is cut, the state is what all of it has."""
     features, labels = random_stream(**stream)
     classes, width = stream["classes"], stream["width"]
     state = new_state(classes, width, structure, device, torch.float64)
