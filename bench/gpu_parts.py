@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
 
 from bench.accuracy import (
     State,
@@ -195,6 +194,8 @@ def eager_compiled(run: Run, name: str, shape: Shape) -> None:
 
 def _compiled(run: Run, name: str, shape: Shape, contestant: str) -> None:
     """The times of a compiled contestant, next to Triton's own of the same minutes."""
+    from torch._dynamo.utils import counters  # importing it takes as long as importing torch
+
     found = run.shapes[name]
     if contestant == "eager_compiled" and "no_eager" in found:
         return

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from bench.combinations import NEEDS, combinations, recorded_launches
 from bench.offline import complaint
-from tests.helpers.compiling import without_interpreter
+from tests.helpers.forks import forked
 from tests.kernels.test_triton_compile import FITS, shipped_kernels
 
 pytestmark = pytest.mark.slow
@@ -39,9 +39,7 @@ def test_combinations_cover_what_they_claim():
 
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
 def test_a_sample_of_the_matrix_compiles_and_fits(architecture):
-    done = without_interpreter(
-        *("-m", "bench.resources", "--matrix", "--count", "2"), "--arch", architecture
-    )
+    done = forked(*("-m", "bench.resources", "--matrix", "--count", "2"), "--arch", architecture)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "0 complaints" in done.stdout
 
@@ -69,7 +67,7 @@ for width, structure in ((16, "full"), (65, "full"), (65, "diag")):
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
 def test_the_gradient_by_the_covariance_alone(architecture):
     """On all three ways: the single launch, the general kernels, a diagonal Σ."""
-    done = without_interpreter("-W", "ignore", "-c", COVARIANCE_ALONE, architecture)
+    done = forked("-W", "ignore", "-c", COVARIANCE_ALONE, architecture)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = done.stdout.splitlines()
     assert all(line.endswith("fits") for line in lines), done.stdout

@@ -1,7 +1,7 @@
-"""Programs that compile Triton's kernels, which the suite's own process interprets.
+"""Programs beside the suite's own process, without the two seconds each takes to import torch.
 
-Importing torch and Triton takes as long as compiling several kernels. One process beside the
-suite's does so once, has compiled nothing, and forks for each program.
+One process imports it, and Triton without its interpreter, computes nothing, and forks for each
+program. What a program says of importing, or of memory, is for a process of its own.
 """
 
 import atexit
@@ -15,11 +15,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# A line of its input holds a program's arguments, as `python` takes them, and where output goes; a
-# line of its output the exit status.
+# A line of its input holds a program's arguments, as `python` takes them, its environment and where
+# output goes; a line of its output the exit status.
 SERVER = """
-import json, os, runpy, sys, traceback, warnings
-import bench.combinations, bench.offline, iada_kernels.triton
+import importlib.util, json, os, runpy, sys, traceback, warnings
+import iada
+if importlib.util.find_spec("triton"):
+    import bench.combinations, bench.offline, iada_kernels.triton
 
 def run(arguments):
     if arguments[0] == "-W":
@@ -33,11 +35,12 @@ def run(arguments):
         exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
 
 for line in sys.stdin:
-    arguments, *files = json.loads(line)
+    arguments, environment, *files = json.loads(line)
     child = os.fork()
     if child == 0:
         for number, file in enumerate(files, 1):
             os.dup2(os.open(file, os.O_WRONLY), number)
+        os.environ.update(environment)
         status = 1
         try:
             run(arguments)
@@ -66,14 +69,14 @@ def _server() -> subprocess.Popen:
     return server
 
 
-def without_interpreter(*arguments: str) -> subprocess.CompletedProcess:
+def forked(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """What `python ARGUMENTS` does in a fork: -c CODE or -m MODULE, with -W before at most."""
     server = _server()
     with tempfile.TemporaryDirectory() as folder:
         out, err = (Path(folder, name) for name in ("out", "err"))
         for file in (out, err):
             file.touch()
-        server.stdin.write(json.dumps([arguments, str(out), str(err)]) + "\n")
+        server.stdin.write(json.dumps([arguments, environment, str(out), str(err)]) + "\n")
         status = server.stdout.readline()
         assert status, f"the server has ended with {server.wait()}"
         return subprocess.CompletedProcess(arguments, int(status), out.read_text(), err.read_text())

@@ -27,6 +27,7 @@ from iada_kernels.contract import (
     LossOptions,
 )
 from iada_kernels.native import library
+from tests.helpers.forks import forked
 
 needs_library = pytest.mark.skipif(not native.is_available(), reason="no native library here")
 
@@ -497,7 +498,7 @@ print(json.dumps([native.instruction_set(), loss.item(), h.grad.abs().sum().item
 """
     sets = {}
     for name in ("portable", "avx2", "avx512"):
-        done = python(code, IADA_INSTRUCTION_SET=name)
+        done = forked("-c", code, IADA_INSTRUCTION_SET=name)
         assert done.returncode == 0, done.stderr
         served, *values = json.loads(done.stdout)
         sets[served] = values

@@ -1,10 +1,8 @@
 """What torch was allowed to do to products of float32, by whichever of its settings."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.helpers.forks import forked
 
 SETTINGS = {  # (products on CPUs as bfloat16, on GPUs as TF32)
     "": (False, False),
@@ -32,8 +30,6 @@ print(allows_bfloat16(), allows_tf32(), bool(loss.isfinite()))
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_settings(setting):
     """Those of torch's backends too, behind which the getter of the older one raises."""
-    command = [sys.executable, "-c", CODE, setting]
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = forked("-c", CODE, setting)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(each) for each in (*SETTINGS[setting], True)]

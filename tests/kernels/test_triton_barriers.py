@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 import iada_kernels
-from tests.helpers.compiling import without_interpreter
+from tests.helpers.forks import forked
 
 pytestmark = pytest.mark.slow
 PACKAGE = Path(iada_kernels.__file__).parent / "triton"
@@ -113,7 +113,7 @@ def explicit_barriers() -> set[tuple[str, int]]:
 
 @pytest.fixture(scope="module", params=["sm_90", "gfx942"])
 def listing(request):
-    done = without_interpreter("-W", "ignore", "-c", LISTING, request.param)
+    done = forked("-W", "ignore", "-c", LISTING, request.param)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
     return {name: [tuple(event) for event in events] for name, events in found.items()}
