@@ -1,9 +1,9 @@
 """`python -m bench.host_time`: what the host does for a step of the Triton kernels, without a GPU.
 
-The launchers run as they ship, on CPU tensors: they make records and scratch, and start what the
-plan of the step names, binaries compiled for sm_90; the call that would hand them to the GPU does
-nothing. So neither the GPU's driver (a few µs a launch) nor autograd is in the figures, and torch's
-own few operators take a CPU's time. With `--against FOLDER` the sources there take turns.
+The launchers run as they ship, on CPU tensors, as replays once a step has been seen: they allocate
+scratch and results and start binaries compiled for sm_90; the call that would hand them to the GPU
+does nothing. So neither the GPU's driver (a few µs a launch) nor autograd is in the figures, and
+torch's own few operators take a CPU's time. With `--against FOLDER` the sources there take turns.
 """
 
 import argparse

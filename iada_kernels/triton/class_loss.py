@@ -19,6 +19,7 @@ from iada_kernels.triton.device import (
 )
 from iada_kernels.triton.launch import Number
 from iada_kernels.triton.moments import class_mean
+from iada_kernels.triton.plans import own
 
 
 class Head(NamedTuple):
@@ -54,6 +55,7 @@ class Scratch(NamedTuple):
     arrived: Tensor  # (1) int32, the programs that are done, 0 before
 
 
+@own
 class SavedParts(NamedTuple):
     """The rows of each class, size (C) int32, and in the compute dtype G and what is needed."""
 

@@ -26,7 +26,8 @@ from triton.runtime import driver
 from iada_kernels.precision import allows_tf32
 from iada_kernels.triton import config
 from iada_kernels.triton.config import Configuration, SingleLaunchLimits, Tile, configuration_for
-from iada_kernels.triton.plans import Call, Plan, Plans, Unplannable, signature
+from iada_kernels.triton.plans import Call, Plan, Plans, Unplannable, describe
+from iada_kernels.triton.replay import Trace
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,15 +111,33 @@ def planned(operation: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if INTERPRETED or _recording.get() is not None:
             return operation(*args, **kwargs)
+        outer = _call.get()
+        if outer is not None and outer.trace is not None:
+            outer.trace.fail()  # launches of an operation within it are not its own
         device = driver.active.get_current_device()
         try:
-            key = signature(device, (*args, *itertools.chain(*kwargs.items())) if kwargs else args)
+            described = describe(
+                device, (*args, *itertools.chain(*kwargs.items())) if kwargs else args
+            )
         except Unplannable:
             return _running(None, operation, *args, **kwargs)
-        current = Call(plans.find(key), driver.active.get_current_stream(device))
-        result = _running(current, operation, *args, **kwargs)
-        if current.noted is not None:
-            plans.keep(key, Plan(tuple(current.noted), config.chosen()))
+        key, tensors, numbers = described
+        plan, stream = plans.find(key), driver.active.get_current_stream(device)
+        if plan is None:
+            current = Call(None, stream)
+            result = _running(current, operation, *args, **kwargs)
+            if current.noted is not None:
+                plans.keep(key, Plan(tuple(current.noted), config.chosen(), numbers))
+            return result
+        replay = plan.replays.get(numbers)
+        if replay is not None:
+            return replay(tensors, stream)
+        if not plan.is_worth_tracing(numbers):
+            return _running(Call(plan, stream), operation, *args, **kwargs)
+        trace = Trace(tensors)
+        with trace:
+            result = _running(Call(plan, stream, trace), operation, *args, **kwargs)
+        plan.keep(numbers, trace.replay(result))
         return result
 
     return call
@@ -151,7 +170,7 @@ def launch(
     if call is not None:
         step = call.step(kernel, grid)
         if step is not None:
-            step.start(*arguments, *step.constants, stream=call.stream)
+            call.start(step, arguments)
             return
     if "ACC" in kernel.arg_names:
         constants["ACC"] = tl.float64 if like.dtype == torch.float64 else tl.float32

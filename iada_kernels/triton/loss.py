@@ -35,10 +35,12 @@ from iada_kernels.triton.forward import Dealt, forward, moments_and_sign, rows_a
 from iada_kernels.triton.head_backward import Wanted, add_parts, grad_variances, head_products
 from iada_kernels.triton.launch import planned
 from iada_kernels.triton.moments import Moments
+from iada_kernels.triton.plans import own
 from iada_kernels.triton.records import Labels, Samples, Sizes
 from iada_kernels.triton.rows import Groups
 
 
+@own
 class SavedLoss(NamedTuple):
     """What the backward pass needs beside the inputs."""
 

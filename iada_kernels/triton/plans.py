@@ -7,13 +7,16 @@ absent; the other arguments; and the state that launchers read. So the first cal
 goes Triton's way and notes the kernels in order, and later calls launch those.
 
 A signature holds a float by its type alone: kernels take floats as they are, and no launcher
-branches on one. What is allocated inside an operation is aligned, because allocators of torch align
-by 64 bytes or more. Profilers see planned launches: Triton calls their launch hooks there too.
+branches on one. Where floats too are those of the call before, what launchers do in Python is left
+out as well: see `replay`. What is allocated inside an operation is aligned, because allocators of
+torch align by 64 bytes or more. Profilers see planned launches: where one has given Triton hooks,
+they are called.
 """
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -24,13 +27,28 @@ from triton.compiler import CompiledKernel
 from iada_kernels.contract import ClassStatistics, LossNeeds
 from iada_kernels.precision import allows_tf32
 from iada_kernels.triton import config
+from iada_kernels.triton.replay import Replay, Trace
 
+R = TypeVar("R")
 Signature = tuple[Any, ...]
+Numbers = tuple[float, ...]
 
 ALIGNMENT = 16  # bytes, by which Triton specialises pointers
 _IS_HIP = torch.version.hip is not None
 _HIP_OFFSET = 2**31 - 1  # AMD's buffer instructions reach this far into a storage
+REPLAYS = 8  # of a plan at most
+_writing = threading.Lock()
 _BY_VALUE = frozenset({bool, int, str, type(None), LossNeeds})
+_OWN: set[type] = set()
+
+
+def own(record: type[R]) -> type[R]:
+    """A record of tensors that an operation made for another, as its inputs and options have it.
+
+    Those tell what is in it, but for what is absent: a signature leaves out the rest.
+    """
+    _OWN.add(record)
+    return record
 
 
 class Unplannable(Exception):
@@ -46,11 +64,34 @@ class Step(NamedTuple):
     constants: tuple[Any, ...]  # they follow the arguments
 
 
-class Plan(NamedTuple):
-    """The launches of an operation in order."""
+class Described(NamedTuple):
+    """The arguments of a call."""
+
+    signature: Signature
+    tensors: list[Tensor]
+    numbers: Numbers
+
+
+@dataclass(slots=True)
+class Plan:
+    """The launches of an operation in order, and its replays for numbers that came repeatedly."""
 
     steps: tuple[Step, ...]
     chosen: config.Configuration | None  # kept alive, because the signature has its address
+    numbers: Numbers | None = None  # of the last call without a replay
+    replays: dict[Numbers, Replay | None] = field(default_factory=dict)  # None: not to be replayed
+
+    def is_worth_tracing(self, numbers: Numbers) -> bool:
+        """Whether they came twice in a row and were never traced."""
+        repeated, self.numbers = numbers == self.numbers, numbers
+        return repeated and numbers not in self.replays
+
+    def keep(self, numbers: Numbers, replay: Replay | None) -> None:
+        """For later calls with these numbers; the oldest of several goes."""
+        with _writing:
+            while len(self.replays) >= REPLAYS:
+                del self.replays[next(iter(self.replays))]
+            self.replays[numbers] = replay
 
 
 class Plans:
@@ -59,7 +100,6 @@ class Plans:
     def __init__(self, limit: int = 512) -> None:
         self._known: dict[Signature, Plan] = {}
         self._limit = limit
-        self._writing = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -68,7 +108,7 @@ class Plans:
         return self._known.get(signature)
 
     def keep(self, signature: Signature, plan: Plan) -> None:
-        with self._writing:
+        with _writing:
             while len(self._known) >= self._limit:
                 del self._known[next(iter(self._known))]
             self._known[signature] = plan
@@ -77,23 +117,33 @@ class Plans:
 class Call:
     """A call of an operation under way: it follows a plan, or notes its steps.
 
-    A launch that is not the plan's next goes Triton's way.
+    A launch that is not the plan's next goes Triton's way, and is in no trace.
     """
 
-    __slots__ = ("_remaining", "configuration", "noted", "stream")
+    __slots__ = ("_remaining", "configuration", "noted", "stream", "trace")
 
-    def __init__(self, plan: Plan | None, stream: Any) -> None:
+    def __init__(self, plan: Plan | None, stream: Any, trace: Trace | None = None) -> None:
         self._remaining = iter(() if plan is None else plan.steps)
         self.noted: list[Step] | None = [] if plan is None else None
         self.stream = stream
+        self.trace = trace
         self.configuration: config.Configuration | None = None  # once a launcher has asked
 
     def step(self, kernel: Any, grid: tuple[int, ...]) -> Step | None:
         """The next one, if it is of this kernel on this grid."""
         step = next(self._remaining, None)
         if step is None or step.kernel is not kernel or step.grid != grid:
+            if self.trace is not None:
+                self.trace.fail()
             return None
         return step
+
+    def start(self, step: Step, arguments: tuple[Any, ...]) -> None:
+        """Launch it."""
+        arguments += step.constants
+        step.start(*arguments, stream=self.stream)
+        if self.trace is not None:
+            self.trace.launch(step.start, arguments)
 
     def note(
         self, kernel: Any, grid: tuple[int, ...], compiled: Any, constants: tuple[Any, ...]
@@ -102,13 +152,32 @@ class Call:
         if self.noted is None:
             return
         if isinstance(compiled, CompiledKernel):
-            start = compiled[grid + (1,) * (3 - len(grid))]
-            self.noted.append(Step(kernel, grid, start, constants))
+            self.noted.append(Step(kernel, grid, starter(compiled, grid), constants))
         else:
             self.noted = None
 
 
-def signature(device: Any, arguments: Iterable[Any]) -> Signature:
+def starter(compiled: CompiledKernel, grid: tuple[int, ...]) -> Callable[..., None]:
+    """compiled[grid], which describes each launch to profilers, for when nobody listens."""
+    x, y, z = grid + (1,) * (3 - len(grid))
+    described = compiled[x, y, z]
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def start(*arguments: Any, stream: Any) -> None:
+        runtime = triton.knobs.runtime
+        if _has_calls(runtime.launch_enter_hook) or _has_calls(runtime.launch_exit_hook):
+            described(*arguments, stream=stream)
+        else:
+            run(x, y, z, stream, function, metadata, None, None, None, *arguments)
+
+    return start
+
+
+def _has_calls(hooks: Any) -> bool:
+    return hooks is not None and getattr(hooks, "calls", True)
+
+
+def describe(device: Any, arguments: Iterable[Any]) -> Described:
     """All that the kernels of an operation depend on; `device` is the current one."""
     parts = [
         device,
@@ -117,29 +186,51 @@ def signature(device: Any, arguments: Iterable[Any]) -> Signature:
         triton.knobs.runtime.debug,
         triton.knobs.compilation.instrumentation_mode,
     ]
-    _describe(arguments, parts)
-    return tuple(parts)
+    tensors: list[Tensor] = []
+    numbers: list[float] = []
+    _describe(arguments, parts, tensors, numbers)
+    if tensors:
+        parts.append(tensors[0].get_device())  # callers have checked that it is that of all
+    return Described(tuple(parts), tensors, tuple(numbers))
 
 
-def _describe(arguments: Iterable[Any], parts: list[Any]) -> None:
+def _describe(
+    arguments: Iterable[Any], parts: list[Any], tensors: list[Tensor], numbers: list[float]
+) -> None:
     for value in arguments:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
-            parts += (
-                value.dtype, value.shape, value.stride(), value.data_ptr() % ALIGNMENT,
-                value.get_device(),
-            )  # fmt: skip
+            tensors.append(value)
+            parts += value.dtype, value.shape, value.stride(), value.data_ptr() % ALIGNMENT
             if _IS_HIP:
                 parts.append(value.untyped_storage().size() <= _HIP_OFFSET)
         elif kind in _BY_VALUE:
             parts.append(value)
         elif kind is float:
             parts.append(float)
+            numbers.append(value)
+        elif kind in _OWN:
+            parts.append(kind)
+            _describe_own(value, parts, tensors, numbers)
         elif isinstance(value, tuple):
             parts.append(kind)
-            _describe(value, parts)
+            _describe(value, parts, tensors, numbers)
         elif kind is ClassStatistics:
             parts.append(kind)
-            _describe((value.mean, value.count), parts)
+            _describe((value.mean, value.count), parts, tensors, numbers)
         else:
             raise Unplannable(f"signature: {kind} is nothing that it tells")
+
+
+def _describe_own(
+    record: tuple[Any, ...], parts: list[Any], tensors: list[Tensor], numbers: list[float]
+) -> None:
+    for value in record:
+        if type(value) is Tensor:
+            parts.append(True)
+            tensors.append(value)
+        elif isinstance(value, tuple):
+            parts.append(type(value))
+            _describe_own(value, parts, tensors, numbers)
+        else:
+            _describe((value,), parts, tensors, numbers)

@@ -1,8 +1,9 @@
 """A process that compares each planned launch with what Triton itself would launch there.
 
 Nothing is compiled: in place of a binary stands its key, as Triton computes it from the arguments.
-Each call is made as Triton makes it, inside `recording`, and then twice with plans; the launches
-must be the same, and at each planned one Triton is asked for the binary. Without TRITON_INTERPRET:
+Each call is made as Triton makes it, inside `recording`, and then three times with plans, at least
+once as a replay if it can be one; the launches must be the same, and at each planned one Triton is
+asked for the binary. Without TRITON_INTERPRET:
 
     python -m tests.helpers.planned_process sm_90 --families 30
 
@@ -12,6 +13,7 @@ which no call goes wrong.
 
 import argparse
 import contextlib
+import functools
 import inspect
 import random
 import re
@@ -36,7 +38,8 @@ PIECES = {  # of the source of `plans`, and what stands there instead
     **dict.fromkeys(("device,\n", "id(config.chosen()),", "value.dtype,"), "None,"),
     **dict.fromkeys(("allows_tf32(),", "triton.knobs.runtime.debug,"), "0,"),
     "triton.knobs.compilation.instrumentation_mode,": "0,",
-    **dict.fromkeys(("value.shape,", "value.stride(),", "value.data_ptr() % ALIGNMENT,"), "0,"),
+    **dict.fromkeys(("value.shape,", "value.stride(),"), "0,"),
+    "value.data_ptr() % ALIGNMENT": "0",
     **{
         f"parts.append(value)  # {kind}": f"parts.append(0 if kind is {kind} else value)"
         for kind in ("bool", "int", "str", "LossNeeds")
@@ -44,7 +47,9 @@ PIECES = {  # of the source of `plans`, and what stands there instead
 }
 HIP_PIECES = {"value.untyped_storage().size() <= _HIP_OFFSET": "0"}
 
-_own = threading.local()  # of a thread: what has started, how many were planned, where to fail
+_own = (
+    threading.local()
+)  # of a thread: what has started, how many of it planned, addresses, where to fail
 _compiling = threading.Lock()
 
 
@@ -71,7 +76,13 @@ class Key(CompiledKernel):
         _own.started.append(Started(self, (x, y, z), _told(rest[6:])))
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        grid += (1,) * (3 - len(grid))
+        example: list[Any] = []
+
         def start(*arguments: Any, stream: Any) -> None:
+            if not example:  # the first time nothing is an address
+                example.append(arguments)
+            arguments = _with_tensors(arguments, example[0])
             names = ("num_warps", "num_stages", "enable_fp_fusion")
             options = {name: getattr(self.options, name) for name in names}
             found = self.kernel.run(*arguments, grid=grid, warmup=True, **options)
@@ -89,6 +100,18 @@ class Started(NamedTuple):
     binary: Key
     grid: tuple[int, ...]
     arguments: Any
+
+
+def _with_tensors(value: Any, example: Any) -> Any:
+    """The arguments of a replay, with the tensor of the example in place of an address."""
+    if isinstance(example, tuple):
+        return tuple(map(_with_tensors, value, example))
+    if isinstance(example, Tensor) and not isinstance(value, Tensor):
+        if value % plans.ALIGNMENT:
+            raise DifferenceError(f"scratch at {value}, which is not aligned")
+        _own.addresses += 1
+        return example
+    return value
 
 
 def _told(value: Any) -> Any:
@@ -109,34 +132,44 @@ def _key_alone(
 
 def started(call: Callable[[], object], fails_at: int = -1) -> tuple[list[Started], int]:
     """The launches of a call, and how many of them were planned."""
-    _own.started, _own.planned, _own.fails_at = [], 0, fails_at
+    _own.started, _own.planned, _own.fails_at, _own.addresses = [], 0, fails_at, 0
     call()
     return _own.started, _own.planned
 
 
-def compare(case: Case) -> int:
-    """The number of launches, of which each has been planned once."""
-    total = 0
+class Counts(NamedTuple):
+    """Launches, of which each has been planned, and addresses that replays gave to them."""
+
+    launches: int
+    addresses: int
+
+    def plus(self, other: "Counts") -> "Counts":
+        return Counts(self.launches + other.launches, self.addresses + other.addresses)
+
+
+def compare(case: Case) -> Counts:
+    """What was compared."""
+    total = Counts(0, 0)
     with in_force(case):
         for call in calls_of(case):
             with launch.recording():
                 expected, planned = started(call)
             assert planned == 0
-            for _ in range(2):
+            for _ in range(3):
                 found, planned = started(call)
                 if found != expected:
                     raise DifferenceError(f"{case}\nplanned {found}\nTriton's {expected}")
             if planned != len(expected):
                 raise DifferenceError(f"{case}\n{planned} of {len(expected)} launches planned")
-            total += planned
+            total = total.plus(Counts(planned, _own.addresses))
     return total
 
 
-def compare_all(cases: list[Case], seed: int = 0) -> int:
+def compare_all(cases: list[Case], seed: int = 0) -> Counts:
     """In two random orders."""
     order = [*random.Random(seed).sample(cases, len(cases))]
     order += random.Random(seed + 1).sample(cases, len(cases))
-    return sum(map(compare, order))
+    return functools.reduce(Counts.plus, map(compare, order))
 
 
 def compare_in_threads(cases: list[Case], threads: int = 4) -> None:
@@ -183,13 +216,18 @@ def compare_after_errors(call: Combination) -> None:
 
 
 def without(piece: str, instead: str) -> Any:
-    """`plans.signature` that leaves out a piece; no signature of before is equal to one of it."""
-    source = inspect.getsource(plans.signature) + inspect.getsource(plans._describe)
+    """`plans.describe` whose signature lacks a piece, and is equal to none of before."""
+    source = "".join(map(inspect.getsource, (plans.describe, plans._describe)))
     pattern = piece.partition("  #")[0]
     assert pattern in source, f"{pattern} is no part of the signature"
     names = vars(plans) | {"LossNeeds": plans.LossNeeds}
     exec(source.replace(pattern, instead), names)
-    return lambda *arguments: (piece, *names["signature"](*arguments))
+
+    def describe(*arguments: Any) -> plans.Described:
+        described = names["describe"](*arguments)
+        return described._replace(signature=(piece, *described.signature))
+
+    return describe
 
 
 def main() -> int:
@@ -201,20 +239,22 @@ def main() -> int:
     assert not launch.INTERPRETED, "interpreted kernels have no keys"
     torch.set_num_threads(1)
     JITFunction._do_compile = _key_alone
+    plans.starter = Key.__getitem__
     pieces = dict(PIECES)
     if options.architecture.startswith("gfx"):
         plans._IS_HIP = True
         pieces |= HIP_PIECES
     with compiling_for(options.architecture):
         cases = list(families(options.families))
-        print(f"{compare_all(cases)} launches planned as Triton's")
+        counts = compare_all(cases)
+        print(f"{counts.launches} launches planned as Triton's, {counts.addresses} addresses")
         if not options.mutants:
             compare_in_threads(cases)
             compare_after_errors(cases[0].call)
             return 0
         missed = []
         for piece, instead in pieces.items():
-            launch.signature = without(piece, instead)
+            launch.describe = without(piece, instead)
             try:
                 compare_all(cases)
             except DifferenceError:

@@ -5,8 +5,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 INTEGER = -3  # as a size: nothing to do; as an index: wrong
+
+
+def _value(dtype: torch.dtype) -> float:
+    if dtype.is_floating_point:
+        return torch.nan
+    return INTEGER if dtype.is_signed else 0xFF  # bytes of anything: as floats NaN, as int −1
 
 
 def poison_fresh_memory(monkeypatch, seen: Callable[[Tensor], None] = lambda tensor: None) -> None:
@@ -22,7 +29,8 @@ def _filling(allocate, seen):
             return tensor
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith("iada_kernels."):
-            tensor.fill_(torch.nan if tensor.is_floating_point() else INTEGER)
+            with _disable_current_modes():  # a trace would take it for the product's
+                tensor.fill_(_value(tensor.dtype))
             seen(tensor)
         return tensor
 

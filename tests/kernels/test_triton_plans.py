@@ -14,26 +14,32 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton
 from triton.compiler import CompiledKernel
 
 from iada_kernels.contract import LossInputs, LossNeeds, LossOptions
 from iada_kernels.dispatch import triton_backend
 from iada_kernels.triton import launch
-from iada_kernels.triton.plans import Call, Plan, Plans, Unplannable, signature
+from iada_kernels.triton.plans import Call, Plan, Plans, Unplannable, describe, starter
+from iada_kernels.triton.replay import Trace
 
 ROOT = Path(__file__).parents[2]
 
 
 class Binary(CompiledKernel):
-    """That says where it would start."""
+    """That notes where and how it would start."""
 
-    module = None
+    module = run = None
+    function, packed_metadata = "function", "metadata"
 
     def __init__(self):
-        pass
+        self.started = []
+        self.run = lambda *arguments: self.started.append(("directly", arguments))
 
     def __getitem__(self, grid):
-        return lambda *arguments: (grid, arguments)
+        return lambda *arguments, stream: self.started.append(
+            ("described", grid, stream, arguments)
+        )
 
 
 def compared(*arguments: str) -> str:
@@ -46,8 +52,10 @@ def compared(*arguments: str) -> str:
 
 
 def test_planned_launches_are_tritons_also_in_threads_and_after_errors():
-    launches = int(compared("sm_90").split()[0])
-    assert launches > 2000
+    words = compared("sm_90").split()
+    launches, addresses = int(words[0]), int(words[-2])
+    assert launches > 4000
+    assert addresses > 4000  # of scratch: these were launches of replays
 
 
 @pytest.mark.slow
@@ -58,11 +66,31 @@ def test_no_piece_of_a_signature_can_be_left_out(architecture):
 
 
 def test_a_plan_is_what_was_noted():
-    call = Call(None, stream=3)
-    call.note("kernel", (4, 2), Binary(), (64, "tf32"))
+    call, binary = Call(None, stream=3), Binary()
+    call.note("kernel", (4, 2), binary, (64, "tf32"))
     (step,) = call.noted
     assert (step.kernel, step.grid, step.constants) == ("kernel", (4, 2), (64, "tf32"))
-    assert step.start("x", 64) == ((4, 2, 1), ("x", 64))
+    step.start("x", 64, stream=3)
+    expected = (4, 2, 1, 3, "function", "metadata", None, None, None, "x", 64)
+    assert binary.started == [("directly", expected)]
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_profilers_are_told(name):
+    binary, hooks = Binary(), getattr(triton.knobs.runtime, name)
+    start = starter(binary, (4,))
+
+    def listen(metadata):
+        pass
+
+    hooks.add(listen)
+    try:
+        start("x", stream=3)
+    finally:
+        hooks.remove(listen)
+    start("x", stream=3)
+    assert binary.started[0] == ("described", (4, 1, 1), 3, ("x",))
+    assert binary.started[1][0] == "directly"
 
 
 def test_a_launch_that_is_not_the_next_goes_tritons_way():
@@ -74,6 +102,13 @@ def test_a_launch_that_is_not_the_next_goes_tritons_way():
     assert call.step("b", (5,)) is None
     assert call.step("b", (4,)) is None, "a plan has an end"
     assert call.noted is None
+
+
+def test_a_launch_that_is_not_the_next_is_in_no_replay():
+    call = Call(Plan((), None), None, Trace([]))
+    assert call.trace.replay(None) is not None
+    assert call.step("a", (4,)) is None
+    assert call.trace.replay(None) is None
 
 
 def test_without_a_compiled_kernel_there_is_no_plan():
@@ -97,7 +132,7 @@ def test_a_tensor_of_a_subclass_has_no_signature():
         pass
 
     with pytest.raises(Unplannable, match="Special"):
-        signature(0, (torch.ones(2).as_subclass(Special),))
+        describe(0, (torch.ones(2).as_subclass(Special),))
 
 
 def _loss():
@@ -107,10 +142,10 @@ def _loss():
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here")
 def test_the_interpreter_has_no_plans(monkeypatch):
-    def signature(*arguments):
+    def describe(*arguments):
         raise AssertionError("planned")
 
-    monkeypatch.setattr(launch, "signature", signature)
+    monkeypatch.setattr(launch, "describe", describe)
     assert _loss().isfinite()
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with launch.recording(execute=False) as launches:  # nor have recordings
