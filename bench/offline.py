@@ -41,6 +41,7 @@ class Usage:
     tensor_memory: columns of the tensor memory that sm_100 has.
     spilled: registers kept in that stack. On AMD scalar registers can also be kept in lanes of
     vector registers, `scalar_spills`: that costs instructions, and memory only if `stack` says so.
+    A stack that the compiler has reserved for them, and no instruction touches, is none.
     """
 
     registers: int
@@ -107,14 +108,15 @@ def cuda_usage(report: str, dynamic: int) -> Usage:
 
 
 def amd_usage(assembly: str, dynamic: int) -> Usage:
-    """From the metadata at the end of the assembly."""
+    """From the metadata at the end of the assembly of gfx940 or later."""
 
     def number(name: str) -> int:
         return _number(rf"^[ -]*\.{name}:\s+(\d+)$", assembly)
 
+    is_touched = re.search(r"^\s*scratch_(load|store)", assembly, re.MULTILINE)
     return Usage(
         number("vgpr_count"),
-        number("private_segment_fixed_size"),
+        number("private_segment_fixed_size") if is_touched else 0,
         number("vgpr_spill_count"),
         number("sgpr_spill_count"),
         number("group_segment_fixed_size") + dynamic,

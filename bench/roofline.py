@@ -5,7 +5,8 @@ grid, and the programs that registers and shared memory let a multiprocessor hol
 
     time = start + max(bytes, operations, chain)
     bytes       through memory at its sustained rate, or at what those at work can ask for
-    operations  of the multiprocessor that gets most programs, at its sustained rate
+    operations  of the multiprocessor that gets most programs, at its sustained rate, of which
+                products of single warps (mma.sync, not wgmma) reach a share
     chain       dependent reads, of the longest program or of all shared out × latency / stages
 
 The constants are of the data sheet or assumed, and are written into the JSON with the predictions:
@@ -55,6 +56,7 @@ class Machine:
     float32_per_second: float = 66.9e12  # outside tensor cores
     sustained_bytes: float = 0.85  # assumed, of a streaming kernel
     sustained_operations: float = 0.3  # assumed, of tiles this small with their loads converted
+    single_warps: float = 0.63  # of the rate by mma.sync, as arXiv:2402.13499 has it for an H100
     start: float = 2.0e-6  # assumed: a kernel of a graph that does nothing, and its gap
     latency: float = 0.8e-6  # assumed: memory to registers, under some load
 
@@ -187,7 +189,12 @@ def waits(tasks: Tasks, slots: int) -> float:
 
 
 def predict(
-    machine: Machine, launch: Launch, used: Usage, work: Work, counts: Sequence[int]
+    machine: Machine,
+    launch: Launch,
+    used: Usage,
+    work: Work,
+    counts: Sequence[int],
+    has_wgmma: bool = True,
 ) -> dict[str, Any]:
     """Seconds of one launch and what they are made of; `counts` are the rows of classes present."""
     name, arguments = launch.kernel.fn.__name__, launch.leaves()
@@ -197,6 +204,8 @@ def predict(
     busiest = math.ceil(programs / machine.multiprocessors) / programs  # its share of all work
     rates = {"tf32": machine.tf32_per_second, "tf32x3": machine.tf32_per_second / 3}
     rate = rates.get(str(launch.arguments.get("DOT")), machine.float32_per_second)
+    if not has_wgmma:
+        rate *= machine.single_warps
     reads = waits(tasks, machine.multiprocessors * held)
     if name in LAST:
         reads += LAST[name](arguments)
@@ -217,6 +226,7 @@ def predict(
         "working_programs": programs,
         "programs_held": held,
         "occupancy": round(held * launch.num_warps / machine.warps, 3),
+        "has_wgmma": has_wgmma,
         "registers": used.registers,
         "shared": used.shared,
         "bytes": work.bytes,
@@ -251,10 +261,11 @@ def predict_step(machine: Machine, shape: Shape) -> dict[str, Any]:
     with compiling_for(machine.architecture):
         with _TorchLaunches() as torch_launches:
             _, launches = next(recorded(shape, machine.architecture))
-        kernels = [
-            predict(machine, launch, usage(compiled(launch)), work_of(launch, len(counts)), counts)
-            for launch in launches
-        ]
+        kernels = []
+        for launch in launches:
+            binary, work = compiled(launch), work_of(launch, len(counts))
+            has_wgmma = "wgmma" in binary.asm["ptx"]
+            kernels.append(predict(machine, launch, usage(binary), work, counts, has_wgmma))
     names = torch_launches.names
     ours = sum(row["us"] for row in kernels)
     return {

@@ -263,7 +263,10 @@ def stream_and_table(
     counter at 0 for each class, and is used up.
     """
     num_classes, width = covariance.shape[:2]
-    tile = current_configuration(covariance.device).class_pass.of(covariance.dtype)
+    configuration, dtype = current_configuration(covariance.device), covariance.dtype
+    tile = configuration.class_pass.of(dtype)
+    if head is not None and head.tangent is None:  # with which a large tile finds no registers
+        tile = configuration.tile_of("class_pass", num_classes, width, dtype)
     tiles = cdiv(width, tile.rows)
     count = tiles * (tiles + 1) // 2
     update = NONE if moments is None else STREAM

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -61,6 +62,16 @@ class SingleLaunchLimits:
 
 
 @dataclass(frozen=True)
+class LargeTiles:
+    """For results of `ROWS` rows or more, which Hopper multiplies by groups of warps (wgmma)."""
+
+    ROWS: ClassVar[int] = 64
+    class_pass: Tile
+    diagonal_logits: Tile
+    diagonal_weight: Tile
+
+
+@dataclass(frozen=True)
 class Configuration:
     """One tile for each kernel, and how float32 is multiplied.
 
@@ -90,6 +101,18 @@ class Configuration:
     programs: int  # to aim at where a sum over classes is split
     true_float32: str  # input_precision of tl.dot for torch's matmul precision "highest"
     fast_float32: str  # and for the others
+    large: LargeTiles | None = None
+
+    def tile_of(self, kernel: str, rows: int, width: int, dtype: torch.dtype) -> Tile:
+        """Of `kernel`, a field, for a result of so many rows; A = `width`, sums in `dtype`."""
+        if (
+            self.large is not None
+            and rows >= self.large.ROWS
+            and width % 16 == 0  # else addresses take registers that these tiles do not have
+            and dtype == torch.float32
+        ):
+            return getattr(self.large, kernel)
+        return getattr(self, kernel).of(dtype)
 
 
 # Where A is no multiple of 16, addresses take registers: with larger tiles, longer steps or fewer
@@ -129,6 +152,11 @@ NVIDIA = Configuration(
     programs=512,
     true_float32="tf32x3",
     fast_float32="tf32",
+    large=LargeTiles(
+        class_pass=Tile(64, 64, 16, warps=8),
+        diagonal_logits=Tile(64, 32, 16, warps=8),
+        diagonal_weight=Tile(64, 32, 16, warps=8),
+    ),
 )
 
 # Ampere multiplies in registers, where the two products of a rank-C update do not fit, nor long
@@ -137,6 +165,7 @@ AMPERE = replace(
     NVIDIA,
     rank_c_update=Tile(32, 16, 16, warps=8),
     class_pass_weight=Tile(64, 64, 16, warps=8),
+    large=None,
 )
 
 # In steps of 16 rows the update alone would spill 8 bytes here. Triton 3.6 aborts on a product of
@@ -145,6 +174,7 @@ BLACKWELL = replace(
     NVIDIA,
     class_pass=Tile(64, 32, 32, warps=8),
     single_launch=replace(NVIDIA.single_launch, float64=False),
+    large=None,
 )
 
 # 64 KiB of shared memory, and no TF32: a product of float32 takes more registers.
@@ -163,6 +193,7 @@ AMD = replace(
     single_launch=replace(NVIDIA.single_launch, odd_tile_bytes=2**13, block_elements=512),
     true_float32="ieee",
     fast_float32="ieee",
+    large=None,
 )
 
 # Small, so that small tests have several tiles along every axis.

@@ -274,8 +274,10 @@ def softmax_kernel(
 
 def logits_tile_of(configuration: Configuration, inputs: LossInputs) -> Tile:
     """The tile of z̃."""
-    is_diagonal = inputs.covariance is not None and not inputs.has_full_covariance
-    return configuration.diagonal_logits if is_diagonal else configuration.logits
+    if inputs.covariance is None or inputs.has_full_covariance:
+        return configuration.logits
+    count, width = inputs.features.shape
+    return configuration.tile_of("diagonal_logits", count, width, inputs.compute_dtype)
 
 
 def head_loss(

@@ -264,7 +264,7 @@ def head_products(
     diagonal = Diagonal.of(inputs, weight) if wanted.weight else None
     if diagonal is not None and feature_gradient is not None:
         quadratic = DiagonalGradient(diagonal, feature_gradient, split(options.alpha))
-        tile = configuration.diagonal_weight
+        tile = configuration.tile_of("diagonal_weight", sizes.C, sizes.A, weight.dtype)
     sums_tile, features_tile = configuration.class_sums, configuration.grad_features
     sums = features = head = None
     if wanted.sums:

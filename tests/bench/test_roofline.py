@@ -100,6 +100,9 @@ def test_the_slowest_part_decides():
     assert name == "bytes"
     assert us == pytest.approx(1002, abs=0.1)
     assert bound(Work(1.0, 1e12))[0] == "operations"
+    slower = predict(H200, launch, USED, Work(1.0, 1e12), counts, has_wgmma=False)["us"]
+    start = 1e6 * H200.start
+    assert slower - start == pytest.approx((bound(Work(1.0, 1e12))[1] - start) / 0.63, rel=1e-3)
 
 
 @pytest.mark.parametrize(

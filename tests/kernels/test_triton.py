@@ -40,6 +40,7 @@ if not any(target.backend == "triton" for target in _targets()):
     pytest.skip("triton serves no device here", allow_module_level=True)
 
 from iada_kernels.triton import config
+from iada_kernels.triton.config import Tile
 from iada_kernels.triton.launch import recording
 from tests.helpers.interpreter import GENERAL
 
@@ -221,6 +222,19 @@ def test_another_configuration_gives_the_same():
         found = value_and_gradients(fused("triton"), problem)
     for name, want in expected.items():
         torch.testing.assert_close(found[name], want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_large_results_by_large_tiles(structure):
+    """Of which there are two here along rows and classes, the second for the most part empty."""
+    problem = random_problem(65, 66, 16, structure=structure, dtype=torch.float32)
+    large = config.LargeTiles(Tile(16, 64, 16), Tile(64, 32, 16), Tile(64, 16, 32))
+    with config.use(replace(GENERAL, large=large)), recording() as launches:
+        assert_error_within_ratio(problem, "triton", DEVICE)
+    tiles = [launch.tile for launch in launches]
+    assert (large.class_pass in tiles) == (structure == "full")
+    assert (large.diagonal_logits in tiles) == (structure == "diag")
+    assert (large.diagonal_weight in tiles) == (structure == "diag")
 
 
 def test_one_step_is_deterministic():

@@ -137,6 +137,7 @@ def test_reports_are_read():
     found = cuda_usage(line, dynamic=4096)
     assert (found.registers, found.stack, found.shared) == (255, 80, 4112)
     metadata = """
+        scratch_store_dword off, v1, off offset:8
   - .agpr_count:     0
     .group_segment_fixed_size: 16
     .private_segment_fixed_size: 24
@@ -148,6 +149,8 @@ def test_reports_are_read():
     found = amd_usage(metadata, dynamic=4096)
     assert (found.registers, found.stack, found.spilled) == (93, 24, 5)
     assert (found.scalar_spills, found.shared) == (1, 4112)
+    reserved = metadata.replace("scratch_store", "global_store")
+    assert amd_usage(reserved, 0).stack == 0, "nothing is stored there"
     for read in (cuda_usage, amd_usage):
         with pytest.raises(ValueError, match="expected"):
             read("something else", 0)

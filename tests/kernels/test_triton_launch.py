@@ -78,6 +78,25 @@ def test_sums_in_float64_have_small_tiles(architecture):
 
 
 @pytest.mark.parametrize(
+    ("rows", "width", "dtype", "is_large"),
+    [
+        (64, 640, torch.float32, True),
+        (63, 640, torch.float32, False),
+        (64, 650, torch.float32, False),
+        (64, 640, torch.float64, False),
+    ],
+)
+@pytest.mark.parametrize("kernel", ["class_pass", "diagonal_logits", "diagonal_weight"])
+def test_which_results_have_large_tiles(kernel, rows, width, dtype, is_large):
+    hopper = config.NVIDIA
+    expected = getattr(hopper.large if is_large else hopper, kernel).of(dtype)
+    assert hopper.tile_of(kernel, rows, width, dtype) == expected
+    assert expected.rows == 64 or not is_large
+    for other in (config.AMPERE, config.BLACKWELL, config.AMD):
+        assert other.tile_of(kernel, rows, width, dtype) == getattr(other, kernel).of(dtype)
+
+
+@pytest.mark.parametrize(
     ("architecture", "width", "dtype", "is_single"),
     [
         ("sm_90", 64, "float32", True),
