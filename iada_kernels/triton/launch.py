@@ -12,6 +12,7 @@ import contextvars
 import ctypes
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -27,7 +28,7 @@ from iada_kernels.precision import allows_tf32
 from iada_kernels.triton import config
 from iada_kernels.triton.config import Configuration, SingleLaunchLimits, Tile, configuration_for
 from iada_kernels.triton.plans import Call, Plan, Plans, Unplannable, describe
-from iada_kernels.triton.replay import Trace
+from iada_kernels.triton.replay import Trace, traceable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,6 +87,7 @@ _recording: contextvars.ContextVar[_Recording | None] = contextvars.ContextVar(
     "recording", default=None
 )
 
+_tracing = threading.Lock()
 _call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("call", default=None)
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -129,16 +131,23 @@ def planned(operation: Callable[P, R]) -> Callable[P, R]:
             if current.noted is not None:
                 plans.keep(key, Plan(tuple(current.noted), config.chosen(), numbers))
             return result
+        if torch._C._len_torch_dispatch_stack():  # who watches operators sees the same each time
+            return _running(Call(plan, stream), operation, *args, **kwargs)
         replay = plan.replays.get(numbers)
         if replay is not None:
             return replay(tensors, stream)
-        if not plan.is_worth_tracing(numbers):
+        is_to_trace = plan.note(numbers) and traceable(tensors)
+        # A mode of torch's keeps flags of the process: one thread traces, others follow their plan.
+        if not is_to_trace or not _tracing.acquire(blocking=False):
             return _running(Call(plan, stream), operation, *args, **kwargs)
-        trace = Trace(tensors)
-        with trace:
-            result = _running(Call(plan, stream, trace), operation, *args, **kwargs)
-        plan.keep(numbers, trace.replay(result))
-        return result
+        try:
+            trace = Trace(tensors)
+            with trace:
+                result = _running(Call(plan, stream, trace), operation, *args, **kwargs)
+            plan.keep(numbers, trace.replay(result))
+            return result
+        finally:
+            _tracing.release()
 
     return call
 

@@ -31,7 +31,7 @@ from iada_kernels.triton.replay import Replay, Trace
 
 R = TypeVar("R")
 Signature = tuple[Any, ...]
-Numbers = tuple[float, ...]
+Numbers = tuple[float | str, ...]  # 0.0 and −0.0 as str, because they are equal
 
 ALIGNMENT = 16  # bytes, by which Triton specialises pointers
 _IS_HIP = torch.version.hip is not None
@@ -78,11 +78,11 @@ class Plan:
 
     steps: tuple[Step, ...]
     chosen: config.Configuration | None  # kept alive, because the signature has its address
-    numbers: Numbers | None = None  # of the last call without a replay
+    numbers: Numbers | None = None  # of the last call that was no replay
     replays: dict[Numbers, Replay | None] = field(default_factory=dict)  # None: not to be replayed
 
-    def is_worth_tracing(self, numbers: Numbers) -> bool:
-        """Whether they came twice in a row and were never traced."""
+    def note(self, numbers: Numbers) -> bool:
+        """Whether a call with them, which is no replay, is one to trace: after one like it."""
         repeated, self.numbers = numbers == self.numbers, numbers
         return repeated and numbers not in self.replays
 
@@ -187,7 +187,7 @@ def describe(device: Any, arguments: Iterable[Any]) -> Described:
         triton.knobs.compilation.instrumentation_mode,
     ]
     tensors: list[Tensor] = []
-    numbers: list[float] = []
+    numbers: list[float | str] = []
     _describe(arguments, parts, tensors, numbers)
     if tensors:
         parts.append(tensors[0].get_device())  # callers have checked that it is that of all
@@ -195,7 +195,7 @@ def describe(device: Any, arguments: Iterable[Any]) -> Described:
 
 
 def _describe(
-    arguments: Iterable[Any], parts: list[Any], tensors: list[Tensor], numbers: list[float]
+    arguments: Iterable[Any], parts: list[Any], tensors: list[Tensor], numbers: list[float | str]
 ) -> None:
     for value in arguments:
         kind = type(value)
@@ -208,7 +208,7 @@ def _describe(
             parts.append(value)
         elif kind is float:
             parts.append(float)
-            numbers.append(value)
+            numbers.append(value or str(value))
         elif kind in _OWN:
             parts.append(kind)
             _describe_own(value, parts, tensors, numbers)
@@ -223,7 +223,7 @@ def _describe(
 
 
 def _describe_own(
-    record: tuple[Any, ...], parts: list[Any], tensors: list[Tensor], numbers: list[float]
+    record: tuple[Any, ...], parts: list[Any], tensors: list[Tensor], numbers: list[float | str]
 ) -> None:
     for value in record:
         if type(value) is Tensor:

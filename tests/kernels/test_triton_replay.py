@@ -1,11 +1,14 @@
 """Replays compute what the calls that they stand for compute, bit for bit, on other tensors."""
 
 import gc
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -209,9 +212,10 @@ def test_packed_scratch_does_not_overlap(replays):
     for each in packed:
         ends = [*each.offsets[1:], each.scratch().nbytes]
         assert all(
-            end - start >= replay.ALIGNMENT for start, end in zip(each.offsets, ends, strict=True)
+            end - start >= replay.PART_ALIGNMENT
+            for start, end in zip(each.offsets, ends, strict=True)
         )
-        assert all(offset % replay.ALIGNMENT == 0 for offset in each.offsets)
+        assert all(offset % replay.PART_ALIGNMENT == 0 for offset in each.offsets)
 
 
 def test_numbers_are_those_of_the_call(replays):
@@ -309,7 +313,102 @@ def test_a_record_that_callers_can_change_is_theirs():
     assert found([torch.rand(3)], None) == LossGradients()
 
 
-def test_tensors_of_inference_are_not_replayed():
+def test_tensors_that_cannot_be_traced():
     with torch.inference_mode():
         x = torch.rand(3)
-    assert traced(lambda x: x, x) is None
+    y = torch.rand(3)
+    assert not replay.traceable([x])
+    assert not replay.traceable([y, y])
+    assert replay.traceable([y, y.detach()])
+
+
+def test_an_update_of_shared_memory_is_not_replayed():
+    """Versions would not tell which of the tensors was updated."""
+
+    def operation(x, y):
+        torch.autograd.graph.increment_version((x,))
+
+    x, y = torch.rand(3), torch.rand(3)
+    assert traced(operation, x, x.detach()) is None
+    before = [x._version, y._version]
+    traced(operation, torch.rand(3), torch.rand(3))([x, y], None)
+    assert [x._version, y._version] == [before[0] + 1, before[1]]
+
+
+def test_large_tensors_go_when_they_have_been_used(monkeypatch):
+    monkeypatch.setattr(replay, "LARGEST_PART", 64)
+    seen = []
+
+    def first(record, *, stream=None):
+        seen.append(weakref.ref(record[0]))
+
+    def second(tensor, *, stream=None):
+        seen.append(seen[-1]() is None)
+
+    trace = replay.Trace([])
+    with trace:
+        large, other = torch.empty(100), torch.empty(100)
+        trace.launch(first, ((large, 3),))
+        trace.launch(second, (other,))
+    found = trace.replay((other,))
+    del large, other
+    assert found([], None)[0].shape == (100,)
+    assert seen[1] is True
+    assert found.scratch is None
+
+
+class Watching(TorchDispatchMode):
+    """Of the user: it pairs operators of one call with those of another, say."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_of_the_user_sees_each_call_do_the_same(replays):
+    inputs = inputs_of(0)
+    seen = []
+    for _ in range(2):
+        for _ in range(2):
+            with Watching() as watching:
+                triton_backend().loss_forward(inputs, LossOptions(), EVERYTHING)
+            seen.append(watching.seen)
+        for _ in range(2):
+            triton_backend().loss_forward(inputs, LossOptions(), EVERYTHING)
+    assert seen[0]
+    assert all(each == seen[0] for each in seen)
+    assert replays, "between and after"
+
+
+def test_one_thread_traces_at_a_time(replays):
+    """A mode's flags are of the process, and two that end in another order leave them set."""
+    inputs, options = inputs_of(0), LossOptions(0.25)
+    with launch._tracing:
+        for _ in range(4):
+            triton_backend().loss_forward(inputs, options, EVERYTHING)
+        assert not replays
+    for _ in range(2):
+        triton_backend().loss_forward(inputs, options, EVERYTHING)
+    assert len(replays) == 1
+    assert not launch._tracing.locked()
+
+
+def test_zeros_of_either_sign_are_two_numbers(replays):
+    for step, beta in enumerate([0.0, 0.0, 0.0, -0.0, -0.0]):
+        before = len(replays)
+        triton_backend().loss_forward(inputs_of(step), LossOptions(0.3, beta), EVERYTHING)
+        assert len(replays) - before == (step == 2)
+
+
+def test_a_trace_does_not_import_dynamo():
+    """Which takes longer than a thousand steps."""
+    program = (
+        "import sys, torch; from iada_kernels.triton.replay import Trace\n"
+        "with Trace([]): torch.empty(3)\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
