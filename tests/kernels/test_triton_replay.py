@@ -12,24 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from iada_kernels.contract import (
-    ClassStatistics,
-    HeadTangents,
-    LossGradients,
-    LossInputs,
-    LossNeeds,
-    LossOptions,
-)
-from iada_kernels.dispatch import select_backend, triton_backend
+from iada_kernels import contract
+from iada_kernels.contract import ClassStatistics, LossInputs, LossNeeds, LossOptions
+from iada_kernels.dispatch import triton_backend
 from iada_kernels.triton import config, launch, replay
+from tests.conftest import _targets
 from tests.helpers.planned_interpreter import plan_in_the_interpreter
 from tests.helpers.problems import cotangent, random_problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-try:
-    select_backend("triton", DEVICE)
-except RuntimeError as reason:
-    pytest.skip(str(reason), allow_module_level=True)
+IS_SERVED = any(target.backend == "triton" for target in _targets())
+pytestmark = pytest.mark.skipif(not IS_SERVED, reason="triton serves no device here")
 
 EVERYTHING = LossNeeds(*[True] * 6)
 GENERAL = replace(
@@ -95,7 +88,7 @@ def update_pass(inputs):
 
 def hypergradient_pass(inputs, options):
     passes, weight = triton_backend(), inputs.weight
-    tangents = HeadTangents(inputs.features.flip(0), weight.flip(0), weight.sum(1))
+    tangents = contract.HeadTangents(inputs.features.flip(0), weight.flip(0), weight.sum(1))
     wanted = inputs.covariance is not None
     grad, sums = passes.hypergradient(inputs, options, tangents, wanted)
     if wanted:
@@ -307,10 +300,10 @@ def test_what_cannot_be_replayed(operation):
 
 
 def test_a_record_that_callers_can_change_is_theirs():
-    found = traced(lambda x: LossGradients(), torch.rand(3))
+    found = traced(lambda x: contract.LossGradients(), torch.rand(3))
     first = found([torch.rand(3)], None)
     first.weight = torch.rand(3)
-    assert found([torch.rand(3)], None) == LossGradients()
+    assert found([torch.rand(3)], None) == contract.LossGradients()
 
 
 def test_tensors_that_cannot_be_traced():
@@ -404,11 +397,15 @@ def test_zeros_of_either_sign_are_two_numbers(replays):
         assert len(replays) - before == (step == 2)
 
 
+WITHOUT_DYNAMO = """
+import sys, torch
+from iada_kernels.triton.replay import Trace
+with Trace([]):
+    torch.empty(3)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+
+
 def test_a_trace_does_not_import_dynamo():
     """Which takes longer than a thousand steps."""
-    program = (
-        "import sys, torch; from iada_kernels.triton.replay import Trace\n"
-        "with Trace([]): torch.empty(3)\n"
-        "sys.exit('torch._dynamo' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    subprocess.run([sys.executable, "-c", WITHOUT_DYNAMO], check=True)
