@@ -136,13 +136,12 @@ def planned(operation: Callable[P, R]) -> Callable[P, R]:
         replay = plan.replays.get(numbers)
         if replay is not None:
             return replay(tensors, stream)
-        is_to_trace = plan.note(numbers) and traceable(tensors)
+        has_repeated = plan.note(numbers)
         # A mode of torch's keeps flags of the process: one thread traces, others follow their plan.
-        if not is_to_trace or not _tracing.acquire(blocking=False):
+        if not (has_repeated and traceable(tensors) and _tracing.acquire(blocking=False)):
             return _running(Call(plan, stream), operation, *args, **kwargs)
         try:
-            trace = Trace(tensors)
-            with trace:
+            with Trace(tensors) as trace:
                 result = _running(Call(plan, stream, trace), operation, *args, **kwargs)
             plan.keep(numbers, trace.replay(result))
             return result

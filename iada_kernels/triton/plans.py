@@ -82,7 +82,7 @@ class Plan:
     replays: dict[Numbers, Replay | None] = field(default_factory=dict)  # None: not to be replayed
 
     def note(self, numbers: Numbers) -> bool:
-        """Whether a call with them, which is no replay, is one to trace: after one like it."""
+        """Of a call that is no replay: whether they came twice in a row and were never traced."""
         repeated, self.numbers = numbers == self.numbers, numbers
         return repeated and numbers not in self.replays
 
