@@ -72,7 +72,7 @@ def loss_of_rows(
     if not extras.return_logits:
         return loss
     logits = _logits(inputs).detach()
-    both = loss, logits if leading is None else logits.view(*leading, -1)
+    both = loss, logits if leading is None else logits.view(*leading, logits.shape[-1])
     return cast(Tensor, both)  # a tuple on request alone: no overload repeats the signature
 
 
@@ -92,7 +92,7 @@ def _hard_label_loss(
         if extras.class_weight is not None or extras.row_weight is not None:
             weights = _row_weights(inputs, options, extras)
             losses = compute(inputs, options._replace(reduction="none"))
-            weights = weights.to(losses.dtype)
+            losses = losses.masked_fill(weights == 0, 0.0)  # an infinite one too is left out
             if group is None or reduction == "none":
                 return _reduce(losses, weights, reduction)
             return _share(torch.linalg.vecdot(losses, weights), weights.sum(), reduction, group)
@@ -116,19 +116,19 @@ def _share(total: Tensor, weight: Tensor, reduction: str, group: Group) -> Tenso
 
 
 def _row_weights(inputs: LossInputs, options: LossOptions, extras: Extras) -> Tensor:
-    """The constant weight of each row, (N), 0 where it is ignored."""
+    """The constant weight of each row, (N), 0 where it is ignored, in the dtype of the losses."""
     class_weight, row_weight = extras.class_weight, extras.row_weight
-    ignored = inputs.labels == options.ignore_index
-    weights = torch.ones_like(ignored, dtype=torch.float32)
+    ignored, dtype = inputs.labels == options.ignore_index, inputs.compute_dtype
+    weights = torch.ones_like(ignored, dtype=dtype)
     if class_weight is not None:
         _check_weights("class_weight", class_weight, len(inputs.weight), inputs.features)
         if options.label_smoothing:
             remedy = "pass row_weight=class_weight[labels]: smoothed classes are not weighted then"
             raise argument_error("class_weight", "None with label_smoothing", "both", remedy)
-        weights = class_weight.detach()[inputs.labels.masked_fill(ignored, 0)]
+        weights = class_weight.detach().to(dtype)[inputs.labels.masked_fill(ignored, 0)]
     if row_weight is not None:
         _check_weights("row_weight", row_weight, len(inputs.labels), inputs.features)
-        weights = weights * row_weight.detach()
+        weights = weights * row_weight.detach().to(dtype)
     return weights.masked_fill(ignored, 0.0)
 
 
@@ -188,12 +188,18 @@ def _soft_target_loss(inputs: LossInputs, options: LossOptions, extras: Extras) 
         target, smoothing = inputs.labels.to(logits.dtype), options.label_smoothing
         weight = extras.class_weight
         weight = None if weight is None else weight.detach().to(logits.dtype)
+        if inputs.log_prior is not None:  # 0 · ∞ is NaN: what has no share or weight is no term
+            shares = (1 - smoothing) * target + smoothing / num_classes
+            shares = shares if weight is None else shares * weight
+            unseen = logits.isneginf() & (shares == 0)
+            logits = logits.masked_fill(unseen, torch.finfo(logits.dtype).min / 2)
         losses = F.cross_entropy(
             logits, target, weight, reduction="none", label_smoothing=smoothing
         )
         if extras.row_weight is not None:
             _check_weights("row_weight", extras.row_weight, count, inputs.features)
-            return _reduce(losses, extras.row_weight.detach().to(losses.dtype), options.reduction)
+            weights = extras.row_weight.detach().to(losses.dtype)
+            return _reduce(losses.masked_fill(weights == 0, 0.0), weights, options.reduction)
         if options.reduction == "none":
             return losses
         return losses.sum() / (max(1, count) if options.reduction == "mean" else 1)

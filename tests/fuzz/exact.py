@@ -5,6 +5,7 @@ oracle of confident samples. Here the loss is softplus(logsumexp_{j≠y}(z_j −
 autograd finds without a cancellation.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,8 @@ from tests.helpers.problems import Problem, cotangent, sign_argument, target_of
 
 NUDGES = 8  # the worst of so many random roundings counts
 
+ExactLoss = Callable[[Problem, Draw | None, float], Tensor]
+
 
 def exact_gradients(
     problem: Problem,
@@ -24,12 +27,13 @@ def exact_gradients(
     scale: float,
     nudge: Draw | None = None,
     dtype: torch.dtype | None = None,
+    loss_of: ExactLoss | None = None,
 ) -> dict[str, Tensor]:
     """The loss, and the gradients of the tensors `wanted` for `scale` times `cotangent`."""
     eps = torch.finfo(dtype or compute_dtype(problem)).eps
     p = problem.double()
     leaves = {name: getattr(p, name).detach().clone().requires_grad_() for name in wanted}
-    loss, _ = exact_loss(rounded_inputs(replace(p, **leaves), nudge, eps), nudge, eps)
+    loss = (loss_of or _loss)(rounded_inputs(replace(p, **leaves), nudge, eps), nudge, eps)
     found = {"loss": loss.detach()}
     if leaves:
         upstream = scale * cotangent(loss.detach())
@@ -77,9 +81,7 @@ def exact_characteristics(
     found = reference.batch_characteristics(features, logits, labels, weight, neighbours)
     if not len(labels):
         return found
-    others = logits[:, None, :] - logits[:, :, None]  # z_k − z_j
-    others.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    log_p = -softplus(others.clamp(min=-1e300).logsumexp(dim=2))
+    log_p = exact_log_softmax(logits)
     found[:, 0] = -log_p.gather(1, labels[:, None])[:, 0]
     found[:, 4] = -(log_p.exp() * log_p).sum(dim=1)
     return found
@@ -120,6 +122,26 @@ def exact_loss(p: Problem, nudge: Draw | None, eps: float) -> tuple[Tensor, Tens
     if p.options["reduction"] == "none":
         return losses, z
     return losses.sum() / (valid.sum().clamp(min=1) if p.options["reduction"] == "mean" else 1), z
+
+
+def _loss(p: Problem, nudge: Draw | None, eps: float) -> Tensor:
+    return exact_loss(p, nudge, eps)[0]
+
+
+def exact_soft_losses(p: Problem, shares: Tensor, nudge: Draw | None, eps: float) -> Tensor:
+    """−Σ_j t_j log p_j of each row, (N), for `shares` t (N, C) of the classes."""
+    z = reference.adjusted_logits(*replace(p, labels=target_of(p)).records(), None)
+    if nudge is not None:
+        z = z + sum(rounding(term, nudge, eps) for term in logit_terms(p))
+    terms = about(shares, nudge, eps) * exact_log_softmax(z)
+    return -torch.where(shares == 0, 0.0, terms).sum(dim=1)
+
+
+def exact_log_softmax(z: Tensor) -> Tensor:
+    """log p_j (N, C), close to 0 too; −1e300 and not −∞ where z_j is."""
+    others = z[:, None, :] - z[:, :, None].clamp(min=-1e300)  # z_k − z_j
+    diagonal = torch.eye(z.shape[1], dtype=torch.bool)
+    return -softplus(others.masked_fill(diagonal, -torch.inf).clamp(min=-1e300).logsumexp(dim=2))
 
 
 def share_of_rows(p: Problem) -> Tensor:

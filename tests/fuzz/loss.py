@@ -33,9 +33,9 @@ def fuzz_loss(
     graph = draw.chance(0.1)
 
     moved = problem.to(device)
-    kept = [(t, t.clone(), t._version) for t in moved.tensors()]
+    is_unchanged = unchanged_after(moved.tensors())
     found = {k: t.cpu() for k, t in gradients(fused(backend), moved, wanted, scale, graph).items()}
-    unchanged = all(t._version == v and same_bits(t, copy) for t, copy, v in kept)
+    unchanged = is_unchanged()
     exact = exact_gradients(problem, wanted, scale)
     nudged = [exact_gradients(problem, wanted, scale, draw) for _ in range(NUDGES)]
     ways = torch_gradients(draw, problem, wanted, scale)
@@ -164,6 +164,12 @@ def ignored_are_zero(problem: Problem, found: Found) -> list[Judged]:
 
 def has_an_infinity(tensor: Tensor | None) -> bool:
     return tensor is not None and bool(tensor.isinf().any())
+
+
+def unchanged_after(tensors: list[Tensor]) -> Callable[[], bool]:
+    """Whether nobody has written to them since."""
+    kept = [(t, t.clone(), t._version) for t in tensors]
+    return lambda: all(t._version == v and same_bits(t, copy) for t, copy, v in kept)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.fuzz.draw import COMPILED, INTERPRETED, Draw
+from tests.fuzz.front_door import fuzz_front_door
 from tests.fuzz.judge import FACTOR, Judged, broken
 from tests.fuzz.loss import fuzz_loss, fuzz_stream
 from tests.fuzz.statistics import fuzz_characteristics, fuzz_covariance, fuzz_hypergradient
@@ -19,10 +20,11 @@ from tests.helpers.poison import poison_fresh_memory
 
 Pass = Callable[[Draw, str, torch.device], list[Judged]]
 
-# Of twenty cases: the loss alone, with its stream, and the other passes.
+# Of 23 cases: the loss alone, with its stream, with what the front doors add, the other passes.
 PASSES: dict[str, tuple[int, Pass]] = {
     "loss": (10, fuzz_loss),
     "stream": (3, fuzz_stream),
+    "front door": (3, fuzz_front_door),
     "covariance": (2, fuzz_covariance),
     "hypergradient": (3, fuzz_hypergradient),
     "characteristics": (2, fuzz_characteristics),

@@ -6,6 +6,7 @@ All of them: `make fuzz`.
 import pytest
 import torch
 
+from iada.nn import arguments
 from iada_kernels import torch_ops
 from iada_kernels.torch_ops import loss as torch_loss
 from tests.conftest import is_interpreted
@@ -135,6 +136,14 @@ def forget_how_features_move():
     return torch_ops, "hypergradient", shortened
 
 
+def forget_ignored_rows_have_no_weight():
+    def weights(inputs, options, extras):
+        weight = torch.ones(len(inputs.labels), dtype=inputs.compute_dtype)
+        return weight if extras.row_weight is None else weight * extras.row_weight
+
+    return arguments, "_row_weights", weights
+
+
 FAULTS = (
     forget_alpha,
     count_ignored_rows,
@@ -143,6 +152,7 @@ FAULTS = (
     change_an_argument,
     forget_what_was_there,
     forget_how_features_move,
+    forget_ignored_rows_have_no_weight,
 )
 
 

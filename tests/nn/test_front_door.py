@@ -113,6 +113,48 @@ def test_a_mean_over_no_weight_is_0():
     assert all((grad == 0).all() for grad in gradients(loss, tensors))
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("kind", ["a row's weight", "a class's weight", "a share"])
+def test_what_counts_for_nothing_may_be_infinite(name, kind):
+    """A class without a sample has log prior −∞; 0 · ∞ would be NaN."""
+    tensors, problem = inputs()
+    absent, labels = 1, problem.labels.clone()
+    prior = torch.full((CLASSES,), 0.5, dtype=torch.float64).log()
+    prior[absent] = -torch.inf
+    labels[labels == absent] = 0
+    want = LOSSES[name](*tensors, labels, log_prior=prior, reduction="sum")
+    if kind == "a share":
+        labels, weights = F.one_hot(labels, CLASSES).double(), {}
+    else:  # one row more, of the absent class
+        tensors = [torch.cat((tensors[0], tensors[0][:1])), *tensors[1:]]
+        labels = torch.cat((labels, torch.tensor([absent])))
+        rows = {"row_weight": torch.tensor([1.0] * ROWS + [0.0])}
+        classes = {"class_weight": torch.arange(CLASSES).ne(absent).double()}
+        weights = rows if kind == "a row's weight" else classes
+    got = LOSSES[name](*tensors, labels, log_prior=prior, reduction="sum", **weights)
+    assert_same(got, want, tensors[1:])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_weights_of_half_precision_are_multiplied_at_that_of_the_loss(name):
+    tensors, problem = inputs()
+    rows = torch.full((ROWS,), 1e-3, dtype=torch.float16)
+    classes = torch.full((CLASSES,), 1e-3, dtype=torch.float16)  # 1e-6 has 4 bits in float16
+    weights = {"row_weight": rows, "class_weight": classes}
+    got = LOSSES[name](*tensors, problem.labels, reduction="sum", **weights)
+    want = LOSSES[name](*tensors, problem.labels, reduction="sum")
+    assert_same(got, want * rows[0].double() * classes[0].double(), tensors)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_logits_of_no_rows(name):
+    head = torch.randn(CLASSES, WIDTH), None
+    empty = torch.empty(2, 0, WIDTH), *head, torch.empty(2, 0, dtype=torch.int64)
+    loss, logits = LOSSES[name](*empty, return_logits=True)
+    assert loss == 0
+    assert logits.shape == (2, 0, CLASSES)
+
+
 @pytest.mark.parametrize("smoothing", [0.05, 0.3])
 def test_label_smoothing_with_every_term(smoothing):
     tensors, problem = inputs()
