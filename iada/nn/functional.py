@@ -64,7 +64,8 @@ def fused_loss(
         alpha: weight of the quadratic term; a Python number, so that it can be annealed freely.
         beta: weight of the log prior.
         class_weight: of each class, (C), as F.cross_entropy's weight; a constant.
-        row_weight: of each row, (…); a constant. The mean is Σ w ℓ / Σ w over the rows.
+        row_weight: of each row, (…); a constant. The mean is Σ w ℓ / Σ w over the rows. A row of
+            weight 0 is left out, an infinite loss of it too.
         label_smoothing: in [0, 1), of the outer CE; served by torch operators.
         ignore_index: rows with this label are left out of the loss, and of the mean's count.
         reduction: "mean" (over the rows not ignored; 0 if there are none), "sum" or "none".
@@ -72,8 +73,8 @@ def fused_loss(
         backend: "torch", "native", "triton", or None for the best one for the device.
 
     Returns:
-        The loss in nats, float64 if any argument is float64 and else float32: () or, with
-        reduction="none", (…). Computed at that precision, under autocast too.
+        The loss in nats, float64 if any argument but the weights of rows is float64 and else
+        float32: () or, with reduction="none", (…). Computed at that precision, under autocast too.
 
     Raises:
         ValueError: an argument does not fit; the message names it and the remedy. Label range and
