@@ -86,6 +86,8 @@ def main() -> int:
     shapes = TINY if options.dry_run else {name: SHAPES[name] for name in options.shapes or ORDER}
     run.shapes = before.get("shapes", {})
     run.failures = before.get("failures", {})
+    if "errors" not in options.again:
+        run.plans = before.get("plans", run.plans)
     for name, shape in shapes.items():
         run.shapes.setdefault(name, {"shape": str(shape), "parts": []})
     for part in options.parts:
@@ -121,6 +123,7 @@ def report(run: Run) -> dict[str, Any]:
         },
         "seconds": time.monotonic() - run.begin,
         "meaning": MEANING,
+        "plans": run.plans,
         "left_out": run.left_out,
         "failures": run.failures,
         "shapes": run.shapes,

@@ -43,6 +43,7 @@ from bench.device import (
 from bench.kernel_times import kernel_rows
 from bench.shapes import Problem, Shape, make_problem
 from bench.timing import ratio
+from iada_kernels.triton import plans
 
 
 class Run:
@@ -57,6 +58,7 @@ class Run:
         self.part = ""  # that is being measured
         self.failures: dict[str, list[str]] = {}  # of each part
         self.shapes: dict[str, dict[str, Any]] = {}
+        self.plans = plans.ALLOWED.level  # of calls that repeat; the next once one is refuted
         self.ceilings = ceilings or measure_ceilings(self.watch, small=device.type != "cuda")
 
     @property
@@ -70,7 +72,8 @@ class Run:
             return None
         start = time.monotonic()
         try:
-            found = call()
+            with plans.allowing(self.plans):
+                found = call()
         except Exception as error:  # one shape or side must not take the others with it
             self.fail(f"{what}: {_brief(error)}")
             found = None
@@ -97,6 +100,8 @@ def errors(run: Run, name: str, shape: Shape) -> None:
             replace(p, features=p.features.detach().to(dtype).requires_grad_())
             for p in (problem, other)
         )
+        if run.device.type == "cuda":  # nothing is planned elsewhere
+            refute_plans(run, f"{name}, {label}", shape, (given, new), state)
         judgement = run.attempt(
             f"{name}: errors, {label}", 20, partial(_errors, shape, given, state, None)
         )
@@ -110,6 +115,49 @@ def errors(run: Run, name: str, shape: Shape) -> None:
             )
             _judge(run, f"{name}, replayed, {label}", judgement)
             found["errors"][f"{label}, replayed on new data"] = judgement
+
+
+def refute_plans(
+    run: Run, what: str, shape: Shape, problems: tuple[Problem, ...], state: State
+) -> None:
+    """Compare calls that repeat with launches that Triton makes; goes on without what differs."""
+    for level, below in (("replays", "plans"), ("plans", "none")):
+        if run.plans != level:
+            continue
+        different = run.attempt(
+            f"{what}: {level}", 10, partial(repeated, shape, problems, state, level)
+        )
+        if different:
+            run.fail(f"{what}: {level} differ from Triton's launches, so {below}: {different}")
+            run.plans = below
+
+
+def repeated(
+    shape: Shape, problems: tuple[Problem, ...], state: State, level: str, rounds: int = 2
+) -> list[str]:
+    """What in which call differs, in a bit, from a call without plans; the problems take turns.
+
+    They are alike in signature, so that an address of a former call would be seen.
+    """
+    modules = [loss_module(shape, problem, state, "triton") for problem in problems]
+
+    def results(index: int) -> dict[str, torch.Tensor]:
+        module = modules[index]
+        state.load(module)
+        return outcome(module, step(module, problems[index]))
+
+    with plans.allowing("none"):
+        expected = [results(index) for index in range(len(problems))]
+    different = []
+    with plans.allowing(level):
+        for call in range(rounds * len(problems)):
+            found, want = results(call % len(problems)), expected[call % len(problems)]
+            different += [
+                f"{name} of call {call + 1}"
+                for name in want
+                if not torch.equal(found[name], want[name])
+            ]
+    return different
 
 
 def _errors(

@@ -2,7 +2,9 @@
 
 In this order, because nothing that is wrong need be timed:
 
-    errors      value, gradients and update at every reference shape, against float64
+    errors      plans and replays against Triton's own launches, bit for bit: what differs is done
+                without from there on; value, gradients and update at every reference shape,
+                against float64
     memcheck, racecheck, initcheck    compute-sanitizer over `bench.one_step`
     times       against eager, the torch forms and each kernel's ceiling
     floor       without ε, Σ and log π against plain cross-entropy, Liger, cut-cross-entropy
@@ -34,6 +36,7 @@ import torch
 
 from bench.device import describe
 from iada.utils.files import atomic_write
+from iada_kernels.triton.plans import ALLOWED_BY
 
 REPORT = "stages.json"
 TAIL = 4000  # characters of what a stage printed that are kept
@@ -134,7 +137,8 @@ def stages(folder: Path, options: argparse.Namespace) -> Iterator[Stage]:
     yield measured("errors", 60, 400, "errors")
     for tool in SANITIZERS:
         watch = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
-        yield Stage(tool, (*watch, *one_step), 60, 240, tool="compute-sanitizer")
+        repeated = (*one_step, "--steps", "4")  # the fourth is a replay
+        yield Stage(tool, (*watch, *repeated), 60, 240, tool="compute-sanitizer")
     yield measured("times", 60, 400, "times")
     yield measured("floor", 30, 240, "floor")
     yield measured("compiled", 90, 400, *compiled)
@@ -188,7 +192,11 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
     begin, log = time.monotonic(), folder / f"{stage.name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | ({} if stage.name == "errors" else plans_left(folder)),
         )
         try:
             code: int | None = process.wait(timeout=seconds)
@@ -200,6 +208,12 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
     state = STOPPED if unfinished else DONE if code == 0 else FAILED
     taken = time.monotonic() - begin
     return {"state": state, "code": code, "seconds": taken, "output": output[-TAIL:]}
+
+
+def plans_left(folder: Path) -> dict[str, str]:
+    """In the environment, what the stage errors left of plans and replays."""
+    found = [json.loads(path.read_text()).get("plans") for path in folder.glob("gpu-*.json")]
+    return {ALLOWED_BY: found[0]} if found and found[0] else {}
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -240,7 +240,11 @@ _chosen: contextvars.ContextVar[Configuration | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def use(configuration: Configuration) -> Iterator[None]:
-    """Launch with `configuration` inside, whatever the architecture: for tuning."""
+    """Launch with `configuration` inside, whatever the architecture: for tuning.
+
+    Of this thread; backward passes on a GPU run in autograd's, unless inside
+    `torch.autograd.set_multithreading_enabled(False)`.
+    """
     token = _chosen.set(configuration)
     try:
         yield

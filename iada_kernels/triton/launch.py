@@ -27,7 +27,7 @@ from triton.runtime import driver
 from iada_kernels.precision import allows_tf32
 from iada_kernels.triton import config
 from iada_kernels.triton.config import Configuration, SingleLaunchLimits, Tile, configuration_for
-from iada_kernels.triton.plans import Call, Plan, Plans, Unplannable, describe
+from iada_kernels.triton.plans import ALLOWED, Call, Plan, Plans, Unplannable, describe
 from iada_kernels.triton.replay import Trace, traceable
 
 P = ParamSpec("P")
@@ -111,7 +111,7 @@ def planned(operation: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(operation)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if INTERPRETED or _recording.get() is not None:
+        if INTERPRETED or _recording.get() is not None or not ALLOWED.plans:
             return operation(*args, **kwargs)
         outer = _call.get()
         if outer is not None and outer.trace is not None:
@@ -131,7 +131,8 @@ def planned(operation: Callable[P, R]) -> Callable[P, R]:
             if current.noted is not None:
                 plans.keep(key, Plan(tuple(current.noted), config.chosen(), numbers))
             return result
-        if torch._C._len_torch_dispatch_stack():  # who watches operators sees the same each time
+        # Who watches operators sees the same each time.
+        if not ALLOWED.replays or torch._C._len_torch_dispatch_stack():
             return _running(Call(plan, stream), operation, *args, **kwargs)
         replay = plan.replays.get(numbers)
         if replay is not None:

@@ -10,11 +10,14 @@ A signature holds a float by its type alone: kernels take floats as they are, an
 branches on one. Where floats too are those of the call before, what launchers do in Python is left
 out as well: see `replay`. What is allocated inside an operation is aligned, because allocators of
 torch align by 64 bytes or more. Profilers see planned launches: where one has given Triton hooks,
-they are called.
+they are called. Where either is suspected of a fault, IADA_TRITON_PLANS=none in the environment, or
+`allowing("none")`, does without.
 """
 
+import contextlib
+import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -49,6 +52,39 @@ def own(record: type[R]) -> type[R]:
     """
     _OWN.add(record)
     return record
+
+
+@dataclass
+class Allowed:
+    """What calls that repeat may use, of the process: backward passes have autograd's threads."""
+
+    level: str = "replays"
+    plans: bool = True
+    replays: bool = True
+
+    def set(self, level: str) -> None:
+        """One of `LEVELS`: "none" is Triton's way each time."""
+        if level not in LEVELS:
+            names = ", ".join(map(repr, LEVELS))
+            raise ValueError(f"{ALLOWED_BY}: expected one of {names}, got {level!r}; set one")
+        self.level, self.plans, self.replays = level, level != "none", level == "replays"
+
+
+LEVELS = ("replays", "plans", "none")
+ALLOWED_BY = "IADA_TRITON_PLANS"
+ALLOWED = Allowed()
+ALLOWED.set(os.environ.get(ALLOWED_BY) or "replays")
+
+
+@contextlib.contextmanager
+def allowing(level: str) -> Iterator[None]:
+    """Inside, calls use "replays", "plans" alone, or "none" of both."""
+    former = ALLOWED.level
+    ALLOWED.set(level)
+    try:
+        yield
+    finally:
+        ALLOWED.set(former)
 
 
 class Unplannable(Exception):
