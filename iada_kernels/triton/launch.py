@@ -91,6 +91,7 @@ _tracing = threading.Lock()
 _call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("call", default=None)
 
 INTERPRETED = triton.knobs.runtime.interpret
+ON_CPU = -1  # what get_device calls it
 
 
 @contextlib.contextmanager
@@ -106,17 +107,29 @@ def recording(execute: bool = True, architecture: str | None = None) -> Iterator
 
 
 def planned(operation: Callable[P, R]) -> Callable[P, R]:
-    """`operation`, whose launches are a function of its signature: see `plans`."""
+    """`operation`, whose launches are a function of its signature: see `plans`.
+
+    It launches on the device of its first tensor.
+    """
     plans = Plans()
 
     @functools.wraps(operation)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if INTERPRETED or _recording.get() is not None or not ALLOWED.plans:
+        if INTERPRETED or _recording.get() is not None:
+            return operation(*args, **kwargs)
+        device = driver.active.get_current_device()
+        where = _first_tensor(args).get_device()
+        if where not in (
+            device,
+            ON_CPU,
+        ):  # Triton launches on the current one, wherever tensors are
+            with torch.cuda.device(where):
+                return call(*args, **kwargs)
+        if not ALLOWED.plans:
             return operation(*args, **kwargs)
         outer = _call.get()
         if outer is not None and outer.trace is not None:
             outer.trace.fail()  # launches of an operation within it are not its own
-        device = driver.active.get_current_device()
         try:
             described = describe(
                 device, (*args, *itertools.chain(*kwargs.items())) if kwargs else args
@@ -150,6 +163,12 @@ def planned(operation: Callable[P, R]) -> Callable[P, R]:
             _tracing.release()
 
     return call
+
+
+def _first_tensor(arguments: tuple[Any, ...]) -> Tensor:
+    """Of an operation's first argument, a tensor or a record that begins with one."""
+    first = arguments[0]
+    return first if isinstance(first, Tensor) else first[0]
 
 
 def _running(call: Call | None, operation: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

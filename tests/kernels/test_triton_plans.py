@@ -3,10 +3,12 @@
 The suite runs with interpreted kernels, which have none: that comparison has its own processes.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from triton.compiler import CompiledKernel
 from iada_kernels.contract import LossInputs, LossNeeds, LossOptions
 from iada_kernels.dispatch import triton_backend
 from iada_kernels.triton import launch
-from iada_kernels.triton.plans import Call, Plan, Plans, Unplannable, describe, starter
+from iada_kernels.triton.plans import Call, Plan, Plans, Unplannable, allowing, describe, starter
 from iada_kernels.triton.replay import Trace
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +65,42 @@ def test_planned_launches_are_tritons_also_in_threads_and_after_errors():
 def test_no_piece_of_a_signature_can_be_left_out(architecture):
     found = compared(architecture, "--mutants")
     assert found.count("seen:") == (14 if architecture == "gfx942" else 13)
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("level", ["replays", "none"])
+def test_launches_go_to_the_device_of_the_tensors(monkeypatch, record, level):
+    """cuda:1 where nobody called set_device: Triton launches on the current device."""
+    current = [0]
+
+    class OnFirst:
+        def __init__(self, tensor_on):
+            self.tensor_on = tensor_on
+
+        def get_device(self):
+            return self.tensor_on
+
+    @contextlib.contextmanager
+    def on(index):
+        former, current[0] = current[0], index
+        yield
+        current[0] = former
+
+    active = SimpleNamespace(
+        get_current_device=lambda: current[0], get_current_stream=lambda device: device
+    )
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(launch, "Tensor", OnFirst)
+    seen = []
+    operation = launch.planned(lambda first, scale: seen.append(current[0]))
+    with allowing(level):
+        for index in (1, 0, launch.ON_CPU, 1):
+            tensor = OnFirst(index)
+            operation((tensor, None) if record else tensor, scale=2.0)
+    assert seen == [1, 0, 0, 1]
+    assert current == [0]
 
 
 def test_a_plan_is_what_was_noted():
