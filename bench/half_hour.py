@@ -154,7 +154,8 @@ def stages(folder: Path, options: argparse.Namespace) -> Iterator[Stage]:
 def counters_command(folder: Path, one_step: Sequence[str]) -> tuple[str, ...]:
     """ncu on the kernels that took longest in the stage times, at the shape where they did."""
     names, shape = slowest(folder)
-    watch = ("ncu", "--csv", "--metrics", ",".join(COUNTERS), "--launch-count", "12")
+    clocks = ("--clock-control", "none")  # the device's are left as they are
+    watch = ("ncu", "--csv", *clocks, "--metrics", ",".join(COUNTERS), "--launch-count", "12")
     chosen = ("--kernel-name", f"regex:^({'|'.join(names)})$") if names else ()
     target = ("--shape", shape) if shape else ()
     return (*watch, *chosen, *one_step, "--steps", "2", *target)
