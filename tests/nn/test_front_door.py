@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import iada
+from iada_kernels import native
 from tests.helpers.problems import random_problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,6 +171,7 @@ def test_label_smoothing_with_every_term(smoothing):
     assert torch.autograd.gradgradcheck(as_function, tensors)
 
 
+@pytest.mark.skipif(not native.is_available(), reason="no native library here")
 def test_label_smoothing_names_the_backends_that_have_it():
     tensors, problem = inputs()
     with pytest.raises(RuntimeError, match="label_smoothing.*backend=None"):
