@@ -158,7 +158,10 @@ def _convolution(node: Any, given: Tangents) -> Tensor | None:
 
 
 def _batch_norm(node: Any, given: Tangents) -> Tensor | None:
-    """γ x̂̇ + γ̇ x̂ + β̇; the Jacobian of x ↦ γ x̂ is symmetric, so its backward kernel serves."""
+    """γ x̂̇ + γ̇ x̂ + β̇; the Jacobian of x ↦ γ x̂ is symmetric, so its backward kernel serves.
+
+    torch's own does for the statistics of cuDNN and MIOpen too, which are mean and 1/√(var + eps).
+    """
     moved_input, moved_weight, moved_bias = given
     inputs, weight = node._saved_input, node._saved_weight
     if not node._saved_training or weight is None:
@@ -166,7 +169,8 @@ def _batch_norm(node: Any, given: Tangents) -> Tensor | None:
     mean, inverse_deviation = node._saved_result1, node._saved_result2
     tangent = None
     if moved_input is not None:
-        saved = (inputs, weight, None, None, mean, inverse_deviation, True, node._saved_eps)
+        eps = node._saved_epsilon if hasattr(node, "_saved_epsilon") else node._saved_eps
+        saved = (inputs, weight, None, None, mean, inverse_deviation, True, eps)
         backward = torch.ops.aten.native_batch_norm_backward
         tangent = backward(moved_input, *saved, [True, False, False])[0]
     if moved_weight is None and moved_bias is None:
@@ -248,6 +252,20 @@ def _layer_norm(node: Any, given: Tangents) -> Tensor | None:
     return tangent if moved_bias is None else _plus(tangent, moved_bias.expand(inputs.shape))
 
 
+def _rms_norm(node: Any, given: Tangents) -> Tensor | None:
+    """γ x̂̇ + γ̇ x̂ of CUDA's fused kernel, whose backward has no derivative; x̂ = x / r."""
+    moved_input, moved_weight = given
+    inputs, weight, inverse = node._saved_input, node._saved_weight, node._saved_result1
+    normalized = (inputs * inverse).to(inputs.dtype)
+    tangent = None
+    if moved_input is not None:
+        axes = [-1 - axis for axis in range(len(node._saved_normalized_shape))]
+        moved = (moved_input * inverse).to(inputs.dtype)
+        tangent = moved - normalized * (normalized * moved).mean(dim=axes, keepdim=True)
+        tangent = tangent if weight is None else tangent.mul_(weight)
+    return tangent if moved_weight is None else _plus(tangent, normalized * moved_weight)
+
+
 def _shaped(node: Any, given: Tangents) -> Tensor | None:
     assert given[0] is not None
     return given[0].reshape(node._input_metadata[0].shape)
@@ -279,14 +297,16 @@ def _attention(node: Any, given: Tangents) -> Tensor | None:
         return forward_ad.unpack_dual(result).tangent
 
 
+BATCH_NORMS = [f"{name}BatchNormBackward0" for name in ["Native", "Cudnn", "Miopen"]]
 FLAT = [f"{name}Backward0" for name in ["Ceil", "Floor", "Round", "Sgn", "Sign", "Trunc"]]
 SMOOTH = ["Elu", "Exp", "Gelu", "Mish", "Sigmoid", "Silu", "Softmax", "Softplus", "Tanh"]
 PIECEWISE = ["Hardswish", "Hardtanh", "LeakyRelu", "NativeDropout"]
 
 RULES: Mapping[str, Callable[[Any, Tangents], Tensor | None]] = {
     "ConvolutionBackward0": _convolution,
-    "NativeBatchNormBackward0": _batch_norm,
+    **dict.fromkeys(BATCH_NORMS, _batch_norm),
     "NativeLayerNormBackward0": _layer_norm,
+    "FusedRmsNormBackward0": _rms_norm,
     "ReluBackward0": lambda node, given: torch.ops.aten.threshold_backward(
         given[0], node._saved_result, 0
     ),
