@@ -8,7 +8,7 @@
 # make stress     200 short trainings of three kinds under torchrun; counts those that do not end well
 # make fuzz       30 minutes: 10,000 random cases of each backend against torch's own error
 # make fallback   what every backend must pass, as if there were no native library
-# make resources   compiles the kernels of all reference shapes for four GPUs; part of CI
+# make resources   compiles the kernels of all reference shapes for five GPUs; part of CI
 # make matrix   compiles random combinations for four GPUs with Triton 3.6, the oldest there may be
 # make wheel   builds dist/*.whl with the native library in it, for every Python and torch from 2.11
 # make dist    that wheel and the source distribution, both checked, and the conda recipe rendered
@@ -171,7 +171,8 @@ check-sdist:
 # An architecture a core; nothing is launched.
 resources: $(VENV)/.dev
 	mkdir -p build
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.resources --jobs "$$(nproc)" --json build/resources.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.resources --jobs "$$(nproc)" --json build/resources.json \
+	  --arch sm_80 sm_90 sm_100 sm_120 gfx942
 
 # torch 2.11 brings Triton 3.6. Nothing is launched, and no native library is needed.
 OLDEST_VENV := build/triton-3.6

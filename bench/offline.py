@@ -27,6 +27,11 @@ SHARED_LIMIT = {
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
     "gfx942": 64 * 1024,
+    # On request: GeForce and RTX cards, the MI200s.
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx90a": 64 * 1024,
 }
 
 # From compute capability 8.0 on CUDA keeps 1 KiB of each program's shared memory for itself. It is

@@ -5,7 +5,7 @@ import sys
 import torch
 
 from iada_kernels import native
-from iada_kernels.dispatch import BACKENDS, select_backend
+from iada_kernels.dispatch import BACKENDS, select_backend, why_not
 from iada_kernels.environment import environment
 from iada_kernels.native import library
 
@@ -31,6 +31,9 @@ def _serves(name: str, device: torch.device) -> bool:
 
 
 def _detail(name: str) -> str:
+    if name == "triton" and torch.cuda.is_available():
+        why = why_not(name, torch.device("cuda"), torch.float32)
+        return f": {why}; torch operators stand in" if why else ""
     if name != "native":
         return ""
     if native.is_available():

@@ -6,6 +6,7 @@ name insists, and fails loudly if it cannot serve.
 
 import importlib.util
 import os
+import shutil
 import sys
 import warnings
 
@@ -23,6 +24,16 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+LEAST_CAPABILITY = (8, 0)  # of NVIDIA GPUs, that Triton supports: Ampere and later
+INSTALL = {  # what is missing, as `why_not` has it, and the remedy
+    "triton is not installed": "pip install 'iada[triton]'",
+    "Triton builds its launchers with a C compiler, and found none": (
+        "Install gcc or clang, or name one in CC"
+    ),
+}
+NO_TRITON, NO_COMPILER = INSTALL
 
 
 class SlowBackendWarning(RuntimeWarning):
@@ -60,7 +71,7 @@ def select_backend(
             "pass one of these"
         )
     chosen = name or BEST.get(device.type, "torch")
-    reason = _why_not(chosen, device, dtype)
+    reason = why_not(chosen, device, dtype)
     smoothed = options is not None and options.label_smoothing
     if smoothed and chosen != "torch" and not reason:
         reason = "label_smoothing is served by torch operators"
@@ -76,7 +87,7 @@ def select_backend(
             "use backend=None or backend='torch'"
         )
     if dtype in DTYPES and not (compact or smoothed):  # else there is nothing to install
-        _warn_once(chosen, device.type)
+        _warn_once(chosen, device.type, reason)
     return torch_ops
 
 
@@ -91,7 +102,7 @@ def served_by(name: str | None, device: torch.device) -> str:
     reason = ""
     if name is None:
         name = BEST.get(device.type, "torch")
-        reason = _why_not(name, device, torch.float32)
+        reason = why_not(name, device, torch.float32)
     if name == "torch" or reason:
         return f"torch operators ({name}: {reason})" if reason else "torch operators"
     return f"native {native.instruction_set()}" if name == "native" else name
@@ -104,7 +115,7 @@ def triton_backend() -> Backend:
     return triton
 
 
-def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why this backend cannot serve, or nothing."""
     if name == "torch":
         return ""
@@ -114,31 +125,55 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str:
         if device.type != "cpu":
             return "it computes on CPUs only"
     elif not HAS_TRITON:
-        return "triton is not installed"
+        return NO_TRITON
     elif device.type == "cpu" and not INTERPRETED:
         return (
             "its kernels run on GPUs, and on CPUs only with TRITON_INTERPRET=1 in the environment"
         )
     elif device.type not in ("cpu", "cuda"):
         return "it computes on NVIDIA and AMD GPUs only"
+    elif device.type == "cuda" and (reason := _why_not_launched(device.index)):
+        return reason
     return "" if dtype in DTYPES else f"it reads no features of {dtype}"
+
+
+_launched: dict[int | None, str] = {}
+
+
+def _why_not_launched(index: int | None) -> str:
+    """Why Triton cannot compile for this GPU of CUDA, or on this machine; asked once for each."""
+    if index not in _launched:
+        if not torch.cuda.is_available():
+            return ""
+        _launched[index] = ""
+        if torch.version.hip is None and torch.cuda.get_device_capability(index) < LEAST_CAPABILITY:
+            have, least = torch.cuda.get_device_capability(index), LEAST_CAPABILITY
+            _launched[index] = (
+                f"Triton needs a GPU of compute capability {least[0]}.{least[1]} or more, "
+                f"this one has {have[0]}.{have[1]}"
+            )
+        elif not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            _launched[index] = NO_COMPILER
+    return _launched[index]
 
 
 _warned: set[str] = set()
 
 
-def _warn_once(name: str, kind: str) -> None:
+def _warn_once(name: str, kind: str, reason: str) -> None:
     """Say that torch operators stand in for backend `name` on devices of this kind.
 
     Not where they were chosen, nor where there is nothing to install.
     """
     if name in _warned:
         return
-    reason, remedy = "triton is not installed", "pip install 'iada[triton]'"
+    remedy = INSTALL.get(reason, "")
     if name == "native":
         if library.IS_TURNED_OFF or not library.IS_BUILT_HERE:
             return
-        reason, remedy = library.WHY_MISSING, library.REMEDY
+        remedy = library.REMEDY
+    if not remedy:
+        return
     warnings.warn(
         f"torch operators stand in for iada's {name} kernels on {kind} tensors and take several "
         f"times as long: {reason}. {remedy}",
@@ -157,5 +192,7 @@ def _levels_to_the_caller() -> int:
 
 
 # As torch.compiler.assume_constant_result marks what runs once, while a graph is traced, which a
-# warning cannot be part of; the function itself would import the whole compiler here.
+# warning, or a question about the machine, cannot be part of; the function itself would import the
+# whole compiler here.
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_why_not_launched._dynamo_marked_constant = True  # type: ignore[attr-defined]

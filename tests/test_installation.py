@@ -18,6 +18,7 @@ import bench.meta
 import iada
 from iada.__main__ import main
 from iada_kernels import SlowBackendWarning, dispatch, native, select_backend, torch_ops
+from iada_kernels import __main__ as which
 from iada_kernels.environment import environment
 from iada_kernels.native import library
 
@@ -102,6 +103,67 @@ def test_gpus_without_triton(monkeypatch):
         warnings.simplefilter("error")
         assert select_backend(None, torch.device("cuda")) is torch_ops
         assert select_backend(None, torch.device("mps")) is torch_ops  # nothing to install there
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What `dispatch` learns of the machine, to be changed."""
+    pytest.importorskip("triton")
+    found = {"capability": (9, 0), "gcc": "/usr/bin/gcc"}
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "_launched", {})
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found["capability"])
+    monkeypatch.setattr(dispatch.shutil, "which", found.get)
+    monkeypatch.delenv("CC", raising=False)
+    return found
+
+
+def test_gpus_that_triton_serves(gpu):
+    assert select_backend(None, torch.device("cuda", 1)).__name__ == "iada_kernels.triton"
+    gpu["capability"] = (7, 5)  # it is asked once for each GPU
+    assert select_backend(None, torch.device("cuda", 1)).__name__ == "iada_kernels.triton"
+
+
+def test_gpus_that_triton_does_not_support(gpu, capsys):
+    gpu["capability"] = (7, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # there is nothing to install
+        assert select_backend(None, torch.device("cuda")) is torch_ops
+    with pytest.raises(RuntimeError, match=r"'triton' .*capability 8.0 or more, this one has 7.5"):
+        select_backend("triton", torch.device("cuda"))
+    assert which.main() == 0
+    assert "this one has 7.5; torch operators stand in" in capsys.readouterr().out
+
+
+def test_gpus_without_a_compiler(gpu, monkeypatch):
+    del gpu["gcc"]
+    with pytest.warns(SlowBackendWarning, match="found none. Install gcc or clang"):
+        assert select_backend(None, torch.device("cuda")) is torch_ops
+    with pytest.raises(RuntimeError, match="C compiler, and found none"):
+        select_backend("triton", torch.device("cuda"))
+    dispatch._launched.clear()
+    monkeypatch.setenv("CC", "cc")
+    assert select_backend(None, torch.device("cuda")) is not torch_ops
+
+
+def test_the_question_is_no_part_of_a_graph(monkeypatch):
+    asked = []
+
+    class Known(dict):
+        def __contains__(self, index):
+            asked.append(torch.compiler.is_compiling())
+            return True
+
+    monkeypatch.setattr(dispatch, "_launched", Known({0: "too old"}))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x):
+        return x + bool(dispatch._why_not_launched(0))
+
+    assert chosen(torch.zeros(2)).tolist() == [1, 1]
+    assert asked  # by Python itself, once, while it was traced
 
 
 def test_sources_that_hide_an_installed_library(monkeypatch, tmp_path):

@@ -177,6 +177,9 @@ BLACKWELL = replace(
     large=None,
 )
 
+# RTX 50: Blackwell's compiler, Ampere's instructions and registers.
+BLACKWELL_RTX = replace(AMPERE, single_launch=BLACKWELL.single_launch)
+
 # 64 KiB of shared memory, and no TF32: a product of float32 takes more registers.
 AMD = replace(
     NVIDIA,
@@ -267,5 +270,5 @@ def configuration_for(architecture: str) -> Configuration:
     if architecture.startswith("gfx"):
         return AMD
     if architecture.startswith("sm_1"):
-        return BLACKWELL
+        return BLACKWELL_RTX if architecture.startswith("sm_12") else BLACKWELL
     return AMPERE if architecture.startswith("sm_8") else NVIDIA

@@ -66,11 +66,20 @@ def test_nothing_is_compiled_again_without_need():
         assert launch.keeping_less(binary, again) is binary
 
 
-GPUS = {"sm_80": config.AMPERE, "sm_90": config.NVIDIA, "sm_100": config.BLACKWELL}
+GPUS = {
+    "sm_80": config.AMPERE,
+    "sm_89": config.AMPERE,
+    "sm_90": config.NVIDIA,
+    "sm_100": config.BLACKWELL,
+    "sm_103": config.BLACKWELL,
+    "sm_120": config.BLACKWELL_RTX,
+    "gfx90a": config.AMD,
+}
 
 
 @pytest.mark.parametrize("architecture", GPUS)
 def test_sums_in_float64_have_small_tiles(architecture):
+    assert config.configuration_for(architecture) is GPUS[architecture]
     for name, tile in vars(GPUS[architecture]).items():
         if isinstance(tile, config.Tile):
             assert tile.of(torch.float64).rows <= 32, name
@@ -92,7 +101,7 @@ def test_which_results_have_large_tiles(kernel, rows, width, dtype, is_large):
     expected = getattr(hopper.large if is_large else hopper, kernel).of(dtype)
     assert hopper.tile_of(kernel, rows, width, dtype) == expected
     assert expected.rows == 64 or not is_large
-    for other in (config.AMPERE, config.BLACKWELL, config.AMD):
+    for other in {*GPUS.values()} - {hopper}:
         assert other.tile_of(kernel, rows, width, dtype) == getattr(other, kernel).of(dtype)
 
 
@@ -104,6 +113,8 @@ def test_which_results_have_large_tiles(kernel, rows, width, dtype, is_large):
         ("sm_90", 16, "float64", True),
         ("sm_100", 64, "float32", True),
         ("sm_100", 16, "float64", False),
+        ("sm_120", 64, "float32", True),
+        ("sm_120", 16, "float64", False),
     ],
 )
 def test_which_heads_a_single_launch_serves(architecture, width, dtype, is_single):

@@ -193,7 +193,7 @@ def test_it_compiles_in_one_graph():
 def test_other_backends_take_torchs_products(name):
     problem, state = problem_of((7, 4, 5, 2)), iada.ClassCovariance(4, 5, "low-rank", 2).double()
     rows = problem.features, problem.labels.clamp(min=0)
-    if dispatch._why_not(name, torch.device("cpu"), torch.float64):
+    if dispatch.why_not(name, torch.device("cpu"), torch.float64):
         with pytest.raises(RuntimeError, match=f"^backend: '{name}' cannot serve"):
             fused(name)(problem)
         with pytest.raises(RuntimeError, match=f"^backend: '{name}' cannot serve"):
