@@ -28,11 +28,14 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test quick check bench regression docs docs-serve sanitize stress fuzz fallback wheel dist check-wheel check-sdist resources matrix clean FORCE
 
+# They train, and run when the documentation is built.
+NOTEBOOKS := tests/docs/test_notebooks.py
+
 demo: $(VENV)/.demo
 	$(BIN)/python -m iada demo --out demo-report
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore $(NOTEBOOKS)
 
 quick: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not distributed and not gpu"
@@ -53,7 +56,8 @@ regression: $(VENV)/.dev
 	  $$(ls .benchmarks/*/*.json >/dev/null 2>&1 && echo --benchmark-compare --benchmark-compare-fail=min:25%)
 
 # Its theme would advertise what comes after it.
-docs: $(VENV)/.docs
+docs: $(VENV)/.docs $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(NOTEBOOKS)
 	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict
 
 docs-serve: $(VENV)/.docs

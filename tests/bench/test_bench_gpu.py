@@ -32,28 +32,6 @@ def run_dry(out, **environment) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_whole_path_on_a_cpu(tmp_path):
-    done = run_dry(tmp_path, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    (path,) = tmp_path.glob("gpu-cpu-torch*-triton*.json")
-    found = json.loads(path.read_text())
-    assert {"iada", "torch", "triton", "python", "processor"} <= set(found["machine"])
-    assert "triton = loss, gradients and update by the Triton kernels" in done.stdout
-    assert (found["left_out"], found["failures"]) == ([], {})
-    assert set(found["shapes"]) == {"tiny-full", "tiny-diag", "tiny-dense"}
-    for name, shape in found["shapes"].items():
-        for errors in shape["errors"].values():
-            assert {"loss", "weight", "epsilon", "covariance", "count"} <= set(errors), name
-        sides = set(shape["launched"]["ms"])
-        assert {"triton", "torch", "triton_loss", "cross_entropy"} <= sides
-        assert ("eager" in sides) == ("no_eager" not in shape) == (name != "tiny-dense")
-        assert shape["with_torch_compiled"]["launched"]["by_triton"]["torch_compiled"] > 0
-        assert shape["with_torch_compiled"]["graphs"] > 0
-        assert len(shape["kernels"]) > 1 or name == "tiny-full"
-        assert all(row["bytes"] > 0 and row["ms"] > 0 for row in shape["kernels"])
-        assert f"| {name} |" in done.stdout
-
-
 def test_a_dry_run_needs_the_interpreter(tmp_path):
     done = run_dry(tmp_path, TRITON_INTERPRET="")
     assert done.returncode == 2

@@ -136,6 +136,25 @@ def test_the_record_that_is_printed_is_the_source():
     assert "no tile gains" in record_of({"sign": found["sign"]})
 
 
+def assert_measured(found, printed):
+    """What `bench.gpu` writes and prints, of all its parts."""
+    assert {"iada", "torch", "triton", "python", "processor"} <= set(found["machine"])
+    assert "triton = loss, gradients and update by the Triton kernels" in printed
+    assert (found["left_out"], found["failures"], found["plans"]) == ([], {}, "replays")
+    assert set(found["shapes"]) == {"tiny-full", "tiny-diag", "tiny-dense"}
+    for name, shape in found["shapes"].items():
+        for errors in shape["errors"].values():
+            assert {"loss", "weight", "epsilon", "covariance", "count"} <= set(errors), name
+        sides = set(shape["launched"]["ms"])
+        assert {"triton", "torch", "triton_loss", "cross_entropy"} <= sides
+        assert ("eager" in sides) == ("no_eager" not in shape) == (name != "tiny-dense")
+        assert shape["with_torch_compiled"]["launched"]["by_triton"]["torch_compiled"] > 0
+        assert shape["with_torch_compiled"]["graphs"] > 0
+        assert len(shape["kernels"]) > 1 or name == "tiny-full"
+        assert all(row["bytes"] > 0 and row["ms"] > 0 for row in shape["kernels"])
+        assert f"| {name} |" in printed
+
+
 def test_all_of_it_with_stubs(tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -160,8 +179,10 @@ def test_all_of_it_with_stubs(tmp_path):
     assert "watched by ncu" in stages["counters"]["output"]
     (counters,) = (line for line in done.stdout.splitlines() if line.startswith("counters: ncu"))
     assert "--kernel-name" in counters  # by what the stage times has found
-    (found,) = report.parent.glob("gpu-cpu-*.json")
-    for shape in json.loads(found.read_text())["shapes"].values():
+    (path,) = report.parent.glob("gpu-cpu-torch*-triton*.json")
+    found = json.loads(path.read_text())
+    assert_measured(found, (report.parent / "compiled.log").read_text())
+    for shape in found["shapes"].values():
         assert shape["parts"] == ["errors", "times", "floor", "torch-compiled", "eager-compiled"]
         assert {"triton", "cross_entropy"} <= set(shape["floor"]["launched"]["ms"])
         assert {"liger", "cut_cross_entropy"} & set(shape["floor"]["not_installed"])

@@ -42,11 +42,16 @@ small = Combination(classes=10, width=64, other="update", **common)
 large = Combination(classes=10, width=130, other="hypergradient", **common)
 alone = dict(structure="none", streams=False, needs=LossNeeds(*[False] * 6), other="update")
 wide, many = (Combination(classes=c, width=64, **common | alone) for c in (130, 3000))
+# In these no threads exchange anything: a barrier in one of them would be missing below.
+plain = {"tangent_kernel", "curvature_kernel", "grad_epsilon_kernel", "grad_features_kernel"}
+plain |= {"head_backward_kernel", "class_sums_kernel", "single_launch_backward_kernel"}
 found = {}
 with compiling_for(architecture):
     recorded = {c: recorded_launches(c, architecture) for c in (small, large, wide, many)}
     for c, launch in ((c, launch) for c in recorded for _, launch in recorded[c]):
         name = launch.kernel.fn.__name__
+        if name in plain:
+            continue
         if c in (wide, many):  # the softmax of rows of several tiles
             if name != ("logits_kernel" if c is wide else "softmax_kernel"):
                 continue
