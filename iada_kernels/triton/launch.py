@@ -119,10 +119,8 @@ def planned(operation: Callable[P, R]) -> Callable[P, R]:
             return operation(*args, **kwargs)
         device = driver.active.get_current_device()
         where = _first_tensor(args).get_device()
-        if where not in (
-            device,
-            ON_CPU,
-        ):  # Triton launches on the current one, wherever tensors are
+        # Triton launches on the current device, wherever tensors are.
+        if where not in (device, ON_CPU):
             with torch.cuda.device(where):
                 return call(*args, **kwargs)
         if not ALLOWED.plans:

@@ -72,6 +72,16 @@ def test_wrong_replays_are_left_out(arguments, monkeypatch):
     assert not ran
 
 
+def test_replays_that_raise_are_left_out(arguments, monkeypatch):
+    def raises(self, *given):
+        raise TypeError("an address")
+
+    monkeypatch.setattr(replay.Replay, "__call__", raises)
+    level, failures = refuted(arguments)
+    assert level == "plans"
+    assert "TypeError: an address" in failures[0]
+
+
 def test_wrong_plans_are_left_out(arguments, monkeypatch):
     replays_err(monkeypatch)
     monkeypatch.setattr(plans.Call, "start", lambda *_: None)

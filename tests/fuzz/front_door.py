@@ -58,7 +58,6 @@ def fuzz_front_door(draw: Draw, backend: str, device: torch.device) -> list[Judg
         holds("shape of the loss", found["loss"].shape == shape),
         holds("shape of the logits", logits[0].shape == (*door.leading, len(problem.weight))),
     ]
-    found["loss"] = found["loss"].reshape(-1) if shape else found["loss"]
     found["logits"] = logits[0].cpu().flatten(0, -2) if door.leading else logits[0].cpu()[None]
     exact, *nudged = (
         exactly(problem, door, wanted, scale, nudge) for nudge in (None, *[draw] * NUDGES)
