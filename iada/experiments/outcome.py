@@ -71,11 +71,16 @@ def judge_of(recipe: Recipe, history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def curve(history: Sequence[Mapping[str, Any]], terms: TermsLog) -> list[dict[str, Any]]:
-    """One dict an epoch: loss, accuracy, and the terms of Table 1 where they were looked at."""
+    """One dict an epoch: loss, accuracy, how far Eq. 9 moved Σ, and the terms of Table 1.
+
+    The latter two where there is a Σ that learns, and where the terms were looked at.
+    """
     by_epoch = {row["epoch"]: row for row in terms.summary()}
     points = []
     for row in history:
         point = {"epoch": row["epoch"], "loss": row["loss"], "accuracy": row.get("test_balanced")}
+        if row.get("covariance_change") is not None:
+            point["covariance_change"] = row["covariance_change"]
         points.append(point | by_epoch.get(row["epoch"], {}))
     return points
 
