@@ -262,7 +262,10 @@ def run_methods(
     published = published_figures([recipe])
     shown = [*records, *derived_records(recipe, records)]
     page = by_first(
-        lambda: write_page(shown, folder, published, recipe.source, command), current_group()
+        lambda: write_page(
+            shown, folder, published, recipe.source, command, reference=recipe.reference
+        ),
+        current_group(),
     )
     say(f"\nReport: {page}")
 

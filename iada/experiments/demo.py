@@ -16,8 +16,8 @@ import torch
 from iada.experiments import recipe as recipes
 from iada.experiments.command import check_at_least
 from iada.experiments.experiment import Limits, make_split, read_parts
-from iada.experiments.metrics import paired
-from iada.experiments.report.tables import OURS, difference, overview_table
+from iada.experiments.metrics import OURS, paired
+from iada.experiments.report.tables import difference, overview_table
 from iada.experiments.report.variants import Variant, by_experiment, variants_of
 from iada.experiments.run import RunOptions, plan, run
 from iada.utils.files import check_writable
@@ -130,7 +130,7 @@ def summary_table(records: Sequence[Record]) -> str:
 
 
 def paired_differences(records: Sequence[Record]) -> list[str]:
-    """A sentence a row: Meta-IADA less each other method, seed by seed, with the standard error."""
+    """A sentence a row: Meta-IADA less each other method, seed by seed, with 95 % intervals."""
     sentences = []
     for group in by_experiment(records).values():
         variants = variants_of(group)
@@ -142,7 +142,7 @@ def paired_differences(records: Sequence[Record]) -> list[str]:
         title = group[0]["title"]
         sentences.append(f"{title[0].upper()}{title[1:]}: Meta-IADA {', '.join(gaps)}.")
     if sentences and len({record["seed"] for record in records}) > 1:
-        sentences[-1] += " (Differences of the same seeds, mean ± standard error.)"
+        sentences[-1] += " (Differences of the same seeds; mean ± margin is the interval of 95 %.)"
     return sentences
 
 

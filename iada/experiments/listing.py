@@ -6,7 +6,7 @@ from iada.experiments.metrics import METRICS, Spread, mean_std
 from iada.experiments.recipe import DerivedEntry, MethodEntry, Recipe
 from iada.experiments.records import Record, deviations_of
 from iada.experiments.report.table import Cell, Table
-from iada.experiments.report.tables import difference, paired_gaps, shown
+from iada.experiments.report.tables import difference, gap_title, paired_columns, shown
 
 PUBLISHED = "published"
 
@@ -44,7 +44,8 @@ def comparison(recipe: Recipe, records: Sequence[Record]) -> str:
             columns.append((metric, epoch))
             if epoch == recipe.selection and any(metric in figures for figures in quoted):
                 columns.append((metric, PUBLISHED))
-    gaps = paired_gaps({key: key for key in by_method}, by_method, recipe.metrics[0])
+    methods = {key: key for key in by_method}
+    gaps = paired_columns(methods, by_method, recipe.metrics, recipe.reference)
     head = ["method", "seeds"]
     head += [PUBLISHED if e == PUBLISHED else f"{METRICS[metric]}, {e}" for metric, e in columns]
     rows = []
@@ -54,13 +55,15 @@ def comparison(recipe: Recipe, records: Sequence[Record]) -> str:
             spreads = mean_std(runs)
             row = [Cell(entry.title), Cell(str(len(runs)) if runs else None)]
             row += [_figure(metric, epoch, spreads, entry.published) for metric, epoch in columns]
-            row += [Cell(difference(recipe.metrics[0], gaps.get(key)))] * bool(gaps)
+            row += [Cell(difference(metric, column.get(key))) for metric, column in gaps.items()]
             rows.append(row)
     for title, figures in recipe.published.items():
         row = [Cell(f"({title})"), Cell(None)]
         row += [_figure(metric, epoch, {}, figures) for metric, epoch in columns]
-        rows.append(row + [Cell(None)] * bool(gaps))
-    head += ["Meta-IADA less this, paired"] * bool(gaps)
+        rows.append(row + [Cell(None)] * len(gaps))
+    if gaps:
+        name = entries[recipe.reference].title
+        head += [gap_title(name, metric, len(gaps)) for metric in gaps]
     return Table(head, rows).text()
 
 

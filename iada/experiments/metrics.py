@@ -28,6 +28,7 @@ from iada.utils.checks import (
     check_tensor,
 )
 
+OURS = "meta-iada"  # the method whose lead over others is told, where a recipe names no other
 MANY, FEW = 100, 20  # training images of a class: more than MANY, fewer than FEW
 CALIBRATION_BINS = 15
 
@@ -67,13 +68,15 @@ class Measured(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Differences of two methods seed by seed: mean, standard error (None of one seed), p, seeds.
+    """Differences of two methods seed by seed.
 
-    p: of Student's paired test, two-sided; None without a standard error, or without SciPy.
+    margin: mean ± margin is the interval of 95 % by Student's distribution; p: of his paired test,
+    two-sided, of this one comparison. Both are None of a single seed and without SciPy, and p of
+    differences that are all the same, unless they are 0.
     """
 
     mean: float
-    error: float | None
+    margin: float | None
     p: float | None
     seeds: int
 
@@ -239,23 +242,31 @@ def paired(records: Runs, others: Runs, metric: str) -> Paired | None:
         {run.get("seed", 0): (run.get("last") or {}).get(metric) for run in runs}
         for runs in (records, others)
     )
+    return paired_by_seed(ours, theirs)
+
+
+def paired_by_seed(
+    ours: Mapping[int, float | None], theirs: Mapping[int, float | None]
+) -> Paired | None:
+    """What one is ahead of the other at the seeds where both have a value; None without any."""
     pairs = [(value, theirs.get(seed)) for seed, value in ours.items()]
     gaps = [one - other for one, other in pairs if one is not None and other is not None]
     if len(gaps) < 2:
         return Paired(gaps[0], None, None, 1) if gaps else None
     mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
-    return Paired(mean, error, _student(mean, error, len(gaps)), len(gaps))
+    return Paired(mean, *_student(mean, error, len(gaps)), len(gaps))
 
 
-def _student(mean: float, error: float, count: int) -> float | None:
-    """Two-sided p of a mean of `count` values with this standard error."""
+def _student(mean: float, error: float, count: int) -> tuple[float | None, float | None]:
+    """Margin of 95 % and two-sided p of a mean of `count` values with this standard error."""
     try:
         stats: Any = import_module("scipy.stats")
     except ImportError:  # comes with the extra "paper"
-        return None
-    if not error:
-        return float(mean == 0)
-    return 2 * float(stats.t.sf(abs(mean) / error, count - 1))
+        return None, None
+    if error <= 1e-12 * max(1.0, abs(mean)):  # the rounding of differences that are all the same
+        return 0.0, 1.0 if abs(mean) <= error else None
+    margin = error * float(stats.t.ppf(0.975, count - 1))
+    return margin, 2 * float(stats.t.sf(abs(mean) / error, count - 1))
 
 
 def _check(logits: Tensor, labels: Tensor, class_counts: Tensor | Sequence[int]) -> None:

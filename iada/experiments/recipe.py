@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from iada.experiments.datasets import READERS
-from iada.experiments.metrics import METRICS
+from iada.experiments.metrics import METRICS, OURS
 from iada.experiments.scenarios import SCENARIOS
 from iada.methods.registry import METHODS
 from iada.training.config import TrainerConfig
@@ -90,6 +90,7 @@ class Recipe:
     name: "table2/cifar10-100".  source: table and paper.  needs: the data set, in words.
     metrics: the columns of the table, names of `iada.experiments.metrics.METRICS`.
     selection: the epoch that the paper reports, "last" or "best".
+    reference: the method whose lead over each other is told, seed by seed; "" for none.
     data: the reader's name in `iada.experiments.datasets.READERS`, as "reader", and its options.
     scenario: the name in `iada.experiments.scenarios.SCENARIOS`, as "name", and its parameters.
     published: rows of the table that have no method here.
@@ -101,6 +102,7 @@ class Recipe:
     source: str
     metrics: tuple[str, ...]
     selection: str
+    reference: str
     needs: str
     data: dict[str, Any]
     scenario: dict[str, Any]
@@ -242,12 +244,17 @@ def _build(name: str, sections: Sections) -> Recipe:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
     data = dict(sections["data"])
+    keys = [entry.key for entry in methods]
+    reference = about.get("reference", OURS if OURS in keys else "")
+    if reference:
+        check_choice(f"{name} reference", reference, keys, "mend it")
     return Recipe(
         name=name,
         title=about["title"],
         source=about["source"],
         metrics=tuple(about["metrics"]),
         selection=about.get("selection", "last"),
+        reference=reference,
         needs=data.pop("needs"),
         data=data,
         scenario=dict(sections["scenario"]),

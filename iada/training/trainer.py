@@ -270,7 +270,8 @@ class Trainer:
         row = {"epoch": self.epoch, **self._measures.summary(covariance, self.group)}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         change = getattr(self.method, "covariance_change", None)
-        row["covariance_change"] = None if change is None else number_or_none(change)
+        change = None if change is None else number_or_none(change)
+        row["covariance_change"] = change
         row["alpha"] = None if self.plain_phase else self.method.alpha
         if self.validation_set is not None:
             with self._times.phase("validation"):
@@ -281,7 +282,8 @@ class Trainer:
             with self._times.phase("validation"), evaluating(*models):
                 found = measured(self.measure(self))
         row |= found
-        kept = ("epoch", "loss", "accuracy", *found)
+        learned = () if change is None else ("covariance_change",)
+        kept = ("epoch", "loss", "accuracy", *learned, *found)
         self.history.append({name: row[name] for name in kept if name in row})
         logs.write({**row, **self._times.take()})
         self.method.end_epoch()

@@ -1,6 +1,7 @@
 """Loader workers that the system killed: one error that says so, wherever torch notices."""
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 
 LOST = "DataLoader worker"  # how torch's messages about workers begin
@@ -11,8 +12,9 @@ def lost_workers_named(where: object = None) -> Iterator[None]:
     """RuntimeError with the remedy if a loader's worker ends inside, of its own or by a signal.
 
     Torch raises from a signal handler, in the middle of anything, or where it waits for the worker;
-    a broken connection is what remains of a worker whose end it has not noticed yet. `where`:
-    the folder to resume from.
+    a broken connection is what remains of a worker whose end it has not noticed yet. Loaders that
+    were read inside end with it, lest torch tell of their other workers in the caller's code.
+    `where`: the folder to resume from.
     """
     try:
         yield
@@ -20,11 +22,22 @@ def lost_workers_named(where: object = None) -> Iterator[None]:
         reason = _lost_worker(error)
         if reason is None:
             raise
+        _end_loaders(error)
         rest = "" if where is None else f" and resume from {where}: the last checkpoint is intact"
         raise RuntimeError(
             f"data: expected the loader's workers to live, got one that ended ({reason}), as they "
             f"do for want of memory; use fewer num_workers or smaller samples{rest}"
         ) from error
+
+
+def _end_loaders(error: BaseException | None) -> None:
+    """Those that only the frames of a traceback keep: torch watches their workers until they go."""
+    while error is not None:
+        try:
+            traceback.clear_frames(error.__traceback__)
+        except RuntimeError:  # torch's news of one more worker
+            continue
+        error = error.__cause__ or error.__context__
 
 
 def _lost_worker(error: BaseException | None) -> str | None:

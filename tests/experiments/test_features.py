@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from bench.frozen import KEPT, ROWS, collected, digest_of, settings_digest, table
 from iada.cli import main
 from iada.experiments.datasets import Labelled, read_features
 from iada.experiments.datasets.features import write_features
-from iada.experiments.demo import paired_differences, summary_table
 from iada.experiments.recipe import load
 from iada.experiments.records import read_records
 from iada.experiments.scenarios import long_tail
@@ -131,16 +131,53 @@ def test_smaller_meta_sets_are_parts_of_larger_ones():
         without.with_meta_limit(2)
 
 
-def test_the_page_shows_the_committed_results():
+FROZEN = {"frozen": "160", "frozen-epoch39": "39"}  # the files of results, and epochs before
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_the_page_shows_the_committed_results(name):
     root = Path(__file__).parents[2]
-    records = json.loads((root / "bench/results/frozen.json").read_text())
-    page = (root / "docs/experiments.md").read_text()
-    assert summary_table(records) in page
-    for sentence in paired_differences(records):
-        assert sentence in page
-    methods = {row: {e.key for e in load(row).methods} for row in ("frozen/cifar10-100",)}
-    for record in records:
-        assert record["method"] in methods.get(record["experiment"], {record["method"]})
+    records = json.loads((root / f"bench/results/{name}.json").read_text())
+    assert table(records) in (root / "docs/frozen-features.md").read_text()
+    for row in ROWS:
+        runs = {(r["method"], r["seed"]) for r in records if r["experiment"] == row}
+        keys = [entry.key for entry in load(row).methods]
+        assert runs == {(key, seed) for key in keys for seed in range(1, 11)}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_the_committed_results_are_of_the_recipes(name):
+    root = Path(__file__).parents[2]
+    entries = {(row, e.key): e for row in ROWS for e in load(row).methods}
+    for record in json.loads((root / f"bench/results/{name}.json").read_text()):
+        entry = entries[record["experiment"], record["method"]]
+        assert record["settings_digest"] == digest_of(entry.trainer), entry.title
+        assert record["meta_images"] in (None, 10 * entry.meta_per_class), entry.title
+
+
+def test_runs_are_collected_as_they_are(tmp_path):
+    settings = {"seed": 3, "method": "ce", "lr": 0.1}
+    record = dict.fromkeys(KEPT)
+    record |= {"experiment": ROWS[0], "method": "ce", "method_name": "CE", "settings": settings}
+    record["split"] = {"class_counts": {"meta": [10, 10]}}
+    for method, name, score, seed in (
+        ("ce", "CE", 0.6, 1), ("ce", "CE", 0.7, 2),
+        ("meta-iada", "Meta-IADA", 0.8, 1), ("meta-iada", "Meta-IADA", 0.8, 2),
+    ):  # fmt: skip
+        own = {"seed": seed, "last": {"top1": score}, "method": method, "method_name": name}
+        path = tmp_path / method / str(seed) / "record.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(record | own))
+    found = collected(tmp_path)
+    assert [(r["method"], r["seed"]) for r in found] == [
+        ("ce", 1), ("meta-iada", 1), ("ce", 2), ("meta-iada", 2)
+    ]  # fmt: skip
+    assert {r["meta_images"] for r in found} == {20}
+    assert {r["settings_digest"] for r in found} == {settings_digest({**settings, "seed": 9})}
+    assert settings_digest({**settings, "lr": 0.2}) != found[0]["settings_digest"]
+    text = table(found)
+    assert "| CE | 65.0 ± 7.1 | +15.0 ± 63.5 (p 0.205) | – | – |" in text
+    assert "| Meta-IADA | 80.0 ± 0.0 | – | – | – |" in text
 
 
 def test_sweeps_change_one_setting():

@@ -200,7 +200,21 @@ def test_paired_differences_are_scipys():
     found = paired(one, other[::-1], "top1")
     assert found.mean == pytest.approx(np.mean(scores["a"]) - np.mean(scores["b"]))
     assert found.p == pytest.approx(stats.ttest_rel(scores["a"], scores["b"]).pvalue)
+    gap = stats.ttest_rel(scores["a"], scores["b"])
+    low, high = gap.confidence_interval(0.95)
+    assert (found.mean - found.margin, found.mean + found.margin) == pytest.approx((low, high))
     assert paired(one[:3], [*other[1:], {"seed": 9, "last": {}}], "top1").seeds == 2
     assert paired(one[:1], other, "top1") == (pytest.approx(0.1), None, None, 1)
     assert paired(one[:1], other[1:], "top1") is None
-    assert paired(one, one, "top1").p == 1.0
+    assert paired(one, one, "top1") == (0.0, 0.0, 1.0, 4)
+
+
+def test_differences_that_are_all_the_same_have_no_p():
+    pytest.importorskip("scipy.stats")
+    scores = [0.1, 0.7, 0.4]
+    one, other = (
+        [{"seed": seed, "last": {"top1": value + more}} for seed, value in enumerate(scores)]
+        for more in (0.05, 0.0)
+    )
+    found = paired(one, other, "top1")
+    assert (found.mean, found.margin, found.p) == (pytest.approx(0.05), 0.0, None)

@@ -23,6 +23,7 @@ from iada.experiments.listing import comparison, derived_records, published_figu
 from iada.experiments.metrics import METRICS
 from iada.experiments.recipe import (
     DerivedEntry,
+    from_sections,
     load,
     names,
     parse_change,
@@ -261,6 +262,8 @@ def test_runs_write_records_a_page_and_a_comparison(images, tmp_path, capsys):
     assert own["surrogate"]["classes"]
     assert {"generalization", "robustness", "fairness"} <= set(own["curve"][-1])
     assert "± " in comparison(load("table2/cifar10-100"), records)
+    assert 0 < own["curve"][-1]["covariance_change"] < 0.1
+    assert "covariance_change" not in own["curve"][0]  # plain CE
 
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
     assert main(command) == 0  # nothing is run twice
@@ -610,3 +613,34 @@ def test_groups_are_published_at_the_epoch_chosen_by_validation():
 
 def test_the_recipes_are_shipped():
     assert (recipes.recipe_folder() / "table2/cifar10-100.toml").is_file()
+
+
+def test_differences_are_told_of_the_method_that_the_recipe_names():
+    records = [
+        {
+            "experiment": "figure6/cifar10-10",
+            "method": f"alpha-{alpha}",
+            "seed": seed,
+            "last": {"top1": 0.8 + 0.01 * seed * alpha},
+        }
+        for alpha in (0.1, 0.5, 1.0)
+        for seed in (0, 1)
+    ]
+    text = comparison(load("figure6/cifar10-10"), records)
+    assert "Meta-IADA, α = 0.5 less this, paired" in text
+    rows = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "-0.2 ± 3.2 (p 0.500)" in rows["Meta-IADA, α = 1.0"]
+    assert "p" not in rows["Meta-IADA, α = 0.5"].split("0.5", 1)[1]
+    for name in ("afr-table1/cifar100-100", "afr-table1/crop-flip-100", "afr-table2/cifar100-100"):
+        recipe = load(name)
+        assert recipe.reference in [entry.key for entry in recipe.methods]
+    sections = {
+        "experiment": {"title": "t", "source": "s", "metrics": ["top1"], "reference": "none"},
+        "data": {"reader": "digits", "needs": "nothing"},
+        "scenario": {"name": "long-tail"},
+        "methods": {"ce": {}},
+    }
+    with pytest.raises(ValueError, match="reference: expected .*'ce'.*'none'"):
+        from_sections("own/row", sections)
+    del sections["experiment"]["reference"]
+    assert from_sections("own/row", sections).reference == ""

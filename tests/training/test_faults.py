@@ -14,6 +14,8 @@ import signal
 
 import pytest
 import torch
+from torch._C import _error_if_any_worker_fails
+from torch.utils.data import DataLoader
 
 from iada.training.checkpoint import CHECKPOINT, load_checkpoint, previous
 from iada.utils.workers import lost_workers_named
@@ -191,6 +193,26 @@ def test_a_killed_worker_of_the_loader(tmp_path, whole, worker):
         trainer.fit()
     assert load_checkpoint(tmp_path / CHECKPOINT)["epoch"] in (1, 2)
     assert differences(final_state(make_trainer(tmp_path, epochs=3)), whole) == []
+
+
+def test_one_error_however_many_workers_are_lost():
+    """Torch tells of one worker of each loader that lives, the error's traceback keeping them."""
+
+    def read():
+        loaders = [iter(DataLoader(range(99), num_workers=1)) for _ in range(2)]
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        while True:
+            for loader in loaders:
+                next(loader)
+
+    with (
+        pytest.raises(RuntimeError, match="expected the loader's workers to live") as caught,
+        lost_workers_named(),
+    ):
+        read()
+    assert caught.value.__cause__ is not None
+    _error_if_any_worker_fails()  # what torch's signal handler calls, whenever Python gets to it
 
 
 def test_a_lost_worker_is_named_wherever_torch_notices():

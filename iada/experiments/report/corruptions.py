@@ -5,16 +5,19 @@ from typing import Any
 
 import numpy as np
 
-from iada.experiments.metrics import spread
+from iada.experiments.metrics import OURS, paired_by_seed, spread
 from iada.experiments.report.table import Cell, Table
-from iada.experiments.report.tables import shown
+from iada.experiments.report.tables import PAIRED, difference, shown
 from iada.experiments.report.variants import Variants
 
 Found = Mapping[str, Any]  # of a record, as of `iada.experiments.diagnostics.corruption_accuracy`
 
 
-def corruption_table(variants: Variants) -> Table | None:
-    """Corruptions by methods, each the mean over severities; None without any."""
+def corruption_table(variants: Variants, reference: str = OURS) -> Table | None:
+    """Corruptions by methods, each the mean over severities; None without any.
+
+    Below the mean what the method `reference` is ahead there, seed by seed.
+    """
     measured = {variant.label: _found(variant.records) for variant in variants}
     measured = {label: runs for label, runs in measured.items() if runs}
     names = list(
@@ -29,6 +32,16 @@ def corruption_table(variants: Variants) -> Table | None:
             *(_cell([run["mean"] for run in runs]) for runs in measured.values()),
         ],
     ]
+    ours = [variant for variant in variants if variant.method == reference]
+    if len(ours) == 1:
+        means = {v.label: _mean_by_seed(v.records) for v in variants if v.label in measured}
+        gaps = [
+            None if label == ours[0].label else paired_by_seed(means.get(ours[0].label, {}), mean)
+            for label, mean in means.items()
+        ]
+        if any(gap is not None and gap.seeds > 1 for gap in gaps):
+            title = Cell(f"mean: {ours[0].label} {PAIRED}")
+            rows.append([title, *(Cell(difference("top1", gap)) for gap in gaps)])
     for name in names:
         columns = [[run["accuracy"].get(name) for run in runs] for runs in measured.values()]
         cells = [_cell([np.mean(row) for row in column if row]) for column in columns]
@@ -56,6 +69,10 @@ def corruption_note(variants: Variants) -> str:
 
 def _found(records: Sequence[Mapping[str, Any]]) -> list[Found]:
     return [record["corruptions"] for record in records if record.get("corruptions")]
+
+
+def _mean_by_seed(records: Sequence[Mapping[str, Any]]) -> dict[int, float | None]:
+    return {r.get("seed", 0): r["corruptions"]["mean"] for r in records if r.get("corruptions")}
 
 
 def _cell(values: Sequence[float]) -> Cell:

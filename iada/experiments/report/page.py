@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from iada.experiments.metrics import OURS
 from iada.experiments.report.corruptions import corruption_note, corruption_table
 from iada.experiments.report.figures import draw_all
 from iada.experiments.report.moved import moved_panels
 from iada.experiments.report.style import Picture
 from iada.experiments.report.tables import (
+    PAIRED,
     Published,
     details_table,
     headline_metrics,
@@ -41,6 +43,7 @@ def write_page(
     title: str = "IADA",
     command: str | None = None,
     introduction: Sequence[str] = (),
+    reference: str = OURS,
 ) -> Path:
     """Write index.html, which needs no other file, records.json and figures/*.svg into `folder`.
 
@@ -54,6 +57,7 @@ def write_page(
         title: of the page.
         command: that made the runs, shown at the end.
         introduction: paragraphs to begin with.
+        reference: the method whose lead over each other is told, seed by seed.
 
     Returns the path of the page. Raises ValueError without records, or where an experiment has
     one method with the same settings and seed twice. Needs matplotlib.
@@ -71,7 +75,7 @@ def write_page(
         introduction=introduction,
         overview=overview_table(titles, variants) if len(variants) > 1 else None,
         sections=[
-            _section(name, titles[name], part, published or {}, folder / FIGURES)
+            _section(name, titles[name], part, published or {}, folder / FIGURES, reference)
             for name, part in variants.items()
         ],
         command=command,
@@ -128,7 +132,12 @@ def _version(record: Record) -> str | None:
 
 
 def _section(
-    experiment: str, title: str, variants: Sequence[Variant], published: Published, figures: Path
+    experiment: str,
+    title: str,
+    variants: Sequence[Variant],
+    published: Published,
+    figures: Path,
+    reference: str,
 ) -> dict[str, Any]:
     """What the template shows of an experiment."""
     known: list[Mapping[str, float]] = [
@@ -141,13 +150,15 @@ def _section(
         (figures / f"{picture.name}.svg").write_text(picture.wide, encoding="utf-8")
     deviations = [d for v in variants for r in v.records for d in r.get("deviations", ())]
     differing, common = settings(variants)
+    headline = headline_table(variants, metrics, known, reference) if metrics else None
+    with_gaps = headline is not None and any(PAIRED in name for name in headline.head)
     return {
         "title": title,
-        "headline": headline_table(variants, metrics, known) if metrics else None,
-        "explanation": _explanation(variants, any(known)),
+        "headline": headline,
+        "explanation": _explanation(variants, any(known), with_gaps),
         "deviations": list(dict.fromkeys(deviations)),
         "details": details_table(variants, metrics),
-        "corruptions": corruption_table(variants),
+        "corruptions": corruption_table(variants, reference),
         "corruption_note": corruption_note(variants),
         "figures": map(figure, pictures),
         "moved": moved_panels(title, variants),
@@ -157,7 +168,7 @@ def _section(
     }
 
 
-def _explanation(variants: Sequence[Variant], with_published: bool) -> str:
+def _explanation(variants: Sequence[Variant], with_published: bool, with_gaps: bool) -> str:
     seeds = {len(variant.records) for variant in variants}
     number = f"{seeds.pop()} " if len(seeds) == 1 else ""
     text = "One seed. " if number == "1 " else f"Mean ± standard deviation over {number}seeds. "
@@ -173,4 +184,7 @@ def _explanation(variants: Sequence[Variant], with_published: bool) -> str:
         text += ", as in several papers." if with_published else "."
     if with_published:
         text += " The published figures are the papers' own."
+    if with_gaps:
+        text += " Paired differences are of the same seeds, at the last epoch, ± what makes an "
+        text += "interval of 95 %; each p is of its comparison alone, not of all at once."
     return text

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 
-from iada.experiments.metrics import METRICS, Paired, Spread, paired
+from iada.experiments.metrics import METRICS, OURS, Paired, Spread, paired
 from iada.experiments.report.table import Cell, Table
 from iada.experiments.report.variants import Record, Variant, Variants, differing_settings
 
@@ -12,7 +12,7 @@ Published = Mapping[tuple[str, str], Figures]  # by experiment, and method or me
 SHOWN = ("processor", "capability", "device", "torch", "backend")  # of a machine
 LOWER_IS_BETTER = ("ece", "nll")
 IN_NATS = ("nll",)
-OURS = "meta-iada"
+PAIRED = "less this, paired"  # in the head of a column of differences
 
 
 def headline_metrics(variants: Variants, published: Sequence[Figures]) -> list[str]:
@@ -37,15 +37,20 @@ def published_of(
 
 
 def headline_table(
-    variants: Variants, metrics: Sequence[str], published: Sequence[Figures]
+    variants: Variants,
+    metrics: Sequence[str],
+    published: Sequence[Figures],
+    reference: str = OURS,
 ) -> Table:
     """Last and best epoch side by side and the published figure, for each of `metrics`.
 
-    The number of seeds has a column where it is not the same for all, and so has what Meta-IADA is
-    ahead of each other in the first metric, where both have two seeds in common or more.
+    The number of seeds has a column where it is not the same for all. For each metric a column has
+    what the method `reference` is ahead of each other, where two have two seeds in common or more.
     """
     methods = {variant.label: variant.method for variant in variants}
-    gaps = paired_gaps(methods, {v.label: v.records for v in variants}, metrics[0])
+    runs = {variant.label: variant.records for variant in variants}
+    gaps = paired_columns(methods, runs, metrics, reference)
+    name = next((v.label for v in variants if v.method == reference), reference)
     with_published = any(published)
     with_seeds = len({len(v.records) for v in variants}) > 1
     head = ["method"]
@@ -65,10 +70,9 @@ def headline_table(
                 row.append(Cell(f"{known[metric]:.2f}" if metric in known else None))
         if with_seeds:
             row.append(Cell(str(len(variant.records))))
-        if gaps:
-            row.append(Cell(difference(metrics[0], gaps.get(variant.label))))
+        row += [Cell(difference(m, column.get(variant.label))) for m, column in gaps.items()]
         rows.append(row)
-    head += ["seeds"] * with_seeds + ["Meta-IADA less this, paired"] * bool(gaps)
+    head += ["seeds"] * with_seeds + [gap_title(name, metric, len(gaps)) for metric in gaps]
     return Table(head, rows)
 
 
@@ -150,32 +154,42 @@ def unit_of(metric: str) -> float:
 
 
 def difference(metric: str, gap: Paired | None) -> str | None:
-    """Mean ± standard error of a paired difference, and p of Student's test."""
+    """Mean of a paired difference ± what makes an interval of 95 %, and p of Student's test."""
     if gap is None:
         return None
     scale, decimals = unit_of(metric), 1 if unit_of(metric) > 1 else 2
     text = f"{round(scale * gap.mean, 9):+.{decimals}f}"  # 4.95 stays 4.95 whatever it is made of
-    if gap.error is not None:
-        text += f" ± {scale * gap.error:.{decimals}f}"
+    if gap.margin is not None:
+        text += f" ± {scale * gap.margin:.{decimals}f}"
     if gap.p is not None:
         text += f" (p {gap.p:.3f})" if gap.p >= 0.001 else " (p < 0.001)"
     return text
 
 
-def paired_gaps(
-    methods: Mapping[str, str], records: Mapping[str, Sequence[Record]], metric: str
-) -> dict[str, Paired]:
-    """What Meta-IADA is ahead of each other row, seed by seed; empty without two common seeds.
+def paired_columns(
+    methods: Mapping[str, str],
+    records: Mapping[str, Sequence[Record]],
+    metrics: Sequence[str],
+    reference: str = OURS,
+) -> dict[str, dict[str, Paired]]:
+    """By metric what the method `reference` is ahead of each other row, seed by seed.
 
-    methods, records: of each row, by its name. Empty too where Meta-IADA is there more than once.
+    methods, records: of each row, by its name. Without a metric where no row has two seeds in
+    common with it, and empty where it is not there, or more than once.
     """
-    ours = [name for name, method in methods.items() if method == OURS]
+    ours = [name for name, method in methods.items() if method == reference]
     if len(ours) != 1:
         return {}
-    gaps = {
-        n: paired(records[ours[0]], runs, metric) for n, runs in records.items() if n != ours[0]
-    }
-    return {name: gap for name, gap in gaps.items() if gap is not None and gap.error is not None}
+    columns = {}
+    for metric in metrics:
+        found = {n: paired(records[ours[0]], r, metric) for n, r in records.items() if n != ours[0]}
+        columns[metric] = {n: gap for n, gap in found.items() if gap is not None and gap.seeds > 1}
+    return {metric: column for metric, column in columns.items() if column}
+
+
+def gap_title(name: str, metric: str, columns: int) -> str:
+    """The head of such a column of several; name: whose lead it is."""
+    return f"{name} {PAIRED}" + (f": {METRICS[metric]}" if columns > 1 else "")
 
 
 def _best(variants: Variants, metric: str, decimals: int = 2) -> set[str]:

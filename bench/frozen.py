@@ -1,0 +1,108 @@
+"""`python -m bench.frozen RUNS`: runs of `iada paper --table frozen` as one file, and a table.
+
+`--json NAME` writes bench/results/NAME.json: a line a run, with its test figures, seconds, commit,
+machine, and a digest of its settings, by which a test knows runs that are not of today's recipe.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from iada.experiments.metrics import OURS, mean_std, paired
+from iada.experiments.recipe import load
+from iada.experiments.records import RECORD, read_records
+from iada.experiments.report.table import Cell, Table
+from iada.experiments.report.tables import difference, shown
+from iada.training.config import TrainerConfig
+
+Record = Mapping[str, Any]
+RESULTS = Path(__file__).parent / "results"
+ROWS = ("frozen/cifar10-100", "frozen/cifar10-flip-40")
+COLUMNS = ("long tail 100:1", "40 % flip noise")
+KEPT = (
+    "experiment", "title", "method", "method_name", "seed", "deviations", "last", "best_epoch",
+    "best_by", "settings_digest", "meta_images", "epsilon", "seconds", "finished", "commit",
+    "machine",
+)  # fmt: skip
+OF_EPSILON = ("class_share", "share_clean", "share_flipped", "label_issues")
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Of a trainer's settings but the seed."""
+    values = {name: value for name, value in settings.items() if name != "seed"}
+    return blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def digest_of(config: TrainerConfig) -> str:
+    """The same of a recipe's method."""
+    return settings_digest(json.loads(json.dumps(config.settings())))
+
+
+def summary(record: Record) -> Record:
+    """What is kept of a run."""
+    epsilon, meta = record["epsilon"], record["split"]["class_counts"].get("meta")
+    own = {
+        "settings_digest": settings_digest(record["settings"]),
+        "meta_images": None if meta is None else sum(meta),
+        "epsilon": epsilon and {name: epsilon[name] for name in OF_EPSILON},
+    }
+    whole = {**record, **own}
+    return {name: whole[name] for name in KEPT}
+
+
+def collected(folder: Path) -> list[Record]:
+    """The runs below `folder`, in the recipes' order; ValueError for a damaged one."""
+    runs = read_records([folder])
+    order = {(row, entry.key): i for row in ROWS for i, entry in enumerate(load(row).methods)}
+    known = [run for run in runs if (run["experiment"], run["method"]) in order]
+    key = {id(run): (ROWS.index(run["experiment"]), run["seed"]) for run in known}
+    known.sort(key=lambda run: (*key[id(run)], order[run["experiment"], run["method"]]))
+    return [summary(run) for run in known]
+
+
+def table(records: Sequence[Record]) -> str:
+    """Markdown: test accuracy of each method, mean ± standard deviation, and Meta-IADA's lead."""
+    head, columns = ["method"], []
+    for row, title in zip(ROWS, COLUMNS, strict=True):
+        runs: dict[str, list[Record]] = {}
+        for record in records:
+            if record["experiment"] == row:
+                runs.setdefault(record["method_name"], []).append(record)
+        head += [f"{title}, %", "Meta-IADA less this"]
+        columns.append(runs)
+    names = dict.fromkeys(name for runs in columns for name in runs)
+    ours = next(record["method_name"] for record in records if record["method"] == OURS)
+    rows = []
+    for name in names:
+        cells = [Cell(name)]
+        for runs in columns:
+            own = runs.get(name, [])
+            gap = paired(runs[ours], own, "top1") if own and name != ours else None
+            figure = shown("top1", mean_std(own)["last"]["top1"], 1) if own else None
+            cells += [Cell(figure), Cell(difference("top1", gap))]
+        rows.append(cells)
+    return Table(head, rows).markdown()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.frozen", description=__doc__)
+    parser.add_argument("runs", type=Path, help=f"the --out of the runs, with their {RECORD}")
+    parser.add_argument("--json", metavar="NAME", help="write bench/results/NAME.json")
+    options = parser.parse_args()
+    records = collected(options.runs)
+    if not records:
+        parser.error(f"{options.runs}: expected runs of --table frozen, got none")
+    if options.json:
+        lines = (json.dumps(record, ensure_ascii=False) for record in records)
+        path = RESULTS / f"{options.json}.json"
+        path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    print(table(records))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
