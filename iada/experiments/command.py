@@ -22,7 +22,8 @@ from iada.utils.checks import argument_error, check_choice
 from iada.utils.distributed import by_first, current_group, launched_group, rank_of
 from iada.utils.files import check_writable
 
-RESULTS = Path("bench/results/paper.json")  # of this repository's own runs, in a checkout
+# This repository's own runs, in a checkout.
+RESULTS = tuple(Path("bench/results") / name for name in ("paper.json", "frozen.json"))
 
 
 def add_paper(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -80,7 +81,7 @@ def paper(options: argparse.Namespace) -> int:
 
 def _paper(options: argparse.Namespace) -> int:
     if options.list:
-        known = read_records([options.out, RESULTS])
+        known = read_records([options.out, *RESULTS])
         say(listing([recipes.load(name) for name in recipes.names()], known))
         return 0
     if options.table is None:

@@ -1,8 +1,8 @@
 """The fifteen training characteristics f that the perturbation network sees.
 
-The paper's own list is in an appendix that is not public. This selection is this project's, from
-characteristics that sibling papers of its first author publish (CAAT, CLP, Meta-CALA). With
-p = softmax(z), in the order of the columns:
+The paper's own list is in an appendix that is not public. 1 to 10 are the list of a sibling paper
+of its first author, CLP; the others are this project's choice, among them some of CAAT's and
+Meta-CALA's. With p = softmax(z), in the order of the columns:
 
      1 loss ℓ = CE(z, y)                  9 loss − class-mean loss
      2 margin p_y − max_{j≠y} p_j        10 margin − class-mean margin

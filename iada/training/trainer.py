@@ -39,7 +39,7 @@ from iada.utils.distributed import (
 )
 from iada.utils.evaluate import Outputs, by_batch, class_accuracy, evaluating, outputs
 from iada.utils.loading import batches, check_dataset, count_classes, epoch_order
-from iada.utils.workers import lost_workers_named
+from iada.utils.workers import loaders_ended, lost_workers_named
 
 
 class Trainer:
@@ -189,6 +189,7 @@ class Trainer:
             lost_workers_named(self.folder),
             stop_flag() as stopped,
             contextlib.ExitStack() as entered,
+            loaders_ended(),
         ):
             if self._run_folder is not None:
                 self._run_folder.enter(entered, self.group)

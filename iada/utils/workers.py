@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Iterator
 
 LOST = "DataLoader worker"  # how torch's messages about workers begin
+BROKEN = (RuntimeError, OSError, EOFError)  # what is raised where one ended
 
 
 @contextlib.contextmanager
@@ -12,17 +13,16 @@ def lost_workers_named(where: object = None) -> Iterator[None]:
     """RuntimeError with the remedy if a loader's worker ends inside, of its own or by a signal.
 
     Torch raises from a signal handler, in the middle of anything, or where it waits for the worker;
-    a broken connection is what remains of a worker whose end it has not noticed yet. Loaders that
-    were read inside end with it, lest torch tell of their other workers in the caller's code.
-    `where`: the folder to resume from.
+    a broken connection is what remains of a worker whose end it has not noticed yet. `where`:
+    the folder to resume from.
     """
     try:
         yield
-    except (RuntimeError, OSError, EOFError) as error:
+    except BROKEN as error:
         reason = _lost_worker(error)
         if reason is None:
             raise
-        _end_loaders(error)
+        _end_loaders(error)  # if news came on the way into `loaders_ended`
         rest = "" if where is None else f" and resume from {where}: the last checkpoint is intact"
         raise RuntimeError(
             f"data: expected the loader's workers to live, got one that ended ({reason}), as they "
@@ -30,14 +30,29 @@ def lost_workers_named(where: object = None) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def loaders_ended() -> Iterator[None]:
+    """Loaders that are read inside end with an error about a worker.
+
+    Else torch, which tells once of each loader, would tell of the others where the caller has the
+    error already. To be entered within `lost_workers_named`: news may come on the way in here.
+    """
+    try:
+        yield
+    except BROKEN as error:
+        if _lost_worker(error) is not None:
+            _end_loaders(error)
+        raise
+
+
 def _end_loaders(error: BaseException | None) -> None:
     """Those that only the frames of a traceback keep: torch watches their workers until they go."""
     while error is not None:
         try:
             traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
         except RuntimeError:  # torch's news of one more worker
             continue
-        error = error.__cause__ or error.__context__
 
 
 def _lost_worker(error: BaseException | None) -> str | None:

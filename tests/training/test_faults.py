@@ -18,7 +18,7 @@ from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader
 
 from iada.training.checkpoint import CHECKPOINT, load_checkpoint, previous
-from iada.utils.workers import lost_workers_named
+from iada.utils.workers import loaders_ended, lost_workers_named
 from tests.helpers.training import differences, make_trainer
 
 pytestmark = pytest.mark.slow
@@ -209,6 +209,7 @@ def test_one_error_however_many_workers_are_lost():
     with (
         pytest.raises(RuntimeError, match="expected the loader's workers to live") as caught,
         lost_workers_named(),
+        loaders_ended(),
     ):
         read()
     assert caught.value.__cause__ is not None
