@@ -117,6 +117,15 @@ def test_published_figures(name, method, metric, percent):
     assert own[method].published[metric] == percent
 
 
+@pytest.mark.parametrize("name", names())
+def test_meta_images_are_trained_on_where_they_are_out_of_the_training_set(name):
+    recipe = load(name)
+    scenario = recipe.scenario
+    if any(entry.with_meta for entry in recipe.methods):
+        assert scenario["name"] in ("long-tail", "noise") or scenario["meta_from"] == "train"
+        assert not scenario.get("meta_in_train", False)
+
+
 def test_what_recipes_owe_to_the_sources():
     """Settings that the quoted figures were made with, each with its source in the recipe."""
     for protocol in ("alt", "clt", "glt"):
