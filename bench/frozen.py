@@ -17,7 +17,6 @@ from iada.experiments.recipe import load
 from iada.experiments.records import RECORD, read_records
 from iada.experiments.report.table import Cell, Table
 from iada.experiments.report.tables import difference, shown
-from iada.training.config import TrainerConfig
 
 Record = Mapping[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -37,11 +36,6 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
     return blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def digest_of(config: TrainerConfig) -> str:
-    """The same of a recipe's method."""
-    return settings_digest(json.loads(json.dumps(config.settings())))
-
-
 def summary(record: Record) -> Record:
     """What is kept of a run."""
     epsilon, meta = record["epsilon"], record["split"]["class_counts"].get("meta")
@@ -57,11 +51,14 @@ def summary(record: Record) -> Record:
 def collected(folder: Path) -> list[Record]:
     """The runs below `folder`, in the recipes' order; ValueError for a damaged one."""
     runs = read_records([folder])
-    order = {(row, entry.key): i for row in ROWS for i, entry in enumerate(load(row).methods)}
-    known = [run for run in runs if (run["experiment"], run["method"]) in order]
-    key = {id(run): (ROWS.index(run["experiment"]), run["seed"]) for run in known}
-    known.sort(key=lambda run: (*key[id(run)], order[run["experiment"], run["method"]]))
-    return [summary(run) for run in known]
+    arms = [(row, entry.key) for row in ROWS for entry in load(row).methods]
+    known = [run for run in runs if (run["experiment"], run["method"]) in arms]
+
+    def place(run: Record) -> tuple[int, int, int]:
+        row, method = run["experiment"], run["method"]
+        return ROWS.index(row), run["seed"], arms.index((row, method))
+
+    return [summary(run) for run in sorted(known, key=place)]
 
 
 def table(records: Sequence[Record]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.frozen import KEPT, ROWS, collected, digest_of, settings_digest, table
+from bench.frozen import KEPT, ROWS, collected, settings_digest, table
 from iada.cli import main
 from iada.experiments.datasets import Labelled, read_features
 from iada.experiments.datasets.features import write_features
@@ -151,7 +151,7 @@ def test_the_committed_results_are_of_the_recipes(name):
     entries = {(row, e.key): e for row in ROWS for e in load(row).methods}
     for record in json.loads((root / f"bench/results/{name}.json").read_text()):
         entry = entries[record["experiment"], record["method"]]
-        assert record["settings_digest"] == digest_of(entry.trainer), entry.title
+        assert record["settings_digest"] == settings_digest(entry.trainer.settings()), entry.title
         used = None if entry.with_meta else 10 * (entry.meta_per_class or 100)
         assert record["meta_images"] == used, entry.title
 
