@@ -1,7 +1,8 @@
 """`python -m bench.frozen RUNS`: runs of `iada paper --table frozen` as one file, and a table.
 
 `--json NAME` writes bench/results/NAME.json: a line a run, with its test figures, seconds, commit,
-machine, and a digest of its settings, by which a test knows runs that are not of today's recipe.
+machine, and a digest of its settings. The first run of an arm has the settings themselves, by which
+a test knows runs that are not of today's recipe.
 """
 
 import argparse
@@ -58,7 +59,14 @@ def collected(folder: Path) -> list[Record]:
         row, method = run["experiment"], run["method"]
         return ROWS.index(row), run["seed"], arms.index((row, method))
 
-    return [summary(run) for run in sorted(known, key=place)]
+    lines: list[Record] = []
+    seen = set()
+    for run in sorted(known, key=place):
+        arm = (run["experiment"], run["method"])
+        own = {} if arm in seen else {"settings": run["settings"]}
+        lines.append({**summary(run), **own})
+        seen.add(arm)
+    return lines
 
 
 def table(records: Sequence[Record]) -> str:
