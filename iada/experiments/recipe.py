@@ -270,15 +270,16 @@ def _swept(
 ) -> dict[str, dict[str, Any]]:
     """The methods, and one more for each value of each setting that [sweeps.METHOD] lists.
 
-    "meta-iada-alpha-0.1" is meta-iada with alpha = 0.1.
+    "meta-iada-alpha-0.1" is meta-iada with alpha = 0.1; of a list all items are in the name.
     """
     arms = dict(methods)
     for key, settings in sweeps.items():
         for name, values in settings.items():
             for value in values:
-                title = f"{methods[key]['title']}, {name} {value}"
+                word = "+".join(map(str, value)) if isinstance(value, list) else value
+                title = f"{methods[key]['title']}, {name} {word}"
                 arm = {"method": key, **methods[key], "title": title, name: value}
-                arms[f"{key}-{name.replace('_', '-')}-{value}"] = arm
+                arms[f"{key}-{name.replace('_', '-')}-{word}"] = arm
     return arms
 
 

@@ -101,8 +101,7 @@ class MetaIADA(BilevelMethod):
             derivative passes through.
         log_proportion: Ω sees log π_y in place of π_y, which keeps small classes apart.
         rate_free_perturbation: the gradient of Eq. 8 divided by the head's learning rate η₁, a
-            factor of it, with which Ω stands still once the rate has fallen. (A rate that is a
-            tensor on a GPU is read back.)
+            factor of it, which falls with the rate. (One that is a tensor on a GPU is read back.)
         rate_free_covariance: the same of Eq. 9; with the factor Σ moves by 1e-5 of itself at most
             at the published rates.
         persistent: keep what Eq. 9 does to Σ; False uses it for Eq. 10 only, as MetaSAug does.

@@ -8,7 +8,7 @@ import torch
 from iada.meta.epsilon import EPSILON_UNITS
 from iada.meta.meta_iada import MetaIADA
 from iada.methods.options import BilevelOptions, CovarianceOptions, MethodRun
-from iada.nn.characteristics import TrainingMemory
+from iada.nn.characteristics import CHARACTERISTICS, TrainingMemory
 from iada.nn.perturbation_net import PerturbationNet
 from iada.nn.priors import class_balanced_weights, log_class_prior
 from iada.utils.checks import argument_error
@@ -96,6 +96,7 @@ class MetaIADAOptions(LearnedCovarianceOptions):
         perturbation_weight_decay: Adam's too; 5e-4 to 1e-4 in sibling codes.
         perturbation_hidden: units of Ω's hidden layer.
         perturbation_init: "default", or "zero" for ε = 0 at the start.
+        without_characteristics: names of those that Ω does not see, see `PerturbationNet`.
         epsilon: the constant strength.
         epsilon_scale: see `MetaIADA`.
         epsilon_unit: see `MetaIADA`.
@@ -111,6 +112,7 @@ class MetaIADAOptions(LearnedCovarianceOptions):
     perturbation_weight_decay: float = setting(0.0, least=0)
     perturbation_hidden: int = setting(100, least=1)
     perturbation_init: str = setting("default", choices=PERTURBATION_INITS)
+    without_characteristics: tuple[str, ...] = setting((), choices=CHARACTERISTICS)
     epsilon: float = 0.0
     epsilon_scale: float = setting(1.0, above=0)
     epsilon_unit: str = setting("feature", choices=EPSILON_UNITS)
@@ -139,7 +141,9 @@ class MetaIADAOptions(LearnedCovarianceOptions):
         if self.perturbation == "constant":
             return self.engine(run, epsilon=self.epsilon, **own)
         zero = self.perturbation_init == "zero"
-        network = run.placed(PerturbationNet(hidden=self.perturbation_hidden, zero_init=zero))
+        without = self.without_characteristics
+        network = PerturbationNet(hidden=self.perturbation_hidden, zero_init=zero, without=without)
+        network = run.placed(network)
         rate, decay = self.perturbation_lr, self.perturbation_weight_decay
         adam = torch.optim.Adam(network.parameters(), lr=rate, weight_decay=decay)
         network.requires_grad_(self.perturbation == "learned")

@@ -2,7 +2,7 @@
 
 The paper's own list is in an appendix that is not public. 1 to 10 are the list of a sibling paper
 of its first author, CLP; the others are this project's choice, among them some of CAAT's and
-Meta-CALA's. With p = softmax(z), in the order of the columns:
+Meta-CALA's. With p = softmax(z), in the order of the columns and of `CHARACTERISTICS`:
 
      1 loss ℓ = CE(z, y)                  9 loss − class-mean loss
      2 margin p_y − max_{j≠y} p_j        10 margin − class-mean margin
@@ -25,7 +25,12 @@ from iada.utils.autocast import full_precision
 from iada.utils.checks import argument_error, check_labels, check_sizes
 from iada_kernels.dispatch import select_backend
 
-PROPORTION = 5  # the column of π_y
+CHARACTERISTICS = (
+    "loss", "margin", "distance", "cosine", "entropy",
+    "proportion", "class-loss", "weight-norm", "loss-excess", "margin-excess",
+    "probability", "class-margin", "loss-change", "margin-change", "neighbours",
+)  # fmt: skip
+PROPORTION = CHARACTERISTICS.index("proportion")
 
 
 def loss_and_margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

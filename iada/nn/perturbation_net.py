@@ -1,12 +1,15 @@
 """The perturbation network: training characteristics in, perturbation strengths out."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iada.utils.checks import check_float
+from iada.nn.characteristics import CHARACTERISTICS
+from iada.utils.checks import argument_error, check_choice, check_float
 
-NUM_CHARACTERISTICS = 15
+NUM_CHARACTERISTICS = len(CHARACTERISTICS)
 
 
 class PerturbationNet(nn.Module):
@@ -24,22 +27,31 @@ class PerturbationNet(nn.Module):
         hidden: width of the hidden layer.
         zero_init: start from ε = 0 for every sample, instead of the random ±0.2 of torch's usual
             initial values: training by Eq. 6 then begins as Logit Adjustment with its α term.
+        without: names of characteristics that are left out, of `CHARACTERISTICS` in
+            iada.nn.characteristics; the input keeps its fifteen columns.
         device: of the parameters.
         dtype: of the parameters.
     """
+
+    columns: Tensor | None
 
     def __init__(
         self,
         num_characteristics: int = NUM_CHARACTERISTICS,
         hidden: int = 100,
         zero_init: bool = False,
+        without: Sequence[str] = (),
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(num_characteristics, device=device, dtype=dtype)
-        self.hidden = nn.Linear(num_characteristics, hidden, device=device, dtype=dtype)
+        self.num_characteristics = num_characteristics
+        kept = _kept(num_characteristics, without)
+        columns = None if len(kept) == num_characteristics else torch.tensor(kept, device=device)
+        self.register_buffer("columns", columns, persistent=False)
+        self.norm = nn.BatchNorm1d(len(kept), device=device, dtype=dtype)
+        self.hidden = nn.Linear(len(kept), hidden, device=device, dtype=dtype)
         self.strength = nn.Linear(hidden, 1, device=device, dtype=dtype)
         if zero_init:
             nn.init.zeros_(self.strength.weight)
@@ -51,9 +63,11 @@ class PerturbationNet(nn.Module):
         Raises:
             ValueError: another width or dtype.
         """
-        width = self.norm.num_features
+        width = self.num_characteristics
         expected = f"a floating-point tensor (N, {width})"
         check_float("characteristics", characteristics, expected, (None, width))
+        if self.columns is not None:
+            characteristics = characteristics.index_select(1, self.columns)
         if self.training and len(characteristics) > 1:
             normal = self.norm(characteristics)
         else:  # One row has no batch statistics: the running ones serve.
@@ -61,3 +75,19 @@ class PerturbationNet(nn.Module):
             state = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
             normal = F.batch_norm(characteristics, *state, eps=norm.eps)
         return self.strength(self.hidden(normal).relu()).squeeze(1).tanh()
+
+
+def _kept(count: int, without: Sequence[str]) -> list[int]:
+    """The columns of those that are not left out."""
+    if not without:
+        return list(range(count))
+    if count != NUM_CHARACTERISTICS:
+        expected = f"{NUM_CHARACTERISTICS} with names of these to be left out"
+        raise argument_error("num_characteristics", expected, count, "leave out columns yourself")
+    for name in without:
+        check_choice("without", name, CHARACTERISTICS)
+    kept = [column for column, name in enumerate(CHARACTERISTICS) if name not in without]
+    if not kept:
+        remedy = "a number for ε is a perturbation without Ω"
+        raise argument_error("without", "one characteristic at least that is kept", "all", remedy)
+    return kept

@@ -21,7 +21,10 @@ BOUNDS: dict[str, tuple[str, Callable[[Any, float], bool]]] = {
 def setting(
     default: Any, *, choices: Sequence[str] | None = None, checked: bool = True, **bounds: float
 ) -> Any:
-    """A field with BOUNDS, or choices, that `check_settings` looks at if it is `checked`."""
+    """A field with BOUNDS, or choices, that `check_settings` looks at if it is `checked`.
+
+    Of a tuple each item is one of the choices, where there are any.
+    """
     metadata = {"choices": choices, "checked": checked, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -29,7 +32,7 @@ def setting(
 def check_settings(record: Any) -> None:
     """Each field has the type of its default, and keeps its bounds; numbers are finite.
 
-    An int stands for a float, and a list for a tuple of the default's kind. None stands for a
+    An int stands for a float, and a list for a tuple, of integers or of choices. None stands for a
     default that is filled in later, of the field's own type. Raises ValueError naming the field.
     """
     for field in dataclasses.fields(record):
@@ -43,9 +46,11 @@ def check_settings(record: Any) -> None:
                 continue
             default = 0 if field.type is int else ()
         remedy = f"see {type(record).__name__}.{field.name}"
+        choices = field.metadata.get("choices")
         if isinstance(default, tuple):
-            if not isinstance(value, list | tuple) or any(type(item) is not int for item in value):
-                raise argument_error(field.name, "a list of integers", repr(value), remedy)
+            kind, words = (str, "names") if choices else (int, "integers")
+            if not isinstance(value, list | tuple) or any(type(item) is not kind for item in value):
+                raise argument_error(field.name, f"a list of {words}", repr(value), remedy)
             object.__setattr__(record, field.name, tuple(value))
         elif isinstance(default, float) and type(value) in (int, float):
             if not math.isfinite(value):
@@ -54,8 +59,9 @@ def check_settings(record: Any) -> None:
         elif type(value) is not type(default):
             wanted = f"a value of type {type(default).__name__}"
             raise argument_error(field.name, wanted, repr(value), remedy)
-        if field.metadata.get("choices"):
-            check_choice(field.name, value, field.metadata["choices"])
+        if choices:
+            for item in value if isinstance(default, tuple) else (value,):
+                check_choice(field.name, item, choices)
         for kind, bound in field.metadata.get("bounds", {}).items():
             words, keeps = BOUNDS[kind]
             if not keeps(value, bound):

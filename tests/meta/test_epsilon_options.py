@@ -210,6 +210,7 @@ def test_settings_reach_the_engine():
         "milestones": (),
         "perturbation_weight_decay": 0.01,
         "perturbation_hidden": 7,
+        "without_characteristics": ["loss", "entropy"],
         "perturbation_init": "zero",
         "epsilon_scale": 0.1,
         "epsilon_unit": "class-deviation",
@@ -224,7 +225,7 @@ def test_settings_reach_the_engine():
         return iada.Trainer(torch.nn.Identity(), torch.nn.Linear(4, 3), data, data, config).method
 
     engine = method()
-    assert engine.perturbation.hidden.out_features == 7
+    assert tuple(engine.perturbation.hidden.weight.shape) == (7, 13)
     assert not engine.perturbation.strength.weight.any()
     assert engine.sample_epsilon.optimizer.param_groups[0]["weight_decay"] == 0.01
     assert engine.sample_epsilon.log_proportion

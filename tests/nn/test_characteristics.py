@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import iada
+from iada.nn.characteristics import CHARACTERISTICS
 from iada_kernels.reference import same_label_fraction
 
 
@@ -20,6 +21,25 @@ def test_perturbation_net():
     assert torch.isfinite(alone).all()
     with pytest.raises(ValueError, match=r"characteristics: expected .*\(N, 15\)"):
         net(torch.randn(8, 14))
+
+
+def test_what_the_network_is_not_shown():
+    left = {"loss", "neighbours"}
+    net = iada.PerturbationNet(without=("neighbours", "loss")).double()
+    assert net.hidden.in_features == 13
+    assert "columns" not in net.state_dict()
+    values = torch.randn(8, 15, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(net(values).square().sum(), values)
+    assert {CHARACTERISTICS[i] for i in range(15) if not grad[:, i].any()} == left
+    with pytest.raises(ValueError, match=r"characteristics: expected .*\(N, 15\)"):
+        net(values[:, :13])
+    for options, words in (
+        ({"without": ("los",)}, "^without: expected one of 'loss'"),
+        ({"without": CHARACTERISTICS}, "^without: expected one characteristic at least"),
+        ({"without": ("loss",), "num_characteristics": 3}, "^num_characteristics: expected 15"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            iada.PerturbationNet(**options)
 
 
 def test_characteristics_by_hand():
