@@ -352,7 +352,17 @@ def test_a_first_phase_serves_another_test_set(images, tmp_path, monkeypatch):
     trained = []
     fit = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", lambda self: trained.append(self.epoch) or fit(self))
-    command = ["paper", "--table", "controls", "--device", "cpu", "--epochs", "3"]
+    command = [
+        "paper",
+        "--table",
+        "controls",
+        "--row",
+        "cifar10-100",
+        "--device",
+        "cpu",
+        "--epochs",
+        "3",
+    ]
     command += ["--data", str(images), "--set", *SMALLER, "--methods"]
     assert main([*command, "ce", "--out", str(tmp_path / "a")]) == 0
     shutil.copytree(tmp_path / "a" / FIRST_PHASES, tmp_path / "b" / FIRST_PHASES)
@@ -366,7 +376,17 @@ def test_a_first_phase_serves_another_test_set(images, tmp_path, monkeypatch):
 
 
 def test_meta_images_as_training_images(images, tmp_path):
-    command = ["paper", "--table", "controls", "--device", "cpu", "--epochs", "2"]
+    command = [
+        "paper",
+        "--table",
+        "controls",
+        "--row",
+        "cifar10-100",
+        "--device",
+        "cpu",
+        "--epochs",
+        "2",
+    ]
     command += ["--data", str(images), "--out", str(tmp_path), "--set", *SMALLER]
     assert main([*command, "--methods", "ce", "ce-with-meta"]) == 0
     records = {record["method"]: record for record in read_records([tmp_path])}
