@@ -51,8 +51,13 @@ class TensorData(Dataset):
         return self.inputs[index], self.labels[index], index
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        rows = torch.as_tensor(indices)
+        rows = as_rows(indices)
         return self.inputs[rows], self.labels[rows], rows
+
+
+def as_rows(indices: Sequence[int]) -> Tensor:
+    """Rows of a batch, (N) int64; by numpy, which reads a list five times as fast as torch does."""
+    return torch.from_numpy(np.array(indices, dtype=np.int64))
 
 
 @runtime_checkable

@@ -19,7 +19,7 @@ from iada.experiments.datasets.files import missing, required
 from iada.experiments.datasets.images import open_image, scaled_part
 from iada.experiments.datasets.labelled import Labelled
 from iada.utils.checks import argument_error, check_choice
-from iada.utils.loading import WholeBatch
+from iada.utils.loading import WholeBatch, as_rows
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel
 Range = tuple[float, float]
@@ -56,7 +56,7 @@ class View(Dataset):
 
     def whole_batch(self, seed: int, step: int, indices: Sequence[int]) -> WholeBatch:
         """Inputs, labels and index of these samples at this step: see `WholeBatches`."""
-        rows = torch.as_tensor(indices)
+        rows = as_rows(indices)
         if self.labels.is_cuda:
             rows = rows.pin_memory().to(self.labels.device, non_blocking=True)
         return self.inputs(seed, step, rows), self.labels[rows], rows
@@ -267,4 +267,4 @@ class FeatureView(View):
 
     def inputs(self, seed: int, step: int, rows: Tensor) -> Tensor:
         """(n, A); nothing is drawn."""
-        return self.features[rows]
+        return self.features.index_select(0, rows)
