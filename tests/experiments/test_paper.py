@@ -348,7 +348,7 @@ def test_what_runs_have_in_common_is_made_once(images, tmp_path, capsys, monkeyp
 
 
 def test_a_first_phase_serves_another_test_set(images, tmp_path, monkeypatch):
-    """Copied to another folder, as docs/experiments.md says; what it was tested on is not taken."""
+    """Copied to another folder, as docs/controls.md says; what it was tested on is not taken."""
     trained = []
     fit = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", lambda self: trained.append(self.epoch) or fit(self))
