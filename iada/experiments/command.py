@@ -70,6 +70,9 @@ def add_paper(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     demand.add_argument(
         "--moved-features", action="store_true", help="Fig. 5: images of what ε does to features"
     )
+    demand.add_argument(
+        "--balance", action="store_true", help="accuracy with τ log π taken from the logits"
+    )
     parser.set_defaults(run=paper)
 
 
@@ -215,7 +218,7 @@ def _run(
     for deviation in limits.words(recipe.methods[0].trainer.epochs):
         say(f"  other than published: {deviation}")
     parts = read_parts(recipe, options.data, limits)
-    demand = OnDemand(options.corruptions, options.moved_features)
+    demand = OnDemand(options.corruptions, options.moved_features, options.balance)
     check_demand(demand, recipe, parts)
     command, run_options = _command(recipe, options), replace(run_options, root=options.out)
     folder, seeds = options.out / recipe.name, _seeds(options)
@@ -291,6 +294,8 @@ def _command(recipe: Recipe, options: argparse.Namespace) -> str:
         words.append("--corruptions" if options.corruptions is True else "--corruptions CIFAR-10-C")
     if options.moved_features:
         words.append("--moved-features")
+    if options.balance:
+        words.append("--balance")
     if options.changes:
         words.append(f"--set {shlex.join(options.changes)}")
     return " ".join(words)

@@ -163,12 +163,13 @@ def measure(
     return Measured(metrics, table.tolist(), by_group, reliability)
 
 
-def posthoc_predictions(logits: Tensor, class_counts: Tensor) -> Tensor:
-    """Predictions (N) of the logits less log π: Logit Adjustment after training (Menon et al.).
+def posthoc_predictions(logits: Tensor, class_counts: Tensor, tau: float = 1.0) -> Tensor:
+    """Predictions (N) of the logits less τ log π: Logit Adjustment after training (Menon et al.).
 
     A class without training images is taken to have one.
     """
-    return (logits.double().cpu() - class_counts.clamp(min=1).double().log()).argmax(dim=1)
+    log_counts = class_counts.clamp(min=1).double().log().cpu()
+    return (logits.double().cpu() - tau * log_counts).argmax(dim=1)
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:

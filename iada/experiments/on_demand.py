@@ -15,6 +15,7 @@ from torch import Tensor
 from iada.experiments.datasets import FileView, Labelled, MemoryView
 from iada.experiments.datasets.corruptions import MadeCorruptions, PublishedCorruptions
 from iada.experiments.datasets.files import required
+from iada.experiments.diagnostics.balance import balance_curve
 from iada.experiments.diagnostics.corruption_accuracy import Source, corruption_accuracy
 from iada.experiments.experiment import Parts, make_view
 from iada.experiments.moved_record import check_images, moved_record
@@ -27,7 +28,7 @@ from iada.training.trainer import Trainer
 from iada.utils.checks import argument_error
 from iada.utils.distributed import by_first
 
-CORRUPTIONS, MOVED = "corruptions", "moved_features"  # in a record
+BALANCE, CORRUPTIONS, MOVED = "balance", "corruptions", "moved_features"  # in a record
 NO_PILLOW = "images are written by Pillow: pip install 'iada[paper]'"
 
 
@@ -37,10 +38,12 @@ class OnDemand:
 
     corruptions: accuracy on corrupted test images, made here or, with a path, CIFAR-10-C's.
     moved_features: Fig. 5, of the methods that have an ε.
+    balance: accuracy with τ log π taken from the logits, for τ from −1 to 1.5.
     """
 
     corruptions: bool | Path = False
     moved_features: bool = False
+    balance: bool = False
 
     def __bool__(self) -> bool:
         return self != NOTHING
@@ -51,9 +54,8 @@ NOTHING = OnDemand()
 
 def check_demand(demand: OnDemand, recipe: Recipe, parts: Parts) -> None:
     """ValueError for what this row cannot give: before the hours of its training, not after."""
-    if not demand:
-        return
-    required("PIL.Image", NO_PILLOW)
+    if demand.corruptions or demand.moved_features:
+        required("PIL.Image", NO_PILLOW)
     if demand.moved_features:
         check_images(parts["train"])
         if not any(map(has_epsilon, recipe.methods)):
@@ -91,6 +93,8 @@ def with_demand(planned: PlannedRun, record: Record, demand: OnDemand) -> tuple[
         wanted[CORRUPTIONS] = lambda trainer, _: _corruptions(trainer, planned, source)
     if demand.moved_features and has_epsilon(planned.entry) and not record.get(MOVED):
         wanted[MOVED] = lambda trainer, epsilon: _moved(trainer, planned, epsilon)
+    if demand.balance and not record.get(BALANCE):
+        wanted[BALANCE] = lambda trainer, _: _balance(trainer, planned)
     if not wanted:
         return record, []
     folder = planned.options.folder
@@ -153,8 +157,18 @@ def _moved(trainer: Trainer, planned: PlannedRun, epsilon: Tensor | None) -> dic
     return moved_record(trainer, view, planned.split, epsilon)
 
 
+def _balance(trainer: Trainer, planned: PlannedRun) -> dict[str, Any]:
+    outputs = trainer.outputs(make_view(planned.recipe, planned.split.test, planned.options.device))
+    return balance_curve(outputs.logits, outputs.labels, planned.split.train.class_counts())
+
+
 def _said(name: str, values: dict[str, Any]) -> str:
     seconds = f"{values['seconds']:.0f} s"
+    if name == BALANCE:
+        by_tau = dict(zip(values["tau"], values["top1"], strict=True))
+        best = max(by_tau, key=by_tau.__getitem__)
+        most, plain = 100 * by_tau[best], 100 * by_tau[0]
+        return f"{most:.2f} % at τ = {best:g}, {plain:.2f} % at 0, in {seconds}"
     if name == CORRUPTIONS:
         mean, clean = 100 * values["mean"], 100 * values["clean"]
         return f"{mean:.2f} % on average, {clean:.2f} % clean, in {seconds}"

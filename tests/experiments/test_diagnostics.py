@@ -16,6 +16,8 @@ from iada.experiments.diagnostics import (
     surrogate,
     surrogate_gap,
 )
+from iada.experiments.diagnostics.balance import balance_curve
+from iada.experiments.metrics import measure
 from iada.utils.evaluate import outputs
 from iada_kernels.contract import LossInputs
 from iada_kernels.reference import perturbation_sign
@@ -326,3 +328,30 @@ def test_spectrum_of_a_class_covariance_and_of_asymmetric_input():
 def test_effective_rank():
     values = torch.tensor([[1.0, 1, 1, 1], [5, 0, 0, 0], [0, 0, 0, 0], [2, 2, -1, 0]])
     torch.testing.assert_close(effective_rank(values), torch.tensor([4.0, 1, 0, 2]).double())
+
+
+def test_a_curve_of_balance_is_best_where_the_prior_is_taken_off():
+    """Gaussians with a skewed prior; Bayes' logits need all of log π, those of the mean none."""
+    counts = torch.tensor([900, 90, 10])
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3000) % 3
+    points = 2.0 * torch.eye(3)[labels] + torch.randn(3000, 3, generator=generator)
+    balanced = 2.0 * points
+    bayes = balanced + (counts / counts.sum()).log()
+    for logits, best in ((balanced, 0.0), (bayes, 1.0)):
+        found = balance_curve(logits, labels, counts)
+        top = max(found["balanced"])
+        near = [t for t, share in zip(found["tau"], found["balanced"], strict=True) if share == top]
+        assert min(abs(tau - best) for tau in near) <= 0.2
+        assert found["top1"] == pytest.approx(found["balanced"])  # as many samples of each
+    plain = measure(bayes, labels, counts).metrics
+    at = dict(zip(found["tau"], found["top1"], strict=True))
+    assert at[0.0] == plain["top1"]
+    assert at[1.0] == plain["posthoc_top1"]
+
+
+def test_a_class_without_test_samples_is_left_out_of_the_balance():
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 2.0, 0.0]])
+    found = balance_curve(logits, torch.tensor([0, 1, 0]), torch.tensor([3, 3, 0]))
+    assert found["balanced"][10] == pytest.approx(0.75)
+    assert found["top1"][10] == pytest.approx(2 / 3)

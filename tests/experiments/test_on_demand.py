@@ -1,4 +1,4 @@
-"""`paper --corruptions` and `--moved-features`, of finished runs on a small data set."""
+"""`paper --balance`, `--corruptions`, `--moved-features`, of finished runs on a small data set."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from tests.helpers.paper_runs import ROW, write_images
 pytestmark = pytest.mark.slow
 
 Image = pytest.importorskip("PIL.Image")
-BOTH = ["--corruptions", "--moved-features"]
+ALL = ["--balance", "--corruptions", "--moved-features"]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +44,13 @@ def records_in(out):
 def test_finished_runs_are_measured_once(images, tmp_path, capsys, quick):
     command = command_of(images, tmp_path, "ce", "meta-iada")
     assert main(command) == 0
-    assert not {"corruptions", "moved_features"} & {*records_in(tmp_path)["ce"]}
+    assert not {"balance", "corruptions", "moved_features"} & {*records_in(tmp_path)["ce"]}
     plain = records_in(tmp_path)["meta-iada"]
     capsys.readouterr()
-    assert main([*command, *BOTH]) == 0
+    assert main([*command, *ALL]) == 0
     output = capsys.readouterr().out
     assert output.count("corruptions: ") == 2
+    assert output.count("balance: ") == 2
     assert output.count("moved features: 8 training samples") == 1
     records = records_in(tmp_path)
     assert "moved_features" not in records["ce"]
@@ -63,23 +64,35 @@ def test_finished_runs_are_measured_once(images, tmp_path, capsys, quick):
         assert rows.shape == (len(CORRUPTIONS), SEVERITIES)
         assert found["mean"] == pytest.approx(rows.mean())
         assert found["clean"] == record["last"]["top1"]
+        check_balance(record)
     check_moved(ours)
     page = (tmp_path / "table2/cifar10-100/index.html").read_text(encoding="utf-8")
     assert "after the paper&#39;s Fig. 5" in page
     assert page.count('<img src="data:image/png;base64,') == 8 * 9
     assert "gaussian noise" in page
-    assert "--corruptions --moved-features" in page
+    assert "logits less τ log π" in page
+    assert "--corruptions --moved-features --balance" in page
 
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
-    assert main([*command, *BOTH]) == 0
+    assert main([*command, *ALL]) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
     (path,) = [path for path in times if "meta-iada" in str(path)]
     path.write_text(json.dumps(plain), encoding="utf-8")  # measured again, it comes out the same
-    assert main([*command, *BOTH]) == 0
+    assert main([*command, *ALL]) == 0
     again = records_in(tmp_path)["meta-iada"]
-    for name in ("corruptions", "moved_features"):
+    for name in ("balance", "corruptions", "moved_features"):
         assert {**again[name], "seconds": 0} == {**ours[name], "seconds": 0}
+
+
+def check_balance(record):
+    found, last = record["balance"], record["last"]
+    at = {tau: place for place, tau in enumerate(found["tau"])}
+    assert min(at) == -1
+    assert max(at) == 1.5
+    assert found["top1"][at[0]] == pytest.approx(last["top1"])
+    assert found["balanced"][at[0]] == pytest.approx(last["balanced"])
+    assert found["top1"][at[1]] == pytest.approx(last["posthoc_top1"])
 
 
 def check_moved(record):
@@ -105,10 +118,10 @@ def check_moved(record):
 
 def test_an_equal_run_is_measured_by_the_checkpoint_of_the_other(images, tmp_path, quick):
     command = command_of(images, tmp_path, "meta-iada")
-    assert main([*command, *BOTH]) == 0
+    assert main([*command, *ALL]) == 0
     row = ["--table", "7", "--row", "cifar10-100"]
     others = [*command[:1], *row, *command[5:]]
-    assert main([*others, *BOTH]) == 0
+    assert main([*others, *ALL]) == 0
     first, second = (
         json.loads((tmp_path / f"{table}/cifar10-100/meta-iada/seed0/record.json").read_text())
         for table in ("table2", "table7")
@@ -158,7 +171,7 @@ def test_errors_come_before_training(methods, option, message, images, tmp_path,
     assert not list(tmp_path.rglob("checkpoint.pt"))
 
 
-@pytest.mark.parametrize("option", BOTH)
+@pytest.mark.parametrize("option", ["--corruptions", "--moved-features"])
 def test_features_are_no_images(option, tmp_path, capsys):
     rng = np.random.default_rng(0)
     arrays = {}

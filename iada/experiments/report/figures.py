@@ -62,6 +62,7 @@ def draw_all(experiment: str, title: str, variants: Variants, headline: str) -> 
     add("confusion", _confusion, main)
     add("reliability", _reliability, main)
     add("corruptions", _by_severity, main)
+    add("balance", _balance, main)
     add("curves", _curves, main)
     with_epsilon = [variant for variant in main if variant.has("epsilon")]
     untrained = [v for v in with_epsilon if setting(v.records[0], "perturbation") == "untrained"]
@@ -313,6 +314,26 @@ def _by_severity(name: str, title: str, variants: Variants) -> Picture | None:
     )
     positions = {axis: list(range(max(one.values.shape[1] for one in series)))}
     return curves(name, caption, {axis: series}, ylabel="accuracy (%)", positions=positions)
+
+
+def _balance(name: str, title: str, variants: Variants) -> Picture | None:
+    """A line a method: accuracy of the logits less τ log π."""
+
+    def row(record: Record) -> list[float] | None:
+        found = record.get("balance")
+        return found["balanced"] if found else None
+
+    if not (series := _series(variants, row)):
+        return None
+    axis = "τ"
+    caption = (
+        f"Balance, {title}: accuracy (mean over classes) of the logits less τ log π, at the last "
+        "epoch. A method that is best to the right of 0 still favours large classes, to the left "
+        "small ones; heights tell what methods differ in beside that."
+    )
+    taus = next(r["balance"]["tau"] for v in variants for r in v.has("balance"))
+    panels = {axis: series}
+    return curves(name, caption, panels, ylabel="accuracy (%)", positions={axis: taus})
 
 
 def _curves(name: str, title: str, variants: Variants) -> Picture | None:

@@ -20,6 +20,7 @@ A record is one finished run in plain values, as JSON has them. Of its keys "exp
     surrogate                `iada.experiments.diagnostics.SurrogateGap.as_record()`
     corruptions              of `iada.experiments.diagnostics.corruption_accuracy`: "clean", "mean",
                              and "accuracy", by corruption and severity
+    balance                  of `iada.experiments.diagnostics.balance`: accuracy by τ
     moved_features           of `iada.experiments.moved_record`: Fig. 5, its images in it
     seconds, machine
 """
