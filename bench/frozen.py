@@ -1,8 +1,9 @@
 """`python -m bench.frozen RUNS`: runs of `iada paper --table frozen` as one file, and a table.
 
-`--json NAME` writes bench/results/NAME.json: a line a run, with its test figures, seconds, commit,
-machine, and a digest of its settings. The first run of an arm has the settings themselves, by which
-a test knows runs that are not of today's recipe.
+`--json NAME` writes bench/results/NAME.json: a line a run, with its test figures, the largest
+relative change of Σ by Eq. 9 in an epoch's first step, seconds, commit, machine, and a digest of
+its settings. The first run of an arm has the settings themselves, by which a test knows runs that
+are not of today's recipe.
 """
 
 import argparse
@@ -25,8 +26,8 @@ ROWS = ("frozen/cifar10-100", "frozen/cifar10-flip-40")
 COLUMNS = ("long tail 100:1", "40 % flip noise")
 KEPT = (
     "experiment", "title", "method", "method_name", "seed", "deviations", "last", "best_epoch",
-    "best_by", "settings_digest", "meta_images", "epsilon", "seconds", "finished", "commit",
-    "machine",
+    "best_by", "settings_digest", "meta_images", "epsilon", "covariance_change", "seconds",
+    "finished", "commit", "machine",
 )  # fmt: skip
 OF_EPSILON = ("class_share", "share_clean", "share_flipped", "label_issues")
 
@@ -40,10 +41,12 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 def summary(record: Record) -> Record:
     """What is kept of a run."""
     epsilon, meta = record["epsilon"], record["split"]["class_counts"].get("meta")
+    changes = [row["covariance_change"] for row in record["curve"] if "covariance_change" in row]
     own = {
         "settings_digest": settings_digest(record["settings"]),
         "meta_images": None if meta is None else sum(meta),
         "epsilon": epsilon and {name: epsilon[name] for name in OF_EPSILON},
+        "covariance_change": max(changes, default=None),
     }
     whole = {**record, **own}
     return {name: whole[name] for name in KEPT}

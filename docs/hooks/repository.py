@@ -87,6 +87,8 @@ def site_place(target):
     """Where in the site a file of the repository is."""
     if target in PAGES:
         return PAGES[target]
+    if target.startswith("docs/notebooks/"):  # the page that its cells make
+        return target[5:].removesuffix(".py") + ".md"
     if target.startswith("docs/"):
         return target[5:]
     return f"source/{target}.md" if Path(target).suffix in CODE else f"source/{target}"
