@@ -18,6 +18,7 @@ import iada
 from bench.memory import peak_bytes
 from bench.shapes import EAGER_LIMIT, SHAPES, make_problem
 from bench.timing import interleave, ratio
+from iada.utils.files import write_text
 from iada_kernels.dispatch import served_by
 from iada_kernels.environment import environment, headline
 
@@ -78,7 +79,7 @@ def main() -> int:
     )
     if options.json:
         written = {"machine": machine, "contestants": contestants, "speed": rows, "memory": dense}
-        options.json.write_text(json.dumps(written, indent=1) + "\n")
+        write_text(options.json, json.dumps(written, indent=1) + "\n")
     if options.plot:
         plot_speed(rows, options.plot)
     return 0

@@ -22,6 +22,7 @@ import iada
 from bench.isda import ISDAEstimator
 from bench.shapes import EAGER_LIMIT, IGNORED, SHAPES, Problem, make_problem
 from bench.timing import interleave, ratio
+from iada.utils.files import write_text
 from iada_kernels import native, torch_ops
 from iada_kernels.contract import Backend, HeadTangents, LossOptions
 from iada_kernels.dispatch import served_by
@@ -65,7 +66,7 @@ def main() -> int:
         print()
     if options.json:
         written = {"machine": machine, "contestants": contestants, **tables}
-        options.json.write_text(json.dumps(written, indent=1) + "\n")
+        write_text(options.json, json.dumps(written, indent=1) + "\n")
     return 0
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from iada.cli import main as iada_main
 from iada.models.small import mlp
+from iada.utils.files import write_text
 from iada_kernels.environment import environment, headline, source_commit
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +142,7 @@ def main() -> None:
         if commit := source_commit():
             record["commit"] = commit
         record |= {"machine": machine, "balanced_accuracy": table}
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ from typing import Any
 
 from iada.experiments.metrics import OURS, mean_std, paired
 from iada.experiments.recipe import load
-from iada.experiments.records import RECORD, read_records
+from iada.experiments.records import RECORD, deviations_of, read_records
 from iada.experiments.report.table import Cell, Table
 from iada.experiments.report.tables import difference, shown
+from iada.utils.checks import argument_error
+from iada.utils.files import write_text
 
 Record = Mapping[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -53,10 +55,17 @@ def summary(record: Record) -> Record:
 
 
 def collected(folder: Path) -> list[Record]:
-    """The runs below `folder`, in the recipes' order; ValueError for a damaged one."""
+    """The runs below `folder`, in the recipes' order.
+
+    ValueError for a damaged one, and for runs that differ in more than method and seed.
+    """
     runs = read_records([folder])
     arms = [(row, entry.key) for row in ROWS for entry in load(row).methods]
     known = [run for run in runs if (run["experiment"], run["method"]) in arms]
+    kinds = sorted({deviations_of(run) or "as the recipe says" for run in known})
+    if len(kinds) > 1:
+        remedy = "pass a folder of one kind"
+        raise argument_error(folder, "runs of one schedule", "; ".join(kinds), remedy)
 
     def place(run: Record) -> tuple[int, int, int]:
         row, method = run["experiment"], run["method"]
@@ -83,13 +92,13 @@ def table(records: Sequence[Record]) -> str:
         head += [f"{title}, %", "Meta-IADA less this"]
         columns.append(runs)
     names = dict.fromkeys(name for runs in columns for name in runs)
-    ours = next(record["method_name"] for record in records if record["method"] == OURS)
+    ours = next((record["method_name"] for record in records if record["method"] == OURS), None)
     rows = []
     for name in names:
         cells = [Cell(name)]
         for runs in columns:
             own = runs.get(name, [])
-            gap = paired(runs[ours], own, "top1") if own and name != ours else None
+            gap = paired(runs[ours], own, "top1") if own and ours in runs and name != ours else None
             figure = shown("top1", mean_std(own)["last"]["top1"], 1) if own else None
             cells += [Cell(figure), Cell(difference("top1", gap))]
         rows.append(cells)
@@ -107,7 +116,7 @@ def main() -> int:
     if options.json:
         lines = (json.dumps(record, ensure_ascii=False) for record in records)
         path = RESULTS / f"{options.json}.json"
-        path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+        write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
     print(table(records))
     return 0
 

@@ -29,6 +29,7 @@ from bench.gpu_parts import Run
 from bench.gpu_table import table
 from bench.half_hour import add_half_hour, half_hour
 from bench.shapes import SHAPES, Shape
+from iada.utils.files import write_text
 from iada_kernels.dispatch import INTERPRETED
 from iada_kernels.environment import headline, triton_version
 
@@ -103,7 +104,7 @@ def main() -> int:
                 PARTS[part](run, name, shape)
                 if len(run.left_out) == waiting:
                     done.append(part)
-                path.write_text(json.dumps(report(run), indent=1) + "\n")
+                write_text(path, json.dumps(report(run), indent=1) + "\n")
     contestants = f"{headline(describe(run.device), MEANING)}; triton {triton_version()}"
     print(f"\n{path}\n\n{contestants}\n\n{table(run.shapes, run.ceilings)}")
     failed = [line for part in options.parts for line in run.failures.get(part, ())]

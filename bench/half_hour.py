@@ -53,6 +53,7 @@ COUNTERS = (
     "launch__occupancy_limit_shared_mem",
 )
 DONE, FAILED, STOPPED, ABSENT = "done", "failed", "stopped", "not here"
+GAVE_UP = "stopped too often"
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,18 @@ def half_hour(options: argparse.Namespace) -> int:
     for stage in stages(folder, options):
         former = ended.get(stage.name, {})
         state, attempts = former.get("state"), former.get("attempts", 0)
-        has_ended = state in (DONE, FAILED, ABSENT) or (stage.tool and attempts >= ATTEMPTS)
-        if has_ended and stage.name not in options.again:
+        if state in (DONE, FAILED, ABSENT, GAVE_UP) and stage.name not in options.again:
             print(f"{stage.name}: {state} before", flush=True)
             continue
         left = options.seconds - LEAVE - (time.monotonic() - begin)
-        needed = ended.get(stage.after, {}).get("state") in (DONE, FAILED) or not stage.after
+        needed = ended.get(stage.after, {}).get("state") in (DONE, FAILED, GAVE_UP)
+        needed = needed or not stage.after
         if left < stage.least or not needed:
             waiting.append(stage.name)
             continue
         found = run_stage(stage, folder, min(left, stage.most))
+        if found["state"] == STOPPED and stage.tool and attempts + 1 >= ATTEMPTS:
+            found["state"] = GAVE_UP
         ended[stage.name] = {**found, "attempts": attempts + 1}
         with atomic_write(path) as file:
             file.write(json.dumps({"machine": machine, "stages": ended}, indent=1).encode() + b"\n")
@@ -113,9 +116,9 @@ def half_hour(options: argparse.Namespace) -> int:
     stopped = [name for name, end in ended.items() if end["state"] == STOPPED]
     if waiting or stopped:
         print(f"for the next call: {', '.join([*stopped, *waiting])}")
-    failed = [name for name, end in ended.items() if end["state"] == FAILED]
+    failed = [name for name, end in ended.items() if end["state"] in (FAILED, GAVE_UP)]
     for name in failed:
-        print(f"FAILED {name}: {ended[name]['output'][-300:]}")
+        print(f"FAILED {name}, {ended[name]['state']}: {ended[name]['output'][-300:]}")
     return 1 if failed else 0
 
 
@@ -204,6 +207,9 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             _stop(process)
             code = None
+        except BaseException:  # Ctrl-C: it would time beside the next call
+            _stop(process)
+            raise
     output = log.read_text(errors="replace")
     unfinished = code is None or (stage.goes_on and "\nleft out: " in output)
     state = STOPPED if unfinished else DONE if code == 0 else FAILED

@@ -21,6 +21,7 @@ import torch
 from iada.experiments.report.table import Cell, Table
 from iada.sklearn import IADAClassifier
 from iada.training.label_issues import detection, label_issues
+from iada.utils.files import write_text
 from iada_kernels.environment import environment, headline
 
 SHARES, META = (0.2, 0.4), 10  # share of wrong labels; clean samples of each class
@@ -58,8 +59,8 @@ def main() -> int:
                 if options.json is not None:
                     about = {"seeds": options.seeds, "epochs": options.epochs, "meta": META}
                     content = {"environment": machine, **about, "rows": rows}
-                    options.json.write_text(
-                        json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+                    write_text(
+                        options.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n"
                     )
     print(table(rows))
     return 0

@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.combinations import Combination, combinations, recorded_launches
 from bench.offline import SHARED_LIMIT, compiling_for, complaint, figures_of
+from iada.utils.files import write_text
 from iada_kernels.environment import environment, headline
 
 FLOAT64_STACK = 1024  # bytes a thread; written down before the first matrix was measured
@@ -71,7 +72,7 @@ def run_matrix(architectures: list[str], count: int, seed: int, path: Path | Non
             }
             lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
             head = json.dumps(written, ensure_ascii=False)[1:-1]
-            path.write_text(f'{{{head},\n "rows": [\n  {lines}\n ]\n}}\n')
+            write_text(path, f'{{{head},\n "rows": [\n  {lines}\n ]\n}}\n')
     failed = [(row, each) for row in rows for each in row["failed"]]
     for row, each in failed:
         print(row["architecture"], row["kernel"], each["complaint"], each["combination"])

@@ -36,6 +36,7 @@ from bench.memory import peak_bytes
 from bench.timing import interleave, ratio
 from iada.models import cifar_resnet
 from iada.training.acceleration import SingleGraph
+from iada.utils.files import write_text
 from iada_kernels.environment import environment, headline
 
 CLASSES = 10
@@ -132,7 +133,7 @@ def main() -> int:
             print(f"| {name}{suffix} | " + " | ".join(cells) + " |", flush=True)
     if options.json:
         rows |= {"machine": machine, "contestants": contestants}
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(options.json, json.dumps(rows, indent=1) + "\n")
     return 0
 
 

@@ -22,6 +22,7 @@ from bench.launches import recorded
 from bench.matrix import run_matrix
 from bench.offline import SHARED_LIMIT, compiling_for, complaint, figures_of
 from bench.shapes import SHAPES
+from iada.utils.files import write_text
 from iada_kernels.environment import environment, headline
 from iada_kernels.triton.launch import INTERPRETED, Launch
 
@@ -56,8 +57,8 @@ def main() -> int:
     print("\nimagenet-lowrank is left out: Σ is full or diag in this build.")
     if options.json:
         lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        options.json.write_text(
-            f'{{\n "machine": {json.dumps(machine)},\n "rows": [\n  {lines}\n ]\n}}\n'
+        write_text(
+            options.json, f'{{\n "machine": {json.dumps(machine)},\n "rows": [\n  {lines}\n ]\n}}\n'
         )
     failed = [row for row in rows if row["complaint"]]
     print(f"{len(rows)} kernels at their shapes, {len(failed)} that do not fit")

@@ -31,6 +31,7 @@ from bench.launches import recorded
 from bench.offline import CUDA_RESERVED, Usage, compiled, compiling_for, usage
 from bench.shapes import SHAPES, Shape, draw_labels
 from bench.work import Work, work_of
+from iada.utils.files import write_text
 from iada_kernels.environment import environment, headline
 from iada_kernels.triton.head_backward import Grid
 from iada_kernels.triton.launch import INTERPRETED, Launch
@@ -311,7 +312,7 @@ def main() -> int:
             "machine": asdict(H200),
             "shapes": found,
         }
-        options.json.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+        write_text(options.json, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 

@@ -27,6 +27,7 @@ from bench.kernel_times import step_of
 from bench.launches import relaunch
 from bench.shapes import SHAPES, Shape, make_problem
 from bench.timing import ratio
+from iada.utils.files import write_text
 from iada_kernels.dispatch import INTERPRETED
 from iada_kernels.environment import headline
 from iada_kernels.triton.config import Configuration, Tile, use
@@ -65,7 +66,7 @@ def main() -> int:
     if options.json:
         about = {"machine": describe(device), "complete": complete, "unswept": sweep.unswept}
         written = {**about, "tiles": found}
-        options.json.write_text(json.dumps(written, indent=1) + "\n")
+        write_text(options.json, json.dumps(written, indent=1) + "\n")
     print(record_of(found))
     if sweep.unswept:
         print(f"not swept, as no launch here has its warps from them: {', '.join(sweep.unswept)}")

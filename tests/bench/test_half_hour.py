@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,18 +85,46 @@ def test_a_call_goes_on_behind_the_last_one(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "ran").read_text() == "first wrong wrong long "
 
 
-def test_a_tool_that_takes_too_long_is_begun_twice(tmp_path, monkeypatch):
+def test_a_tool_that_takes_too_long_is_begun_twice(tmp_path, monkeypatch, capsys):
     given = [
         Stage("watched", python("import time; time.sleep(600)"), 0, 1, tool="sh"),
         Stage("next", python(""), 0, 20, after="watched"),
     ]
     monkeypatch.setattr(half_hour, "stages", lambda folder, options: given)
-    for attempts in (1, 2, 2):
-        half_hour.half_hour(options_for(tmp_path))
+    for attempts, state in ((1, "stopped"), (2, "stopped too often"), (2, "stopped too often")):
+        code = half_hour.half_hour(options_for(tmp_path))
         (report,) = tmp_path.glob("full-*/stages.json")
         stages = json.loads(report.read_text())["stages"]
-        assert stages["watched"]["attempts"] == attempts
-        assert "next" not in stages
+        watched = stages["watched"]
+        assert (watched["attempts"], watched["state"]) == (attempts, state)
+        assert ("next" in stages) == (code == 1) == (attempts == 2)  # it does not wait for ever
+        printed = capsys.readouterr().out
+        assert ("FAILED watched" in printed) == (attempts == 2)
+        assert ("for the next call" in printed) == (attempts == 1)
+
+
+def test_ctrl_c_leaves_no_stage_behind(tmp_path):
+    code = (
+        "import time; open('begun', 'w').write('1'); time.sleep(30); open('late', 'w').write('1')"
+    )
+    script = f"""
+import sys
+from pathlib import Path
+from bench.half_hour import Stage, run_stage
+run_stage(Stage("one", (sys.executable, "-c", {code!r}), 0, 0), Path({str(tmp_path)!r}), 60.0)
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(half_hour.__file__).parents[1])}
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=env)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(timeout=60) != 0
+    found = subprocess.run(["pgrep", "-f", "open('late'"], capture_output=True, text=True)
+    assert str(tmp_path) not in found.stdout
+    for pid in found.stdout.split():
+        assert os.readlink(f"/proc/{pid}/cwd") != str(tmp_path)
 
 
 def test_the_slowest_kernels(tmp_path):

@@ -192,6 +192,16 @@ def test_runs_are_collected_as_they_are(tmp_path):
     assert [r["seed"] for r in found if "settings" in r] == [1, 1]
     assert {r["settings_digest"] for r in found} == {settings_digest({**settings, "seed": 9})}
     assert settings_digest({**settings, "lr": 0.2}) != found[0]["settings_digest"]
+    path = tmp_path / "ce" / "9" / "record.json"
+    path.parent.mkdir()
+    short = {"seed": 9, "last": {"top1": 0.2}, "deviations": ["2 of 40 epochs"]}
+    path.write_text(json.dumps(record | short))
+    with pytest.raises(ValueError, match="expected runs of one schedule, got 2 of 40 epochs; as"):
+        collected(tmp_path)
+    without = [r for r in found if r["method"] == "ce"]
+    assert "| CE | 65.0 ± 7.1 | – |" in table(without)
+    beside = [*found, {**without[0], "experiment": ROWS[1]}]  # no Meta-IADA in this row
+    assert "| CE | 65.0 ± 7.1 | +15.0 ± 63.5 (p 0.205) | 60.0 | – |" in table(beside)
     text = table(found)
     assert "| CE | 65.0 ± 7.1 | +15.0 ± 63.5 (p 0.205) | – | – |" in text
     assert "| Meta-IADA | 80.0 ± 0.0 | – | – | – |" in text
