@@ -40,8 +40,10 @@ from iada.utils.distributed import (
     rank_of,
     told_by_first,
 )
+from iada.utils.files import write_text
 from iada.utils.loading import TensorData
 from iada.utils.settings import check_settings, from_table, read_toml
+from iada.utils.workers import LostWorkers
 from iada_kernels.version import __version__
 
 CONFIG_REMEDY = (
@@ -119,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as `| head` leaves behind
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, LostWorkers) as error:
         if not told_by_first(error):
             print(f"error: {error}", file=sys.stderr)
         return 2
@@ -215,7 +217,7 @@ def _train_here(options: argparse.Namespace) -> int:
         "test_balanced_accuracy": balanced,
     }
     text = json.dumps(result, indent=1) + "\n"
-    by_first(lambda: (options.out / "result.json").write_text(text), trainer.group)
+    by_first(lambda: write_text(options.out / "result.json", text), trainer.group)
     say(f"balanced test accuracy {100 * balanced:.2f} %")
     say(f"written: {options.out / 'result.json'}")
     return 0

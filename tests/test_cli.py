@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from iada import cli
 from iada.cli import main
+from iada.utils.workers import LostWorkers
 
 SETTINGS = """
 [data]
@@ -215,3 +217,14 @@ def test_a_missing_library_is_named_with_what_installs_it(monkeypatch, capsys):
     monkeypatch.setattr("iada.experiments.command.paper", missing("no timm; pip install timm"))
     assert main(["paper", "--list"]) == 2
     assert capsys.readouterr().err == "error: no timm; pip install timm\n"
+
+
+def test_a_worker_that_was_killed_is_an_error_and_no_traceback(monkeypatch, capsys):
+    def stub(options):
+        raise LostWorkers("data: expected the loader's workers to live, got one that ended")
+
+    monkeypatch.setattr(cli, "_train", stub)
+    assert cli.main(["train", "--config", "run.toml"]) == 2
+    assert capsys.readouterr().err == (
+        "error: data: expected the loader's workers to live, got one that ended\n"
+    )

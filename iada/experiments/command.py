@@ -116,7 +116,8 @@ def _paper(options: argparse.Namespace) -> int:
         lambda: check_writable(options.out), current_group()
     )  # before hours of training, not after
     seeds = _seeds(options)
-    runs = [(limited(r, limits), c, seed) for r in chosen for seed in seeds for c in r.methods]
+    shorter = [limited(recipe, limits) for recipe in chosen]
+    runs = [(r, entry, seed) for r in shorter for seed in seeds for entry in r.methods]
     series = Series(runs)
     for recipe in chosen:
         _run(recipe, options, limits, run_options, series)
@@ -238,13 +239,15 @@ def run_methods(
 ) -> None:
     """Every method of the recipe with every seed, in METHOD/seedN of the options' folder.
 
-    Prints the figures, and writes the report there. command: what it says that makes the runs.
+    Prints the figures, and writes the report there. A run that diverges does not keep the others;
+    once they are done FloatingPointError names it. command: what it says that makes the runs.
     demand: what is measured of each beside.
     """
     from iada.experiments.report import write_page
 
     folder = run_options.folder
     records = []
+    failed: dict[str, FloatingPointError] = {}
     for seed in seeds:
         split = make_split(recipe, parts, seed)
         for entry in recipe.methods:
@@ -256,12 +259,19 @@ def run_methods(
             run_here = replace(run_options, folder=own, progress=shown_as)
             made = not (own / RECORD).exists()
             planned = plan(recipe, entry, seed, split, limits, run_here)
-            record = run(planned)
-            say(f"  {series.end(record, recipe, made)}")
+            try:
+                record = run(planned)
+            except FloatingPointError as error:  # it would again; the others need not wait
+                say(f"  diverged: {error}")
+                failed[name] = error
+                continue
+            say(f"  {series.end(record, recipe, made and 'same_as' not in record)}")
             record, lines = with_demand(planned, record, demand)
             for line in lines:
                 say(f"  {line}")
             records.append(record)
+    if not records:
+        raise next(iter(failed.values()))
     say(f"\n{comparison(recipe, records)}")
     published = published_figures([recipe])
     shown = [*records, *derived_records(recipe, records)]
@@ -272,6 +282,10 @@ def run_methods(
         current_group(),
     )
     say(f"\nReport: {page}")
+    if failed:
+        name, first = next(iter(failed.items()))
+        others = f" ({len(failed)} runs diverged: {', '.join(failed)})" if len(failed) > 1 else ""
+        raise FloatingPointError(f"{name}: {first}{others}") from first
 
 
 def _seeds(options: argparse.Namespace) -> Sequence[int]:

@@ -20,7 +20,7 @@ from iada.experiments.metrics import OURS, paired
 from iada.experiments.report.tables import difference, overview_table
 from iada.experiments.report.variants import Variant, by_experiment, variants_of
 from iada.experiments.run import RunOptions, plan, run
-from iada.utils.files import check_writable
+from iada.utils.files import check_writable, write_text
 
 Record = dict[str, Any]
 ROWS = ("digits/long-tail", "digits/noise")
@@ -118,7 +118,7 @@ def write_results(records: Sequence[Record], path: Path) -> None:
     """The records without DETAILS, a line each."""
     kept = [{name: r[name] for name in r if name not in DETAILS} for r in records]
     lines = map(json.dumps, kept)
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def summary_table(records: Sequence[Record]) -> str:

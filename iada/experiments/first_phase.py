@@ -5,7 +5,7 @@ from typing import Any
 
 from iada.experiments.recipe import Recipe
 from iada.experiments.scenarios import Split
-from iada.experiments.scenarios.split import fingerprint
+from iada.experiments.scenarios.split import fingerprint, other_parts, outline
 from iada.training.checkpoint import CHECKPOINT, remove_checkpoint
 from iada.training.first_phase import (
     digest,
@@ -15,6 +15,7 @@ from iada.training.first_phase import (
     start_from,
 )
 from iada.training.trainer import Trainer
+from iada.utils.checks import argument_error
 from iada.utils.distributed import by_first
 from iada.utils.files import check_writable
 from iada.utils.lock import folder_lock
@@ -29,7 +30,7 @@ def first_phase_digest(recipe: Recipe, trainer: Trainer, split: Split) -> str:
     """
     data = {
         "reader": recipe.data["reader"],
-        "train": fingerprint(split.train),
+        "train": outline(split.train),
         "model": recipe.model.as_record(),
     }
     return digest(trainer.config, data)
@@ -50,9 +51,13 @@ def take_up_first_phase(trainer: Trainer, phase: Trainer, split: Split) -> None:
         return load_first_phase(path) if path.exists() else None
 
     state = by_first(previous, trainer.group)
+    trained_on = {"train": fingerprint(split.train)}
+    if state is not None and other_parts(state.get("trained_on", trained_on), trained_on):
+        expected, remedy = "a first phase on these training samples", "move it away"
+        raise argument_error(path, expected, "one on others that look alike", remedy)
     if state is None or state["epoch"] < phase.config.epochs:
         state = _finished(phase, path, state, split)
-    if state["tested"] != fingerprint(split.test):
+    if other_parts({"test": state["tested"]}, {"test": fingerprint(split.test)}):
         rows = state["history"]
         state["history"] = [{name: row[name] for name in ("epoch", "loss")} for row in rows]
     start_from(trainer, state)
@@ -64,7 +69,11 @@ def _finished(
     if not phase.resume() and state is not None:
         start_from(phase, state)
     phase.fit()
-    state = {**first_phase_state(phase), "tested": fingerprint(split.test)}
+    data = {
+        "trained_on": {"train": fingerprint(split.train)},
+        "tested": fingerprint(split.test),
+    }
+    state = {**first_phase_state(phase), **data}
 
     def keep() -> None:
         with folder_lock(path.parent):

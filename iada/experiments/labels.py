@@ -13,8 +13,7 @@ from torch import Tensor
 from iada.experiments.command import check_at_least
 from iada.experiments.datasets import Labelled
 from iada.experiments.datasets.images import data_address, open_image
-from iada.experiments.datasets.own import read_own
-from iada.experiments.model_file import DESCRIPTION, SAMPLES, run_folder
+from iada.experiments.model_file import DESCRIPTION, SAMPLES, run_folder, training_samples
 from iada.experiments.own_data import (
     EITHER_WAY,
     RANKING,
@@ -26,6 +25,7 @@ from iada.experiments.own_data import (
 )
 from iada.experiments.records import read_json
 from iada.experiments.report.template import fill
+from iada.experiments.scenarios.split import fingerprint, other_parts
 from iada.training.label_issues import LabelIssues, label_issues
 from iada.utils.checks import argument_error
 from iada.utils.files import csv_text, write_text
@@ -68,7 +68,7 @@ def labels(options: argparse.Namespace) -> int:
         run = _ranking_run(source)
     rows = read_samples(run / SAMPLES)
     issues = ranked(rows, options.by)
-    data = training_samples(run)
+    data = _samples_of(run)
     listed = _listed(rows, issues, data)
     folder = folder or source
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,12 +126,15 @@ def ranked(rows: Sequence[dict[str, str]], by: str) -> LabelIssues:
     return label_issues(**known)
 
 
-def training_samples(run: Path) -> Labelled:
-    """The data set's training part, as the run read it; image files as their paths."""
-    data = dict(read_json(run / DESCRIPTION)["data"])
-    path = data.pop("path")
-    options = {name: value for name, value in data.items() if name not in ("reader", "memory")}
-    return read_own(path, **options, memory=False, check=False)["train"]
+def _samples_of(run: Path) -> Labelled:
+    """The data set's training part; ValueError if it is not what the run was trained on."""
+    about = read_json(run / DESCRIPTION)
+    data = training_samples(about["data"])
+    if other_parts({"train": about.get("samples", {})}, {"train": fingerprint(data)}):
+        expected = f"the samples that {run} was trained on"
+        remedy = "put the data back as it was, or train again"
+        raise argument_error(about["data"]["path"], expected, "others", remedy)
+    return data
 
 
 def _listed(

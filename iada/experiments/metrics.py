@@ -49,6 +49,7 @@ METRICS = {
     "posthoc_top1": "Top-1, post-hoc LA",
     "posthoc_precision": "Precision, post-hoc LA",
 }
+LOWER_IS_BETTER = ("ece", "nll")
 
 
 class Measured(NamedTuple):

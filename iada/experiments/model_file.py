@@ -4,10 +4,9 @@ A run's folder has model.json, best.pt (the best epoch's weights) and checkpoint
 epoch's); `python -m iada export` writes one of the two as a single .safetensors file.
 """
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,19 @@ from iada.experiments.datasets import (
     load_tokenizer,
 )
 from iada.experiments.datasets.files import required
+from iada.experiments.datasets.images import small_images
+from iada.experiments.datasets.own import read_own
 from iada.experiments.recipe import ModelSettings
 from iada.experiments.records import read_json
 from iada.experiments.scenarios import Split
+from iada.experiments.scenarios.split import fingerprint
 from iada.methods.ldam import CosineLinear
 from iada.models import build_backbone, load_weights, mlp
 from iada.training.checkpoint import CHECKPOINT
 from iada.training.label_issues import SampleLog
 from iada.utils.checks import argument_error
 from iada.utils.evaluate import Outputs, outputs
-from iada.utils.files import atomic_write, csv_text, write_text
+from iada.utils.files import atomic_write, csv_text, load_plain, write_text
 from iada_kernels.version import __version__
 
 DESCRIPTION, BEST, SAMPLES = "model.json", "best.pt", "samples.csv"
@@ -80,14 +82,20 @@ class TrainedModel:
                 return TextView(data, load_tokenizer(name))
         elif kind == "images" and isinstance(size, int):
             return FileView(data, False, size, self.about["shape"], normalise=scale, photo=True)
+        elif kind == "images":  # small ones, not square, are taken as they are
+            images = small_images([Path(item) for item in data.inputs], photo=True)
+            if images is not None and list(images.shape[2:]) == sides:
+                return MemoryView(replace(data, inputs=images), scale, device=device)
         expected = f"{kind} as it was trained on" + (f", of size {size}" if size else "")
         raise argument_error("data", expected, got, "pass such data")
 
 
-def describe(model: ModelSettings, train: Labelled, data: Mapping[str, Any]) -> dict[str, Any]:
+def describe(
+    model: ModelSettings, train: Labelled, data: Mapping[str, Any], head: nn.Linear
+) -> dict[str, Any]:
     """What model.json says: the classes, the backbone, and how inputs reach it.
 
-    data: where the training samples come from, and how they were read.
+    data: where the training samples come from, and how they were read. head: that is evaluated.
     """
     size: int | list[int] = model.image_size
     inputs, shape, scale = "images", "crop", IMAGENET
@@ -101,13 +109,21 @@ def describe(model: ModelSettings, train: Labelled, data: Mapping[str, Any]) -> 
     return {
         "iada": __version__,
         "classes": list(train.class_names),
-        "model": dataclasses.asdict(model),
+        "model": asdict(model),
         "inputs": inputs,
         "size": size,
         "shape": shape,
         "normalise": scale,
+        "cosine": isinstance(head, CosineLinear),
         "data": dict(data),
+        "samples": fingerprint(training_samples(data)),
     }
+
+
+def training_samples(data: Mapping[str, Any]) -> Labelled:
+    """The training part of such `data` as model.json has it; image files as their paths."""
+    options = {name: data[name] for name in data if name not in ("path", "reader", "memory")}
+    return read_own(data["path"], **options, memory=False, check=False)["train"]
 
 
 def build_model(
@@ -193,11 +209,11 @@ def load_trained(path: Path, which: str = "best") -> TrainedModel:
         file = folder / (BEST if which == "best" else CHECKPOINT)
         if not file.exists():
             raise argument_error(folder, file.name, "none", "let the run end one epoch")
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved = load_plain(file, "weights that a run wrote", "let the run go on, or train again")
         state = {"backbone": saved["backbone"], "head": saved["head"]}
         about |= {"epoch": saved["epoch"]}
     settings = ModelSettings(**about["model"])
-    settings = dataclasses.replace(settings, pretrained=False, weights="", frozen=False)
+    settings = replace(settings, pretrained=False, weights="", frozen=False)
     width = about["size"] if about["inputs"] == "features" else None
     backbone, head = build_model(settings, len(about["classes"]), width)
     try:

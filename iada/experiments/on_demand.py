@@ -13,7 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from iada.experiments.datasets import FileView, Labelled, MemoryView
-from iada.experiments.datasets.corruptions import MadeCorruptions, PublishedCorruptions
+from iada.experiments.datasets.corruptions import (
+    SEVERITIES,
+    MadeCorruptions,
+    PublishedCorruptions,
+)
 from iada.experiments.datasets.files import required
 from iada.experiments.diagnostics.balance import balance_curve
 from iada.experiments.diagnostics.corruption_accuracy import Source, corruption_accuracy
@@ -70,7 +74,12 @@ def check_demand(demand: OnDemand, recipe: Recipe, parts: Parts) -> None:
             raise argument_error("--corruptions", expected, "another", "leave it out")
         source = _source(demand, data)
         if isinstance(source, PublishedCorruptions):
-            _ = source.files, source.labels
+            _ = source.files
+            whole = len(source.labels) // SEVERITIES
+            if len(data) != whole:  # "clean" would be of other images
+                expected = f"the whole test set, {whole} images, with {demand.corruptions}"
+                remedy = "leave out --test-limit, or the folder's path"
+                raise argument_error("--corruptions", expected, f"{len(data)}", remedy)
 
 
 def has_epsilon(entry: MethodEntry) -> bool:

@@ -1,5 +1,6 @@
 """What a trained classifier amounts to, for a run's record."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 from iada.experiments.datasets import Labelled
 from iada.experiments.diagnostics import TermsLog, spectrum, surrogate_gap
 from iada.experiments.epsilon_log import EpsilonLog
-from iada.experiments.metrics import Measured, measure
+from iada.experiments.metrics import LOWER_IS_BETTER, Measured, measure
 from iada.experiments.recipe import Recipe
 from iada.experiments.scenarios import Split
 from iada.meta.learner import detached
@@ -58,9 +59,16 @@ def last_and_best(
     """The last epoch and the best: by the validation set where the protocol has one, else, as
     several published tables have it, by the test set."""
     judge = judge_of(recipe, history)
-    best = max(history, key=lambda row: -1.0 if row.get(judge) is None else row[judge])
+    best = max(history, key=lambda row: goodness(judge, row.get(judge)))
     test = {name.removeprefix("test_"): v for name, v in best.items() if name.startswith("test_")}
     return {"last": last.metrics, "best": test, "best_epoch": best["epoch"], "best_by": judge}
+
+
+def goodness(judge: str, value: float | None) -> float:
+    """The larger the better, of what `judge_of` names; least where it was not measured."""
+    if value is None:
+        return -math.inf
+    return -value if judge.partition("_")[2] in LOWER_IS_BETTER else value
 
 
 def judge_of(recipe: Recipe, history: Sequence[Mapping[str, Any]]) -> str:

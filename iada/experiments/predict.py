@@ -6,7 +6,7 @@ from pathlib import Path
 from iada.experiments.command import add_machine, device_named
 from iada.experiments.datasets.own import check_images, read_arrays, read_unlabelled
 from iada.experiments.model_file import WHICH, export, load_trained
-from iada.utils.files import check_writable, csv_text
+from iada.utils.files import check_writable, csv_text, write_text
 
 
 def add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -52,7 +52,7 @@ def predict(options: argparse.Namespace) -> int:
         print(text, end="")
         return 0
     check_writable(options.out.parent)
-    options.out.write_text(text, encoding="utf-8")
+    write_text(options.out, text)
     print(f"written: {options.out}, {len(rows)} lines")
     return 0
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from iada.experiments.scenarios.split import other_parts
 from iada.training.config import with_defaults
 from iada.utils.checks import argument_error
 from iada.utils.files import write_text
@@ -84,4 +85,7 @@ def _agrees(record: Mapping[str, Any], name: str, value: Any) -> bool:
     if name == "settings" and isinstance(known, dict):
         known = json.loads(json.dumps(with_defaults(known)))
         return all(known.get(key) == setting for key, setting in value.items())
+    if name == "split" and isinstance(known, dict) and "parts" in known:
+        rest = {**known, "parts": None} == {**value, "parts": None}
+        return rest and not other_parts(known["parts"], value["parts"])
     return known == value

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from iada.experiments.outcome import (
     covariance_diagnostics,
     curve,
     epsilon_record,
+    goodness,
     judge_of,
     last_and_best,
     measured_on,
@@ -128,7 +130,7 @@ def _run(planned: PlannedRun) -> dict[str, Any]:
     if any(other != request for other in gather_objects(request, trainer.group)):
         remedy = "start all processes on the same files, or one process alone"
         raise argument_error("--data", "the same split on every process", "several", remedy)
-    finished = by_first(lambda: _begin(planned, request), trainer.group)
+    finished = by_first(lambda: _begin(planned, trainer, request), trainer.group)
     if finished is not None:
         return finished
     resumed = trainer.resume()
@@ -149,6 +151,7 @@ def _run(planned: PlannedRun) -> dict[str, Any]:
             **request,
             "class_names": list(split.test.class_names),
             **last_and_best(trainer.history, planned.recipe, last),
+            "tests": sum(row.get("test_top1") is not None for row in trainer.history),
             "confusion": last.confusion,
             "group_accuracy": last.group_accuracy,
             "curve": curve(trainer.history, watch.terms),
@@ -183,7 +186,7 @@ def _logger_of(planned: PlannedRun, trainer: Trainer) -> Iterator[None]:
         yield
 
 
-def _begin(planned: PlannedRun, request: dict[str, Any]) -> dict[str, Any] | None:
+def _begin(planned: PlannedRun, trainer: Trainer, request: dict[str, Any]) -> dict[str, Any] | None:
     """The record of this run if it has been made; else its folder is prepared for it."""
     folder, root = planned.options.folder, planned.options.root
     if (folder / RECORD).exists():
@@ -198,7 +201,7 @@ def _begin(planned: PlannedRun, request: dict[str, Any]) -> dict[str, Any] | Non
     planned.split.save(folder)
     if planned.options.data is not None:
         data = {"path": str(planned.options.data.resolve()), **planned.recipe.data}
-        about = describe(planned.recipe.model, planned.split.train, data)
+        about = describe(planned.recipe.model, planned.split.train, data, trainer.method.head)
         write_record(folder / DESCRIPTION, {**about, "method": planned.entry.trainer.method_name})
     return None
 
@@ -249,8 +252,8 @@ def _keep_best(trainer: Trainer, planned: PlannedRun, measured: dict[str, float 
     """Write the weights, if no epoch before has been as good."""
     judge = judge_of(planned.recipe, [measured])
     value = measured[judge]
-    former = [row[judge] for row in trainer.history if row.get(judge) is not None]
-    if value is not None and (not former or value > max(former)):
+    former = max((goodness(judge, row.get(judge)) for row in trainer.history), default=-math.inf)
+    if value is not None and goodness(judge, value) > former:
         path, epoch = planned.options.folder / BEST, trainer.epoch + 1
         save_weights(path, trainer.backbone, trainer.head, epoch, {judge: value})
 

@@ -8,9 +8,13 @@ LOST = "DataLoader worker"  # how torch's messages about workers begin
 BROKEN = (RuntimeError, OSError, EOFError)  # what is raised where one ended
 
 
+class LostWorkers(RuntimeError):
+    """A loader's worker ended; the message has the remedy."""
+
+
 @contextlib.contextmanager
 def lost_workers_named(where: object = None) -> Iterator[None]:
-    """RuntimeError with the remedy if a loader's worker ends inside, of its own or by a signal.
+    """LostWorkers with the remedy if a loader's worker ends inside, of its own or by a signal.
 
     Torch raises from a signal handler, in the middle of anything, or where it waits for the worker;
     a broken connection is what remains of a worker whose end it has not noticed yet. `where`:
@@ -24,7 +28,7 @@ def lost_workers_named(where: object = None) -> Iterator[None]:
             raise
         _end_loaders(error)  # if news came on the way into `loaders_ended`
         rest = "" if where is None else f" and resume from {where}: the last checkpoint is intact"
-        raise RuntimeError(
+        raise LostWorkers(
             f"data: expected the loader's workers to live, got one that ended ({reason}), as they "
             f"do for want of memory; use fewer num_workers or smaller samples{rest}"
         ) from error

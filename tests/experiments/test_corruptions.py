@@ -16,6 +16,8 @@ from iada.experiments.datasets.corruptions import (
     corrupted,
     made,
 )
+from iada.experiments.on_demand import OnDemand, check_demand
+from iada.experiments.recipe import load
 
 pytest.importorskip("PIL.Image")
 DRAWN = ("gaussian_noise", "shot_noise", "impulse_noise", "motion_blur", "fog", "elastic_transform")
@@ -162,3 +164,12 @@ def test_published_files_that_are_not_right(folder, break_it, message):
     break_it(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         list(PublishedCorruptions(folder, labelled(smooth_images(4))))
+
+
+def test_published_files_go_with_the_whole_test_set(folder):
+    recipe = load("table2/cifar10-100")
+    parts = {"train": labelled(smooth_images(8)), "test": labelled(smooth_images(4))}
+    check_demand(OnDemand(corruptions=folder), recipe, parts)
+    parts["test"] = labelled(smooth_images(3))
+    with pytest.raises(ValueError, match="expected the whole test set, 4 images, with .*, got 3"):
+        check_demand(OnDemand(corruptions=folder), recipe, parts)

@@ -143,8 +143,8 @@ def test_published_files(images, tmp_path, quick):
     folder = tmp_path / "CIFAR-10-C"
     folder.mkdir()
     rng = np.random.default_rng(0)
-    np.save(folder / "labels.npy", np.tile(np.arange(10), SEVERITIES))
-    shape = (10 * SEVERITIES, 8, 8, 3)
+    np.save(folder / "labels.npy", np.tile(np.arange(10).repeat(3), SEVERITIES))
+    shape = (30 * SEVERITIES, 8, 8, 3)
     np.save(folder / "snow.npy", rng.integers(0, 256, shape, dtype=np.uint8))
     out = tmp_path / "out"
     command = command_of(images, out, "ce")

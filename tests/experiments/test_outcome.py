@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import iada
-from iada.experiments.outcome import covariance_diagnostics
+from iada.experiments.metrics import Measured
+from iada.experiments.outcome import covariance_diagnostics, goodness, last_and_best
 from iada.utils.evaluate import Outputs
 
 
@@ -36,3 +37,15 @@ def test_the_surrogate_is_recorded_at_the_epsilon_of_training():
     assert bounds[2] == pytest.approx(bounds[0])
     method.covariance = None
     assert covariance_diagnostics(trainer, data, epsilon)["surrogate"] is None
+
+
+@pytest.mark.parametrize(("metric", "best"), [("nll", 1), ("ece", 1), ("top1", 2)])
+def test_the_best_epoch_is_that_of_the_smallest_loss_and_of_the_largest_share(metric, best):
+    shares = {"nll": (2.3, 0.4, 0.9), "ece": (0.3, 0.1, 0.2), "top1": (0.1, 0.8, 0.9)}[metric]
+    history = [{"epoch": 0}]
+    history += [{"epoch": e, f"test_{metric}": v} for e, v in enumerate(shares)]
+    recipe = SimpleNamespace(metrics=(metric,))
+    found = last_and_best(history, recipe, Measured({}, [], None, {}))
+    assert (found["best_epoch"], found["best_by"]) == (best, f"test_{metric}")
+    assert found["best"] == {metric: shares[best]}
+    assert goodness(f"test_{metric}", None) < goodness(f"test_{metric}", shares[0])

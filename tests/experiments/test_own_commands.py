@@ -6,8 +6,15 @@ import shlex
 
 import numpy as np
 import pytest
+import torch
 
 from iada.cli import main
+from iada.experiments import command as command_module
+from iada.experiments.datasets.own import read_own
+from iada.experiments.metrics import measure
+from iada.experiments.model_file import load_trained
+from iada.experiments.recipe import sections_of
+from iada.experiments.run import run
 
 pytest.importorskip("PIL.Image")
 CLASSES = ("cat", "dog", "owl")
@@ -173,3 +180,97 @@ def test_options_of_own_data_are_refused_beside_a_configuration(tmp_path, capsys
     assert f"{words[0]}: expected options of training on --data" in error
     assert "--set trainer.method=ce" in error
     assert not out.exists()
+
+
+def test_each_method_predicts_as_it_was_evaluated(tmp_path):
+    """LDAM's logits are cosines: the head alone would be another classifier."""
+    data = write_arrays(tmp_path / "f.npz", train=arrays(60), test=arrays(30, 1))
+    out = tmp_path / "run"
+    methods = [key for key in sections_of("base/own")["methods"] if key != "cmo"]  # of images
+    assert {"ldam-drw", "meta-iada"} < set(methods)
+    assert train(data, out, "--meta-per-class", "2", "--method", *methods) == 0
+    given = read_own(data)["test"]
+    for method in methods:
+        folder = out / method / "seed0"
+        record = json.loads((folder / "record.json").read_text())
+        found = load_trained(folder, "last").outputs(given, torch.device("cpu"))
+        measured = measure(found.logits, found.labels, torch.tensor(record["class_counts"])).metrics
+        for name in ("top1", "nll", "ece"):
+            assert measured[name] == pytest.approx(record["last"][name], abs=1e-5), (method, name)
+
+
+def test_other_photos_under_the_same_names_are_other_data(tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos", 6)
+    out = tmp_path / "run"
+    words = ["--backbone", "resnet8", "--image-size", "8", "--meta-per-class", "2"]
+    assert train(photos, out, *words, "--method", "meta-iada") == 0
+    assert main(["labels", str(out)]) == 0
+    changed = photos / "cat" / "0.png"
+    former = changed.read_bytes()
+    changed.rename(photos / "cat" / "zz.png")  # as many cats, in another order
+    capsys.readouterr()
+    assert main(["labels", str(out)]) == 2
+    assert "expected the samples that" in capsys.readouterr().err
+    (photos / "cat" / "zz.png").unlink()
+    from PIL import Image
+
+    rng = np.random.default_rng(9)
+    Image.fromarray(rng.integers(0, 255, (8, 8, 3)).astype(np.uint8)).save(changed)
+    assert train(photos, out, *words, "--method", "meta-iada") == 2
+    assert "another split" in capsys.readouterr().err
+    assert main(["labels", str(out)]) == 2
+    changed.write_bytes(former)
+    assert train(photos, out, *words, "--method", "meta-iada") == 0
+    assert main(["labels", str(out)]) == 0
+
+
+def test_a_run_that_diverges_does_not_keep_the_others(features, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def stub(planned):
+        asked.append(planned.entry.key)
+        if planned.entry.key == "isda":
+            raise FloatingPointError("loss: expected a finite number, got nan at step 3")
+        return run(planned)
+
+    monkeypatch.setattr(command_module, "run", stub)
+    out = tmp_path / "run"
+    words = ["--method", "isda", "ce", "logit-adjustment"]
+    assert train(features, out, *words) == 2
+    assert asked == ["isda", "ce", "logit-adjustment"]
+    printed = capsys.readouterr()
+    assert "got nan at step 3" in printed.err
+    assert "ISDA" in printed.err
+    page = (out / "index.html").read_text()
+    assert "LA" in page
+    assert train(features, tmp_path / "alone", "--method", "isda") == 2
+    assert not (tmp_path / "alone" / "index.html").exists()
+
+
+def test_damaged_weights_are_named(features, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(features, out, "--method", "ce") == 0
+    best = out / "ce" / "seed0" / "best.pt"
+    for content in (b"", b"not weights"):
+        best.write_bytes(content)
+        assert main(["predict", str(out), str(features)]) == 2
+        assert str(best) in capsys.readouterr().err
+
+
+def test_small_photos_that_are_not_square(tmp_path, capsys):
+    from PIL import Image
+
+    for place, name in enumerate(CLASSES):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = np.full((8, 12, 3), 80 * place + number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    out = tmp_path / "run"
+    assert train(tmp_path / "photos", out, "--backbone", "resnet8", "--method", "ce") == 0
+    file = tmp_path / "classes.csv"
+    assert main(["predict", str(out), str(tmp_path / "photos"), "--out", str(file)]) == 0
+    assert len(file.read_text().splitlines()) == 1 + 18
+    other = tmp_path / "other.png"
+    Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(other)
+    assert main(["predict", str(out), str(other)]) == 2
+    assert "of size [8, 12]" in capsys.readouterr().err

@@ -15,12 +15,14 @@ import torch
 from iada.cli import main
 from iada.experiments import recipe as recipes
 from iada.experiments.command import _command, add_paper
+from iada.experiments.datasets import Labelled
 from iada.experiments.datasets.subpopulations import MEMBERS
 from iada.experiments.epsilon_log import EpsilonLog
-from iada.experiments.experiment import Limits, first_of_each, make_split, read_parts
+from iada.experiments.experiment import Limits, first_of_each, limited, make_split, read_parts
 from iada.experiments.first_phase import FOLDER as FIRST_PHASES
 from iada.experiments.listing import comparison, derived_records, published_figures
 from iada.experiments.metrics import METRICS
+from iada.experiments.progress import Series
 from iada.experiments.recipe import (
     DerivedEntry,
     from_sections,
@@ -31,6 +33,7 @@ from iada.experiments.recipe import (
     table_name,
 )
 from iada.experiments.records import read_records
+from iada.experiments.scenarios.split import fingerprint, other_parts, outline
 from iada.meta.method import MetaStep
 from iada.training.first_phase import can_share, first_phase_config
 from iada.training.trainer import Trainer
@@ -673,3 +676,49 @@ def test_differences_are_told_of_the_method_that_the_recipe_names():
         from_sections("own/row", sections)
     del sections["experiment"]["reference"]
     assert from_sections("own/row", sections).reference == ""
+
+
+def test_the_time_left_is_that_of_shortened_schedules():
+    """Of other lengths, shortened to one."""
+    recipe = load("afr-table1/cifar100-100")
+    whole = Series([(recipe, entry, 0) for entry in recipe.methods]).costs
+    shorter = limited(recipe, Limits(epochs=10))
+    costs = Series([(shorter, entry, 0) for entry in shorter.methods]).costs
+    assert len(set(whole)) > 1
+    assert max(costs) <= 40 < min(whole)
+
+
+def test_data_that_changed_where_an_outline_does_not_see_it():
+    labels = torch.arange(4000) % 2
+    data = Labelled(torch.zeros(4000, 3), labels, ("a", "b"))
+    other = Labelled(data.inputs.clone(), labels, ("a", "b"))
+    other.inputs[1] = 1.0
+    before, after = {"train": fingerprint(data)}, {"train": fingerprint(other)}
+    assert outline(data) == outline(other)
+    assert other_parts(before, after) == ["train"]
+    assert other_parts(before, {"train": fingerprint(data)}) == []
+    assert other_parts({"train": outline(data)}, after) == []  # as earlier versions wrote it
+    assert other_parts(before, {**before, "test": before["train"]}) == ["test"]
+
+
+def test_a_first_phase_on_other_images_that_look_alike_is_refused(images, tmp_path, capsys):
+    changed = shutil.copytree(images, tmp_path / "images")
+    command = ["paper", "--table", "controls", "--row", "cifar10-100", "--device", "cpu"]
+    command += ["--epochs", "3", "--out", str(tmp_path / "runs"), "--set", *SMALLER, "--methods"]
+    assert main([*command, "ce", "--data", str(changed)]) == 0
+    (file,) = (tmp_path / "runs" / FIRST_PHASES).glob("*/first-phase.pt")
+    state = torch.load(file, weights_only=True)
+    state["trained_on"]["train"]["content"] = "another"
+    torch.save(state, file)
+    assert main([*command, "deferred-la", "--data", str(changed)]) == 2
+    assert "expected a first phase on these training samples" in capsys.readouterr().err
+    del state["trained_on"]  # as earlier versions wrote it
+    torch.save(state, file)
+    assert main([*command, "deferred-la", "--data", str(changed)]) == 0
+
+
+def test_a_record_says_how_often_it_was_tested(images, tmp_path):
+    command = [*ROW, "--data", str(images), "--out", str(tmp_path), "--epochs", "5"]
+    assert main([*command, "--evaluate-every", "2", "--methods", "ce"]) == 0
+    (record,) = read_records([tmp_path])
+    assert record["tests"] == 3  # after 2, 4 and 5

@@ -29,6 +29,7 @@ from iada.experiments.report.tables import (
 from iada.experiments.report.template import fill
 from iada.experiments.report.variants import Record, Variant, by_experiment, variants_of
 from iada.utils.checks import argument_error
+from iada.utils.files import write_text
 from iada_kernels.environment import source_commit
 from iada_kernels.version import __version__
 
@@ -82,9 +83,9 @@ def write_page(
         versions=versions(),
         records=RECORDS,
     )
-    (folder / RECORDS).write_text(json.dumps(list(records)) + "\n", encoding="utf-8")
+    write_text(folder / RECORDS, json.dumps(list(records)) + "\n")
     path = folder / PAGE
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 
@@ -147,7 +148,7 @@ def _section(
     pictures = draw_all(experiment, title, variants, metrics[0] if metrics else "top1")
     figures.mkdir(exist_ok=True)
     for picture in pictures:
-        (figures / f"{picture.name}.svg").write_text(picture.wide, encoding="utf-8")
+        write_text(figures / f"{picture.name}.svg", picture.wide)
     deviations = [d for v in variants for r in v.records for d in r.get("deviations", ())]
     differing, common = settings(variants)
     headline = headline_table(variants, metrics, known, reference) if metrics else None
@@ -182,6 +183,10 @@ def _explanation(variants: Sequence[Variant], with_published: bool, with_gaps: b
     elif judges == {"test"}:
         text += "The best epoch is picked with hindsight, by the accuracy on what it is tested on"
         text += ", as in several papers." if with_published else "."
+    tests = sorted({r["tests"] for variant in variants for r in variant.records if r.get("tests")})
+    if tests:
+        text += f" It is one of {' or '.join(map(str, tests))} tests of a run"
+        text += ": more of them make a higher best." if len(tests) > 1 else "."
     if with_published:
         text += " The published figures are the papers' own."
     if with_gaps:

@@ -3,14 +3,13 @@
 import itertools
 from collections.abc import Mapping, Sequence
 
-from iada.experiments.metrics import METRICS, OURS, Paired, Spread, paired
+from iada.experiments.metrics import LOWER_IS_BETTER, METRICS, OURS, Paired, Spread, paired
 from iada.experiments.report.table import Cell, Table
 from iada.experiments.report.variants import Record, Variant, Variants, differing_settings
 
 Figures = Mapping[str, float]  # metric → percent
 Published = Mapping[tuple[str, str], Figures]  # by experiment, and method or method's name
 SHOWN = ("processor", "capability", "device", "torch", "backend")  # of a machine
-LOWER_IS_BETTER = ("ece", "nll")
 IN_NATS = ("nll",)
 PAIRED = "less this, paired"  # in the head of a column of differences
 
