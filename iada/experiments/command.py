@@ -119,8 +119,14 @@ def _paper(options: argparse.Namespace) -> int:
     shorter = [limited(recipe, limits) for recipe in chosen]
     runs = [(r, entry, seed) for r in shorter for seed in seeds for entry in r.methods]
     series = Series(runs)
+    failed: list[FloatingPointError] = []
     for recipe in chosen:
-        _run(recipe, options, limits, run_options, series)
+        try:
+            _run(recipe, options, limits, run_options, series)
+        except FloatingPointError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
     return 0
 
 

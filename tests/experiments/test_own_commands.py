@@ -245,6 +245,20 @@ def test_a_run_that_diverges_does_not_keep_the_others(features, tmp_path, capsys
     assert not (tmp_path / "alone" / "index.html").exists()
 
 
+def test_a_row_of_which_a_run_diverged_does_not_keep_the_next_one(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def stub(recipe, *others):
+        asked.append(recipe.name)
+        if recipe.name == "digits/long-tail":
+            raise FloatingPointError("CE, seed 0: loss: expected a finite number, got nan")
+
+    monkeypatch.setattr(command_module, "_run", stub)
+    assert main(["paper", "--table", "digits", "--out", str(tmp_path)]) == 2
+    assert asked == ["digits/long-tail", "digits/noise"]
+    assert "CE, seed 0: loss" in capsys.readouterr().err
+
+
 def test_damaged_weights_are_named(features, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(features, out, "--method", "ce") == 0
