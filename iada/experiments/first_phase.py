@@ -51,28 +51,25 @@ def take_up_first_phase(trainer: Trainer, phase: Trainer, split: Split) -> None:
         return load_first_phase(path) if path.exists() else None
 
     state = by_first(previous, trainer.group)
-    trained_on = {"train": fingerprint(split.train)}
+    trained_on, tested = {"train": fingerprint(split.train)}, fingerprint(split.test)
     if state is not None and other_parts(state.get("trained_on", trained_on), trained_on):
         expected, remedy = "a first phase on these training samples", "move it away"
         raise argument_error(path, expected, "one on others that look alike", remedy)
     if state is None or state["epoch"] < phase.config.epochs:
-        state = _finished(phase, path, state, split)
-    if other_parts({"test": state["tested"]}, {"test": fingerprint(split.test)}):
+        state = _finished(phase, path, state, {"trained_on": trained_on, "tested": tested})
+    if other_parts({"test": state["tested"]}, {"test": tested}):
         rows = state["history"]
         state["history"] = [{name: row[name] for name in ("epoch", "loss")} for row in rows]
     start_from(trainer, state)
 
 
 def _finished(
-    phase: Trainer, path: Path, state: dict[str, Any] | None, split: Split
+    phase: Trainer, path: Path, state: dict[str, Any] | None, data: dict[str, Any]
 ) -> dict[str, Any]:
+    """What `phase` leaves, kept in the file; data: fingerprints that are kept with it."""
     if not phase.resume() and state is not None:
         start_from(phase, state)
     phase.fit()
-    data = {
-        "trained_on": {"train": fingerprint(split.train)},
-        "tested": fingerprint(split.test),
-    }
     state = {**first_phase_state(phase), **data}
 
     def keep() -> None:

@@ -43,6 +43,7 @@ from tests.helpers.paper_runs import ROW, SMALLER, write_images
 from tests.helpers.processes import held_by_another_process
 
 pytestmark = pytest.mark.slow
+CONTROLS = ("paper", "--table", "controls", "--row", "cifar10-100", "--device", "cpu")
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -355,17 +356,7 @@ def test_a_first_phase_serves_another_test_set(images, tmp_path, monkeypatch):
     trained = []
     fit = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", lambda self: trained.append(self.epoch) or fit(self))
-    command = [
-        "paper",
-        "--table",
-        "controls",
-        "--row",
-        "cifar10-100",
-        "--device",
-        "cpu",
-        "--epochs",
-        "3",
-    ]
+    command = [*CONTROLS, "--epochs", "3"]
     command += ["--data", str(images), "--set", *SMALLER, "--methods"]
     assert main([*command, "ce", "--out", str(tmp_path / "a")]) == 0
     shutil.copytree(tmp_path / "a" / FIRST_PHASES, tmp_path / "b" / FIRST_PHASES)
@@ -379,17 +370,7 @@ def test_a_first_phase_serves_another_test_set(images, tmp_path, monkeypatch):
 
 
 def test_meta_images_as_training_images(images, tmp_path):
-    command = [
-        "paper",
-        "--table",
-        "controls",
-        "--row",
-        "cifar10-100",
-        "--device",
-        "cpu",
-        "--epochs",
-        "2",
-    ]
+    command = [*CONTROLS, "--epochs", "2"]
     command += ["--data", str(images), "--out", str(tmp_path), "--set", *SMALLER]
     assert main([*command, "--methods", "ce", "ce-with-meta"]) == 0
     records = {record["method"]: record for record in read_records([tmp_path])}
@@ -703,8 +684,16 @@ def test_data_that_changed_where_an_outline_does_not_see_it():
 
 def test_a_first_phase_on_other_images_that_look_alike_is_refused(images, tmp_path, capsys):
     changed = shutil.copytree(images, tmp_path / "images")
-    command = ["paper", "--table", "controls", "--row", "cifar10-100", "--device", "cpu"]
-    command += ["--epochs", "3", "--out", str(tmp_path / "runs"), "--set", *SMALLER, "--methods"]
+    command = [
+        *CONTROLS,
+        "--epochs",
+        "3",
+        "--out",
+        str(tmp_path / "runs"),
+        "--set",
+        *SMALLER,
+        "--methods",
+    ]
     assert main([*command, "ce", "--data", str(changed)]) == 0
     (file,) = (tmp_path / "runs" / FIRST_PHASES).glob("*/first-phase.pt")
     state = torch.load(file, weights_only=True)

@@ -1,7 +1,7 @@
 """Whether a classifier's classes are in balance: its accuracy as τ log π is taken from its logits.
 
-Where a method is best at some τ > 0 it still favours large classes, at τ < 0 small ones. Curves
-that reach the same height are of classifiers that differ in balance alone.
+Where a method is best at some τ > 0 it still favours large classes, at τ < 0 small ones. How high
+curves reach tells what methods differ in beside that.
 """
 
 from typing import Any

@@ -305,15 +305,11 @@ def _by_severity(name: str, title: str, variants: Variants) -> Picture | None:
         accuracy = [found["accuracy"][name] for name in found.get("in_mean", found["accuracy"])]
         return [found["clean"], *np.mean(accuracy, axis=0).tolist()]
 
-    if not (series := _series(variants, row)):
-        return None
-    axis = "severity"
     caption = (
         f"Accuracy on corrupted test images, the mean over corruptions at each severity, {title}. "
         "Severity 0 is the test set as it is."
     )
-    positions = {axis: list(range(max(one.values.shape[1] for one in series)))}
-    return curves(name, caption, {axis: series}, ylabel="accuracy (%)", positions=positions)
+    return _accuracy_over(name, caption, "severity", _series(variants, row))
 
 
 def _balance(name: str, title: str, variants: Variants) -> Picture | None:
@@ -323,17 +319,27 @@ def _balance(name: str, title: str, variants: Variants) -> Picture | None:
         found = record.get("balance")
         return found["balanced"] if found else None
 
-    if not (series := _series(variants, row)):
-        return None
-    axis = "τ"
     caption = (
         f"Balance, {title}: accuracy (mean over classes) of the logits less τ log π, at the last "
         "epoch. A method that is best to the right of 0 still favours large classes, to the left "
         "small ones; heights tell what methods differ in beside that."
     )
-    taus = next(r["balance"]["tau"] for v in variants for r in v.has("balance"))
-    panels = {axis: series}
-    return curves(name, caption, panels, ylabel="accuracy (%)", positions={axis: taus})
+    taus = next((r["balance"]["tau"] for v in variants for r in v.has("balance")), None)
+    return _accuracy_over(name, caption, "τ", _series(variants, row), taus)
+
+
+def _accuracy_over(
+    name: str,
+    caption: str,
+    axis: str,
+    series: Sequence[Series],
+    places: Sequence[float] | None = None,
+) -> Picture | None:
+    """Lines at `places` of the axis, by default 0, 1, …; None without a line."""
+    if not series:
+        return None
+    places = places or range(max(one.values.shape[1] for one in series))
+    return curves(name, caption, {axis: series}, ylabel="accuracy (%)", positions={axis: places})
 
 
 def _curves(name: str, title: str, variants: Variants) -> Picture | None:
