@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from iada.experiments.datasets import (
     BUNDLED,
     CIFAR10,
-    CIFAR100,
     IMAGENET,
+    NORMALISATIONS,
     READERS,
     FeatureView,
     FileView,
@@ -24,7 +24,7 @@ from iada.experiments.datasets import (
     TextView,
     load_tokenizer,
 )
-from iada.experiments.recipe import MethodEntry, Recipe, shortened
+from iada.experiments.recipe import MethodEntry, ModelSettings, Recipe, shortened
 from iada.experiments.scenarios import SCENARIOS, Split, colored_mnist
 from iada.models import build_backbone
 from iada.utils.checks import argument_error, check_choice
@@ -32,12 +32,7 @@ from iada.utils.evaluate import outputs
 
 # As in huaxiuyao/LISA's cmnist_dataset.py: its third channel is empty.
 COLORED_MNIST = ((0.1307, 0.1307, 0.0), (0.3081, 0.3081, 0.3081))
-NORMALISATIONS = {
-    "cifar10": CIFAR10,
-    "cifar100": CIFAR100,
-    "digits": ((0.0,), (1.0,)),
-    "mnist": COLORED_MNIST,
-}
+OF_READERS = {**NORMALISATIONS, "digits": ((0.0,), (1.0,)), "mnist": COLORED_MNIST}
 # How the published protocols of these cut their images.
 FILE_OPTIONS: dict[str, dict[str, Any]] = {
     "waterbirds": {"shape": "square", "scale": (0.7, 1.0)},
@@ -166,23 +161,38 @@ def make_view(recipe: Recipe, data: Labelled, device: torch.device) -> Dataset:
 def _view(
     recipe: Recipe, data: Labelled, plain_from: int | None, device: torch.device
 ) -> Callable[[Labelled, str | None], Dataset]:
+    model = recipe.model
     if isinstance(data.inputs, Tensor) and data.inputs.is_floating_point():
+        _refuse_image_settings(model, "features")
         return lambda piece, augment: FeatureView(piece, device)
     if isinstance(data.inputs, Tensor):
         usual = CIFAR10 if data.inputs.shape[-1] <= 64 else IMAGENET
-        means, deviations = NORMALISATIONS.get(recipe.data["reader"], usual)
+        means, deviations = OF_READERS.get(model.normalise or recipe.data["reader"], usual)
         channels = data.inputs.shape[1]  # one of MNIST's without its colours
-        scale = means[:channels], deviations[:channels]
-        return lambda piece, augment: MemoryView(piece, scale, augment, plain_from, device)
+        scale, padding = (means[:channels], deviations[:channels]), model.crop_padding
+        return lambda piece, augment: MemoryView(piece, scale, augment, plain_from, device, padding)
     if isinstance(data.inputs[0], str):
-        folder = recipe.model.backbone.removeprefix("transformers/")
+        _refuse_image_settings(model, "texts")
+        folder = model.backbone.removeprefix("transformers/")
         tokenizer = load_tokenizer(folder)
         return lambda piece, augment: TextView(piece, tokenizer)
-    if recipe.model.augment == "autoaugment-cutout":
+    if model.augment.startswith("autoaugment"):
         remedy = "it is for small images"
         raise argument_error("augment", "'none' or 'crop-flip'", "image files", remedy)
-    size, options = recipe.model.image_size, FILE_OPTIONS.get(recipe.data["reader"], {})
-    return lambda piece, augment: FileView(piece, augment is not None, size, **options)
+    if model.crop_padding != "black":
+        remedy = "leave it out: their crops are of what is there"
+        raise argument_error("crop_padding", "small images", "image files", remedy)
+    options = dict(FILE_OPTIONS.get(recipe.data["reader"], {}))
+    if model.normalise:
+        options["normalise"] = NORMALISATIONS[model.normalise]
+    return lambda piece, augment: FileView(piece, augment is not None, model.image_size, **options)
+
+
+def _refuse_image_settings(model: ModelSettings, got: str) -> None:
+    """Those that are off by default: nobody sets them without meaning it."""
+    for name, value in (("normalise", model.normalise), ("crop_padding", model.crop_padding)):
+        if value not in ("", "black"):
+            raise argument_error(name, "images", got, "leave it out")
 
 
 def best_device() -> torch.device:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from iada.experiments.datasets import (
     CIFAR10,
     IMAGENET,
+    NORMALISATIONS,
     FeatureView,
     FileView,
     Labelled,
@@ -106,6 +107,8 @@ def describe(
         shape, scale = "whole", CIFAR10 if sides[-1] <= 64 else IMAGENET
     elif isinstance(train.inputs[0], str):
         inputs, size = "texts", 0
+    if model.normalise:
+        scale = NORMALISATIONS[model.normalise]
     return {
         "iada": __version__,
         "classes": list(train.class_names),

@@ -12,7 +12,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from iada.experiments.datasets import READERS
+from iada.experiments.datasets import NORMALISATIONS, READERS
+from iada.experiments.datasets.augment import PADDINGS
 from iada.experiments.metrics import METRICS, OURS
 from iada.experiments.scenarios import SCENARIOS
 from iada.methods.registry import METHODS
@@ -20,7 +21,8 @@ from iada.training.config import TrainerConfig
 from iada.utils.checks import argument_error, check_choice
 from iada.utils.settings import check_settings
 
-AUGMENTS = ("none", "crop-flip", "autoaugment-cutout")
+AUGMENTS = ("none", "crop-flip", "autoaugment-cutout", "autoaugment-contrastive")
+LATER = ("weights", "frozen", "normalise", "crop_padding")  # fields of [model]
 Figures = dict[str, float]
 Sections = dict[str, dict[str, Any]]  # of a TOML file
 
@@ -33,8 +35,11 @@ class ModelSettings:
     weights: which of these, as "IMAGENET1K_V1"; or, not pretrained, the path of a file as
     `iada.models.load_weights` takes it.  frozen: the head alone is trained; the backbone stays as
     it is, its BatchNorm in evaluation mode.
-    augment: "none"; "crop-flip"; or "autoaugment-cutout", for small images: AutoAugment and CutOut
-    too, but not in AFR's second stage.  image_size: height and width of images read from files.
+    augment: "none"; "crop-flip"; or, for small images, "autoaugment-cutout", AutoAugment and CutOut
+    too, but not in AFR's second stage, and "autoaugment-contrastive", that for half of the images
+    and a contrastive one for the others.  image_size: height and width of images read from files.
+    normalise: whose means and deviations, one of NORMALISATIONS; "" for the usual ones of the data.
+    crop_padding: of crops of small images, as `iada.experiments.datasets.augment.crop_flip` has it.
     """
 
     backbone: str = "resnet32"
@@ -43,15 +48,20 @@ class ModelSettings:
     image_size: int = 32
     weights: str = ""
     frozen: bool = False
+    normalise: str = ""
+    crop_padding: str = "black"
 
     def __post_init__(self) -> None:
         check_settings(self)
         check_choice("augment", self.augment, AUGMENTS)
+        check_choice("normalise", self.normalise, ("", *NORMALISATIONS))
+        check_choice("crop_padding", self.crop_padding, PADDINGS)
 
     def as_record(self) -> dict[str, Any]:
         """For records and digests; a later field enters only where it is not what it was before."""
+        before = {f.name: f.default for f in dataclasses.fields(self) if f.name in LATER}
         values = dataclasses.asdict(self)
-        return {n: v for n, v in values.items() if v or n not in ("weights", "frozen")}
+        return {n: v for n, v in values.items() if n not in before or v != before[n]}
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ class MethodEntry:
 
     with_meta: the meta set's images are training images too, and there is no meta set.
     meta_per_class: of the meta set's images of each class, so many are used; 0 for all.
+    augment: in the place of the model's; "" for that.
     """
 
     key: str
@@ -68,6 +79,10 @@ class MethodEntry:
     published: Figures
     with_meta: bool = False
     meta_per_class: int = 0
+    augment: str = ""
+
+    def __post_init__(self) -> None:
+        check_choice("augment", self.augment, ("", *AUGMENTS))
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,14 @@ class Recipe:
     methods: tuple[MethodEntry, ...]
     published: dict[str, Figures] = field(default_factory=dict)
     derived: dict[str, DerivedEntry] = field(default_factory=dict)
+
+    def as_run(self, entry: MethodEntry) -> "Recipe":
+        """With what the method says of the model in the model."""
+        if not entry.augment:
+            return self
+        return dataclasses.replace(
+            self, model=dataclasses.replace(self.model, augment=entry.augment)
+        )
 
     @property
     def row(self) -> str:
@@ -286,11 +309,11 @@ def _swept(
 def _method_entry(key: str, values: dict[str, Any], shared: dict[str, Any]) -> MethodEntry:
     settings = dict(values)
     title, published = settings.pop("title", key), settings.pop("published", {})
-    meta = {n: settings.pop(n) for n in ("with_meta", "meta_per_class") if n in settings}
+    data = {n: settings.pop(n) for n in ("with_meta", "meta_per_class", "augment") if n in settings}
     settings.setdefault("method", key)
     check_choice(f"[methods.{key}] method", settings["method"], METHODS, "add method")
     config = TrainerConfig.from_settings(settings, shared)
-    return MethodEntry(key, title, config, published, **meta)
+    return MethodEntry(key, title, config, published, **data)
 
 
 def _sections(name: str) -> Sections:

@@ -96,7 +96,7 @@ def plan(
     entry = dataclasses.replace(entry, trainer=dataclasses.replace(entry.trainer, seed=seed))
     split = split.with_meta_limit(entry.meta_per_class) if entry.meta_per_class else split
     split = split.with_meta_in_train() if entry.with_meta else split
-    return PlannedRun(recipe, entry, split, deviations, options)
+    return PlannedRun(recipe.as_run(entry), entry, split, deviations, options)
 
 
 def run(planned: PlannedRun) -> dict[str, Any]:

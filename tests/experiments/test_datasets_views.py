@@ -15,6 +15,7 @@ from iada.experiments.datasets.augment import HOLE, crop_flip, cutout
 from iada.experiments.datasets.counter_rng import draws
 from iada.experiments.datasets.views import (
     CIFAR10,
+    NORMALISATIONS,
     FileView,
     MemoryView,
     TextView,
@@ -23,7 +24,8 @@ from iada.experiments.datasets.views import (
     random_part,
 )
 from iada.experiments.experiment import make_view
-from iada.experiments.recipe import load
+from iada.experiments.model_file import describe
+from iada.experiments.recipe import ModelSettings, load
 from iada.models.small import mlp
 from iada.training.config import TrainerConfig
 from iada.training.trainer import Trainer
@@ -84,21 +86,24 @@ def test_draws_are_even_and_independent():
     assert float(((table - expected) ** 2 / expected).sum()) < 130  # χ² of 80 degrees: p = 0.0003
 
 
-def by_hand(image, down, right, flip):
+def by_hand(image, down, right, flip, padding="black"):
     """Pad, crop and flip one image in numpy."""
-    padded = np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)))
+    mode = {"black": "constant", "reflect": "reflect"}[padding]
+    padded = np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)), mode=mode)
     cut = padded[:, down : down + 32, right : right + 32]
     return torch.from_numpy((cut[:, :, ::-1] if flip else cut).copy())
 
 
-def test_crop_flip_against_numpy():
+@pytest.mark.parametrize("padding", ["black", "reflect"])
+def test_crop_flip_against_numpy(padding):
     data, rows = images(), torch.arange(40)
-    found = crop_flip(data, 1, 2, rows)
+    found = crop_flip(data, 1, 2, rows, padding)
     down, right, flip = draws(1, 2, rows, (9, 9, 2))
     assert down.unique().numel() > 5
     assert flip.float().mean().item() == pytest.approx(0.5, abs=0.3)
     for row in rows.tolist():
-        expected = by_hand(data[row], int(down[row]), int(right[row]), int(flip[row]))
+        place = int(down[row]), int(right[row]), int(flip[row])
+        expected = by_hand(data[row], *place, padding)
         assert torch.equal(found[row], expected)
 
 
@@ -162,6 +167,7 @@ def test_single_samples_are_drawn_anew():
     ("change", "message"),
     [
         ({"augment": "flip"}, "augment: expected one of None, 'crop-flip'"),
+        ({"padding": "white"}, "padding: expected one of 'black', 'reflect', got 'white'"),
         ({"normalise": ((0.5,), (0.5,))}, "normalise: expected 3 means and deviations, got 1"),
         ({"data": Labelled(["x"], torch.tensor([0]), ("a",))}, "data: expected images in memory"),
     ],
@@ -181,6 +187,52 @@ def test_auto_augment_draws_by_place():
     assert torch.equal(whole[1:], view.whole_batch(1, 5, [4, 7])[0])
     plain = MemoryView(labelled(12), CIFAR10, "crop-flip").whole_batch(1, 5, [0, 4, 7])[0]
     assert not torch.equal(whole, plain)
+
+
+def test_half_of_the_images_have_a_contrastive_augmentation():
+    pytest.importorskip("kornia.augmentation")
+    rows, normalise = list(range(40)), ((0.0,) * 3, (1.0,) * 3)
+    kinds = ("autoaugment-cutout", "autoaugment-contrastive")
+    one, both = (MemoryView(labelled(), normalise, kind) for kind in kinds)
+    found = both.whole_batch(1, 5, rows)[0]
+    other = torch.tensor([not torch.equal(*pair) for pair in zip(
+        found, one.whole_batch(1, 5, rows)[0], strict=True)])  # fmt: skip
+    assert 8 < int(other.sum()) < 32
+    assert torch.equal(found[20:], both.whole_batch(1, 5, rows[20:])[0])
+    grey = (found[:, 0] == found[:, 1]).flatten(1).all(dim=1)
+    assert (grey <= other).all()
+    assert int(grey.sum()) > 0
+    assert 0 <= found.min() < found.max() <= 1
+    second_stage = MemoryView(labelled(), normalise, kinds[1], plain_from=5)
+    plain = MemoryView(labelled(), normalise, "crop-flip").whole_batch(1, 5, rows)[0]
+    assert torch.equal(second_stage.whole_batch(1, 5, rows)[0], plain)
+
+
+def test_means_and_padding_are_those_of_the_recipe(tmp_path):
+    made.write_folder(tmp_path, size=(90, 70), suffix=".png")
+    files, device = read_folder(tmp_path)["train"], torch.device("cpu")
+    model = {"normalise": "inaturalist18"}
+    view = make_view(load("table3/inat2018"), files, device)
+    usual = make_view(load("table3/inat2018", {"model": {"normalise": ""}}), files, device)
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in NORMALISATIONS["inaturalist18"])
+    pixels = usual[0][0] * usual.deviation + usual.mean
+    torch.testing.assert_close(view[0][0], (pixels - mean) / deviation)
+    about = describe(ModelSettings(**model), files, {"path": tmp_path}, torch.nn.Linear(2, 3))
+    assert about["normalise"] == NORMALISATIONS["inaturalist18"]
+    small = load("table2/cifar10-100", {"model": {"crop_padding": "reflect", **model}})
+    assert make_view(small, labelled(), device).padding == "reflect"
+    assert make_view(small, labelled(), device).mean.flatten().tolist() == mean.flatten().tolist()
+    features = Labelled(torch.zeros(3, 5), torch.arange(3), NAMES)
+    for data, changes, message in (
+        (files, {"crop_padding": "reflect"}, "crop_padding: expected small images, got image f"),
+        (features, {"crop_padding": "reflect"}, "crop_padding: expected images, got features"),
+        (features, model, "normalise: expected images, got features"),
+        (files, {"augment": "autoaugment-contrastive"}, "augment: expected 'none' or 'crop-flip'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_view(load("table2/cifar10-100", {"model": changes}), data, device)
+    with pytest.raises(ValueError, match="normalise: expected one of '', 'cifar10'"):
+        ModelSettings(normalise="imagenet21k")
 
 
 def without(module, code):

@@ -142,8 +142,13 @@ def test_what_recipes_owe_to_the_sources():
         assert recipe.derived["la-post-hoc"].of == "ce-without-momentum"
     assert load("table4/imagenet-clt").derived["la-post-hoc"].published["top1"] == 46.53
     inat = load("table3/inat2018")
-    assert inat.model.frozen
+    assert (inat.model.frozen, inat.model.normalise) == (True, "inaturalist18")
     assert inat.scenario["meta_in_train"]
+    alphas = {
+        c.key: (c.trainer.method.alpha, c.trainer.method.alpha_ramp) for c in inat.methods[3:]
+    }
+    rising = (0.25, True)
+    assert alphas == {"isda": rising, "metasaug": rising, "meta-iada": (0.5, False)}
     for row in ("celeba", "cmnist", "waterbirds"):
         model = load(f"table6/{row}").model
         assert (model.pretrained, model.weights) == (True, "IMAGENET1K_V1")
@@ -182,7 +187,17 @@ def test_a_row_adds_to_what_its_base_says_of_a_method():
 def test_the_model_in_a_digest_is_that_of_before_there_were_choices():
     names = {"backbone", "pretrained", "augment", "image_size"}
     assert set(load("table2/cifar10-100").model.as_record()) == names
-    assert set(load("table3/inat2018").model.as_record()) == {*names, "frozen"}
+    assert set(load("table3/inat2018").model.as_record()) == {*names, "frozen", "normalise"}
+
+
+def test_a_method_may_have_an_augmentation_of_its_own():
+    recipe = load("afr-table1/cifar100-100")
+    arms = {entry.key: entry for entry in recipe.methods}
+    own = recipe.as_run(arms["cmo-400"]).model.as_record()
+    assert own == recipe.model.as_record() | {"augment": "autoaugment-contrastive"}
+    assert recipe.as_run(arms["cmo"]) is recipe
+    with pytest.raises(ValueError, match="augment: expected one of '', 'none'"):
+        load(recipe.name, {"methods.cmo-400": {"augment": "mosaic"}})
 
 
 def test_ablations_leave_out_one_term_each():

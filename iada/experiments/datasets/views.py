@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from iada.experiments.datasets.augment import auto_augment, crop_flip, cutout
+from iada.experiments.datasets.augment import (
+    PADDINGS,
+    auto_augment,
+    contrastive,
+    crop_flip,
+    cutout,
+)
 from iada.experiments.datasets.counter_rng import draws
 from iada.experiments.datasets.files import missing, required
 from iada.experiments.datasets.images import open_image, scaled_part
@@ -29,7 +35,16 @@ Box = tuple[float, float, float, float]  # left, upper, right, lower
 CIFAR10: Normalisation = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100: Normalisation = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-AUGMENTATIONS = (None, "crop-flip", "autoaugment-cutout")
+NORMALISATIONS: dict[str, Normalisation] = {
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
+    # Of the codes of MetaSAug and Meta-Weight-Net, for CIFAR-10 and -100.
+    "metasaug": ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
+    "imagenet": IMAGENET,
+    # Of the codes of cRT and MetaSAug.
+    "inaturalist18": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
+}
+AUGMENTATIONS = (None, "crop-flip", "autoaugment-cutout", "autoaugment-contrastive")
 SHAPES = ("crop", "square", "whole")
 _FINE = 2**30  # steps of a draw that stands for a real number in [0, 1)
 _TRIES = 10
@@ -80,12 +95,15 @@ class MemoryView(View):
         data: images in memory.
         normalise: mean and deviation of each channel, of values in [0, 1].
         augment: None; "crop-flip" (pad by 4, crop, flip); or "autoaugment-cutout", the same and
-            then AutoAugment and CutOut, as the first stage of AFR's experiments has it. That takes
-            some 2 ms for each image and is done on the CPU: give the trainer workers.
-        plain_from: the step of the run from which "autoaugment-cutout" is "crop-flip" alone, as in
-            AFR's second stage; None for never.
+            then AutoAugment and CutOut, as the first stage of AFR's experiments has it;
+            "autoaugment-contrastive", that for half of the images, drawn at each step, and
+            `contrastive` for the others, as CMO's code has it for 400 epochs. Both take some 2 ms
+            for each image and are done on the CPU: give the trainer workers.
+        plain_from: the step of the run from which these two are "crop-flip" alone, as in AFR's
+            second stage; None for never.
         device: where to keep the images and make the batches; None leaves them where they are, as
             does AutoAugment.
+        padding: of the crops, see `crop_flip`.
 
     Attributes:
         mean, deviation: of each channel, (C, 1, 1), on the CPU.
@@ -98,35 +116,44 @@ class MemoryView(View):
         augment: str | None = None,
         plain_from: int | None = None,
         device: torch.device | str | None = None,
+        padding: str = "black",
     ) -> None:
         if not isinstance(data.inputs, Tensor):
             got = f"a {type(data.inputs).__name__}"
             raise argument_error("data", "images in memory", got, "use FileView for image files")
         check_choice("augment", augment, AUGMENTATIONS)
+        check_choice("padding", padding, PADDINGS)
         mean, deviation = (torch.tensor(values).view(1, -1, 1, 1) for values in normalise)
         channels = data.inputs.shape[1]
         if mean.shape[1] != channels or deviation.shape[1] != channels:
             got = f"{mean.shape[1]} and {deviation.shape[1]}"
             remedy = "one a channel"
             raise argument_error("normalise", f"{channels} means and deviations", got, remedy)
-        self._policy = auto_augment() if augment == "autoaugment-cutout" else None
+        learned = augment in ("autoaugment-cutout", "autoaugment-contrastive")
+        self._policy = auto_augment() if learned else None
+        size = (data.inputs.shape[2], data.inputs.shape[3])
+        self._other = contrastive(size) if augment == "autoaugment-contrastive" else None
         leave = device is None or self._policy is not None
         self.images = data.inputs if leave else data.inputs.to(device)
         self.labels, self.groups = data.labels.to(self.images.device), data.groups
         self.mean, self.deviation = mean[0], deviation[0]
         self.scale = (1 / (255 * deviation)).to(self.images.device)
         self.shift = (-mean / deviation).to(self.images.device)
-        self.plain_from = plain_from
+        self.plain_from, self.padding = plain_from, padding
         self.augments = augment is not None
         self.in_memory = self._policy is None  # AutoAugment is slow
 
     def inputs(self, seed: int, step: int, rows: Tensor) -> Tensor:
         """(n, C, H, W)."""
-        images = self.images[rows]
+        images = plain = self.images[rows]
         if self.augments:
-            images = crop_flip(images, seed, step, rows)
+            images = crop_flip(images, seed, step, rows, self.padding)
         if self._policy is not None and (self.plain_from is None or step < self.plain_from):
             images = cutout(self._policy(images, seed, step, rows.tolist()), seed, step, rows)
+            if self._other is not None:
+                others = draws(seed, step, rows, (1,) * 5 + (2,))[-1] == 1
+                places = rows[others].tolist()
+                images[others] = self._other(plain[others], seed, step, places)
         return images.float().mul_(self.scale).add_(self.shift)
 
 
