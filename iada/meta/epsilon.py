@@ -23,8 +23,9 @@ EPSILON_UNITS = ("feature", "class-deviation")
 class EpsilonScale:
     """ε = factor · u_y · tanh(…), with u_y constant in every derivative.
 
-    With |ε| = 1 a feature moves by √A in length, which in the features of trained ResNets is four
-    to eight times the root mean square radius √(tr Σ_y) of a class. unit "class-deviation" is
+    With |ε| = 1 a feature moves by √A in length, which is one to four times the root mean square
+    radius √(tr Σ_y) of a class in ResNet-32s after 200 epochs on CIFAR-10, and four to eight times
+    after 12. unit "class-deviation" is
     u_y = √(tr Σ_y / A), so that tanh = 1 moves it by one such radius; "feature" is u_y = 1.
     """
 

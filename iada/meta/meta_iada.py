@@ -61,7 +61,8 @@ from iada_kernels.triangular import is_triangular, times_off_diagonal
 class MetaIADA(BilevelMethod):
     """One iteration of the classifier φ, the perturbation network Ω and the covariances Σ.
 
-    At the published rates a step of Eq. 9 moves Σ by less than 1e-7 of itself.
+    At the published rates a step of Eq. 9 moves Σ by some 1e-7 of itself and less, in proportion
+    to both rates: docs/training.md.
 
     Examples:
         >>> meta = iada.MetaIADA(backbone, head, optimizer, torch.bincount(train_labels), alpha=0.1)
@@ -102,8 +103,7 @@ class MetaIADA(BilevelMethod):
         log_proportion: Ω sees log π_y in place of π_y, which keeps small classes apart.
         rate_free_perturbation: the gradient of Eq. 8 divided by the head's learning rate η₁, a
             factor of it, which falls with the rate. (One that is a tensor on a GPU is read back.)
-        rate_free_covariance: the same of Eq. 9, whose steps at the published rates move Σ by
-            less than 1e-7 of itself with the factor.
+        rate_free_covariance: the same of Eq. 9, which hardly moves Σ with the factor.
         persistent: keep what Eq. 9 does to Σ; False uses it for Eq. 10 only, as MetaSAug does.
         keep_semidefinite: a class whose Σ Eq. 9 would make indefinite, beyond rounding, keeps the
             former one (a single variance of the diagonal does, in the other structures); `held`
