@@ -1,10 +1,12 @@
 """Passes of a backbone within one iteration: with which parameters, buffers and random state."""
 
 import contextlib
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -15,9 +17,11 @@ from iada.utils.autocast import full_precision
 
 @dataclass(frozen=True)
 class RandomState:
-    """torch's random state on the CPU and on a device, so that a pass can draw the same masks."""
+    """Of torch on the CPU and a device, of Python and of numpy, for a pass that draws the same."""
 
     cpu: Tensor
+    python: Any
+    numpy: Any
     device: torch.device
     on_device: Tensor | None
 
@@ -27,11 +31,14 @@ class RandomState:
         on_device = None
         if device.type != "cpu":
             on_device = torch.get_device_module(device).get_rng_state(device)
-        return cls(torch.get_rng_state(), device, on_device)
+        host = (torch.get_rng_state(), random.getstate(), np.random.get_state())  # noqa: NPY002
+        return cls(*host, device, on_device)
 
     def restore(self) -> None:
         """Go on from this state."""
         torch.set_rng_state(self.cpu)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
         if self.on_device is not None:
             torch.get_device_module(self.device).set_rng_state(self.on_device, self.device)
 
@@ -54,19 +61,24 @@ class BackbonePasses:
             derivative and keeps its dropout mask to itself.
     """
 
-    def __init__(self, backbone: nn.Module, device: torch.device) -> None:
-        self.backbone, self.device = backbone, device
+    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
+        self.backbone, self.head = backbone, head
         self.math_attention = False
         self._autocast: tuple[bool, torch.dtype] = (False, torch.float32)
 
+    @property
+    def device(self) -> torch.device:
+        """Of the classifier as it lies now: it may have been moved since it was given."""
+        return self.head.weight.device
+
     @contextlib.contextmanager
     def own_autocast(self) -> Iterator[None]:
-        """While inside, autocast is on in the passes alone, as it is on entry."""
+        """While inside, autocast is as on entry in the passes alone, and graphs are kept."""
         kind = self.device.type
         self._autocast = (False, torch.float32)
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             self._autocast = (True, torch.get_autocast_dtype(kind))
-        with full_precision(self.device):
+        with full_precision(self.device), torch.enable_grad():
             yield
 
     def forward_and_update_buffers(self, inputs: Any) -> Tensor:

@@ -8,7 +8,7 @@ its own rows down; the backbone's gradients are added up over the processes.
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,8 +26,10 @@ from iada.utils.checks import (
 from iada.utils.distributed import (
     Group,
     GroupReference,
+    any_rank,
     average,
     check_unwrapped,
+    gather_objects,
     gather_rows,
     rank_of,
     row_counts,
@@ -51,11 +53,15 @@ class ShardedBatch:
 
 @dataclass(frozen=True)
 class HeadGradients:
-    """Of a loss by features (N, A), weight (C, A) and bias (C); None for what stays fixed."""
+    """Of a loss by features (N, A), weight (C, A) and bias (C); None for what stays fixed.
+
+    others: by parameters of the loss's own.
+    """
 
     features: Tensor
     weight: Tensor | None
     bias: Tensor | None
+    others: Mapping[Tensor, Tensor] = field(default_factory=dict)
 
 
 class Classifier(nn.Module):
@@ -81,7 +87,21 @@ def check_classifier(backbone: nn.Module, head: nn.Module) -> None:
         expected = "an nn.Linear whose weight is a parameter"
         remedy = "remove it: torch.nn.utils.parametrize.remove_parametrizations(head, 'weight')"
         raise argument_error("head", expected, "a parametrized one", remedy)
+    own_forward = type(head).forward is not nn.Linear.forward
+    if own_forward or head._forward_pre_hooks:
+        got = f"{type(head).__name__} with a forward or hooks of its own"
+        remedy = "the losses take W and b and never call it; for weight_norm use a plain layer"
+        raise argument_error("head", "an nn.Linear that is Wh + b", got, remedy)
     check_unwrapped(backbone, head)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    if not isinstance(getattr(optimizer, "param_groups", None), list):
+        remedy = "pass one over the parameters of backbone and head"
+        raise argument_error("optimizer", "a torch optimizer", type(optimizer).__name__, remedy)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        remedy = "a method takes one gradient a step: pass SGD, Adam or another such"
+        raise argument_error("optimizer", "one that steps without a closure", "LBFGS", remedy)
 
 
 class Learner:
@@ -104,6 +124,9 @@ class Learner:
         self.scaler, self._group = scaler, GroupReference(group)
         self._reentrant: bool | None = None
         self._looked_at_head = False
+        self._all_used: dict[
+            tuple[int, ...], bool
+        ] = {}  # by every rank at first, of which parameters
 
     @property
     def group(self) -> Group:
@@ -115,9 +138,12 @@ class Learner:
         if not isinstance(batch, list | tuple) or len(batch) < 2:
             raise _no_batch(name, batch)
         inputs, labels, *rest = batch
-        index = rest[0] if rest else None
+        index = rest[0] if rest and num_samples else None
         check_tensor("labels", labels, f"the class indices of {name}")
-        check_labels(labels, len(labels))
+        rows = len(labels) if labels.dim() else 1
+        check_labels(labels, rows)
+        if index is not None:
+            index = _checked_index(name, index, rows)
         counts = row_counts(len(labels), self.group)
         labels = gather_rows(labels.long(), counts, self.group)
         if index is not None:
@@ -138,6 +164,13 @@ class Learner:
     def gather(self, features: Tensor, rows: ShardedBatch) -> Tensor:
         """The features of the whole batch, detached, in the precision of the head's mathematics."""
         weight = self.classifier.head.weight
+        shape = (rows.own.stop - rows.own.start, weight.shape[1])
+        if not isinstance(features, Tensor) or features.shape != shape:
+            got = f"a {type(features).__name__}"
+            if isinstance(features, Tensor):
+                got = f"shape {tuple(features.shape)}"
+            remedy = "let it return the input of the head alone, flat"
+            raise argument_error("backbone", f"features {shape}", got, remedy)
         dtype = torch.promote_types(features.dtype, weight.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         return gather_rows(features, rows.counts, self.group).to(dtype)
@@ -149,11 +182,15 @@ class Learner:
         return [p for group in groups for p in group["params"] if p.requires_grad and p in own]
 
     def head_gradients(
-        self, loss: Callable[[Tensor, Tensor, Tensor | None], Tensor], features: Tensor
+        self,
+        loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        features: Tensor,
+        others: Sequence[Tensor] = (),
     ) -> tuple[Tensor, HeadGradients]:
         """A loss of (features, weight, bias), detached, and its gradients; features (N, A).
 
-        The loss depends on the features; weight or bias it may leave out.
+        The loss depends on the features; weight, bias and its own parameters `others` it may
+        leave out.
         """
         head = self.classifier.head
         features, (weight, bias) = features.detach().requires_grad_(), detached(head)
@@ -162,12 +199,15 @@ class Learner:
             bias.requires_grad_(head.bias.requires_grad)
         with torch.enable_grad():
             value = loss(features, weight, bias)
-        leaves: list[Any] = [features, weight, bias]
+        leaves: list[Any] = [features, weight, bias, *others]
         asked = [leaf is not None and leaf.requires_grad for leaf in leaves]
         wanted = itertools.compress(leaves, asked)
         given = iter(torch.autograd.grad(value, list(wanted), allow_unused=True))
         grads: list[Any] = [next(given) if was_asked else None for was_asked in asked]
-        return value.detach(), HeadGradients(*grads)
+        if not others:
+            return value.detach(), HeadGradients(*grads)
+        own = {p: g for p, g in zip(others, grads[3:], strict=True) if g is not None}
+        return value.detach(), HeadGradients(*grads[:3], others=own)
 
     def gradients(
         self,
@@ -191,11 +231,11 @@ class Learner:
             # A mean over the processes, weighted by rows, is to give the sum.
             own = own * (self.scale() * (len(rows.labels) / max(1, len(own))))
             grads = self._backbone_gradients(features, below, own.to(features.dtype), retain)
-            found = {p: g.contiguous() for p, g in zip(below, grads, strict=True) if g is not None}
-            average(found.values(), rows.counts, self.group)
+            found = dict(zip(below, self._of_all_ranks(below, grads, rows), strict=True))
+            found = {p: g for p, g in found.items() if g is not None}
         head = self.classifier.head
         by_head = ((head.weight, head_gradients.weight), (head.bias, head_gradients.bias))
-        for parameter, grad in by_head:
+        for parameter, grad in (*by_head, *head_gradients.others.items()):
             if grad is not None and parameter in asked:
                 grad = (grad * self.scale()).to(parameter.dtype)
                 found[parameter] = grad if parameter not in found else found[parameter] + grad
@@ -203,7 +243,7 @@ class Learner:
 
     def _backbone_gradients(
         self, features: Tensor, parameters: Sequence[Tensor], grad: Tensor, retain: bool
-    ) -> Sequence[Tensor | None]:
+    ) -> Sequence[Any]:
         if self._reentrant is None:
             names = [node.name() for node, _ in graph_order(features)]
             self._reentrant = "CheckpointFunctionBackward" in names
@@ -220,6 +260,30 @@ class Learner:
         for p, former in zip(every, before, strict=True):
             p.grad = former
         return found
+
+    def _of_all_ranks(
+        self, parameters: Sequence[Tensor], grads: Sequence[Any], rows: ShardedBatch
+    ) -> Sequence[Any]:
+        """The same averaged over the ranks; None for what no rank's rows went through.
+
+        Ranks may go through different layers (stochastic depth, experts): all of them take part
+        with zeros for the others'.
+        """
+        own = [g if g is None or g.is_sparse else g.contiguous() for g in grads]
+        if self.group is None:
+            return own
+        used = [g is not None for g in own]
+        key = tuple(map(id, parameters))
+        if key not in self._all_used:
+            self._all_used[key] = not any_rank(not all(used), self.group)
+        if not self._all_used[key]:  # else nothing is exchanged but the gradients
+            used = [any(flags) for flags in zip(*gather_objects(used, self.group), strict=True)]
+        filled = [
+            torch.zeros_like(p) if g is None and (wanted or self._all_used[key]) else g
+            for p, g, wanted in zip(parameters, own, used, strict=True)
+        ]
+        average([g for g in filled if g is not None], rows.counts, self.group)
+        return filled
 
     def _warn_of_a_forgotten_head(self, trained: Sequence[Tensor]) -> None:
         wanted = {p for p in self.classifier.head.parameters() if p.requires_grad}
@@ -251,7 +315,7 @@ class Learner:
 
         BatchNorm's running statistics, of this process's rows so far, are averaged as well.
         """
-        trained = self.trained()
+        trained = [*self.trained(), *head_gradients.others]
         if not self._looked_at_head:
             self._looked_at_head = True
             self._warn_of_a_forgotten_head(trained)
@@ -265,6 +329,20 @@ class Learner:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         average(running_statistics(self.classifier.backbone), rows.counts, self.group)
+
+
+def _checked_index(name: str, index: Any, rows: int) -> Tensor:
+    """The samples' places, (N) int64."""
+    got = f"a {type(index).__name__}"
+    if isinstance(index, Tensor):
+        integers = not (
+            index.is_floating_point() or index.is_complex() or index.dtype is torch.bool
+        )
+        if integers and index.shape == (rows,):
+            return index.long()
+        got = f"{index.dtype} of shape {tuple(index.shape)}"
+    remedy = "pass each sample's place in the training set, or leave it out"
+    raise argument_error(f"{name} index", f"integers ({rows},)", got, remedy)
 
 
 def _no_batch(name: str, batch: Any) -> ValueError:

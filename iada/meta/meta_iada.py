@@ -43,7 +43,7 @@ from iada.meta.method import HeadLoss
 from iada.meta.options import DOUBLE_BACKWARD, MetaStepOptions, VirtualStep
 from iada.meta.scope import Scope, moved_parameters
 from iada.nn.characteristics import TrainingMemory, loss_and_margin
-from iada.nn.class_covariance import ClassCovariance
+from iada.nn.class_covariance import ClassCovariance, labels_of_finite
 from iada.nn.divergence import check_divergence
 from iada.nn.functional import fused_loss
 from iada.nn.perturbation_net import PerturbationNet
@@ -80,8 +80,8 @@ class MetaIADA(BilevelMethod):
     Args:
         backbone: module from inputs to features (N, A).
         head: the last layer, nn.Linear(A, C).
-        optimizer: any torch optimizer over the parameters of both. Parameters that are not in it,
-            or ask for no gradient, stay as they are in every step.
+        optimizer: any torch optimizer over the parameters of both that needs no closure.
+            Parameters that are not in it, or ask for no gradient, stay as they are in every step.
         class_counts: training samples of each class, (C).
         perturbation: the network Ω; a new `PerturbationNet` by default.
         perturbation_optimizer: its optimizer; Adam at 1e-3 by default, as in the paper.
@@ -238,7 +238,10 @@ class MetaIADA(BilevelMethod):
 
     def observe(self, forward: ForwardPass) -> Observed:
         """Σ takes in the batch; the characteristics that Ω sees."""
-        self.covariance.update_gathered(forward.global_features, forward.rows.labels)
+        features, labels = forward.global_features, forward.rows.labels
+        if self._learner.scaler.is_enabled():  # float16 overflows now and then
+            labels = labels_of_finite(features, labels)
+        self.covariance.update_gathered(features, labels)
         return self.sample_epsilon.observe(forward, self.head, self.memory, self.covariance)
 
     def cross_entropy_step(self, batch: Sequence[Any]) -> Tensor:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from iada.meta.backbone_passes import BackbonePasses
-from iada.meta.learner import Classifier, Learner, ShardedBatch, check_classifier
+from iada.meta.learner import (
+    Classifier,
+    Learner,
+    ShardedBatch,
+    check_classifier,
+    check_optimizer,
+)
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.functional import fused_loss
 from iada.utils.distributed import Group
@@ -41,12 +47,15 @@ class Method(nn.Module):
     Subclasses give `loss`, or a `step` of their own. What a method keeps beside the classifier (Σ,
     a network, statistics) is in its parameters, buffers and extra state, so that `state_dict`,
     `.to()` and checkpoints carry it. Backbone, head, optimizer and scaler stay the caller's: they
-    are no submodules.
+    are no submodules. A parameter of the method's own in that optimizer learns by `loss`.
+
+    Gradients are taken without `backward`: hooks on the head's parameters are not called, and those
+    on the backbone's in each pass of a meta step.
 
     Args:
         backbone: module from inputs to features (N, A).
         head: the last layer, nn.Linear(A, C).
-        optimizer: any torch optimizer over the parameters of both.
+        optimizer: any torch optimizer over the parameters of both that needs no closure.
         clip_norm: largest norm of the gradient, 0 for no clipping.
         scaler: torch.amp.GradScaler for float16.
         process_group: ranks that share every batch, each with its rows: `iada.utils.distributed`.
@@ -69,13 +78,14 @@ class Method(nn.Module):
         process_group: Group = None,
     ) -> None:
         check_classifier(backbone, head)
+        check_optimizer(optimizer)
         super().__init__()
         device = head.weight.device
         self.alpha, self.clip_norm = 0.0, clip_norm
         self.register_module("covariance", None)
         scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
         self._learner = Learner(Classifier(backbone, head), optimizer, scaler, process_group)
-        self._passes = BackbonePasses(backbone, device)
+        self._passes = BackbonePasses(backbone, head)
 
     @property
     def classifier(self) -> Classifier:
@@ -166,6 +176,14 @@ class Method(nn.Module):
         sigma = [] if self.covariance is None else [self.covariance.covariance]
         return [*sigma, *self.parameters()]
 
+    def _trained(self) -> list[Tensor]:
+        """The method's own parameters that the classifier's optimizer moves."""
+        own: list[Tensor] = [p for p in self.parameters() if p.requires_grad]
+        if not own:
+            return own
+        moved = {p for group in self.optimizer.param_groups for p in group["params"]}
+        return [parameter for parameter in own if parameter in moved]
+
     def _shard(self, batch: Sequence[Any]) -> ShardedBatch:
         """The training batch, checked."""
         return self._learner.shard_batch("batch", batch, self.num_samples)
@@ -174,6 +192,7 @@ class Method(nn.Module):
         """One step on a loss of the whole batch's features, weight and bias; detached."""
         with self._passes.own_autocast():
             features = self._passes.forward_and_update_buffers(rows.inputs)
-            value, grads = self._learner.head_gradients(loss, self._learner.gather(features, rows))
+            gathered = self._learner.gather(features, rows)
+            value, grads = self._learner.head_gradients(loss, gathered, self._trained())
             self._learner.apply_gradients(features, grads, rows, self.clip_norm)
         return value

@@ -46,12 +46,15 @@ class IADALossFunction(torch.autograd.Function):
         """`tensors` are those of `LossInputs`, in its order."""
         flags = ctx.needs_input_grad
         needs = LossNeeds(*flags[OTHERS : OTHERS + LABELS], *flags[OTHERS + LABELS + 1 :])
-        loss, ctx.saved = backend.loss_forward(LossInputs(*tensors), options, needs, stream)
+        loss, saved = backend.loss_forward(LossInputs(*tensors), options, needs, stream)
         ctx.lent = None
         if owner is not None and not needs.covariance:
             ctx.lent = owner.lend(tensors[COVARIANCE])
             tensors = (*tensors[:COVARIANCE], None, *tensors[COVARIANCE + 1 :])
-        ctx.save_for_backward(*tensors)
+        # Through autograd, which lets go of them with the graph, (N, C) tables among them.
+        kept: list[Tensor] = []
+        ctx.saved = _taken_apart(saved, kept)
+        ctx.save_for_backward(*tensors, *kept)
         ctx.options, ctx.needs, ctx.backend = options, needs, backend
         return loss
 
@@ -60,10 +63,9 @@ class IADALossFunction(torch.autograd.Function):
         with full_precision(grad_loss.device):  # backward may be called under autocast
             if torch.is_grad_enabled():
                 return (*(None,) * OTHERS, *_backward_with_graph(ctx, grad_loss))
-            inputs = _saved(ctx)
-            results = ctx.backend.loss_backward(
-                inputs, ctx.options, ctx.saved, grad_loss, ctx.needs
-            )
+            inputs, kept = _saved(ctx)
+            saved = _put_together(ctx.saved, kept)
+            results = ctx.backend.loss_backward(inputs, ctx.options, saved, grad_loss, ctx.needs)
             if ctx.lent is not None:
                 ctx.lent.awaited = False
         grads = results.tensors()
@@ -76,16 +78,37 @@ class IADALossFunction(torch.autograd.Function):
         return (*(None,) * OTHERS, *cast)
 
 
-def _saved(ctx: Any) -> LossInputs:
-    """The inputs, with Σ as it was."""
+def _saved(ctx: Any) -> tuple[LossInputs, list[Tensor]]:
+    """The inputs, with Σ as it was, and what the forward pass kept beside them."""
     tensors = list(ctx.saved_tensors)
     if ctx.lent is not None:
         tensors[COVARIANCE] = ctx.lent.read()
-    return LossInputs(*tensors)
+    count = len(LossInputs._fields)
+    return LossInputs(*tensors[:count]), tensors[count:]
+
+
+def _taken_apart(record: Any, tensors: list[Tensor]) -> Any:
+    """A backend's record with its tensors moved to `tensors`, and their places in their stead."""
+    if isinstance(record, Tensor):
+        tensors.append(record)
+        return len(tensors) - 1
+    if isinstance(record, tuple):  # a NamedTuple of tensors, None and such
+        return type(record), [_taken_apart(part, tensors) for part in record]
+    return record
+
+
+def _put_together(record: Any, tensors: list[Tensor]) -> Any:
+    """The inverse."""
+    if isinstance(record, int):
+        return tensors[record]
+    if isinstance(record, tuple):
+        kind, parts = record
+        return kind(*(_put_together(part, tensors) for part in parts))
+    return record
 
 
 def _backward_with_graph(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
-    inputs = _saved(ctx)
+    inputs, _ = _saved(ctx)
     if ctx.lent is not None:  # it may stream on before the graph is used
         inputs = inputs._replace(covariance=ctx.lent.read().clone())
     # Views give each argument an identity of its own, should one tensor stand for two.

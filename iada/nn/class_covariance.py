@@ -18,6 +18,7 @@ from iada.utils.checks import (
     check_float,
     check_labels,
     check_number,
+    values_are_checked,
 )
 from iada.utils.distributed import (
     Group,
@@ -31,6 +32,7 @@ from iada_kernels.low_rank import LowRankCovariance, unfolded, unpacked, varianc
 from iada_kernels.streaming import without_ignored
 from iada_kernels.triangular import is_triangular, triangular_shape
 
+PRECISIONS = (torch.float32, torch.float64)
 STRUCTURES = ("full", "triangle", "diag", "low-rank")
 MANY_LENT = 16
 
@@ -66,7 +68,7 @@ class ClassCovariance(nn.Module):
             directions (Friedman, "Regularized Discriminant Analysis", JASA 1989). Costs a copy
             of Σ a loss. Not for the low-rank structure.
         device: of the buffers.
-        dtype: of the buffers; float32 or float64.
+        dtype: of the buffers; float32 or float64. None for torch's default, at least float32.
         process_group: of torch.distributed, whose ranks pass each their rows of every batch, as
             many as they have, to `update`: all take in all rows, in the order of ranks, and hold
             the same bits as one process with the whole batch. None for a single process.
@@ -105,6 +107,7 @@ class ClassCovariance(nn.Module):
         self._lent: list[weakref.ref[LentCovariance]] = []
         shape = (num_classes, num_features)
         self.rank = _checked_rank(structure, rank)
+        dtype = _checked_dtype(dtype)
         sigma: tuple[int, ...] = (num_classes, num_features * (1 + self.rank))
         if structure == "full":
             sigma = (*shape, num_features)
@@ -173,7 +176,8 @@ class ClassCovariance(nn.Module):
         Raises:
             ValueError: wrong width, dtype or device; and, on CPU or inside `iada.value_checks()`,
                 numbers that are not finite or labels out of range. The state is then untouched,
-                and with a process group all ranks raise it.
+                and with a process group all ranks raise it. Where values are not checked, rows of
+                float16 that are not finite are left out, as a GradScaler leaves out their step.
         """
         group = self._group()
         with others_told(group):
@@ -182,6 +186,8 @@ class ClassCovariance(nn.Module):
             counts = agreed_row_counts(len(labels), group)
             features = gather_rows(features, counts, group)
             labels = gather_rows(labels.long(), counts, group)
+        if features.dtype is torch.float16 and not values_are_checked(features.device):
+            labels = labels_of_finite(features, labels)
         self._take_in(features, labels, ignore_index, backend)
 
     @torch.no_grad()
@@ -192,6 +198,10 @@ class ClassCovariance(nn.Module):
 
     def _check(self, features: Tensor, labels: Tensor, ignore_index: int) -> None:
         num_classes, width = self.mean.shape
+        if any(kept.dtype not in PRECISIONS for kept in (self.covariance, self.mean)):
+            remedy = "call .float(), or load its state without assign=True"
+            expected = "statistics in torch.float32 or torch.float64"
+            raise argument_error("ClassCovariance", expected, f"{self.mean.dtype}", remedy)
         check_float("features", features, f"a floating-point tensor (N, {width})", (None, width))
         check_labels(labels, len(features))
         for name, tensor in (("features", features), ("labels", labels)):
@@ -251,6 +261,20 @@ class ClassCovariance(nn.Module):
         rank = f", rank={self.rank}" if self.structure == "low-rank" else ""
         rank += f", shrinkage={self.shrinkage}" if self.shrinkage else ""
         return f"{num_classes}, {width}, structure={self.structure!r}{rank}"
+
+
+def labels_of_finite(features: Tensor, labels: Tensor) -> Tensor:
+    """Labels (N), −1, which is no class, for rows of features (N, A) that are not finite."""
+    return torch.where(torch.isfinite(features).all(dim=1), labels.long(), -1)
+
+
+def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return torch.promote_types(torch.float32, torch.get_default_dtype())
+    if dtype not in PRECISIONS:
+        remedy = "statistics of lower precision would drift; features may be of any dtype"
+        raise argument_error("dtype", "torch.float32 or torch.float64", dtype, remedy)
+    return dtype
 
 
 def _checked_rank(structure: str, rank: int | None) -> int:

@@ -51,6 +51,6 @@ def covariance_update(
     outside [0, C) is left out; a class absent from the batch keeps its bits.
     """
     state = (covariance, mean, count)
-    written = writable(state, mean.dtype)
+    written = writable(state, torch.promote_types(torch.float32, mean.dtype))
     _update(*written, features.contiguous(), labels.contiguous())
     write_back(state, written)

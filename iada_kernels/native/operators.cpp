@@ -69,7 +69,11 @@ void update_of(const Tensor& covariance, const Tensor& mean, const Tensor& count
 
 void covariance_update(const Tensor& covariance, const Tensor& mean, const Tensor& count,
                        const Tensor& features, const Tensor& labels) {
-  if (mean.scalar_type() == ScalarType::Double) {
+  const ScalarType type = mean.scalar_type();
+  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Double) &&
+                      covariance.scalar_type() == type && count.scalar_type() == ScalarType::Long,
+                  "native: expected statistics in float32 or float64 and counts in int64");
+  if (type == ScalarType::Double) {
     update_of<double>(covariance, mean, count, features, labels);
   } else {
     update_of<float>(covariance, mean, count, features, labels);

@@ -21,7 +21,6 @@ would not fill it. No host synchronisation.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -37,8 +36,7 @@ NARROW = 1024  # features below this number make tiles no larger
 SIDE = 4  # a tile's side on a GPU, times that on a CPU
 
 
-@dataclass(frozen=True)
-class SavedRows:
+class SavedRows(NamedTuple):
     """What the backward pass needs beside the inputs; (N) or (N, A) each."""
 
     target: Tensor  # the labels, 0 where ignored

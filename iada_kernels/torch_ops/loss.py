@@ -11,7 +11,7 @@ features; one N×C tensor, D, is kept for the backward pass. Where that is large
 serves. No host synchronisation.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ from iada_kernels.torch_ops.quadratic import (
 from iada_kernels.torch_ops.reduction import mean_divisor, reduced
 
 
-@dataclass(frozen=True)
-class SavedLoss:
+class SavedLoss(NamedTuple):
     """What the backward pass needs beside the inputs."""
 
     target: Tensor  # (N), the labels, 0 where ignored

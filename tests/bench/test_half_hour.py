@@ -108,7 +108,8 @@ def test_ctrl_c_leaves_no_stage_behind(tmp_path):
         "import time; open('begun', 'w').write('1'); time.sleep(30); open('late', 'w').write('1')"
     )
     script = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
 from pathlib import Path
 from bench.half_hour import Stage, run_stage
 run_stage(Stage("one", (sys.executable, "-c", {code!r}), 0, 0), Path({str(tmp_path)!r}), 60.0)

@@ -23,6 +23,37 @@ MODES = {
 }
 DTYPES = (torch.float32, torch.float64)
 ROWS, META_ROWS = 13, 5  # shared unevenly
+EXPERTS = "experts"
+
+
+class Experts(nn.Module):
+    """Seven rows go through one layer, the others through another, none through a third.
+
+    All in one process; each process of two goes through its own one alone.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 8, bias=False) for _ in range(3))
+
+    def forward(self, inputs):
+        parts = [layer(inputs[inputs[:, 0] == k]) for k, layer in enumerate(self.layers[:2])]
+        return torch.cat([part for part in parts if len(part)])
+
+
+def run_experts(group, steps=2):
+    """What steps of plain CE leave of layers that not every process goes through, in a row."""
+    torch.manual_seed(0)
+    backbone, head = Experts().double(), nn.Linear(8, 3).double()
+    parameters = [*backbone.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
+    method = iada.Method(backbone, head, optimizer, process_group=group)
+    own, labels = own_part(ROWS, group), torch.arange(ROWS) % 3
+    for step in range(steps):
+        inputs = torch.randn(ROWS, 6, generator=torch.Generator().manual_seed(step)).double()
+        inputs[:, 0] = (torch.arange(ROWS) >= 7).double()
+        method.cross_entropy_step((inputs[own], labels[own]))
+    return torch.cat([p.detach().reshape(-1) for p in parameters])
 
 
 def run(mode, dtype, group):
@@ -76,6 +107,10 @@ def main():
             everywhere = gather_rows(end[None], [1] * size_of(group), group)
             assert torch.equal(everywhere[0], everywhere[-1]), f"ranks differ: {mode}"
             ends[f"{mode} {dtype}"] = end
+    end = run_experts(group)
+    everywhere = gather_rows(end[None], [1] * size_of(group), group)
+    assert torch.equal(everywhere[0], everywhere[-1]), f"ranks differ: {EXPERTS}"
+    ends[EXPERTS] = end
     if rank_of(group) == 0:
         torch.save(ends, sys.argv[1])
     dist.destroy_process_group()

@@ -166,6 +166,22 @@ def test_half_conversions_cover_every_number():
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_of_low_precision_are_not_written_as_others(dtype):
+    """In place all the same, by way of float32; the operator itself refuses them."""
+    state = [torch.zeros(3, 8, 8, dtype=dtype), torch.zeros(3, 8, dtype=dtype)]
+    count = torch.zeros(3, dtype=torch.int64)
+    features, labels = torch.randn(20, 8), torch.arange(20) % 3
+    whole = [torch.zeros(3, 8, 8), torch.zeros(3, 8), torch.zeros(3, dtype=torch.int64)]
+    native.covariance_update(*state, count, features, labels)
+    reference.covariance_update(*whole, features, labels)
+    for low, high in zip(state, whole, strict=False):
+        torch.testing.assert_close(low, high.to(dtype), rtol=1e-2, atol=1e-2)
+    with pytest.raises(RuntimeError, match="expected statistics in float32 or float64"):
+        torch.ops.iada_native.covariance_update(*state, count, features, labels)
+
+
+@needs_library
 @pytest.mark.parametrize("full", [True, False], ids=["full", "diag"])
 @pytest.mark.parametrize("shape", [*SHAPES, (128, 10, 64), (1200, 2, 140), (64, 2, 200)], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1e3])

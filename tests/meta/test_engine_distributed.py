@@ -44,3 +44,12 @@ def test_two_processes_equal_one(split, mode):
         allowed = allowed * 100 if mode == "finite-difference" else allowed
         whole = engine_process.run(mode, dtype, None)
         torch.testing.assert_close(split[f"{mode} {dtype}"], whole, rtol=allowed, atol=allowed)
+
+
+def test_processes_may_go_through_different_layers(split):
+    """Stochastic depth, experts: each layer's gradient is its own, and none's is None."""
+    whole = engine_process.run_experts(None)
+    torch.testing.assert_close(split[engine_process.EXPERTS], whole, rtol=1e-12, atol=1e-12)
+    untouched = engine_process.run_experts(None, steps=0)
+    third = slice(2 * 48, 3 * 48)
+    assert torch.equal(split[engine_process.EXPERTS][third], untouched[third])

@@ -1,7 +1,10 @@
 """What an iteration of the Meta-IADA engine may touch, how often, and what a checkpoint holds."""
 
+import contextlib
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import iada
 from tests.helpers.engine_cases import (
+    CLASSES,
     eq_10_by_hand,
     hypergradients,
     make_batches,
@@ -213,6 +217,26 @@ def test_an_overflow_skips_all_three_steps():
     assert torch.isfinite(meta.covariance.covariance).all()
 
 
+def test_a_row_that_overflows_does_not_reach_the_covariance(monkeypatch):
+    """As where values are not checked: on an accelerator."""
+    for place in ("iada.nn.class_covariance", "iada.meta.learner", "iada.utils.checks"):
+        monkeypatch.setattr(f"{place}.values_are_checked", lambda device: False)
+    batch, meta_batch = make_batches("mlp", torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    meta = make_engine("mlp", scaler=scaler, dtype=torch.float32)
+    meta.step(batch, meta_batch)
+    spoiled = (torch.cat([batch[0][:1] * torch.inf, batch[0][1:]]), *batch[1:])
+    with contextlib.suppress(FloatingPointError, ValueError):
+        meta.step(spoiled, meta_batch)
+    assert torch.isfinite(meta.covariance.covariance).all()
+    assert torch.isfinite(meta.covariance.mean).all()
+    halves = iada.ClassCovariance(2, 3)
+    features = torch.tensor([[1.0, 2, 3], [torch.inf, 0, 0], [4, 5, 6]], dtype=torch.float16)
+    halves.update(features, torch.tensor([0, 0, 1]), backend="torch")
+    assert halves.count.tolist() == [1, 1]
+    assert torch.isfinite(halves.covariance).all()
+
+
 @pytest.mark.parametrize("disabled", [None, torch.amp.GradScaler("cpu", enabled=False)])
 def test_a_disabled_scaler_is_none(disabled):
     meta, plain = make_engine("mlp", scaler=disabled), make_engine("mlp")
@@ -248,6 +272,35 @@ def test_state_dict_resumes_bit_for_bit(options):
 def plain_leaves(state):
     """The tensors and numbers of nested states, in order."""
     return [leaf for leaf in tree_leaves(state) if isinstance(leaf, int | float | torch.Tensor)]
+
+
+class Skipped(nn.Module):
+    """A layer that Python's or numpy's generator leaves out half of the time."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw, self.layer = draw, nn.Linear(6, 6)
+
+    def forward(self, inputs):
+        return self.layer(inputs) if self.draw() < 0.5 else inputs
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
+def test_passes_that_repeat_draw_the_same_from_every_generator(draw):
+    batch, meta_batch = make_batches("mlp")
+    ends = []
+    for low_memory in (False, True):
+        torch.manual_seed(0)
+        backbone = nn.Sequential(*(Skipped(draw) for _ in range(6)), nn.Linear(6, 8)).double()
+        head = nn.Linear(8, CLASSES).double()
+        optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.1)
+        meta = iada.MetaIADA(backbone, head, optimizer, torch.ones(CLASSES), low_memory=low_memory)
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002 - what backbones draw from
+        meta.step(batch, meta_batch)
+        ends.append([*backbone.parameters(), *meta.perturbation.parameters()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_a_distributed_module_is_refused():

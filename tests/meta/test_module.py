@@ -52,6 +52,99 @@ def test_to_moves_all_of_it():
     assert len(tensors) > 10
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert next(meta.classifier.parameters()).device.type == "cpu"
+    assert meta._passes.device.type == "cpu"
+    meta.classifier.to("meta")  # the caller's, moved after the method was built
+    assert meta._passes.device.type == "meta"
+
+
+def test_a_step_where_no_gradients_are_kept_is_a_step():
+    ends = []
+    for mode in (torch.enable_grad, torch.no_grad):
+        meta, batches = make_engine("mlp"), make_batches("mlp")
+        torch.manual_seed(0)
+        with mode():
+            meta.cross_entropy_step(batches[0])
+            meta.step(*batches)
+        ends.append([*meta.classifier.parameters(), *meta.perturbation.parameters()])
+    for a, b in zip(*ends, strict=True):
+        assert torch.equal(a, b)
+
+
+class Cosine(nn.Linear):
+    """A head that is not Wh + b."""
+
+    def forward(self, inputs):
+        return F.linear(F.normalize(inputs), F.normalize(self.weight))
+
+
+def test_what_cannot_be_trained_is_refused_at_once():
+    backbone, head = nn.Linear(5, 4), nn.Linear(4, CLASSES)
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.1)
+    hooked = nn.Linear(4, CLASSES)
+    hooked.register_forward_pre_hook(lambda module, inputs: None)
+    lbfgs = torch.optim.LBFGS(head.parameters())
+    for message, arguments in (
+        ("head: expected an nn.Linear that is Wh \\+ b, got Cosine", (Cosine(4, 3), optimizer)),
+        ("head: expected an nn.Linear that is Wh \\+ b, got Linear with", (hooked, optimizer)),
+        ("optimizer: expected one that steps without a closure, got LBFGS", (head, lbfgs)),
+        ("optimizer: expected a torch optimizer, got list", (head, [optimizer])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Smoothed(backbone, *arguments)
+
+
+class Tempered(iada.Method):
+    """CE at a temperature that is learned."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def loss(self, features, weight, bias, labels):
+        return F.cross_entropy(F.linear(features, weight, bias) / self.temperature, labels)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_parameter_of_the_methods_own_learns_if_the_optimizer_has_it(given):
+    backbone, head = nn.Linear(5, 4), nn.Linear(4, CLASSES)
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.1)
+    method, data = Tempered(backbone, head, optimizer), make_data()
+    if given:
+        optimizer.add_param_group({"params": [method.temperature]})
+    logits = head(backbone(data.inputs)) / method.temperature
+    expected = torch.autograd.grad(F.cross_entropy(logits, data.labels), method.temperature)[0]
+    method.step((data.inputs, data.labels))
+    torch.testing.assert_close(1 - method.temperature.detach(), 0.1 * expected * given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({2: ["a.jpg"] * 6}, r"batch index: expected integers \(6,\), got a list; pass each"),
+        ({2: torch.zeros(6)}, r"batch index: expected integers \(6,\), got torch.float32"),
+        ({2: torch.ones(6, dtype=torch.bool)}, "batch index: expected integers .* torch.bool"),
+        ({2: torch.arange(5)}, r"batch index: expected integers .*of shape \(5,\)"),
+        ({0: torch.zeros(5, 6)}, r"backbone: expected features \(6, 8\), got shape \(5, 8\)"),
+        ({1: torch.tensor(3)}, r"labels: expected integer class indices"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_named(change, message):
+    method = make_engine("mlp", memory=iada.TrainingMemory(CLASSES, num_samples=50))
+    parts = [torch.zeros(6, 6).double(), torch.arange(6) % CLASSES, torch.arange(6)]
+    for place, value in change.items():
+        parts[place] = value.double() if place == 0 else value
+    count = method.covariance.count.clone()
+    with pytest.raises(ValueError, match=message):
+        method.step(tuple(parts), make_batches("mlp")[1])
+    assert torch.equal(method.covariance.count, count)
+
+
+def test_places_of_any_integer_dtype_are_places():
+    method = make_engine("mlp", memory=iada.TrainingMemory(CLASSES, num_samples=50))
+    batch, meta_batch = make_batches("mlp")
+    index = torch.arange(len(batch[1]), dtype=torch.uint8)
+    method.step((*batch[:2], index), (*meta_batch[:2], ["no", "places"]))
+    assert int((method.memory.samples != 0).any(dim=-1).sum()) == len(index)
 
 
 class Smoothed(iada.Method):

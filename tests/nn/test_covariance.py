@@ -453,3 +453,27 @@ def test_update_runs_without_data(structure):
     state = iada.ClassCovariance(4, 5, structure).to("meta")
     features, labels = random_stream(40, 4, 5)
     state.update(features.to("meta"), labels.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_statistics_of_low_precision_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"^dtype: expected torch.float32 or torch.float64, got"):
+        iada.ClassCovariance(3, 8, dtype=dtype)
+    state = iada.ClassCovariance(3, 8)
+    low = {
+        name: b.to(dtype) if b.is_floating_point() else b for name, b in state.state_dict().items()
+    }
+    state.load_state_dict(low, assign=True)
+    with pytest.raises(ValueError, match=r"^ClassCovariance: expected statistics in torch.float32"):
+        state.update(torch.randn(4, 8), torch.arange(4) % 3)
+
+
+def test_statistics_are_in_float32_at_least_whatever_the_default():
+    before = torch.get_default_dtype()
+    for default in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            made = iada.ClassCovariance(3, 8)
+        finally:
+            torch.set_default_dtype(before)
+        assert made.covariance.dtype is torch.promote_types(torch.float32, default)

@@ -18,6 +18,36 @@ ROW_BY_CLASS = DENSE["rows"] * DENSE["classes"] * 4  # bytes of one N×C
 ROW_BY_WIDTH = DENSE["rows"] * DENSE["width"] * 4  # bytes of one N×A
 
 
+def test_a_loss_that_is_kept_keeps_no_table(compiled_target):
+    """As F.cross_entropy: what the backward pass needed goes with the graph."""
+    backend, device = compiled_target
+    rows, classes, width = 37, 11, 5
+    features = torch.randn(rows, width, device=device, requires_grad=True)
+    weight = torch.randn(classes, width, device=device, requires_grad=True)
+    labels = torch.arange(rows, device=device) % classes
+    losses = []
+    for _ in range(3):
+        loss = iada.fused_loss(features, weight, None, labels, backend=backend)
+        node = loss.grad_fn
+        assert any(t is not None and t.shape == (rows, classes) for t in node.saved_tensors)
+        loss.backward()
+        losses.append(loss)
+        with pytest.raises(RuntimeError, match="after they have already been freed"):
+            _ = node.saved_tensors
+        assert not tables_in(vars(node))
+
+
+def tables_in(values):
+    """Tensors in nested containers."""
+    found = []
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list | dict):
+            found += tables_in(value)
+    return found
+
+
 # The largest tensor ---------------------------------------------------------------------------
 
 
