@@ -207,7 +207,7 @@ class Learner:
         if not others:
             return value.detach(), HeadGradients(*grads)
         own = {p: g for p, g in zip(others, grads[3:], strict=True) if g is not None}
-        return value.detach(), HeadGradients(*grads[:3], others=own)
+        return value.detach(), HeadGradients(grads[0], grads[1], grads[2], own)
 
     def gradients(
         self,

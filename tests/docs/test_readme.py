@@ -1,5 +1,6 @@
 """The examples of the README and the docs run as they stand."""
 
+import json
 import re
 from pathlib import Path
 
@@ -97,3 +98,31 @@ def test_your_own_data_and_backbones(tmp_path):
     exec(block, names)
     assert len(names["trainer"].history) == 2
     assert names["head"].in_features == 5
+
+
+def test_what_the_rate_does_on_the_digits_is_as_recorded():
+    """Top-1 by method and what was set, over eight seeds."""
+    figures = {}
+    for record in json.loads((ROOT / "bench" / "results" / "digits-rate.json").read_text()):
+        constant = any("constant" in change for change in record["deviations"])
+        rate = "trainer.gamma=0.01" in record["deviations"]
+        name = "constant" if constant and record["method"] == "meta-iada" else record["method"]
+        figures.setdefault((name, rate), {})[record["seed"]] = 100 * record["last"]["top1"]
+    means = {key: sum(runs.values()) / len(runs) for key, runs in figures.items()}
+    assert {len(runs) for runs in figures.values()} == {8}
+    found = re.search(
+        r"deferred Logit Adjustment ends at ([\d.]+), .* ε = ([\d.]+) at ([\d.]+), Meta-IADA at "
+        r"([\d.]+)\n",
+        README,
+    )
+    arms = [("deferred-la", True), ("constant", True), ("meta-iada", True)]
+    shown = [float(found[place]) for place in (1, 3, 4)]
+    assert shown == pytest.approx([means[arm] for arm in arms], abs=0.051)
+    text = (ROOT / "iada/experiments/recipes/digits/long-tail.toml").read_text()
+    lost = means["deferred-la", False] - means["deferred-la", True]
+    assert "loses two points" in text
+    assert round(lost) == 2
+    assert "that ε costs 0.8" in text
+    assert f"{means['deferred-la', False] - means['constant', False]:.1f}" == "0.8"
+    half = (means["constant", True] - means["deferred-la", True]) / lost
+    assert 0.4 < half < 0.65
