@@ -172,9 +172,9 @@ def test_statistics_of_low_precision_are_not_written_as_others(dtype):
     state = [torch.zeros(3, 8, 8, dtype=dtype), torch.zeros(3, 8, dtype=dtype)]
     count = torch.zeros(3, dtype=torch.int64)
     features, labels = torch.randn(20, 8), torch.arange(20) % 3
-    whole = [torch.zeros(3, 8, 8), torch.zeros(3, 8), torch.zeros(3, dtype=torch.int64)]
+    zeros = [torch.zeros(3, 8, 8), torch.zeros(3, 8), count.clone()]
+    whole = reference.covariance_update(*zeros, features, labels)
     native.covariance_update(*state, count, features, labels)
-    reference.covariance_update(*whole, features, labels)
     for low, high in zip(state, whole, strict=False):
         torch.testing.assert_close(low, high.to(dtype), rtol=1e-2, atol=1e-2)
     with pytest.raises(RuntimeError, match="expected statistics in float32 or float64"):
