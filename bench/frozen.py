@@ -1,7 +1,8 @@
 """`python -m bench.frozen RUNS`: runs of `iada paper --table frozen` as one file, and a table.
 
-`--json NAME` writes bench/results/NAME.json: a line a run, with its test figures, the largest
-relative change of Σ by Eq. 9 in an epoch's first step, seconds, commit, machine, and a digest of
+`--json NAME` writes bench/results/NAME.json: a line a run, with its test figures, the relative
+change of Σ by Eq. 9 in the first step of each epoch (the largest, and the least and the largest
+after the first epoch), seconds, commit, machine, and a digest of
 its settings. The first run of an arm has the settings themselves, by which a test knows runs that
 are not of today's recipe.
 """
@@ -44,6 +45,7 @@ def summary(record: Record) -> Record:
     """What is kept of a run."""
     epsilon, meta = record["epsilon"], record["split"]["class_counts"].get("meta")
     changes = [row["covariance_change"] for row in record["curve"] if "covariance_change" in row]
+    later = [change for change in changes[1:] if change is not None]
     own = {
         "settings_digest": settings_digest(record["settings"]),
         "meta_images": None if meta is None else sum(meta),
@@ -51,7 +53,8 @@ def summary(record: Record) -> Record:
         "covariance_change": max(changes, default=None),
     }
     whole = {**record, **own}
-    return {name: whole[name] for name in KEPT}
+    found = {name: whole[name] for name in KEPT}
+    return {**found, "covariance_change_later": [min(later), max(later)]} if later else found
 
 
 def collected(folder: Path) -> list[Record]:

@@ -169,12 +169,33 @@ def test_the_committed_results_are_of_the_recipes(name):
         assert record["meta_images"] == used, entry.title
 
 
+def test_what_eq_9_moved_is_as_the_pages_say():
+    root = Path(__file__).parents[2]
+    records = json.loads((root / "bench/results/frozen.json").read_text())
+    found = {}
+    for method in ("meta-iada", "metasaug", "learned-covariance"):
+        runs = [r for r in records if r["method"] == method]
+        assert len(runs) == 20
+        first = [r["covariance_change"] for r in runs]
+        least, most = zip(*(r["covariance_change_later"] for r in runs), strict=True)
+        found[method] = [min(first), max(first), min(least), max(most)]
+    assert found == {
+        "meta-iada": pytest.approx([2e-7, 4.6e-6, 3e-11, 1.6e-7], rel=0.1),
+        "metasaug": pytest.approx([1.8e-5, 2.2e-4, 8e-8, 4.3e-5], rel=0.1),
+        "learned-covariance": pytest.approx([2e-4, 4.6e-3, 1.8e-5, 1.4e-4], rel=0.1),
+    }
+    page = (root / "docs/frozen-features.md").read_text()
+    for figure in ("2e-7 to 5e-6", "1.6e-7", "2e-5 to 2e-4", "8e-8 to 4e-5", "2e-4 to 5e-3"):
+        assert figure in page
+
+
 def test_runs_are_collected_as_they_are(tmp_path):
     settings = {"seed": 3, "method": "ce", "lr": 0.1}
     record = dict.fromkeys(KEPT)
     record |= {"experiment": ROWS[0], "method": "ce", "method_name": "CE", "settings": settings}
     record["split"] = {"class_counts": {"meta": [10, 10]}}
-    record["curve"] = [{}, {"covariance_change": 0.25}, {"covariance_change": 0.125}]
+    changes = (0.25, 0.125, 0.0625)
+    record["curve"] = [{}, *({"covariance_change": change} for change in changes)]
     for method, name, score, seed in (
         ("ce", "CE", 0.6, 1), ("ce", "CE", 0.7, 2),
         ("meta-iada", "Meta-IADA", 0.8, 1), ("meta-iada", "Meta-IADA", 0.8, 2),
@@ -189,6 +210,7 @@ def test_runs_are_collected_as_they_are(tmp_path):
     ]  # fmt: skip
     assert {r["meta_images"] for r in found} == {20}
     assert {r["covariance_change"] for r in found} == {0.25}
+    assert [r["covariance_change_later"] for r in found] == [[0.0625, 0.125]] * 4
     assert [r["seed"] for r in found if "settings" in r] == [1, 1]
     assert {r["settings_digest"] for r in found} == {settings_digest({**settings, "seed": 9})}
     assert settings_digest({**settings, "lr": 0.2}) != found[0]["settings_digest"]
