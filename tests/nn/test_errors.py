@@ -271,8 +271,18 @@ def test_the_module_refuses_a_bad_batch_before_it_streams_it():
 
 @pytest.mark.parametrize(
     "counts",
-    [[3, 2, 1], [3.0, -1.0, 2.0, 1.0], [NAN, 1, 1, 1], [[1, 2], [3, 4]], [INF, 1, 1, 1]],
-    ids=["short", "negative", "nan", "2-d", "inf"],
+    [
+        [3, 2, 1],
+        [3.0, -1.0, 2.0, 1.0],
+        [NAN, 1, 1, 1],
+        [[1, 2], [3, 4]],
+        [INF, 1, 1, 1],
+        [0.5, 0.25, 0.25, 0.0],
+        [2.5, 1.0, 1.0, 1.0],
+        [True, True, False, True],
+        [3j, 1, 1, 1],
+    ],
+    ids=["short", "negative", "nan", "2-d", "inf", "shares", "fraction", "bool", "complex"],
 )
 def test_class_counts(counts):
     for make in (
@@ -286,3 +296,12 @@ def test_class_counts(counts):
 def test_a_class_without_samples_counts_as_one():
     prior = iada.log_class_prior(torch.tensor([8, 0, 7]))
     torch.testing.assert_close(prior.exp(), torch.tensor([8.0, 1.0, 7.0]) / 16)
+
+
+def test_class_counts_may_be_whole_numbers_of_any_dtype():
+    whole = iada.log_class_prior(torch.tensor([75, 25]))
+    for dtype in (torch.uint8, torch.int32, torch.float16, torch.float64):
+        counts = torch.tensor([75, 25], dtype=dtype)
+        torch.testing.assert_close(iada.log_class_prior(counts), whole, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="multiply shares by N"):
+        iada.log_class_prior(torch.tensor([0.75, 0.25]))
