@@ -16,7 +16,7 @@ WholeBatch = tuple[Any, Tensor, Tensor]  # inputs, labels (N) and index (N)
 
 
 class TensorData(Dataset):
-    """Inputs and labels in memory, served as (inputs, labels, index) batches.
+    """Inputs and labels in memory, as (input, label, index) items.
 
     Examples:
         >>> data = iada.TensorData(torch.zeros(3, 8), torch.tensor([0, 2, 1]))
@@ -49,10 +49,6 @@ class TensorData(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
         return self.inputs[index], self.labels[index], index
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        rows = as_rows(indices)
-        return self.inputs[rows], self.labels[rows], rows
 
 
 def as_rows(indices: Sequence[int]) -> Tensor:
@@ -210,7 +206,8 @@ class _AtAnyStep(Dataset):
         self.dataset = dataset
 
     def __getitems__(self, place: tuple[int, Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        return self.dataset.__getitems__(place[1])
+        rows = as_rows(place[1])
+        return self.dataset.inputs[rows], self.dataset.labels[rows], rows
 
 
 def batches(

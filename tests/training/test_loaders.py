@@ -14,6 +14,7 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
     get_worker_info,
+    random_split,
 )
 
 import iada
@@ -128,6 +129,27 @@ def test_items_that_are_no_pairs(item, got):
         trainer = iada.Trainer(backbone, head, Items(item), None, config, class_counts=counts)
         with pytest.raises(ValueError, match=f"got {got}"):
             trainer.fit()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("shape", [(3,), (), (2, 2)])
+def test_tensor_data_in_a_loader_of_one_s_own(shape, num_workers):
+    """A loader collates items; a batch that is one already would be stacked once more."""
+    data = iada.TensorData(torch.randn(12, *shape), torch.arange(12) % 3)
+    part, _ = random_split(data, [8, 4], torch.Generator().manual_seed(0))
+    for dataset, count in ((data, 12), (part, 8), (Subset(data, [7, 2, 2, 11]), 4)):
+        loader = DataLoader(dataset, batch_size=4, shuffle=True, num_workers=num_workers)
+        rows = []
+        for inputs, labels, index in loader:
+            assert torch.equal(inputs, data.inputs[index])
+            assert torch.equal(labels, data.labels[index])
+            rows += index.tolist()
+        assert sorted(rows) == sorted(getattr(dataset, "indices", range(count)))
+
+
+def test_tensor_data_needs_no_wrapper():
+    with pytest.raises(ValueError, match="a data set that gives its index needs no wrapper"):
+        iada.Indexed(iada.TensorData(torch.zeros(3, 2), torch.arange(3)))[0]
 
 
 # Data sets that a Trainer takes ---------------------------------------------------------------
