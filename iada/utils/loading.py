@@ -255,15 +255,20 @@ def batches_at(
 
 
 def to_device(part: Any, device: torch.device) -> Any:
-    """Tensors, also those in dicts (a tokenizer's output), lists and tuples, on `device`."""
+    """Tensors, also those in mappings (a tokenizer's output), lists and tuples, on `device`."""
     if isinstance(part, Tensor):
         if device.type == "cuda" and part.device.type == "cpu":
             part = part.pin_memory()  # else the copy waits for the work before it
         return part.to(device, non_blocking=True)
-    if isinstance(part, dict):
-        return {key: to_device(value, device) for key, value in part.items()}
+    if isinstance(part, Mapping):
+        moved = {key: to_device(value, device) for key, value in part.items()}
+        try:
+            return type(part)(moved)  # type: ignore[call-arg]
+        except TypeError:  # a defaultdict's first argument is another
+            return moved
     if isinstance(part, list | tuple):
-        return type(part)(to_device(value, device) for value in part)
+        values = [to_device(value, device) for value in part]
+        return type(part)(*values) if hasattr(part, "_fields") else type(part)(values)
     return part
 
 

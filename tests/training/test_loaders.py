@@ -1,6 +1,7 @@
 """What a loop of one's own is given, how labels are found, and the meta set's workers."""
 
 import os
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch.utils.data import (
 
 import iada
 from iada.models import mlp
-from iada.utils.loading import labels_of
+from iada.utils.loading import labels_of, to_device
 from tests.helpers.training import differences, make_data, make_trainer
 
 LABELS = [0, 2, 1, 1, 0]
@@ -150,6 +151,35 @@ def test_tensor_data_in_a_loader_of_one_s_own(shape, num_workers):
 def test_tensor_data_needs_no_wrapper():
     with pytest.raises(ValueError, match="a data set that gives its index needs no wrapper"):
         iada.Indexed(iada.TensorData(torch.zeros(3, 2), torch.arange(3)))[0]
+
+
+class Encoding(UserDict):
+    """As Hugging Face's BatchEncoding is: a mapping, and no dict."""
+
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+@pytest.mark.parametrize(
+    "kind", [dict, OrderedDict, Encoding, lambda values: defaultdict(list, values)]
+)
+def test_mappings_go_to_the_device(kind):
+    batch = kind({"ids": torch.ones(2), "more": [torch.ones(3)], "name": "a"})
+    moved = to_device(batch, torch.device("meta"))
+    assert type(moved) is (dict if type(batch) is defaultdict else type(batch))
+    assert moved["ids"].is_meta
+    assert moved["more"][0].is_meta
+    assert moved["name"] == "a"
+    assert batch["ids"].device.type == "cpu"
+
+
+def test_sequences_go_to_the_device():
+    batch = ([torch.ones(2)], Pair(torch.ones(2), (torch.ones(3),)))
+    (listed,), pair = to_device(batch, torch.device("meta"))
+    assert listed.is_meta
+    assert type(pair) is Pair
+    assert pair.left.is_meta
+    assert pair.right[0].is_meta
 
 
 # Data sets that a Trainer takes ---------------------------------------------------------------
