@@ -223,7 +223,7 @@ class AFR(CMO):
             return inputs
         places = to_device(torch.tensor(plan.adversarial), inputs.device)
         chosen = inputs[places]
-        targets = labels[places] + self.head.out_features
+        targets = labels[places].long() + self.head.out_features
         unit = self.unit.to(inputs.dtype)
         dtype = self.categories.weight.dtype
         moved = targeted_attack(

@@ -48,7 +48,8 @@ class EpochMeasures(nn.Module):
         self.meta_losses[place] = result.meta_loss
         if result.epsilon is None:
             return
-        epsilon, one = result.epsilon, torch.ones_like(labels)
+        epsilon, labels = result.epsilon, labels.long()
+        one = torch.ones_like(labels)
         self.epsilon_histogram.index_add_(0, epsilon_bins(epsilon), one)
         self.adversarial.index_add_(0, labels, (epsilon > 0).to(one.dtype))
         self.visits.index_add_(0, labels, one)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from iada.utils.checks import check_labels
 from iada.utils.loading import batches, check_dataset, to_device
 
 
@@ -70,7 +71,8 @@ def by_batch(
         for batch in batches(dataset, order, num_workers, seed):
             inputs, labels, *_ = to_device(tuple(batch), head.weight.device)
             features = backbone(inputs)
-            yield Outputs(features, head(features), labels)
+            check_labels(labels, len(features))
+            yield Outputs(features, head(features), labels.long())
 
 
 @contextlib.contextmanager

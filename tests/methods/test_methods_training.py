@@ -1,4 +1,7 @@
-"""Every method on scikit-learn's digits, long-tailed: trains, beats chance, and resumes."""
+"""Every method on scikit-learn's digits, long-tailed: trains, beats chance, and resumes.
+
+And on labels of any integer dtype.
+"""
 
 import os
 import signal
@@ -6,6 +9,7 @@ import signal
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import iada
 from iada.experiments.experiment import Limits, make_split, read_parts
@@ -92,6 +96,30 @@ def test_every_method_resumes_bit_for_bit(split, tmp_path, method, settings):
     assert (rest.epoch, rest.batch) == (11, 4)
     rest.fit()
     assert differences(rest.state_dict(), whole.state_dict()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_of_narrow_dtypes(method, dtype):
+    """The last of 130 classes: neither C + y nor C·y fits into a byte."""
+
+    def trained(dtype):
+        torch.manual_seed(0)
+        rows = torch.arange(60)
+        labels, tail = 120 + rows % 10, 5 * (rows >= 40)
+        images = torch.rand(60, 1, 4, 4) + 4 * torch.eye(16)[rows % 10 + tail].view(60, 1, 4, 4)
+        data = TensorDataset(images, labels.to(dtype))
+        data.groups = rows % 4
+        backbone, head = nn.Sequential(nn.Flatten(), nn.Linear(16, 8)), nn.Linear(8, 130)
+        own = {"method": method, **OWN.get(method, {}), "ce_epochs": 2 * (method not in PASTING)}
+        if method == "afr":
+            own["mix_fraction"] = 1.0
+        config = iada.TrainerConfig.from_settings({**own, "epochs": 6, "batch_size": 20})
+        trainer = iada.Trainer(backbone, head, data, data, config, validation_set=data)
+        trainer.fit()
+        return trainer.state_dict()
+
+    assert differences(trained(dtype), trained(torch.int64)) == []
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,16 @@ def test_what_is_no_data_set_is_refused_by_name(name, wrong, message):
         iada.Trainer(backbone, head, config=config, **{**parts, name: wrong})
 
 
+def test_labels_that_are_no_classes_are_not_rounded_to_some():
+    backbone, head = mlp(8, (4,), 3)
+    data, config = make_data(), iada.TrainerConfig(epochs=1, ce_epochs=1)
+    trainer = iada.Trainer(backbone, head, data, data, config)
+    shares = TensorDataset(data.inputs, data.labels + 0.5)
+    for call in (trainer.class_accuracy, trainer.outputs):
+        with pytest.raises(ValueError, match="^labels: expected integer .*, got dtype torch.float"):
+            call(shares)
+
+
 class Labelled(Pictures):
     def __init__(self, labels):
         super().__init__([0] * len(labels))
