@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from iada.utils.checks import argument_error
 from iada.utils.files import load_plain
 
+HEADS = {"head", "fc", "classifier"}  # what a last layer, or what holds it, is commonly called
+
 
 def load_weights(backbone: nn.Module, head: nn.Linear, path: str | Path) -> bool:
     """Load a state dict into `backbone`, and into `head` where the file has one of its shape.
@@ -18,20 +20,26 @@ def load_weights(backbone: nn.Module, head: nn.Linear, path: str | Path) -> bool
     checkpoint of `iada.Trainer`, a first phase, one of DistributedDataParallel ("module." before
     each name), cRT's. It is read without running code. BatchNorm's number of batches may be absent.
 
-    Returns whether the head was loaded. Raises ValueError for a file that cannot be read or has
-    not all weights of the backbone; nothing is changed then.
+    The head is the one weight of its shape beside the backbone's; of several, the one that a module
+    named head, fc or classifier has.
+
+    Returns whether the head was loaded; if not, it is as it was, and still to be trained. Raises
+    ValueError for a file that cannot be read or has not all weights of the backbone; nothing is
+    changed then.
     """
     remedy = "pass what torch.save wrote of a state dict"
     content = load_plain(Path(path), "a file of weights", remedy)
     tensors = dict(_named_tensors(content, ""))
-    state = _state_of(backbone, tensors)
-    if state is None:
+    keys = _keys_of(backbone, tensors)
+    if keys is None:
         first = next(iter(backbone.state_dict()))
         got = f"{len(tensors)} tensors, not all that begin or end as {first!r}"
         raise argument_error(path, "the weights of this backbone", got, "pass its own file")
-    backbone.load_state_dict(state, strict=False)
-    shaped = [name for name, tensor in tensors.items() if tensor.shape == head.weight.shape]
+    backbone.load_state_dict({name: tensors[key] for name, key in keys.items()}, strict=False)
+    others = tensors.keys() - set(keys.values())
+    shaped = [name for name in others if tensors[name].shape == head.weight.shape]
     weights = [name for name in shaped if name.endswith("weight")]
+    weights = [name for name in weights if HEADS & set(name.split("."))] or weights
     bias = tensors.get(f"{weights[0].removesuffix('weight')}bias") if len(weights) == 1 else None
     if len(weights) != 1 or (bias is None) != (head.bias is None):
         return False
@@ -50,8 +58,8 @@ def _named_tensors(content: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield from _named_tensors(value, f"{prefix}{name}.")
 
 
-def _state_of(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The backbone's state among tensors whose names have one and the same prefix more."""
+def _keys_of(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str] | None:
+    """The backbone's state by its names among tensors, which have one and the same prefix more."""
     shapes = {name: value.shape for name, value in backbone.state_dict().items()}
     needed = [name for name in shapes if not name.endswith("num_batches_tracked")]
     for wrapper in ("", "model."):  # `split_classifier` keeps the model under this name
@@ -61,7 +69,7 @@ def _state_of(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, T
                 continue
             prefix = candidate.removesuffix(inner)
             keys = {name: prefix + name.removeprefix(wrapper) for name in shapes}
-            state = {name: tensors[key] for name, key in keys.items() if key in tensors}
-            if all(name in state and state[name].shape == shapes[name] for name in needed):
-                return state
+            keys = {name: key for name, key in keys.items() if key in tensors}
+            if all(name in keys and tensors[keys[name]].shape == shapes[name] for name in needed):
+                return keys
     return None

@@ -40,6 +40,26 @@ def test_a_checkpoint_has_the_head_too(tmp_path):
     assert torch.equal(new.weight, before)
 
 
+def test_an_inner_layer_of_the_heads_shape_is_not_the_head(tmp_path):
+    def square(seed):
+        torch.manual_seed(seed)
+        return mlp(8, (16, 16), 16)
+
+    (backbone, head), (other, other_head) = square(0), square(1)
+    state = {"backbone": backbone.state_dict()}
+    torch.save(state, tmp_path / "backbone.pt")
+    assert not load_weights(other, other_head, tmp_path / "backbone.pt")
+    assert equal(backbone, other)
+    assert equal(other_head, square(1)[1])
+    moving = {"average": {"3.weight": torch.zeros(16, 16)}}  # of the same shape, and no head
+    torch.save({**state, "head": head.state_dict(), **moving}, tmp_path / "both.pt")
+    assert load_weights(other, other_head, tmp_path / "both.pt")
+    assert equal(head, other_head)
+    state["model"] = {"fc.weight": head.weight, "classifier.1.weight": head.weight}
+    torch.save(state, tmp_path / "two.pt")
+    assert not load_weights(other, square(1)[1], tmp_path / "two.pt")
+
+
 def test_a_model_that_was_split_takes_the_whole_models_file(tmp_path):
     def model():
         return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
