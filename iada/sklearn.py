@@ -23,7 +23,7 @@ from iada.models import mlp
 from iada.training.config import TrainerConfig
 from iada.training.label_issues import SampleLog, label_issues
 from iada.training.trainer import Trainer
-from iada.utils.checks import argument_error, check_choice
+from iada.utils.checks import argument_error, check_choice, check_count
 from iada.utils.loading import TensorData
 
 METHODS = ("iada", "meta-iada")
@@ -161,11 +161,12 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
 
     def _take_meta(self, given: np.ndarray, rng: Any) -> tuple[np.ndarray, np.ndarray]:
         """Rows to train on, and those that become the meta set."""
+        each = _whole("meta_per_class", self.meta_per_class)
         by_class = [rng.permutation(np.flatnonzero(given == c)) for c in range(len(self.classes_))]
-        taken = [rows[: min(self.meta_per_class, len(rows) // 2)] for rows in by_class]
+        taken = [rows[: min(each, len(rows) // 2)] for rows in by_class]
         for name, rows in zip(self.classes_, taken, strict=True):
             if not len(rows):
-                remedy = "pass X_meta and y_meta, or a meta_per_class from 1 on"
+                remedy = "pass X_meta and y_meta"
                 raise argument_error("y", f"2 samples of class {name!r} or more", "too few", remedy)
         meta = np.sort(np.concatenate(taken))
         return np.setdiff1d(np.arange(len(given)), meta), meta
@@ -211,3 +212,10 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
         data = TensorData(features, labels)
         Trainer(backbone, head, data, meta, config, observe=self._log).fit()
         self._backbone, self._head = backbone.eval(), head.eval()
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number from 1 on; numpy's too, which searches over arrays of settings pass."""
+    value = int(value) if isinstance(value, np.integer) else value
+    check_count(name, value)
+    return value

@@ -75,3 +75,12 @@ def test_what_does_not_fit_is_named(flipped):
         IADAClassifier("meta-iada").fit(X[train], given, X[meta], np.full(len(meta), 77))
     with pytest.raises(ValueError, match="expected 2 samples of class"):
         IADAClassifier("meta-iada").fit(X[:3], np.array([0, 0, 1]))
+
+
+@pytest.mark.parametrize("count", [-1, 0, 2.5, True, "10"])
+def test_the_meta_set_s_size_is_a_count(flipped, count):
+    X, y, train, meta, _, _, given = flipped
+    model = IADAClassifier("meta-iada", epochs=1, meta_per_class=count)
+    with pytest.raises(ValueError, match="^meta_per_class: expected a whole number from 1 on, got"):
+        model.fit(X[train], given)
+    model.fit(X[train], given, X[meta], y[meta])  # takes none
