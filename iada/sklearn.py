@@ -116,11 +116,11 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
         self._mean, deviation = X.mean(axis=0), X.std(axis=0)
         self._scale = np.where(deviation > 1e-12 * np.abs(self._mean), deviation, 1.0)
         rows, meta = np.arange(len(X)), None
-        if self.method == "meta-iada" and X_meta is None:
+        if X_meta is not None or y_meta is not None:
+            meta = self._given_meta(X_meta, y_meta)
+        elif self.method == "meta-iada":
             rows, taken = self._take_meta(given, rng)
             meta = TensorData(self._features(X[taken]), torch.from_numpy(given[taken]))
-        elif X_meta is not None:
-            meta = self._given_meta(X_meta, y_meta)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._train(self._features(X[rows]), torch.from_numpy(given[rows]), meta, seed)
@@ -140,7 +140,7 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
         elif hasattr(self, "label_issues_"):
             del self.label_issues_  # of another fit
         del self._log
-        self.n_iter_ = self.epochs
+        self.n_iter_ = int(self.epochs)
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -172,9 +172,13 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
         return np.setdiff1d(np.arange(len(given)), meta), meta
 
     def _given_meta(self, X_meta: Any, y_meta: Any) -> TensorData:
+        given, missing = ("y_meta", "X_meta") if X_meta is None else ("X_meta", "y_meta")
         if self.method != "meta-iada":
-            remedy = "set method='meta-iada', or leave X_meta out"
-            raise argument_error("X_meta", f"none with method {self.method!r}", "an array", remedy)
+            remedy = f"set method='meta-iada', or leave {given} out"
+            raise argument_error(given, f"none with method {self.method!r}", "an array", remedy)
+        if X_meta is None or y_meta is None:
+            remedy = f"pass both, or leave {given} out: rows of each class are taken then"
+            raise argument_error(missing, f"an array, as {given} is one", "None", remedy)
         X_meta, y_meta = validate_data(self, X_meta, y_meta, reset=False, dtype=np.float64)
         unknown = np.setdiff1d(y_meta, self.classes_)
         if len(unknown):
@@ -184,6 +188,7 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
         return TensorData(self._features(X_meta), labels)
 
     def _train(self, features: Tensor, labels: Tensor, meta: TensorData | None, seed: int) -> None:
+        epochs, batch_size = _whole("epochs", self.epochs), _whole("batch_size", self.batch_size)
         learned = self.method == "meta-iada"
         plain = not (learned or self.alpha or self.beta)
         options = MetaIADAOptions(
@@ -194,24 +199,31 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
         )
         config = TrainerConfig(
             method=options,
-            epochs=self.epochs,
-            ce_epochs=self.epochs // 2 if learned else self.epochs * plain,
-            batch_size=min(self.batch_size, len(features)),
-            meta_batch_size=self.batch_size,
+            epochs=epochs,
+            ce_epochs=epochs // 2 if learned else epochs * plain,
+            batch_size=min(batch_size, len(features)),
+            meta_batch_size=batch_size,
             lr=float(self.lr),
             weight_decay=float(self.weight_decay),
             schedule="cosine",
             seed=seed,
         )
-        width, count = features.shape[1], len(self.classes_)
+        width, count, hidden = features.shape[1], len(self.classes_), self._hidden()
         backbone: nn.Module = nn.Identity()
-        head = nn.Linear(width, count)
-        if self.hidden:
-            backbone, head = mlp(width, tuple(self.hidden), count)
-        self._log = SampleLog(len(features), self.epochs)
+        head = nn.Linear(width, count, dtype=features.dtype)
+        if hidden:
+            backbone, head = mlp(width, hidden, count, features.dtype)
+        self._log = SampleLog(len(features), epochs)
         data = TensorData(features, labels)
         Trainer(backbone, head, data, meta, config, observe=self._log).fit()
         self._backbone, self._head = backbone.eval(), head.eval()
+
+    def _hidden(self) -> tuple[int, ...]:
+        widths = self.hidden.tolist() if isinstance(self.hidden, np.ndarray) else self.hidden
+        if not isinstance(widths, list | tuple):
+            remedy = "pass (16,) for one layer of 16, () for none"
+            raise argument_error("hidden", "a tuple of widths", repr(self.hidden), remedy)
+        return tuple(_whole("hidden", width) for width in widths)
 
 
 def _whole(name: str, value: Any) -> int:

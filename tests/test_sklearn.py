@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -84,3 +84,61 @@ def test_the_meta_set_s_size_is_a_count(flipped, count):
     with pytest.raises(ValueError, match="^meta_per_class: expected a whole number from 1 on, got"):
         model.fit(X[train], given)
     model.fit(X[train], given, X[meta], y[meta])  # takes none
+
+
+def test_settings_may_be_numpys(flipped):
+    """As a search over arrays of settings passes them."""
+    X, _, train, _, _, _, given = flipped
+    settings = {"epochs": np.array([1, 2]), "batch_size": np.array([32])}
+    search = GridSearchCV(IADAClassifier(random_state=0), settings, cv=2, error_score="raise")
+    search.fit(X[train], given)
+    assert type(search.best_estimator_.n_iter_) is int
+    models = [
+        IADAClassifier("meta-iada", hidden=hidden, epochs=1, meta_per_class=each, random_state=0)
+        for hidden, each in (((8,), 4), ((np.int64(8),), np.int64(4)), (np.array([8]), 4), ([8], 4))
+    ]
+    one, *others = (model.fit(X[train], given).predict_proba(X[train]) for model in models)
+    assert all(np.array_equal(one, other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected a whole number from 1 on, got 0"),
+        ({"batch_size": 2.5}, "batch_size: expected a whole number from 1 on, got 2.5"),
+        ({"hidden": 16}, r"hidden: expected a tuple of widths, got 16; pass \(16,\)"),
+        ({"hidden": np.array(16)}, "hidden: expected a tuple of widths"),
+        ({"hidden": (8, 0)}, "hidden: expected a whole number from 1 on, got 0"),
+        ({"hidden": "8"}, "hidden: expected a tuple of widths, got '8'"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_named(flipped, settings, message):
+    X, _, train, _, _, _, given = flipped
+    with pytest.raises(ValueError, match=f"^{message}"):
+        IADAClassifier(**settings).fit(X[train], given)
+
+
+def test_a_meta_set_has_features_and_labels(flipped):
+    X, y, train, meta, _, _, given = flipped
+    model = IADAClassifier("meta-iada", epochs=1)
+    with pytest.raises(ValueError, match="^y_meta: expected an array, as X_meta is one, got None"):
+        model.fit(X[train], given, X[meta])
+    with pytest.raises(ValueError, match="^X_meta: expected an array, as y_meta is one, got None"):
+        model.fit(X[train], given, y_meta=y[meta])
+    with pytest.raises(ValueError, match="^y_meta: expected none with method 'iada'"):
+        IADAClassifier().fit(X[train], given, y_meta=y[meta])
+
+
+@pytest.mark.parametrize("method", ["iada", "meta-iada"])
+@pytest.mark.parametrize("hidden", [(), (8,)])
+def test_torchs_default_dtype_may_be_float64(flipped, method, hidden):
+    X, _, train, _, _, _, given = flipped
+    model = IADAClassifier(method, hidden=hidden, epochs=2, random_state=0)
+    plain = model.fit(X[train], given).score(X[train], given)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = model.fit(X[train], given).score(X[train], given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert abs(found - plain) < 0.1  # from other initial weights
