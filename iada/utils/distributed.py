@@ -111,11 +111,15 @@ def size_of(group: Group) -> int:
 
 
 def check_unwrapped(backbone: nn.Module, head: nn.Module) -> None:
-    """ValueError if DistributedDataParallel or FSDP is to see to the gradients."""
-    remedy = "gradients are averaged here, over the process group"
+    """ValueError if DistributedDataParallel or FSDP, of all or of a part, sees to the gradients."""
+    remedy, kind = "gradients are averaged here, over the process group", "DistributedDataParallel"
     for name, module in (("backbone", backbone), ("head", head)):
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            got, remedy = "DistributedDataParallel", f"pass {name}.module: {remedy}"
+        parts = module.named_modules(prefix=name)
+        wrapped = [p for p, m in parts if isinstance(m, nn.parallel.DistributedDataParallel)]
+        if wrapped == [name]:
+            got, remedy = kind, f"pass {name}.module: {remedy}"
+        elif wrapped:
+            got, remedy = f"{kind} as {wrapped[0]}", f"put its .module in its place: {remedy}"
         elif any(is_sharded(parameter) for parameter in module.parameters()):
             got, remedy = "one sharded into DTensors", f"leave out fully_shard: {remedy}"
         else:

@@ -310,3 +310,10 @@ def test_a_distributed_module_is_refused():
 
     with pytest.raises(ValueError, match="^backbone: expected a plain module"):
         iada.MetaIADA(Wrapped(), nn.Linear(8, 3), None, torch.ones(3))
+    for backbone, place in (
+        (nn.Sequential(nn.Sequential(nn.Linear(6, 8), Wrapped()), nn.ReLU()), "backbone.0.1"),
+        (torch.compile(Wrapped()), "backbone._orig_mod"),
+    ):
+        got = f"got DistributedDataParallel as {place}; put its .module in its place"
+        with pytest.raises(ValueError, match=f"^backbone: expected a plain module, {got}"):
+            iada.MetaIADA(backbone, nn.Linear(8, 3), None, torch.ones(3))
