@@ -19,7 +19,7 @@ def log_class_prior(class_counts: Tensor, num_classes: int | None = None) -> Ten
         num_classes: C, to be checked; None for as many as there are counts.
 
     Raises:
-        ValueError: counts that are negative, no whole numbers or of another length.
+        ValueError: counts that are negative, shares below 1, not finite or of another length.
     """
     counts = checked_counts(class_counts, num_classes)
     return (counts / counts.sum()).log().float()
@@ -30,13 +30,14 @@ def checked_counts(class_counts: Tensor, num_classes: int | None = None) -> Tens
     expected = "samples of each class, (C)" if num_classes is None else f"({num_classes},) counts"
     check_tensor("class_counts", class_counts, expected)
     check_sizes("class_counts", class_counts, expected, (num_classes,))
-    expected = "whole numbers of samples, 0 or more"
+    expected = "numbers of samples, 0 or from 1 on"
     remedy = "count the training labels: torch.bincount(labels, minlength=C)"
     if class_counts.dtype == torch.bool or class_counts.is_complex():
         raise argument_error("class_counts", expected, f"dtype {class_counts.dtype}", remedy)
     counts = class_counts.double()
-    if not (torch.isfinite(counts) & (counts >= 0) & (counts == counts.round())).all():
-        remedy += ", or multiply shares by N and round them"
+    shares = (counts > 0) & (counts < 1)  # soft labels may give 2.5 samples, not 0.25
+    if not (torch.isfinite(counts) & (counts >= 0) & ~shares).all():
+        remedy += ", or multiply shares by N"
         raise argument_error("class_counts", expected, str(class_counts.tolist()), remedy)
     return counts.clamp(min=1)
 
