@@ -15,6 +15,16 @@ from iada_kernels.contract import ClassStatistics, LossInputs, LossOptions
 from iada_kernels.dispatch import backend_for
 
 
+def streams_batch(criterion: nn.Module) -> bool:
+    """Whether a call takes its batch in: in training mode, unless a backward repeats the call.
+
+    As that of `torch.utils.checkpoint` does, whose forward has taken the batch in.
+    """
+    if torch.compiler.is_compiling():
+        return criterion.training
+    return criterion.training and torch._C._current_graph_task_id() == -1
+
+
 class IADALoss(nn.Module):
     """The loss with its class covariance and log prior.
 
@@ -27,6 +37,8 @@ class IADALoss(nn.Module):
     In training mode each call first streams the batch's detached features into the covariance; loss
     and update are one call of the backend. Several calls before one `backward`, as for a sum of
     losses, cost a copy of Σ for each but the last; with a `backward` after each nothing is copied.
+    Inside `torch.utils.checkpoint` a batch is streamed once: a call that a backward repeats leaves
+    the covariance as it is.
 
     Args:
         num_classes: C.
@@ -120,7 +132,7 @@ class IADALoss(nn.Module):
         Raises:
             ValueError: as `fused_loss`; the statistics are then untouched.
         """
-        state = self.covariance
+        state, streams = self.covariance, streams_batch(self)
         sigma = state.covariance if self.training else state.shrunk()
         inputs = LossInputs(features, weight, bias, labels, sigma, epsilon, self.log_prior)
         options = LossOptions(
@@ -129,20 +141,25 @@ class IADALoss(nn.Module):
         extras = Extras(self.class_weight, row_weight, return_logits)
         group = self._group()
         if self.training and (group is not None or state.shrinkage):
-            return self._of_own_rows(inputs, options, extras, group)
+            return self._of_own_rows(inputs, options, extras, group, streams)
 
         def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
             passes = backend_for(inputs, options, self.backend)
             stream = None
-            if self.training:
+            if streams:
                 state.settle()
                 stream = ClassStatistics(state.mean, state.count)
             return IADALossFunction.apply(options, passes, stream, lender(state), *inputs)
 
-        return loss_of_rows(compute, inputs, options, extras, streams=self.training)
+        return loss_of_rows(compute, inputs, options, extras, streams)
 
     def _of_own_rows(
-        self, inputs: LossInputs, options: LossOptions, extras: Extras, group: Group
+        self,
+        inputs: LossInputs,
+        options: LossOptions,
+        extras: Extras,
+        group: Group,
+        streams: bool,
     ) -> Tensor:
         """This rank's share of the loss of all rows, which the covariance takes in by itself."""
         state = self.covariance
@@ -152,12 +169,13 @@ class IADALoss(nn.Module):
                 passes = backend_for(inputs, options, self.backend)
                 checks.close()  # passed: from here on ranks exchange
                 rows = (inputs.features, inputs.labels)
-                state.update(*rows, ignore_index=options.ignore_index, backend=self.backend)
+                if streams:
+                    state.update(*rows, ignore_index=options.ignore_index, backend=self.backend)
                 inputs = inputs._replace(covariance=state.shrunk())
                 return IADALossFunction.apply(options, passes, None, lender(state), *inputs)
 
             checks.enter_context(others_told(group))
-            return loss_of_rows(compute, inputs, options, extras, streams=True, group=group)
+            return loss_of_rows(compute, inputs, options, extras, streams, group)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, reduction={self.reduction!r}"

@@ -30,6 +30,7 @@ from iada.nn.class_parallel import (
     perturbation_sign,
     table_form,
 )
+from iada.nn.iada_loss import streams_batch
 from iada.nn.priors import log_class_prior
 from iada.utils.autocast import full_precision
 from iada.utils.checks import (
@@ -170,7 +171,7 @@ class ShardedIADALoss(nn.Module):
         weight = Entry.apply(weight, self._group, False)
         bias = None if bias is None else Entry.apply(bias, self._group, False)
         with full_precision(features.device):
-            if self.training:
+            if streams_batch(self):
                 self._update(features.detach(), labels)
             return self._loss(LossInputs(features, weight, bias, labels, mean, epsilon, prior))
 

@@ -49,6 +49,22 @@ def test_compiles_in_one_graph(backend, device, reduction):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 2.0])
+def test_the_module_compiles_in_one_graph(shrinkage):
+    """And streams each batch."""
+    given = make_tensors()
+    features, weight = given["features"], given["weight"].requires_grad_()
+    eager, module = (iada.IADALoss(3, 5, shrinkage=shrinkage) for _ in range(2))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        expected, got = (f(features, weight, None, LABELS) for f in (eager, compiled))
+        torch.testing.assert_close(got, expected)
+        (a,), (b,) = (torch.autograd.grad(loss, weight) for loss in (got, expected))
+        torch.testing.assert_close(a, b)
+    assert torch.equal(module.covariance.count, eager.covariance.count)
+    torch.testing.assert_close(module.covariance.covariance, eager.covariance.covariance)
+
+
 @pytest.mark.skipif(not native.is_available(), reason="needs the native library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("needs", [0, FEATURES, WEIGHT | EPSILON, 63])

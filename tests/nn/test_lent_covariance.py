@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import iada
 from iada.nn.lent_covariance import LentCovariance
@@ -146,6 +147,32 @@ def test_a_gradient_penalty_over_two_calls():
 
     for have, want in zip(penalty(True), penalty(False), strict=True):
         assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "shrinkage", "sharded"])
+def test_a_checkpointed_call_streams_its_batch_once(kind, reentrant):
+    """Its backward calls it again, with the Σ that the first call left."""
+
+    def run(repeats):
+        (features, labels), (others, more), _ = batches()
+        if kind == "sharded":
+            loss = iada.ShardedIADALoss(CLASSES, WIDTH, None, structure="full").double()
+        else:
+            loss = module(shrinkage=3.0 if kind == "shrinkage" else 0.0)
+        head = make_head()
+        loss(others, head.weight, head.bias, more).backward()
+        head.zero_grad()
+        arguments = (features, head.weight, head.bias, labels)
+        value = (
+            checkpoint(loss, *arguments, use_reentrant=reentrant) if repeats else loss(*arguments)
+        )
+        value.backward()
+        statistics = [loss.covariance.count, loss.covariance.mean, loss.covariance.covariance]
+        return [value, features.grad, head.weight.grad, head.bias.grad, *statistics]
+
+    for have, want in zip(run(repeats=True), run(repeats=False), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-13)
 
 
 def retained(loss, head, features, labels):
