@@ -14,6 +14,7 @@ from iada.meta.learner import linear
 from iada.nn.characteristics import PROPORTION, TrainingMemory, characteristics
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.perturbation_net import PerturbationNet
+from iada.nn.precision import KeepsPrecision
 from iada.utils.checks import argument_error, check_choice
 
 EPSILON_UNITS = ("feature", "class-deviation")
@@ -58,7 +59,7 @@ class Observed(NamedTuple):
     sigma: Tensor
 
 
-class SampleEpsilon(nn.Module):
+class SampleEpsilon(KeepsPrecision):
     """ε = u tanh(…) by Ω, or u times a constant; 0 is None throughout, which spares kernels work.
 
     Args:

@@ -47,6 +47,7 @@ from iada.nn.class_covariance import ClassCovariance, labels_of_finite
 from iada.nn.divergence import check_divergence
 from iada.nn.functional import fused_loss
 from iada.nn.perturbation_net import PerturbationNet
+from iada.nn.precision import KeepsPrecision
 from iada.nn.priors import log_class_prior
 from iada.nn.projection import (
     SemidefiniteSteps,
@@ -58,7 +59,7 @@ from iada_kernels.contract import LossInputs
 from iada_kernels.triangular import is_triangular, times_off_diagonal
 
 
-class MetaIADA(BilevelMethod):
+class MetaIADA(KeepsPrecision, BilevelMethod):
     """One iteration of the classifier φ, the perturbation network Ω and the covariances Σ.
 
     At the published rates a step of Eq. 9 moves Σ by some 1e-7 of itself and less, in proportion

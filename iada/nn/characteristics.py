@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iada.nn.precision import KeepsPrecision
 from iada.utils.autocast import full_precision
 from iada.utils.checks import argument_error, check_labels, check_sizes
 from iada_kernels.dispatch import select_backend
@@ -41,7 +42,7 @@ def loss_and_margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, labels, reduction="none"), own[:, 0] - others.amax(dim=1)
 
 
-class TrainingMemory(nn.Module):
+class TrainingMemory(KeepsPrecision):
     """Last epoch's loss and margin: the mean of each class, the value of each sample.
 
     Args:

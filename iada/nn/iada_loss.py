@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from iada.nn.arguments import Extras, loss_of_rows
 from iada.nn.autograd import IADALossFunction, lender
 from iada.nn.class_covariance import ClassCovariance
+from iada.nn.precision import KeepsPrecision
 from iada.nn.priors import log_class_prior
 from iada.utils.distributed import Group, GroupReference, others_told
 from iada_kernels.contract import ClassStatistics, LossInputs, LossOptions
@@ -25,7 +26,7 @@ def streams_batch(criterion: nn.Module) -> bool:
     return criterion.training and torch._C._current_graph_task_id() == -1
 
 
-class IADALoss(nn.Module):
+class IADALoss(KeepsPrecision):
     """The loss with its class covariance and log prior.
 
     Examples:

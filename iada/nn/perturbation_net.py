@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iada.nn.characteristics import CHARACTERISTICS
+from iada.nn.precision import KeepsPrecision
 from iada.utils.checks import argument_error, check_choice, check_float
 
 NUM_CHARACTERISTICS = len(CHARACTERISTICS)
 
 
-class PerturbationNet(nn.Module):
+class PerturbationNet(KeepsPrecision):
     """ε(f, Ω) of Eq. 7: BatchNorm → Linear(15, 100) → ReLU → Linear(100, 1) → tanh.
 
     Maps characteristics (N, 15) to strengths ε (N,) in (−1, 1), in units of the features;
@@ -58,7 +59,9 @@ class PerturbationNet(nn.Module):
             nn.init.zeros_(self.strength.bias)
 
     def forward(self, characteristics: Tensor) -> Tensor:
-        """ε (N,) of characteristics (N, 15). A single row is normalised by running statistics.
+        """ε (N,) of characteristics (N, 15), in their dtype; Ω computes in its own.
+
+        A single row is normalised by running statistics.
 
         Raises:
             ValueError: another width or dtype.
@@ -68,13 +71,15 @@ class PerturbationNet(nn.Module):
         check_float("characteristics", characteristics, expected, (None, width))
         if self.columns is not None:
             characteristics = characteristics.index_select(1, self.columns)
-        if self.training and len(characteristics) > 1:
-            normal = self.norm(characteristics)
+        own = characteristics.to(self.hidden.weight.dtype)
+        if self.training and len(own) > 1:
+            normal = self.norm(own)
         else:  # One row has no batch statistics: the running ones serve.
             norm = self.norm
             state = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-            normal = F.batch_norm(characteristics, *state, eps=norm.eps)
-        return self.strength(self.hidden(normal).relu()).squeeze(1).tanh()
+            normal = F.batch_norm(own, *state, eps=norm.eps)
+        epsilon = self.strength(self.hidden(normal).relu()).squeeze(1).tanh()
+        return epsilon.to(characteristics.dtype)
 
 
 def _kept(count: int, without: Sequence[str]) -> list[int]:

@@ -31,6 +31,7 @@ from iada.nn.class_parallel import (
     table_form,
 )
 from iada.nn.iada_loss import streams_batch
+from iada.nn.precision import KeepsPrecision
 from iada.nn.priors import log_class_prior
 from iada.utils.autocast import full_precision
 from iada.utils.checks import (
@@ -59,7 +60,7 @@ from iada_kernels.torch_ops.reduction import mean_divisor, reduced
 ROWS = ("own", "shared")
 
 
-class ShardedIADALoss(nn.Module):
+class ShardedIADALoss(KeepsPrecision):
     """`IADALoss` for a head split by classes over the ranks of a process group.
 
     Examples:

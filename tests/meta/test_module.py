@@ -147,6 +147,40 @@ def test_places_of_any_integer_dtype_are_places():
     assert int((method.memory.samples != 0).any(dim=-1).sum()) == len(index)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_around_it_may_be_cast(dtype):
+    """Its own state stays at float32 or better, and the step is that of such a classifier."""
+    plain, cast = (make_engine("mlp", dtype=torch.float32) for _ in range(2))
+    for engine in (plain, cast):
+        engine.classifier.to(dtype)
+    cast = nn.ModuleDict({"classifier": cast.classifier, "meta": cast}).to(dtype)["meta"]
+    if dtype != torch.float64:
+        assert not [b for b in cast.state_dict().values() if getattr(b, "dtype", None) == dtype]
+        assert all(buffer.dtype != dtype for buffer in cast.buffers())
+    (inputs, labels), (meta_inputs, meta_labels) = make_batches("mlp", dtype)
+    losses = []
+    for engine in (plain, cast):
+        torch.manual_seed(2)
+        losses.append(engine.step((inputs, labels), (meta_inputs, meta_labels)).loss)
+    torch.testing.assert_close(*losses, check_dtype=False)
+    assert torch.isfinite(cast.covariance.covariance).all()
+
+
+@pytest.mark.parametrize("backbone_dtype", [torch.float32, torch.float64])
+def test_a_network_of_another_dtype_than_the_features(backbone_dtype):
+    def prepare(backbone, head):
+        backbone.to(backbone_dtype)
+
+    batches = make_batches("mlp", backbone_dtype)
+    for head_dtype in (torch.float32, torch.float64):
+        network = iada.PerturbationNet()
+        meta = make_engine("mlp", dtype=head_dtype, prepare=prepare, perturbation=network)
+        before = [parameter.clone() for parameter in network.parameters()]
+        assert torch.isfinite(meta.step(*batches).loss)
+        pairs = zip(before, network.parameters(), strict=True)
+        assert any(not torch.equal(was, parameter) for was, parameter in pairs)
+
+
 class Smoothed(iada.Method):
     """CE with label smoothing: a method of one's own in three lines."""
 

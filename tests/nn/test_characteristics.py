@@ -23,6 +23,18 @@ def test_perturbation_net():
         net(torch.randn(8, 14))
 
 
+@pytest.mark.parametrize("network_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_network_computes_in_its_own_dtype(network_dtype, dtype):
+    net, values = iada.PerturbationNet(dtype=network_dtype), torch.randn(8, 15, dtype=dtype)
+    for training in (True, False):
+        got, want = net.train(training)(values), net(values.to(network_dtype))
+        assert got.dtype == dtype
+        assert torch.equal(got, want.to(dtype))
+        (grad,) = torch.autograd.grad(got.sum(), net.hidden.weight)
+        assert grad.dtype == network_dtype
+
+
 def test_what_the_network_is_not_shown():
     left = {"loss", "neighbours"}
     net = iada.PerturbationNet(without=("neighbours", "loss")).double()

@@ -271,3 +271,27 @@ def test_modules_are_made_where_they_are_asked_for():
         for tensor in [*module.parameters(), *module.buffers()]:
             assert tensor.device.type == "meta"
             assert not tensor.is_floating_point() or tensor.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_modules_keep_their_precision_in_a_model_that_is_cast(dtype):
+    """float16 and bfloat16 leave float32 as it is, bit for bit; float64 takes them along."""
+    counts = torch.arange(1, CLASSES + 1)
+    model = torch.nn.ModuleList(
+        [
+            iada.IADALoss(CLASSES, WIDTH, counts, class_weight=torch.rand(CLASSES)),
+            iada.ShardedIADALoss(CLASSES, WIDTH, None, counts),
+            iada.TrainingMemory(CLASSES, 3),
+            iada.PerturbationNet(),
+        ]
+    )
+    for memory in (model[2].class_means, model[2].samples):
+        memory.copy_(torch.rand(memory.shape))
+    before = copy.deepcopy(model.state_dict())
+    model.to(dtype)
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, tensor in model.state_dict().items():
+        assert not tensor.is_floating_point() or tensor.dtype == kept, name
+        assert torch.equal(tensor, before[name].to(tensor.dtype)), name
+    ready = model.to("meta")
+    assert {tensor.device.type for tensor in ready.state_dict().values()} == {"meta"}
