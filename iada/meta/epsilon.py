@@ -15,7 +15,7 @@ from iada.nn.characteristics import PROPORTION, TrainingMemory, characteristics
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.perturbation_net import PerturbationNet
 from iada.nn.precision import KeepsPrecision
-from iada.utils.checks import argument_error, check_choice
+from iada.utils.checks import argument_error, check_choice, check_number
 
 EPSILON_UNITS = ("feature", "class-deviation")
 
@@ -63,8 +63,9 @@ class SampleEpsilon(KeepsPrecision):
     """ε = u tanh(…) by Ω, or u times a constant; 0 is None throughout, which spares kernels work.
 
     Args:
-        perturbation: the network Ω, or a number in its place.
-        optimizer: of Ω's parameters; its state is in `state_dict`.
+        perturbation: the network Ω; None for a new one.
+        optimizer: of Ω's parameters; its state is in `state_dict`. None for Adam at 1e-3.
+        value: a number in place of both, or None.
         scale: the unit u.
         log_prior: log π, (C).
         scaler: a GradScaler, enabled or not.
@@ -73,27 +74,51 @@ class SampleEpsilon(KeepsPrecision):
 
     def __init__(
         self,
-        perturbation: PerturbationNet | float,
+        perturbation: PerturbationNet | None,
         optimizer: torch.optim.Optimizer | None,
+        value: float | None,
         scale: EpsilonScale,
         log_prior: Tensor,
         scaler: torch.amp.GradScaler,
         log_proportion: bool = False,
     ) -> None:
         super().__init__()
-        self.register_module("perturbation", None)
-        self.value = 0.0
-        if isinstance(perturbation, nn.Module):
-            self.perturbation = perturbation
+        if value is None:
+            if perturbation is None:
+                perturbation = PerturbationNet(device=log_prior.device, dtype=log_prior.dtype)
+            elif not isinstance(perturbation, nn.Module):
+                expected, got = "a network, as iada.PerturbationNet", repr(perturbation)
+                raise argument_error("perturbation", expected, got, "a number is epsilon")
+            optimizer = optimizer or torch.optim.Adam(perturbation.parameters(), lr=1e-3)
         else:
-            self.value = float(perturbation)
+            check_number("epsilon", value)
+            given = {"perturbation": perturbation, "perturbation_optimizer": optimizer}
+            for name, part in given.items():
+                if part is not None:
+                    expected, got = f"None with epsilon={value}", f"a {type(part).__name__}"
+                    raise argument_error(name, expected, got, "leave one of them out")
+        self.register_module("perturbation", perturbation)
+        self.value = float(value or 0.0)
         self.optimizer, self.scale, self.scaler = optimizer, scale, scaler
         self.log_proportion = log_proportion
         self.log_prior = nn.Buffer(log_prior, persistent=False)
+        self.check_optimizer()
 
     def trained(self) -> list[Tensor]:
         """Ω's parameters that learn."""
         return [p for p in self.parameters() if p.requires_grad]
+
+    def check_optimizer(self) -> None:
+        """ValueError if it would leave some of `trained` as they are."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        moved = {id(p) for group in groups for p in group["params"]}
+        if any(id(p) not in moved for p in self.trained()):
+            expected = "an optimizer of all of Ω's parameters that ask for a gradient"
+            remedy = (
+                "build it from perturbation.parameters(), and call load_state_dict without "
+                "assign=True, which puts others in their place"
+            )
+            raise argument_error("perturbation_optimizer", expected, "one of others", remedy)
 
     @torch.no_grad()
     def observe(

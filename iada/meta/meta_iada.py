@@ -86,7 +86,7 @@ class MetaIADA(KeepsPrecision, BilevelMethod):
         class_counts: training samples of each class, (C).
         perturbation: the network Ω; a new `PerturbationNet` by default.
         perturbation_optimizer: its optimizer; Adam at 1e-3 by default, as in the paper.
-        epsilon: a number stands for the strengths of all samples, without Ω; 0 for no perturbation.
+        epsilon: a number in place of Ω, the strength of all samples; 0 for no perturbation.
         covariance: a `ClassCovariance`; a new full one by default. Of a low-rank one Eq. 9 moves
             the diagonal and the factors, by their own gradients.
         class_weights: of each class, (C), by which Eq. 7 and 10 weigh their losses: Σ ω_y ℓ / Σ ω_y
@@ -197,16 +197,9 @@ class MetaIADA(KeepsPrecision, BilevelMethod):
         self.rate_free_covariance = rate_free_covariance
         self.persistent, self.project = persistent, project
         self.keep_semidefinite = keep_semidefinite
-        network: PerturbationNet | float = 0.0 if epsilon is None else epsilon
-        if epsilon is None:
-            network = perturbation or PerturbationNet(**place)
-            perturbation_optimizer = perturbation_optimizer or torch.optim.Adam(
-                network.parameters(), lr=1e-3
-            )
+        source = (perturbation, perturbation_optimizer, epsilon)
         scale = EpsilonScale(epsilon_scale, epsilon_unit)
-        self.sample_epsilon = SampleEpsilon(
-            network, perturbation_optimizer, scale, log_prior, scaler, log_proportion
-        )
+        self.sample_epsilon = SampleEpsilon(*source, scale, log_prior, scaler, log_proportion)
         counter = torch.zeros((), dtype=torch.int64, device=device)
         self.held, self.projections = nn.Buffer(counter), nn.Buffer(counter.clone())
         self.unchecked = nn.Buffer(torch.zeros(num_classes, **place), persistent=False)
@@ -239,6 +232,7 @@ class MetaIADA(KeepsPrecision, BilevelMethod):
 
     def observe(self, forward: ForwardPass) -> Observed:
         """Σ takes in the batch; the characteristics that Ω sees."""
+        self.sample_epsilon.check_optimizer()
         features, labels = forward.global_features, forward.rows.labels
         if self._learner.scaler.is_enabled():  # float16 overflows now and then
             labels = labels_of_finite(features, labels)

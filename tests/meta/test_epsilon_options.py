@@ -203,6 +203,56 @@ def test_bad_units_are_named(options, name):
         iada.TrainerConfig.from_settings(options)
 
 
+def test_an_optimizer_of_other_parameters_is_refused():
+    """Ω would keep its values without a word."""
+    network, other = (iada.PerturbationNet().double() for _ in range(2))
+    for parameters in (other.parameters(), network.hidden.parameters()):
+        adam = torch.optim.Adam(parameters)
+        with pytest.raises(ValueError, match=r"^perturbation_optimizer: expected .*; build it"):
+            make_engine("mlp", perturbation=network, perturbation_optimizer=adam)
+    with pytest.raises(ValueError, match="^perturbation_optimizer: expected"):
+        make_engine("mlp", perturbation_optimizer=torch.optim.Adam(other.parameters()))
+    hidden = torch.optim.Adam(network.hidden.parameters())
+    network.requires_grad_(False).hidden.requires_grad_()
+    make_engine("mlp", perturbation=network, perturbation_optimizer=hidden)
+
+
+def test_parameters_put_in_place_of_those_that_the_optimizer_has_are_refused():
+    engine, state = make_engine("mlp"), copy.deepcopy(make_engine("mlp").state_dict())
+    batches = make_batches("mlp")
+    engine.load_state_dict(state)
+    engine.step(*batches)
+    engine.load_state_dict(state, assign=True)
+    with pytest.raises(ValueError, match=r"^perturbation_optimizer: expected .*assign=True"):
+        engine.step(*batches)
+    assert not engine.covariance.count.any()
+    engine.sample_epsilon.optimizer = torch.optim.Adam(engine.perturbation.parameters())
+    before = engine.perturbation.hidden.weight.clone()
+    engine.step(*batches)
+    assert not torch.equal(engine.perturbation.hidden.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"epsilon": 0.1, "perturbation": iada.PerturbationNet()}, "perturbation"),
+        (
+            {
+                "epsilon": 0.0,
+                "perturbation_optimizer": torch.optim.Adam(iada.PerturbationNet().parameters()),
+            },
+            "perturbation_optimizer",
+        ),
+        ({"perturbation": 0.1}, "perturbation"),
+        ({"epsilon": float("nan")}, "epsilon"),
+        ({"epsilon": torch.tensor(0.1)}, "epsilon"),
+    ],
+)
+def test_a_number_or_a_network(options, name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected .+, got .+; .+"):
+        make_engine("mlp", **options)
+
+
 def test_settings_reach_the_engine():
     settings = {
         "ce_epochs": 0,
