@@ -222,13 +222,18 @@ class MetaIADA(KeepsPrecision, BilevelMethod):
         return self.sample_epsilon.perturbation
 
     @property
-    def needs_meta_batch(self) -> bool:
-        """Whether the next `step` makes a meta step: with interval=k one in k does.
+    def _learns(self) -> bool:
+        """False with a constant or frozen Ω and covariance_lr 0: no step makes a meta step then."""
+        return bool(self.covariance_lr or self.sample_epsilon.trained())
 
-        None does where there is nothing to learn: a constant or frozen Ω, and covariance_lr 0.
-        """
-        learns = bool(self.covariance_lr or self.sample_epsilon.trained())
-        return learns and super().needs_meta_batch
+    @property
+    def needs_meta_batch(self) -> bool:
+        """Whether the next `step` makes a meta step: with interval=k one in k, if any does."""
+        return self._learns and super().needs_meta_batch
+
+    def meta_steps(self, count: int) -> Sequence[bool]:
+        """Which of the next `count` steps make a meta step."""
+        return super().meta_steps(count) if self._learns else [False] * count
 
     def observe(self, forward: ForwardPass) -> Observed:
         """Σ takes in the batch; the characteristics that Ω sees."""

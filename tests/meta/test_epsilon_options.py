@@ -137,6 +137,7 @@ def test_nothing_to_learn_is_a_plain_step(options):
     engine.classifier.backbone.register_forward_hook(lambda *_: passes.append(1))
     batch, _ = make_batches("conv")
     assert not engine.needs_meta_batch
+    assert engine.meta_steps(3) == [False] * 3
     result = engine.step(batch)
     assert len(passes) == 1
     other = twin.step(batch)
