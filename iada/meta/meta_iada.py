@@ -187,7 +187,7 @@ class MetaIADA(KeepsPrecision, BilevelMethod):
         device, dtype = head.weight.device, torch.promote_types(torch.float32, head.weight.dtype)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         log_prior = log_class_prior(class_counts, num_classes).to(**place)
-        weights = None if class_weights is None else class_weights.to(**place)
+        weights = None if class_weights is None else class_weights.to(**place, copy=True)
         self.register_buffer("class_weights", weights, persistent=False)
         self.covariance = covariance or ClassCovariance(num_classes, width, **place)
         self.memory = memory or TrainingMemory(num_classes, **place)

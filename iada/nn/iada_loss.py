@@ -100,7 +100,7 @@ class IADALoss(KeepsPrecision):
         prior = None if class_counts is None else log_class_prior(class_counts, num_classes)
         for name, values in {"log_prior": prior, "class_weight": class_weight}.items():
             if values is not None:
-                values = values.detach().to(**place)
+                values = values.detach().to(**place, copy=True)
             self.register_buffer(name, values)
         self.alpha, self.beta, self.label_smoothing = alpha, beta, label_smoothing
         self.ignore_index, self.reduction = ignore_index, reduction

@@ -1,6 +1,7 @@
 """The perturbation network: training characteristics in, perturbation strengths out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class PerturbationNet(KeepsPrecision):
     ) -> None:
         super().__init__()
         self.num_characteristics = num_characteristics
-        kept = _kept(num_characteristics, without)
+        self._kept = kept = _kept(num_characteristics, without)
         columns = None if len(kept) == num_characteristics else torch.tensor(kept, device=device)
         self.register_buffer("columns", columns, persistent=False)
         self.norm = nn.BatchNorm1d(len(kept), device=device, dtype=dtype)
@@ -80,6 +81,22 @@ class PerturbationNet(KeepsPrecision):
             normal = F.batch_norm(own, *state, eps=norm.eps)
         epsilon = self.strength(self.hidden(normal).relu()).squeeze(1).tanh()
         return epsilon.to(characteristics.dtype)
+
+    def get_extra_state(self) -> Tensor:
+        """The columns of the characteristics that it sees."""
+        return torch.tensor(self._kept, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """ValueError if it is of a network that sees others."""
+        if state.tolist() != self._kept:
+            expected, got = f"a state of columns {self._kept}", f"one of {state.tolist()}"
+            remedy = "build the network with the `without` that the state is of"
+            raise argument_error("without", expected, got, remedy)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        # States from before the columns were in them are taken as they are.
+        state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 def _kept(count: int, without: Sequence[str]) -> list[int]:

@@ -134,7 +134,7 @@ class ShardedIADALoss(KeepsPrecision):
         prior = None
         if class_counts is not None:
             prior = log_class_prior(class_counts, num_classes)[first : self.classes.stop]
-            prior = prior.to(**place)
+            prior = prior.to(**place, copy=True)  # a view would keep, and save, all classes'
         self.register_buffer("log_prior", prior)
         self.alpha, self.beta = alpha, beta
         self.ignore_index, self.reduction = ignore_index, reduction

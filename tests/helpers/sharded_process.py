@@ -105,6 +105,7 @@ def check_half_precision(group):
     options = {"rows": "shared", "ignore_index": IGNORED}
     criterion = iada.ShardedIADALoss(7, WIDTH, group, counts, **options)
     classes = slice(criterion.classes.start, criterion.classes.stop)
+    assert criterion.log_prior.untyped_storage().nbytes() == 4 * len(criterion.classes)
     batch = labels, epsilon.float()
     want, want_grads = gradients(whole, features.bfloat16(), weight, bias, *batch)
     head = weight[classes], bias[classes]

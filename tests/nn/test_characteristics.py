@@ -54,6 +54,27 @@ def test_what_the_network_is_not_shown():
             iada.PerturbationNet(**options)
 
 
+def test_a_state_of_a_network_that_sees_other_columns_is_refused():
+    """Their sizes are the same."""
+    source = iada.PerturbationNet(without=["loss"])
+    state = source.state_dict()
+    for other in (iada.PerturbationNet(without=["margin"]), iada.PerturbationNet(14)):
+        with pytest.raises(
+            ValueError, match=r"^without: expected .*\[0, .* got .*\[1, 2, .*; build"
+        ):
+            other.load_state_dict(state)
+    values = torch.randn(4, 15)
+    former = {name: tensor for name, tensor in state.items() if name != "_extra_state"}
+    for loaded in (state, former):
+        twin = iada.PerturbationNet(without=["loss"])
+        twin.load_state_dict(loaded)
+        assert torch.equal(twin.eval()(values), source.eval()(values))
+    assert "_extra_state" not in former
+    holder = torch.nn.ModuleDict({"omega": iada.PerturbationNet(without=["loss"])})
+    holder.load_state_dict({f"omega.{name}": tensor for name, tensor in former.items()})
+    assert torch.equal(holder["omega"].eval()(values), source(values))
+
+
 def test_characteristics_by_hand():
     generator = torch.Generator().manual_seed(3)
     h = torch.randn(9, 4, generator=generator, dtype=torch.float64)

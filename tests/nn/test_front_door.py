@@ -259,6 +259,15 @@ def test_the_module_has_them_too(options):
     torch.testing.assert_close(logits, F.linear(features, weight, bias))
 
 
+def test_a_callers_weights_stay_as_they_are():
+    weights = torch.ones(CLASSES)
+    criterion = iada.IADALoss(CLASSES, WIDTH, class_weight=weights)
+    other = iada.IADALoss(CLASSES, WIDTH, class_weight=torch.rand(CLASSES))
+    criterion.load_state_dict(other.state_dict())
+    assert torch.equal(weights, torch.ones(CLASSES))
+    assert torch.equal(criterion.class_weight, other.class_weight)
+
+
 def test_modules_are_made_where_they_are_asked_for():
     place = {"device": "meta", "dtype": torch.float64}
     modules = [
@@ -293,5 +302,5 @@ def test_modules_keep_their_precision_in_a_model_that_is_cast(dtype):
     for name, tensor in model.state_dict().items():
         assert not tensor.is_floating_point() or tensor.dtype == kept, name
         assert torch.equal(tensor, before[name].to(tensor.dtype)), name
-    ready = model.to("meta")
-    assert {tensor.device.type for tensor in ready.state_dict().values()} == {"meta"}
+    model.to("meta")
+    assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"meta"}
