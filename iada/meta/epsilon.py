@@ -72,6 +72,8 @@ class SampleEpsilon(KeepsPrecision):
         log_proportion: Ω sees log π_y in the place of π_y.
     """
 
+    perturbation: PerturbationNet | None
+
     def __init__(
         self,
         perturbation: PerturbationNet | None,

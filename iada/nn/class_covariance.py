@@ -1,13 +1,13 @@
 """`ClassCovariance`: the covariance of each class's features, streamed batch by batch."""
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from iada.nn.lent_covariance import LentCovariance
+from iada.nn.precision import KeepsPrecision
 from iada.utils.autocast import full_precision
 from iada.utils.checks import (
     argument_error,
@@ -37,7 +37,7 @@ STRUCTURES = ("full", "triangle", "diag", "low-rank")
 MANY_LENT = 16
 
 
-class ClassCovariance(nn.Module):
+class ClassCovariance(KeepsPrecision):
     """Running covariance Σ, mean μ and count n of each class.
 
     The state equals the population statistics (division by n) of all features ever passed to
@@ -245,16 +245,6 @@ class ClassCovariance(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lent": []}  # graphs are not copied or saved
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # Statistics stay at float32 or better when a model is cast to half precision.
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32:
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(keep_precision, recurse)
 
     def extra_repr(self) -> str:
         num_classes, width = self.mean.shape
