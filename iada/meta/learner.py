@@ -123,10 +123,9 @@ class Learner:
         self.classifier, self.optimizer = classifier, optimizer
         self.scaler, self._group = scaler, GroupReference(group)
         self._reentrant: bool | None = None
-        self._looked_at_head = False
-        self._all_used: dict[
-            tuple[int, ...], bool
-        ] = {}  # by every rank at first, of which parameters
+        self._head_looked_at: Tensor | None = None
+        # Whether each rank's rows went through all of these parameters, the first time.
+        self._all_used: dict[tuple[int, ...], bool] = {}
 
     @property
     def group(self) -> Group:
@@ -286,12 +285,12 @@ class Learner:
         return filled
 
     def _warn_of_a_forgotten_head(self, trained: Sequence[Tensor]) -> None:
-        wanted = {p for p in self.classifier.head.parameters() if p.requires_grad}
-        if wanted and not wanted & set(trained):
+        weight = self.classifier.head.weight
+        if weight.requires_grad and weight not in set(trained):
             warnings.warn(
-                "optimizer: expected the head's parameters among its own, got none of them; the "
-                "head is not trained: pass [*backbone.parameters(), *head.parameters()], or freeze "
-                "it with head.requires_grad_(False)",
+                "optimizer: expected the head's parameters among its own, got none of its weight; "
+                "the head is not trained: pass [*backbone.parameters(), *head.parameters()], of "
+                "the head as it is now, or freeze it with head.requires_grad_(False)",
                 stacklevel=4,
             )
 
@@ -316,8 +315,9 @@ class Learner:
         BatchNorm's running statistics, of this process's rows so far, are averaged as well.
         """
         trained = [*self.trained(), *head_gradients.others]
-        if not self._looked_at_head:
-            self._looked_at_head = True
+        weight = self.classifier.head.weight
+        if self._head_looked_at is not weight:  # at first, and where it has been replaced
+            self._head_looked_at = weight
             self._warn_of_a_forgotten_head(trained)
         gradients = self.gradients(features, head_gradients, rows, trained)
         self.optimizer.zero_grad()

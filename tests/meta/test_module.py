@@ -70,6 +70,14 @@ def test_a_step_where_no_gradients_are_kept_is_a_step():
         assert torch.equal(a, b)
 
 
+def test_a_head_that_was_replaced_is_told_of():
+    meta, batches = make_engine("mlp"), make_batches("mlp")
+    meta.step(*batches)
+    meta.head.weight = nn.Parameter(meta.head.weight.detach().clone())
+    with pytest.warns(UserWarning, match="the head is not trained: .* as it is now"):
+        meta.step(*batches)
+
+
 class Cosine(nn.Linear):
     """A head that is not Wh + b."""
 
