@@ -54,6 +54,7 @@ from iada.nn.projection import (
     nearest_positive_semidefinite,
     semidefinite_or_former,
 )
+from iada.utils.checks import check_covariance, check_number, check_weights
 from iada.utils.distributed import Group
 from iada_kernels.contract import LossInputs
 from iada_kernels.triangular import is_triangular, times_off_diagonal
@@ -187,12 +188,16 @@ class MetaIADA(KeepsPrecision, BilevelMethod):
         device, dtype = head.weight.device, torch.promote_types(torch.float32, head.weight.dtype)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         log_prior = log_class_prior(class_counts, num_classes).to(**place)
-        weights = None if class_weights is None else class_weights.to(**place, copy=True)
-        self.register_buffer("class_weights", weights, persistent=False)
+        if class_weights is not None:
+            check_weights("class_weights", class_weights, num_classes, always=True)
+            class_weights = class_weights.detach().to(**place, copy=True)
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.covariance = covariance or ClassCovariance(num_classes, width, **place)
+        check_covariance(self.covariance.covariance, num_classes, width)
         self.memory = memory or TrainingMemory(num_classes, **place)
-        self.alpha, self.beta = alpha, beta
-        self.covariance_lr = covariance_lr
+        self.memory.check_classes(num_classes)
+        check_number("covariance_lr", covariance_lr, 0.0, "0 leaves Σ as it is streamed")
+        self.alpha, self.beta, self.covariance_lr = alpha, beta, covariance_lr
         self.rate_free_perturbation = rate_free_perturbation
         self.rate_free_covariance = rate_free_covariance
         self.persistent, self.project = persistent, project
@@ -311,11 +316,7 @@ class MetaIADA(KeepsPrecision, BilevelMethod):
         return *self._head_gradients(forward, observed.sigma, epsilon), epsilon
 
     def _by_closed_form(
-        self,
-        forward: ForwardPass,
-        epsilon: Tensor | None,
-        meta_rows: ShardedBatch,
-        sigma: Tensor,
+        self, forward: ForwardPass, epsilon: Tensor | None, meta_rows: ShardedBatch, sigma: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Eq. 7 to 9 by the head's closed forms: the features to go on with, and Σ."""
         head = self.head
@@ -349,11 +350,7 @@ class MetaIADA(KeepsPrecision, BilevelMethod):
         return meta.features, sigma
 
     def _by_double_backward(
-        self,
-        forward: ForwardPass,
-        epsilon: Tensor | None,
-        meta_rows: ShardedBatch,
-        sigma: Tensor,
+        self, forward: ForwardPass, epsilon: Tensor | None, meta_rows: ShardedBatch, sigma: Tensor
     ) -> Tensor:
         """Eq. 7 to 9 by the oracle: Σ."""
         head, features = self.head, forward.features

@@ -16,10 +16,9 @@ from iada.utils.autocast import full_precision
 from iada.utils.checks import (
     argument_error,
     check_device,
-    check_finite,
     check_float,
     check_loss_arguments,
-    values_are_checked,
+    check_weights,
 )
 from iada.utils.distributed import Group, add_up, size_of
 from iada_kernels.contract import LossInputs, LossOptions
@@ -134,13 +133,8 @@ def _row_weights(inputs: LossInputs, options: LossOptions, extras: Extras) -> Te
 
 def _check_weights(name: str, weights: Tensor, count: int, features: Tensor) -> None:
     kind = "class" if name == "class_weight" else "row"
-    expected = f"a floating-point tensor ({count},), one weight for each {kind}, not negative"
-    check_float(name, weights, expected, (count,))
+    check_weights(name, weights, count, kind)
     check_device(name, weights, features.device, "features")
-    if values_are_checked(weights.device) and count:
-        check_finite(name, weights.detach(), "look at how it is made")
-        if weights.min() < 0:
-            raise argument_error(name, expected, f"{float(weights.min())}", "pass 0 to leave out")
 
 
 def _reduce(losses: Tensor, weights: Tensor, reduction: str) -> Tensor:

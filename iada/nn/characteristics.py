@@ -73,6 +73,13 @@ class TrainingMemory(KeepsPrecision):
         self.samples = nn.Buffer(zeros(num_samples, 2))
         self.seen = nn.Buffer(zeros(num_samples, dtype=torch.bool))
 
+    def check_classes(self, num_classes: int) -> None:
+        """ValueError if it is of another number of classes."""
+        if len(self.class_means) != num_classes:
+            expected, got = f"one of {num_classes} classes", f"one of {len(self.class_means)}"
+            remedy = f"build it with iada.TrainingMemory({num_classes}, num_samples)"
+            raise argument_error("memory", expected, got, remedy)
+
     @torch.no_grad()
     def record(
         self, loss: Tensor, margin: Tensor, labels: Tensor, index: Tensor | None = None

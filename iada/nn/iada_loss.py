@@ -11,6 +11,7 @@ from iada.nn.autograd import IADALossFunction, lender
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.precision import KeepsPrecision
 from iada.nn.priors import log_class_prior
+from iada.utils.checks import argument_error, check_loss_options, check_weights
 from iada.utils.distributed import Group, GroupReference, others_told
 from iada_kernels.contract import ClassStatistics, LossInputs, LossOptions
 from iada_kernels.dispatch import backend_for
@@ -97,6 +98,9 @@ class IADALoss(KeepsPrecision):
             *sizes, **place, process_group=process_group, shrinkage=shrinkage
         )
         self._group = GroupReference(process_group)
+        check_loss_options(LossOptions(alpha, beta, ignore_index, reduction, label_smoothing))
+        if class_weight is not None:
+            check_weights("class_weight", class_weight, num_classes, always=True)
         prior = None if class_counts is None else log_class_prior(class_counts, num_classes)
         for name, values in {"log_prior": prior, "class_weight": class_weight}.items():
             if values is not None:
@@ -144,6 +148,8 @@ class IADALoss(KeepsPrecision):
         if self.training and (group is not None or state.shrinkage):
             return self._of_own_rows(inputs, options, extras, group, streams)
 
+        self._check_head(weight)
+
         def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
             passes = backend_for(inputs, options, self.backend)
             stream = None
@@ -176,7 +182,17 @@ class IADALoss(KeepsPrecision):
                 return IADALossFunction.apply(options, passes, None, lender(state), *inputs)
 
             checks.enter_context(others_told(group))
+            self._check_head(inputs.weight)
             return loss_of_rows(compute, inputs, options, extras, streams, group)
+
+    def _check_head(self, weight: Tensor) -> None:
+        """Of the classes and features that the statistics are of."""
+        sizes = tuple(self.covariance.mean.shape)
+        found = tuple(weight.shape) if isinstance(weight, Tensor) else sizes
+        if len(found) == 2 and found != sizes:
+            remedy = f"build it with IADALoss(num_classes={found[0]}, num_features={found[1]})"
+            expected = f"a head {sizes}, as IADALoss was built for"
+            raise argument_error("weight", expected, f"shape {found}", remedy)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, reduction={self.reduction!r}"

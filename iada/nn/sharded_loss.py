@@ -41,6 +41,7 @@ from iada.utils.checks import (
     check_count,
     check_finite,
     check_float,
+    check_loss_options,
     check_loss_tensors,
     is_sharded,
     values_are_checked,
@@ -122,6 +123,7 @@ class ShardedIADALoss(KeepsPrecision):
         super().__init__()
         check_choice("rows", rows, ROWS)
         check_choice("reduction", reduction, ("mean", "sum"))
+        check_loss_options(LossOptions(alpha, beta, ignore_index, reduction))
         check_count("num_classes", num_classes, 2, "a head of one class has no loss")
         self._group = GroupReference(process_group)
         most = -(-num_classes // size_of(process_group))

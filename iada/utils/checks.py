@@ -160,10 +160,24 @@ def check_finite_features(features: Tensor, dtype: torch.dtype) -> None:
     check_finite("features", features.detach().to(dtype), remedy)
 
 
-def check_number(name: str, value: float) -> None:
+def check_number(name: str, value: float, least: float = -math.inf, remedy: str = "") -> None:
     """A plain finite number; tensors are refused because reading one waits for its device."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise argument_error(name, "a finite Python number", repr(value), f"pass float({name})")
+    if value < least:
+        raise argument_error(name, f"a number from {least:g} on", repr(value), remedy)
+
+
+def check_weights(
+    name: str, weights: Tensor, count: int, kind: str = "class", always: bool = False
+) -> None:
+    """One of each class, or row, not negative: where values are checked, or `always`."""
+    expected = f"a floating-point tensor ({count},), one weight for each {kind}, not negative"
+    check_float(name, weights, expected, (count,))
+    if count and not weights.is_meta and (always or values_are_checked(weights.device)):
+        check_finite(name, weights.detach(), "look at how it is made")
+        if weights.min() < 0:
+            raise argument_error(name, expected, f"{float(weights.min())}", "pass 0 to leave out")
 
 
 def check_batch_values(
@@ -196,7 +210,7 @@ def check_loss_arguments(inputs: LossInputs, options: LossOptions, streams: bool
     if isinstance(inputs.weight, Tensor) and inputs.weight.shape[:1] == (0,):
         raise argument_error("weight", "at least one class", "shape (0, A)", "give the head rows")
     check_loss_tensors(inputs)
-    _check_loss_options(options)
+    check_loss_options(options)
     features, epsilon, covariance = inputs.features, inputs.epsilon, inputs.covariance
     if not values_are_checked(features.device):
         return
@@ -231,7 +245,8 @@ def check_loss_tensors(inputs: LossInputs) -> None:
             check_device(name, getattr(inputs, name), inputs.features.device, "features")
 
 
-def _check_loss_options(options: LossOptions) -> None:
+def check_loss_options(options: LossOptions) -> None:
+    """Numbers and names, of the call or of the module."""
     check_number("alpha", options.alpha)
     check_number("beta", options.beta)
     if type(options.ignore_index) is not int:

@@ -189,6 +189,28 @@ def test_a_network_of_another_dtype_than_the_features(backbone_dtype):
         assert any(not torch.equal(was, parameter) for was, parameter in pairs)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("class_weights", [1.0, 1.0, 1.0]),
+        ("class_weights", torch.ones(CLASSES - 1)),
+        ("class_weights", -torch.ones(CLASSES)),
+        ("class_weights", torch.full((CLASSES,), torch.inf)),
+        ("covariance_lr", float("nan")),
+        ("covariance_lr", -1.0),
+        ("covariance_lr", torch.tensor(1e-3)),
+        ("covariance", iada.ClassCovariance(CLASSES + 1, 8)),
+        ("covariance", iada.ClassCovariance(CLASSES, 9)),
+        ("memory", iada.TrainingMemory(CLASSES + 1)),
+    ],
+)
+def test_arguments_that_do_not_fit(name, value):
+    head = nn.Linear(8, CLASSES)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=rf"(?s)^{name}: expected .+, got .+; .+"):
+        iada.MetaIADA(nn.Identity(), head, optimizer, torch.ones(CLASSES), **{name: value})
+
+
 class Smoothed(iada.Method):
     """CE with label smoothing: a method of one's own in three lines."""
 

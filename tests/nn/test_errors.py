@@ -269,6 +269,43 @@ def test_the_module_refuses_a_bad_batch_before_it_streams_it():
     assert (module.covariance.count == 0).all()
 
 
+BUILT_WITH = [
+    ("class_weight", [1.0] * CLASSES),
+    ("class_weight", torch.ones(CLASSES + 1)),
+    ("class_weight", torch.ones(1, CLASSES)),
+    ("class_weight", torch.ones(CLASSES, dtype=torch.int64)),
+    ("class_weight", -torch.ones(CLASSES)),
+    ("class_weight", torch.full((CLASSES,), NAN)),
+    ("reduction", "avg"),
+    ("ignore_index", None),
+    ("alpha", NAN),
+    ("alpha", torch.tensor(0.5)),
+    ("beta", "1"),
+    ("label_smoothing", 1.0),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BUILT_WITH)
+def test_modules_are_not_built_with_what_their_calls_would_refuse(name, value):
+    makers = [iada.IADALoss]
+    if name not in ("class_weight", "label_smoothing"):
+        makers.append(lambda *sizes, **options: iada.ShardedIADALoss(*sizes, None, **options))
+    for make in makers:
+        with pytest.raises(ValueError, match=rf"(?s)^{name}: expected .+, got .+; .+"):
+            make(CLASSES, WIDTH, **{name: value})
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 1.0])
+@pytest.mark.parametrize("sizes", [(CLASSES + 1, WIDTH), (CLASSES, WIDTH - 1)])
+def test_the_module_says_which_head_it_was_built_for(sizes, shrinkage):
+    problem, module = good(), iada.IADALoss(*sizes, shrinkage=shrinkage)
+    call = (problem.features, problem.weight, problem.bias, problem.labels)
+    remedy = rf"IADALoss\(num_classes={CLASSES}, num_features={WIDTH}\)"
+    for training in (True, False):
+        with pytest.raises(ValueError, match=rf"^weight: expected a head \(.*; build .*{remedy}"):
+            module.train(training)(*call)
+
+
 @pytest.mark.parametrize(
     "counts",
     [
