@@ -99,7 +99,7 @@ class SampleEpsilon(KeepsPrecision):
                 if part is not None:
                     expected, got = f"None with epsilon={value}", f"a {type(part).__name__}"
                     raise argument_error(name, expected, got, "leave one of them out")
-        self.register_module("perturbation", perturbation)
+        self.perturbation = perturbation
         self.value = float(value or 0.0)
         self.optimizer, self.scale, self.scaler = optimizer, scale, scaler
         self.log_proportion = log_proportion
