@@ -13,8 +13,8 @@ Meta-CALA's. With p = softmax(z), in the order of the columns and of `CHARACTERI
      7 class-mean loss of the last epoch 15 share of the same label among the k nearest
      8 ‖w_y‖₂                               (by cosine of features, in the batch)
 
-7, 9, 10, 12 are 0 until a first epoch has ended; 13 and 14 are 0 for a sample not seen before,
-and where the data set gives no sample index.
+7, 9, 10, 12 are 0 until an epoch with a sample of the class has ended; 13 and 14 are 0 for a sample
+not seen before, and where the data set gives no sample index.
 """
 
 import torch
@@ -23,7 +23,16 @@ from torch import Tensor, nn
 
 from iada.nn.precision import KeepsPrecision
 from iada.utils.autocast import full_precision
-from iada.utils.checks import argument_error, check_labels, check_sizes
+from iada.utils.checks import (
+    argument_error,
+    check_count,
+    check_device,
+    check_float,
+    check_indices,
+    check_label_values,
+    check_labels,
+    values_are_checked,
+)
 from iada_kernels.dispatch import select_backend
 
 CHARACTERISTICS = (
@@ -90,14 +99,28 @@ class TrainingMemory(KeepsPrecision):
             loss: of each row, (N), in nats.
             margin: p_y less the largest other probability, (N).
             labels: (N) int64.
-            index: of each row in the training set, (N) int64, or None.
+            index: of each row in the training set, (N) integers, or None.
         """
         values = torch.stack([loss, margin], dim=1).to(self.class_sums.dtype)
+        places = None
+        if index is not None and len(self.samples):
+            places = self.places(index, len(labels))
         self.class_sums.index_add_(0, labels, values)
         self.class_counts.index_add_(0, labels, torch.ones_like(labels))
-        if index is not None and len(self.samples):
-            self.samples[index] = values
-            self.seen[index] = True
+        if places is not None:
+            self.samples[places] = values
+            self.seen[places] = True
+
+    def places(self, index: Tensor, count: int) -> Tensor:
+        """Of samples among those that it follows, (N) int64; ValueError for what is none."""
+        check_indices("index", index, count, "places in the training set")
+        if count and values_are_checked(index.device):
+            low, high = index.aminmax()
+            if low < 0 or high >= len(self.samples):
+                expected, got = f"places in [0, {len(self.samples)})", f"{int(low)} to {int(high)}"
+                remedy = "build the TrainingMemory for the whole training set"
+                raise argument_error("index", expected, got, remedy)
+        return index.long()
 
     @torch.no_grad()
     def end_epoch(self) -> None:
@@ -138,24 +161,32 @@ def characteristics(
         weight: the head's W, (C, A).
         log_prior: log π, (C), for column 6.
         memory: last epoch's means; None leaves columns 7, 9, 10, 12, 13 and 14 at 0.
-        index: of each sample in the training set, (N) int64, for columns 13 and 14.
+        index: of each sample in the training set, (N) integers, for columns 13 and 14.
         neighbours: k of column 15.
         backend: as in `fused_loss`.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: what does not fit together; and, on CPU or inside `iada.value_checks()`,
+            labels or index out of range.
     """
+    check_float("features", features, "a floating-point tensor (N, A)", (None, None))
     count, width = features.shape
-    num_classes = weight.shape[0]
+    check_float("weight", weight, f"the head's weight (C, {width})", (None, width))
+    num_classes = len(weight)
+    check_float("logits", logits, f"logits ({count}, {num_classes})", (count, num_classes))
+    check_float("log_prior", log_prior, f"log priors ({num_classes},)", (num_classes,))
     check_labels(labels, count)
-    check_sizes("logits", logits, f"logits ({count}, {num_classes})", (count, num_classes))
-    check_sizes("weight", weight, f"a head (C, {width})", (None, width))
-    check_sizes("log_prior", log_prior, f"log priors ({num_classes},)", (num_classes,))
-    if neighbours < 1:
-        raise argument_error("neighbours", "at least 1", neighbours, "pass a positive number")
+    check_count("neighbours", neighbours)
+    places = {"logits": logits, "labels": labels, "weight": weight, "log_prior": log_prior}
+    for name, tensor in places.items():
+        check_device(name, tensor, features.device, "features")
+    labels = labels.long()
+    if values_are_checked(labels.device):
+        check_label_values(labels, num_classes, None)
+    if memory is not None:
+        memory.check_classes(num_classes)
     dtype = torch.promote_types(torch.float32, logits.dtype)
     h, z, w = features.to(dtype), logits.to(dtype), weight.to(dtype)
-    labels = labels.long()
 
     passes = select_backend(backend, z.device, z.dtype)
     with full_precision(z.device):
@@ -164,12 +195,14 @@ def characteristics(
     zero = torch.zeros_like(loss)
     class_loss = class_margin = loss_excess = margin_excess = loss_change = margin_change = zero
     if memory is not None:
-        class_loss, class_margin = memory.class_means[labels].to(dtype).unbind(dim=1)
-        started = memory.epochs > 0
-        loss_excess = torch.where(started, loss - class_loss, zero)
-        margin_excess = torch.where(started, margin - class_margin, zero)
+        means = memory.class_means[labels].to(dtype)
+        class_loss, class_margin = means.unbind(dim=1)
+        known = means.any(dim=1)  # 0 and 0 are no means: without a margin the loss is log 2 or more
+        loss_excess = torch.where(known, loss - class_loss, zero)
+        margin_excess = torch.where(known, margin - class_margin, zero)
         if index is not None and len(memory.samples):
-            before, seen = memory.samples[index].to(dtype), memory.seen[index]
+            place = memory.places(index, count)
+            before, seen = memory.samples[place].to(dtype), memory.seen[place]
             loss_change = torch.where(seen, loss - before[:, 0], zero)
             margin_change = torch.where(seen, margin - before[:, 1], zero)
 

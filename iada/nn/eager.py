@@ -32,7 +32,8 @@ def eager_loss(
 
     Builds the N×C×A differences, gathers a covariance for every sample (N×A×A), and takes the
     diagonal of an N×C×C product; autograd does the rest. Arguments, result and errors are those
-    of `iada.fused_loss`, which computes the same thing without these temporaries.
+    of `iada.fused_loss`, which computes the same thing without these temporaries and has one
+    argument more, `backend`.
 
     Examples:
         >>> arguments = (features, head.weight, head.bias, labels)

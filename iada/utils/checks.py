@@ -106,11 +106,17 @@ def check_device(name: str, tensor: Tensor, device: torch.device, peer: str) -> 
 
 def check_labels(labels: Tensor, count: int) -> None:
     """Integer labels (N); which values are allowed is checked by `check_label_values`."""
-    expected = f"integer class indices ({count},), one for each row of features"
-    check_tensor("labels", labels, expected)
-    if labels.dtype == torch.bool or labels.dtype.is_floating_point or labels.dtype.is_complex:
-        raise argument_error("labels", expected, f"dtype {labels.dtype}", "convert: labels.long()")
-    check_sizes("labels", labels, expected, (count,))
+    check_indices("labels", labels, count, "class indices")
+
+
+def check_indices(name: str, indices: Tensor, count: int, kind: str) -> None:
+    """Integers of that kind, (N)."""
+    expected = f"integer {kind} ({count},), one for each row of features"
+    check_tensor(name, indices, expected)
+    dtype = indices.dtype
+    if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
+        raise argument_error(name, expected, f"dtype {dtype}", f"convert: {name}.long()")
+    check_sizes(name, indices, expected, (count,))
 
 
 def values_are_checked(device: torch.device) -> bool:

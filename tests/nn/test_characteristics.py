@@ -138,5 +138,67 @@ def test_a_class_not_seen_in_an_epoch_keeps_its_means():
     assert memory.class_means.tolist() == [[5.0, 0.5], [3.0, 1.0]]
 
 
+def test_a_class_not_seen_yet_has_no_excess():
+    memory = iada.TrainingMemory(3)
+    memory.record(torch.tensor([0.5, 2.0]), torch.tensor([0.6, 0.0]), torch.tensor([0, 1]))
+    memory.end_epoch()
+    h, w, y = torch.randn(6, 4), torch.randn(3, 4), torch.arange(6) % 3
+    values = iada.characteristics(h, h @ w.T, y, w, torch.zeros(3), memory)
+    means = torch.tensor([[0.5, 0.6], [2.0, 0.0], [0.0, 0.0]])[y]
+    torch.testing.assert_close(values[:, [6, 11]], means)
+    excess = values[:, :2] - means
+    excess[y == 2] = 0
+    torch.testing.assert_close(values[:, [8, 9]], excess)
+
+
+NAMED = [
+    ("features", lambda t: t[None]),
+    ("features", lambda t: t.long()),
+    ("features", lambda t: t.tolist()),
+    ("weight", lambda t: t.T),
+    ("logits", lambda t: t[:, 1:]),
+    ("logits", lambda t: t.to("meta")),
+    ("log_prior", lambda t: t[1:]),
+    ("log_prior", lambda t: None),
+    ("labels", lambda t: t.float()),
+    ("labels", lambda t: t - 1),
+    ("labels", lambda t: t + 10**9),
+    ("neighbours", lambda k: 2.0),
+    ("neighbours", lambda k: 0),
+    ("neighbours", lambda k: True),
+    ("memory", lambda memory: iada.TrainingMemory(2, 6)),
+    ("index", lambda t: t - 1),
+    ("index", lambda t: t + 1),
+    ("index", lambda t: t > 2),
+    ("index", lambda t: t.float()),
+    ("index", lambda t: t[1:]),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil"), NAMED)
+def test_arguments_that_do_not_fit_are_named(name, spoil, backend):
+    h, w = torch.randn(6, 4), torch.randn(3, 4)
+    call = {"features": h, "logits": h @ w.T, "labels": torch.arange(6) % 3, "weight": w}
+    call |= {"log_prior": torch.zeros(3), "memory": iada.TrainingMemory(3, 6)}
+    call |= {"index": torch.arange(6), "neighbours": 2}
+    call[name] = spoil(call[name])
+    with pytest.raises(ValueError, match=rf"(?s)^{name}: expected .+, got .+; .+"):
+        iada.characteristics(**call, backend=backend)
+
+
+def test_an_index_of_any_integer_dtype():
+    """uint8 would be taken for a mask."""
+    h, w, y = torch.randn(6, 4), torch.randn(3, 4), torch.arange(6) % 3
+    found = []
+    for dtype in (torch.int64, torch.uint8):
+        memory, index = iada.TrainingMemory(3, 7), torch.arange(6).flip(0).to(dtype)
+        memory.record(torch.arange(6.0), torch.zeros(6), y, index)
+        found.append(iada.characteristics(h, h @ w.T, y, w, torch.zeros(3), memory, index))
+    assert torch.equal(*found)
+    with pytest.raises(ValueError, match="^index: expected places in"):
+        memory.record(torch.ones(6), torch.zeros(6), y, index + 2)
+    assert int(memory.class_counts.sum()) == 6, "nothing was changed"
+
+
 def test_same_label_fraction_of_one_row_is_zero():
     assert same_label_fraction(torch.randn(1, 3), torch.tensor([0]), 5).tolist() == [0.0]
