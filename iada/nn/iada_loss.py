@@ -40,7 +40,8 @@ class IADALoss(KeepsPrecision):
     and update are one call of the backend. Several calls before one `backward`, as for a sum of
     losses, cost a copy of Σ for each but the last; with a `backward` after each nothing is copied.
     Inside `torch.utils.checkpoint` a batch is streamed once: a call that a backward repeats leaves
-    the covariance as it is.
+    the covariance as it is. Before a validation loss call `eval()`: in training mode its features
+    would be streamed too, `no_grad` or not.
 
     Args:
         num_classes: C.

@@ -98,8 +98,9 @@ class ShardedIADALoss(KeepsPrecision):
     they are own, they are times the number of ranks, so that gradients of the backbone, averaged
     as DistributedDataParallel and FSDP do, are those of one process.
 
-    In evaluation mode the same is exchanged, and Σ does not change. Its backward can be
-    differentiated again with a diagonal Σ, not with another.
+    In evaluation mode the same is exchanged, and Σ does not change, as it would in training mode,
+    `no_grad` or not: call `eval()` before a validation loss. Its backward can be differentiated
+    again with a diagonal Σ, not with another.
     """
 
     log_prior: Tensor | None
