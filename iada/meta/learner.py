@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from iada.meta.graph_jvp import graph_order
 from iada.utils.checks import (
     argument_error,
+    check_indices,
     check_label_values,
     check_labels,
     check_tensor,
@@ -142,7 +143,8 @@ class Learner:
         rows = len(labels) if labels.dim() else 1
         check_labels(labels, rows)
         if index is not None:
-            index = _checked_index(name, index, rows)
+            check_indices(f"{name} index", index, rows, "places in the training set")
+            index = index.long()
         counts = row_counts(len(labels), self.group)
         labels = gather_rows(labels.long(), counts, self.group)
         if index is not None:
@@ -329,20 +331,6 @@ class Learner:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         average(running_statistics(self.classifier.backbone), rows.counts, self.group)
-
-
-def _checked_index(name: str, index: Any, rows: int) -> Tensor:
-    """The samples' places, (N) int64."""
-    got = f"a {type(index).__name__}"
-    if isinstance(index, Tensor):
-        integers = not (
-            index.is_floating_point() or index.is_complex() or index.dtype is torch.bool
-        )
-        if integers and index.shape == (rows,):
-            return index.long()
-        got = f"{index.dtype} of shape {tuple(index.shape)}"
-    remedy = "pass each sample's place in the training set, or leave it out"
-    raise argument_error(f"{name} index", f"integers ({rows},)", got, remedy)
 
 
 def _no_batch(name: str, batch: Any) -> ValueError:

@@ -128,10 +128,13 @@ def test_a_parameter_of_the_methods_own_learns_if_the_optimizer_has_it(given):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({2: ["a.jpg"] * 6}, r"batch index: expected integers \(6,\), got a list; pass each"),
-        ({2: torch.zeros(6)}, r"batch index: expected integers \(6,\), got torch.float32"),
-        ({2: torch.ones(6, dtype=torch.bool)}, "batch index: expected integers .* torch.bool"),
-        ({2: torch.arange(5)}, r"batch index: expected integers .*of shape \(5,\)"),
+        ({2: ["a.jpg"] * 6}, r"batch index: expected integer places .* \(6,\), one .* got a list"),
+        ({2: torch.zeros(6)}, r"batch index: expected integer places .* got dtype torch.float32"),
+        (
+            {2: torch.ones(6, dtype=torch.bool)},
+            "batch index: expected integer places .* torch.bool",
+        ),
+        ({2: torch.arange(5)}, r"batch index: expected integer places .*shape \(5,\)"),
         ({0: torch.zeros(5, 6)}, r"backbone: expected features \(6, 8\), got shape \(5, 8\)"),
         ({1: torch.tensor(3)}, r"labels: expected integer class indices"),
     ],
