@@ -165,7 +165,10 @@ def _soft_target_loss(inputs: LossInputs, options: LossOptions, extras: Extras) 
     for name in ("covariance", "epsilon"):
         if getattr(inputs, name) is not None:
             expected = f"class indices where there is {name}: Σ_y and s belong to one class y"
-            remedy = "mixed labels: add the losses of each label with row_weight=its share"
+            remedy = (
+                "mixed labels: add the losses of each label with row_weight=its share and "
+                "reduction='sum', and divide by the number of rows"
+            )
             got = f"probabilities {tuple(inputs.labels.shape)}"
             raise argument_error("labels", expected, got, remedy)
     count, num_classes = len(inputs.features), len(inputs.weight)
@@ -225,6 +228,11 @@ def _flat(inputs: LossInputs, extras: Extras, soft: bool) -> tuple[LossInputs, E
     if features.dim() == 0:
         raise argument_error("features", "(…, A)", "a scalar", "pass last-layer features")
     leading = features.shape[:-1]
+    labels = inputs.labels
+    if features.dim() == 4 and isinstance(labels, Tensor) and labels.shape == leading[:1]:
+        remedy = "pool the map: features.mean((2, 3))"
+        got = f"a map {tuple(features.shape)}"
+        raise argument_error("features", f"a row for each of {len(labels)} labels", got, remedy)
 
     def flat(name: str, tensor: Any) -> Any:
         if not isinstance(tensor, Tensor):
@@ -234,7 +242,6 @@ def _flat(inputs: LossInputs, extras: Extras, soft: bool) -> tuple[LossInputs, E
             raise argument_error(name, expected, f"shape {tuple(tensor.shape)}", "reshape it")
         return tensor.reshape(-1)
 
-    labels = inputs.labels
     labels = labels.reshape(-1, labels.shape[-1]) if soft else flat("labels", labels)
     features, epsilon = features.reshape(-1, features.shape[-1]), flat("epsilon", inputs.epsilon)
     inputs = inputs._replace(features=features, labels=labels, epsilon=epsilon)

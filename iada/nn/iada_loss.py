@@ -1,6 +1,7 @@
 """The IADA loss as a module, `IADALoss`, with the state it needs."""
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class IADALoss(KeepsPrecision):
         self.covariance = ClassCovariance(
             *sizes, **place, process_group=process_group, shrinkage=shrinkage
         )
-        self._group = GroupReference(process_group)
+        self._group, self._told = GroupReference(process_group), False
         check_loss_options(LossOptions(alpha, beta, ignore_index, reduction, label_smoothing))
         if class_weight is not None:
             check_weights("class_weight", class_weight, num_classes, always=True)
@@ -139,6 +140,8 @@ class IADALoss(KeepsPrecision):
             ValueError: as `fused_loss`; the statistics are then untouched.
         """
         state, streams = self.covariance, streams_batch(self)
+        if streams and not self._told and not torch.compiler.is_compiling():
+            self._warn_of_validation()
         sigma = state.covariance if self.training else state.shrunk()
         inputs = LossInputs(features, weight, bias, labels, sigma, epsilon, self.log_prior)
         options = LossOptions(
@@ -185,6 +188,16 @@ class IADALoss(KeepsPrecision):
             checks.enter_context(others_told(group))
             self._check_head(inputs.weight)
             return loss_of_rows(compute, inputs, options, extras, streams, group)
+
+    def _warn_of_validation(self) -> None:
+        """Criteria are seldom modules with a mode: `model.eval()` does not reach this one."""
+        if not torch.is_grad_enabled():
+            self._told = True
+            warnings.warn(
+                "IADALoss: called in training mode without gradients, which streams these rows "
+                "into its covariance; call criterion.eval() before a validation loss",
+                stacklevel=4,
+            )
 
     def _check_head(self, weight: Tensor) -> None:
         """Of the classes and features that the statistics are of."""

@@ -232,10 +232,21 @@ def check_loss_tensors(inputs: LossInputs) -> None:
     """Shapes, dtypes and devices, one after the other."""
     check_float("features", inputs.features, "a floating-point tensor (…, A)", (None, None))
     count, width = inputs.features.shape
+    weight, bias = inputs.weight, inputs.bias
+    if (
+        isinstance(weight, Tensor)
+        and weight.dim() == 2
+        and weight.shape[1] != width == len(weight)
+        and isinstance(bias, Tensor)
+        and bias.shape == (width,)
+    ):
+        remedy = "pass the input of the last layer, not its output"
+        expected = f"(…, {weight.shape[1]}), as the head's weight {tuple(weight.shape)} takes them"
+        raise argument_error("features", expected, f"logits (…, {width})", remedy)
     check_float("weight", inputs.weight, f"a floating-point tensor (C, {width})", (None, width))
     num_classes = len(inputs.weight)
     check_labels(inputs.labels, count)
-    bias, covariance, epsilon = inputs.bias, inputs.covariance, inputs.epsilon
+    covariance, epsilon = inputs.covariance, inputs.epsilon
     if bias is not None:
         check_float("bias", bias, f"a floating-point tensor ({num_classes},)", (num_classes,))
     if covariance is not None:

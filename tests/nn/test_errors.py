@@ -12,7 +12,7 @@ from tests.helpers.problems import TENSORS, Problem, eager, fused, random_proble
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROWS, CLASSES, WIDTH = 6, 4, 5
+ROWS, CLASSES, WIDTH = 6, 4, 7
 NAN, INF = float("nan"), float("inf")
 
 MESSAGE = re.compile(r"(\w+): expected (.+), got (.+); (.+)", re.DOTALL)
@@ -293,6 +293,34 @@ def test_modules_are_not_built_with_what_their_calls_would_refuse(name, value):
     for make in makers:
         with pytest.raises(ValueError, match=rf"(?s)^{name}: expected .+, got .+; .+"):
             make(CLASSES, WIDTH, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["fused", "module"])
+def test_what_is_no_row_of_features_is_named(name):
+    problem, module = good(), iada.IADALoss(CLASSES, WIDTH)
+    loss = {"fused": iada.fused_loss, "module": module}[name]
+    head = problem.weight, problem.bias, problem.labels
+    logits = problem.features @ problem.weight.T
+    with pytest.raises(ValueError, match=r"^features: expected \(…, \d+\), .*the last layer, not"):
+        loss(logits, *head)
+    maps = problem.features[:, :, None, None].expand(-1, -1, 2, 2)
+    with pytest.raises(ValueError, match=r"^features: expected a row for each .*mean\(\(2, 3\)\)"):
+        loss(maps, *head)
+    assert int(module.covariance.count.sum()) == 0
+
+
+def test_a_validation_loss_in_training_mode_is_told_of_once(recwarn):
+    problem, module = good(), iada.IADALoss(CLASSES, WIDTH)
+    call = (problem.features, problem.weight, problem.bias, problem.labels)
+    module(*call)
+    with torch.no_grad():
+        module.eval()(*call)
+        assert not recwarn.list
+        with pytest.warns(UserWarning, match="criterion.eval"):
+            module.train()(*call)
+        recwarn.clear()
+        module(*call)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("shrinkage", [0.0, 1.0])
