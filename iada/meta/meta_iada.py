@@ -47,20 +47,19 @@ from iada.nn.class_covariance import ClassCovariance, labels_of_finite
 from iada.nn.divergence import check_divergence
 from iada.nn.functional import fused_loss
 from iada.nn.perturbation_net import PerturbationNet
-from iada.nn.precision import KeepsPrecision
 from iada.nn.priors import log_class_prior
 from iada.nn.projection import (
     SemidefiniteSteps,
     nearest_positive_semidefinite,
     semidefinite_or_former,
 )
-from iada.utils.checks import check_covariance, check_number, check_weights
+from iada.utils.checks import argument_error, check_covariance, check_number, check_weights
 from iada.utils.distributed import Group
 from iada_kernels.contract import LossInputs
 from iada_kernels.triangular import is_triangular, times_off_diagonal
 
 
-class MetaIADA(KeepsPrecision, BilevelMethod):
+class MetaIADA(BilevelMethod):
     """One iteration of the classifier φ, the perturbation network Ω and the covariances Σ.
 
     At the published rates a step of Eq. 9 moves Σ by some 1e-7 of itself and less, in proportion
@@ -192,6 +191,9 @@ class MetaIADA(KeepsPrecision, BilevelMethod):
             check_weights("class_weights", class_weights, num_classes, always=True)
             class_weights = class_weights.detach().to(**place, copy=True)
         self.register_buffer("class_weights", class_weights, persistent=False)
+        if covariance is not None and not isinstance(covariance, ClassCovariance):
+            got, remedy = f"a {type(covariance).__name__}", "it holds the statistics of Eq. 6"
+            raise argument_error("covariance", "an iada.ClassCovariance", got, remedy)
         self.covariance = covariance or ClassCovariance(num_classes, width, **place)
         check_covariance(self.covariance.covariance, num_classes, width)
         self.memory = memory or TrainingMemory(num_classes, **place)

@@ -17,6 +17,8 @@ from iada.meta.learner import (
 )
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.functional import fused_loss
+from iada.nn.precision import KeepsPrecision
+from iada.utils.checks import check_number
 from iada.utils.distributed import Group
 
 HeadLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -41,7 +43,7 @@ class MetaStep:
     epsilon: Tensor | None
 
 
-class Method(nn.Module):
+class Method(KeepsPrecision):
     """Trains a backbone and a head, one step of their optimizer a batch.
 
     Subclasses give `loss`, or a `step` of their own. What a method keeps beside the classifier (Σ,
@@ -79,6 +81,7 @@ class Method(nn.Module):
     ) -> None:
         check_classifier(backbone, head)
         check_optimizer(optimizer)
+        check_number("clip_norm", clip_norm, 0.0, "0 is no clipping")
         super().__init__()
         device = head.weight.device
         self.alpha, self.clip_norm = 0.0, clip_norm

@@ -12,7 +12,12 @@ from iada.nn.autograd import IADALossFunction, lender
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.precision import KeepsPrecision
 from iada.nn.priors import log_class_prior
-from iada.utils.checks import argument_error, check_loss_options, check_weights
+from iada.utils.checks import (
+    argument_error,
+    check_loss_options,
+    check_weights,
+    values_are_checked,
+)
 from iada.utils.distributed import Group, GroupReference, others_told
 from iada_kernels.contract import ClassStatistics, LossInputs, LossOptions
 from iada_kernels.dispatch import backend_for
@@ -26,6 +31,18 @@ def streams_batch(criterion: nn.Module) -> bool:
     if torch.compiler.is_compiling():
         return criterion.training
     return criterion.training and torch._C._current_graph_task_id() == -1
+
+
+def _may_overflow(features: Tensor) -> bool:
+    """Whether rows that are not finite are to be kept out of the statistics, apart from the loss.
+
+    A GradScaler skips the step of a float16 batch that overflows. Elsewhere such a batch is an
+    error, where values are checked, or the end of training.
+    """
+    compiling = torch.compiler.is_compiling()
+    return features.dtype is torch.float16 and not (
+        compiling or values_are_checked(features.device)
+    )
 
 
 class IADALoss(KeepsPrecision):
@@ -157,7 +174,10 @@ class IADALoss(KeepsPrecision):
         def compute(inputs: LossInputs, options: LossOptions) -> Tensor:
             passes = backend_for(inputs, options, self.backend)
             stream = None
-            if streams:
+            if streams and _may_overflow(inputs.features):
+                rows = (inputs.features, inputs.labels)
+                state.update(*rows, ignore_index=options.ignore_index, backend=self.backend)
+            elif streams:
                 state.settle()
                 stream = ClassStatistics(state.mean, state.count)
             return IADALossFunction.apply(options, passes, stream, lender(state), *inputs)

@@ -219,8 +219,9 @@ def test_an_overflow_skips_all_three_steps():
 
 def test_a_row_that_overflows_does_not_reach_the_covariance(monkeypatch):
     """As where values are not checked: on an accelerator."""
-    for place in ("iada.nn.class_covariance", "iada.meta.learner", "iada.utils.checks"):
-        monkeypatch.setattr(f"{place}.values_are_checked", lambda device: False)
+    for place in ("nn.class_covariance", "nn.iada_loss", "meta.learner", "utils.checks"):
+        monkeypatch.setattr(f"iada.{place}.values_are_checked", lambda device: False)
+    monkeypatch.setattr("iada_kernels.native.arguments_fit", lambda *arguments: False)
     batch, meta_batch = make_batches("mlp", torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     meta = make_engine("mlp", scaler=scaler, dtype=torch.float32)
@@ -235,6 +236,11 @@ def test_a_row_that_overflows_does_not_reach_the_covariance(monkeypatch):
     halves.update(features, torch.tensor([0, 0, 1]), backend="torch")
     assert halves.count.tolist() == [1, 1]
     assert torch.isfinite(halves.covariance).all()
+    criterion = iada.IADALoss(2, 3, backend="torch")
+    loss = criterion(features, torch.randn(2, 3).half(), None, torch.tensor([0, 0, 1]))
+    assert not torch.isfinite(loss)
+    for kept, same in zip(criterion.covariance.buffers(), halves.buffers(), strict=True):
+        assert torch.equal(kept, same)
 
 
 @pytest.mark.parametrize("disabled", [None, torch.amp.GradScaler("cpu", enabled=False)])

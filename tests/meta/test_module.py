@@ -78,6 +78,20 @@ def test_a_head_that_was_replaced_is_told_of():
         meta.step(*batches)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("clip_norm", -1.0, "clip_norm: expected a number from 0 on, got -1.0"),
+        ("covariance", torch.zeros(3, 8, 8), "covariance: expected an iada.ClassCovariance, got a"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(name, value, message):
+    backbone, head = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        iada.MetaIADA(backbone, head, optimizer, torch.ones(CLASSES), **{name: value})
+
+
 class Cosine(nn.Linear):
     """A head that is not Wh + b."""
 
