@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -16,33 +15,23 @@ from iada.meta.method import MetaStep, Method
 from iada.nn.divergence import sign_of_divergence
 from iada.training.acceleration import Acceleration
 from iada.training.build_method import build_method, check_own_method
-from iada.training.checkpoint import RunFolder, load_parts
-from iada.training.config import TrainerConfig, check_same_run
+from iada.training.config import TrainerConfig
 from iada.training.divergence import FINITE, LossWatch, all_finite, diverged
 from iada.training.interrupt import stop_flag
 from iada.training.logs import Logger, Logs, measured
-from iada.training.measures import EpochMeasures, PhaseTimes, number_or_none
+from iada.training.measures import PhaseTimes, number_or_none
 from iada.training.meta_stream import MetaStream
+from iada.training.run import Run
 from iada.training.schedule import build_optimizer, build_schedule
 from iada.utils import seeds as random_state
 from iada.utils.checks import argument_error
-from iada.utils.distributed import (
-    Group,
-    GroupReference,
-    any_rank,
-    broadcast,
-    check_parts,
-    current_group,
-    gather_objects,
-    own_part,
-    rank_of,
-)
+from iada.utils.distributed import any_rank, broadcast, check_parts, own_part, rank_of
 from iada.utils.evaluate import Outputs, by_batch, class_accuracy, evaluating, outputs
 from iada.utils.loading import batches, check_dataset, count_classes, epoch_order
 from iada.utils.workers import loaders_ended, lost_workers_named
 
 
-class Trainer:
+class Trainer(Run):
     """Trains a backbone and a linear head by one of `iada.methods.registry.METHODS`, or your own.
 
     Examples:
@@ -119,15 +108,11 @@ class Trainer:
                 check_dataset(name, dataset)
         if tensorboard and folder is None:
             raise argument_error("folder", "one for TensorBoard's files", "None", "pass a folder")
-        self.config = config
-        self.backbone, self.head = backbone, head
-        self.train_set, self.meta_set = train_set, meta_set
+        super().__init__(backbone, head, train_set, meta_set, config, folder, observe)
         self.validation_set = validation_set
-        self._run_folder = None if folder is None else RunFolder(Path(folder))
-        self.observe, self.measure = observe, measure
+        self.measure = measure
         self.progress, self.num_workers = progress, num_workers
         self.tensorboard, self.logger = tensorboard, logger
-        self._group = GroupReference(current_group())
         rows = {"batch_size": len(train_set) // self._steps}  # type: ignore[arg-type]
         if meta_set is not None:
             rows["meta_batch_size"] = min(config.meta_batch_size, len(meta_set))  # type: ignore[arg-type]
@@ -149,22 +134,7 @@ class Trainer:
             remedy = "pass one, or choose another method"
             raise argument_error("meta_set", "a small clean data set", "None", remedy)
         self._meta_stream: MetaStream | None = None
-        self.epoch = 0
-        self.batch = 0
-        self.history: list[dict[str, Any]] = []
-        self._first_loss: float | None = None  # of this phase
-        self._measures = self._new_measures()
         self._times = PhaseTimes()
-
-    @property
-    def folder(self) -> Path | None:
-        """Where checkpoint.pt and log.csv are kept."""
-        return None if self._run_folder is None else self._run_folder.path
-
-    @property
-    def group(self) -> Group:
-        """Of the processes that train together; None for one alone."""
-        return self._group()
 
     def fit(self) -> list[dict[str, Any]]:
         """Train from wherever the state stands to the last epoch; returns `history`.
@@ -331,66 +301,6 @@ class Trainer:
                 self.backbone, self.method.head, dataset, batch_size, self.num_workers, rows
             )
 
-    def save(self) -> None:
-        """Write checkpoint.pt into `folder`, all or nothing; nothing without a folder."""
-        if self._run_folder is not None:
-            self._run_folder.save(self.state_dict(), self.group)
-
-    def resume(self) -> bool:
-        """Take up checkpoint.pt in `folder` if there is one; whether there was.
-
-        Rank 0 reads it for all.
-        """
-        state = None if self._run_folder is None else self._run_folder.load(self.group)
-        if self._run_folder is None or state is None:
-            return False
-        self.load_state_dict(state)
-        self._run_folder.has_our_checkpoint = True
-        return True
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that decides how the run goes on, the random state of all ranks included."""
-        random = random_state.capture(self._device)
-        return {
-            "config": self.config.settings(),
-            **{name: part.state_dict() for name, part in self._parts().items()},
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "first_loss": self._first_loss,
-            "measures": self._measures.whole_state(self.group),
-            "history": self.history,
-            "random_state": gather_objects(random, self.group),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`.
-
-        Raises:
-            ValueError: with nothing changed, if the run had other settings (see
-                `iada.training.config.check_same_run`), or if the model is another.
-        """
-        check_same_run(self.config, state["config"])
-        load_parts(self._parts(), state)
-        self.epoch, self.batch = state["epoch"], state["batch"]
-        self._first_loss = state.get("first_loss")
-        self.history = state["history"]
-        rank = rank_of(self.group)
-        if rank > 0:
-            self._measures.forget_counts()  # rank 0 has those of all
-        if rank < len(state["random_state"]):
-            random_state.restore(state["random_state"][rank], self._device)
-        else:  # more ranks than before
-            seed = random_state.seed_of(self.config.seed, rank, self._step)
-            random_state.seed_all(seed, self._device)
-
-    def _parts(self) -> dict[str, Any]:
-        """What has a state_dict of its own."""
-        names = ("backbone", "head", "optimizer", "scheduler", "method")
-        parts = {**{name: getattr(self, name) for name in names}, "measures": self._measures}
-        if hasattr(self.observe, "load_state_dict"):
-            parts["observe"] = self.observe
-        return parts
-
     def meta_batch(self) -> tuple[Any, ...] | None:
         """The next step's place in an endless stream of the meta set, if the method asks for it."""
         if self.meta_set is None or not self.method.needs_meta_batch:
@@ -408,30 +318,3 @@ class Trainer:
         own = [rows[own_part(len(rows), self.group)] for rows in order]
         loader = batches(dataset, own, self.num_workers, self.config.seed, self._step)
         return map(self.acceleration.placed, loader)
-
-    def _new_measures(self) -> EpochMeasures:
-        dtype = torch.promote_types(torch.float32, self.head.weight.dtype)
-        return EpochMeasures(self._steps, self.head.out_features).to(self._device, dtype)
-
-    @property
-    def plain_phase(self) -> bool:
-        """Whether this epoch trains with plain CE, before the method's own: T1 of Algorithm 1."""
-        return self.epoch < self.config.ce_epochs
-
-    @property
-    def _steps(self) -> int:
-        """Steps of an epoch."""
-        return max(1, -(-len(self.train_set) // self.config.batch_size))  # type: ignore[arg-type]
-
-    @property
-    def _step(self) -> int:
-        """Steps done since the start of the run."""
-        return self.epoch * self._steps + self.batch
-
-    @property
-    def _device(self) -> torch.device:
-        return self.head.weight.device
-
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.backbone.parameters()
-        yield from self.head.parameters()
