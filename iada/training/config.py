@@ -186,6 +186,14 @@ class TrainerConfig:
         return (0, 0.0) if self.method is None else self.method.last_stage()
 
 
+def check_config(config: Any) -> None:
+    """ValueError for what is no `TrainerConfig`."""
+    if not isinstance(config, TrainerConfig):
+        got = f"a {type(config).__name__}"
+        remedy = "pass TrainerConfig.from_settings(…) of a dict, as a TOML file's [trainer] is one"
+        raise argument_error("config", "an iada.TrainerConfig", got, remedy)
+
+
 def check_same_run(config: TrainerConfig, former: dict[str, Any]) -> None:
     """ValueError if a run with the settings `former` cannot go on with `config`.
 

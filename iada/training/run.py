@@ -1,7 +1,6 @@
 """A run: what is trained on what, where it stands, and the state from which it goes on."""
 
 from collections.abc import Callable, Iterator
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from iada.meta.method import Method
 from iada.training.checkpoint import RunFolder, load_parts
 from iada.training.config import TrainerConfig, check_same_run
 from iada.training.measures import EpochMeasures
+from iada.training.run_data import digest_of
 from iada.utils import seeds as random_state
 from iada.utils.checks import argument_error
 from iada.utils.distributed import Group, GroupReference, current_group, gather_objects, rank_of
-from iada.utils.loading import labels_of
 
 
 class Run:
@@ -164,11 +163,3 @@ class Run:
     def _parameters(self) -> Iterator[nn.Parameter]:
         yield from self.backbone.parameters()
         yield from self.head.parameters()
-
-
-def digest_of(dataset: Dataset | None) -> str | None:
-    """32 hexadecimal digits of the labels in their order; None where they are not at hand."""
-    labels = None if dataset is None else labels_of(dataset)
-    if labels is None:
-        return None
-    return blake2b(labels.cpu().numpy().tobytes(), digest_size=16).hexdigest()

@@ -15,19 +15,20 @@ from iada.meta.method import MetaStep, Method
 from iada.nn.divergence import sign_of_divergence
 from iada.training.acceleration import Acceleration
 from iada.training.build_method import build_method, check_own_method
-from iada.training.config import TrainerConfig
+from iada.training.config import TrainerConfig, check_config
 from iada.training.divergence import FINITE, LossWatch, all_finite, diverged
 from iada.training.interrupt import stop_flag
 from iada.training.logs import Logger, Logs, measured
 from iada.training.measures import PhaseTimes, number_or_none
 from iada.training.meta_stream import MetaStream
 from iada.training.run import Run
+from iada.training.run_data import check_labels_at_hand, check_meta_set, check_sets
 from iada.training.schedule import build_optimizer, build_schedule
 from iada.utils import seeds as random_state
 from iada.utils.checks import argument_error
 from iada.utils.distributed import any_rank, broadcast, check_parts, own_part, rank_of
 from iada.utils.evaluate import Outputs, by_batch, class_accuracy, evaluating, outputs
-from iada.utils.loading import batches, check_dataset, count_classes, epoch_order
+from iada.utils.loading import batches, count_classes, epoch_order
 from iada.utils.workers import loaders_ended, lost_workers_named
 
 
@@ -102,10 +103,11 @@ class Trainer(Run):
         method: Method | None = None,
     ) -> None:
         check_classifier(backbone, head)
-        named = {"train_set": train_set, "meta_set": meta_set, "validation_set": validation_set}
-        for name, dataset in named.items():
-            if dataset is not None:
-                check_dataset(name, dataset)
+        check_config(config)
+        sets = {"train_set": train_set, "meta_set": meta_set, "validation_set": validation_set}
+        check_sets(sets)
+        if method is None or class_counts is None:  # else labels are what its step makes of them
+            check_labels_at_hand(sets, head.out_features)
         if tensorboard and folder is None:
             raise argument_error("folder", "one for TensorBoard's files", "None", "pass a folder")
         super().__init__(backbone, head, train_set, meta_set, config, folder, observe)
@@ -130,9 +132,8 @@ class Trainer(Run):
             check_own_method(method, config, backbone, head)
         self.method, self.optimizer = method, method.optimizer
         self.scheduler = build_schedule(self.optimizer, config, self._steps)
-        if meta_set is None and self.method.needs_meta_batch:
-            remedy = "pass one, or choose another method"
-            raise argument_error("meta_set", "a small clean data set", "None", remedy)
+        if self.method.needs_meta_batch:
+            check_meta_set(train_set, meta_set)
         self._meta_stream: MetaStream | None = None
         self._times = PhaseTimes()
 

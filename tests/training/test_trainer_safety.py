@@ -10,11 +10,10 @@ import torch
 
 import iada
 import iada.training.divergence
-from iada.models import mlp
 from iada.training.checkpoint import load_checkpoint, save_checkpoint
 from iada.training.divergence import CHECK_EVERY, LossWatch
 from iada.utils.loading import batches
-from tests.helpers.training import CLASSES, SETTINGS, differences, make_data, make_trainer
+from tests.helpers.training import CLASSES, differences, make_trainer
 
 
 @pytest.fixture
@@ -253,38 +252,3 @@ def test_another_model_or_data_set_changes_nothing(tmp_path, other):
     with pytest.raises(ValueError, match="checkpoint: expected the model and data of this run"):
         trainer.resume()
     assert differences(trainer.state_dict(), before) == []
-
-
-def on_data(folder, train_set, meta_set):
-    torch.manual_seed(0)
-    parts = (*mlp(8, (16,), CLASSES), train_set, meta_set)
-    config = iada.TrainerConfig.from_settings(SETTINGS)
-    return iada.Trainer(*parts, config, folder=folder, class_counts=torch.ones(CLASSES))
-
-
-def reversed_rows(data):
-    return iada.TensorData(data.inputs.flip(0), data.labels.flip(0))
-
-
-@pytest.mark.parametrize("other", ["train_set", "meta_set"])
-def test_the_same_samples_in_another_order_are_other_data(tmp_path, other):
-    sets = {"train_set": make_data(), "meta_set": make_data(9, 1)}
-    on_data(tmp_path, **sets).save()
-    trainer = on_data(tmp_path, **{**sets, other: reversed_rows(sets[other])})
-    before = copy.deepcopy(trainer.state_dict())
-    with pytest.raises(ValueError, match=f"^{other}: expected the labels that .* got others; put"):
-        trainer.resume()
-    assert differences(trainer.state_dict(), before) == []
-    assert on_data(tmp_path, **sets).resume()
-
-
-def test_labels_that_are_not_known_are_not_compared(tmp_path):
-    """Those of a data set that does not show them, and of a checkpoint from before they were."""
-    sets = {"train_set": make_data(), "meta_set": make_data(9, 1)}
-    trainer = on_data(tmp_path, **sets)
-    state = trainer.state_dict()
-    hidden = [(inputs, int(label)) for inputs, label, _ in reversed_rows(sets["train_set"])]
-    on_data(None, hidden, sets["meta_set"]).load_state_dict(state)
-    del state["labels"]
-    other = {name: reversed_rows(data) for name, data in sets.items()}
-    on_data(None, **other).load_state_dict(state)
