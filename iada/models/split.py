@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iada.utils.checks import argument_error
@@ -31,8 +32,17 @@ def split_classifier(
 ) -> tuple[Features, nn.Linear]:
     """Backbone and head of a classifier, found by running it once on `example`.
 
+    Examples:
+        >>> from iada.models import split_classifier
+        >>> classifier = torch.nn.Sequential(backbone, head)
+        >>> features, last = split_classifier(classifier, images)
+        >>> features(images).shape, classifier(images).shape  # the classifier itself has no head
+        (torch.Size([8, 64]), torch.Size([8, 64]))
+
     The head is the nn.Linear whose output the model returns; its place in `model` is taken by
-    nn.Identity, so the model itself is changed.
+    nn.Identity, so the model itself is changed: optimizers and averages of its weights are to be
+    made afterwards, of torch.nn.Sequential(backbone, head). A head of a derived class that gives
+    Wh + b comes as a plain nn.Linear with the same parameters.
 
     Args:
         model: gives logits (N, C), or an object with `logits`, in evaluation mode.
@@ -43,11 +53,12 @@ def split_classifier(
     Raises:
         ValueError: no such layer, or it is used more than once; `model` is then as it was.
     """
-    calls: list[tuple[str, nn.Linear, Tensor]] = []
-    names = {module: name for name, module in model.named_modules() if type(module) is nn.Linear}
+    calls: list[tuple[str, nn.Linear, Any, Tensor]] = []
+    modules = model.named_modules()
+    names = {module: name for name, module in modules if isinstance(module, nn.Linear)}
 
     def note(module: nn.Linear, inputs: Any, output: Tensor) -> None:
-        calls.append((names[module], module, output))
+        calls.append((names[module], module, inputs, output))
 
     hooks = [module.register_forward_hook(note) for module in names]
     was_training = [module for module in model.modules() if module.training]
@@ -61,13 +72,17 @@ def split_classifier(
         for module in was_training:
             module.training = True
     kind = type(model).__name__
-    last = [(name, module) for name, module, output in calls if output is logits]
+    last = [call[:3] for call in calls if call[3] is logits]
     if not last:
         got = f"{kind}, which does something to it afterwards, or has none"
         expected = "a classifier that returns the output of an nn.Linear"
         raise argument_error("model", expected, got, REMEDY)
-    name, head = last[0]
-    if sum(module is head for _, module, _ in calls) > 1:
+    name, head, inputs = last[0]
+    if type(head) is not nn.Linear and not _is_plain(head, inputs, logits):
+        expected = "a head that is Wh + b"
+        got = f"{kind}, whose {name} is a {type(head).__name__} that does more"
+        raise argument_error("model", expected, got, REMEDY)
+    if sum(module is head for _, module, *_ in calls) > 1:
         expected = "a head used once"
         raise argument_error("model", expected, f"{kind}, which uses {name} again", REMEDY)
     if logits.dim() != 2:
@@ -82,7 +97,27 @@ def split_classifier(
     model.set_submodule(name, nn.Identity())
     if num_classes is not None and head.out_features != num_classes:
         head = nn.Linear(head.in_features, num_classes).to(head.weight)
-    return Features(model), head
+    return Features(model), head if type(head) is nn.Linear else _plain(head)
+
+
+@torch.no_grad()
+def _is_plain(head: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> bool:
+    """Whether a head of a derived class has W and b alone and gave Wh + b of its inputs."""
+    names = {name for name, _ in [*head.named_parameters(), *head.named_buffers()]}
+    if not names <= {"weight", "bias"} or len(inputs) != 1:
+        return False  # adapters and parametrizations, which may do nothing yet
+    weight, shape = head.weight, (head.out_features, head.in_features)
+    if weight.shape != shape or weight.dtype != inputs[0].dtype or output.dtype != weight.dtype:
+        return False  # packed or quantized
+    return torch.equal(output, F.linear(inputs[0], weight, head.bias))
+
+
+def _plain(head: nn.Linear) -> nn.Linear:
+    """An nn.Linear with the parameters of this one."""
+    has_bias = head.bias is not None
+    plain = nn.Linear(head.in_features, head.out_features, has_bias, device="meta")
+    plain.weight, plain.bias = head.weight, head.bias
+    return plain.train(head.training)
 
 
 def _call(model: nn.Module, inputs: Any) -> Tensor:

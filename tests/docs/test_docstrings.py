@@ -8,6 +8,7 @@ import pytest
 
 import iada
 import iada_kernels
+from iada.models import split_classifier
 from iada.sklearn import IADAClassifier
 
 PUBLIC = {
@@ -15,7 +16,10 @@ PUBLIC = {
     for module in (iada, iada_kernels)
     for name in module.__all__
     if callable(getattr(module, name)) and name != "SlowBackendWarning"  # which has no signature
-} | {"iada.sklearn.IADAClassifier": IADAClassifier}
+} | {
+    "iada.sklearn.IADAClassifier": IADAClassifier,
+    "iada.models.split_classifier": split_classifier,
+}
 SECTION = re.compile(r"^(Args|Attributes|Examples|Returns|Raises):$")
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
+import iada
 from iada.models import BUILT_IN, build_backbone, cifar_resnet, split_classifier, wide_resnet
 
 SMALL = ["resnet20", "resnet32", "wrn-16-4"]
@@ -94,6 +96,47 @@ def test_modes_and_buffers_stay():
         assert torch.equal(buffer, before[name])
 
 
+class OwnLinear(nn.Linear):
+    """As timm's, whose forward is its own for TorchScript's sake."""
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_head_of_a_derived_class_comes_plain(bias):
+    """With the same parameters, so that the losses, which never call it, are of what it does."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), OwnLinear(5, 3, bias)).eval()
+    own, inputs = model[2], torch.randn(6, 4)
+    own.weight.requires_grad_(False)
+    expected = model(inputs)
+    backbone, head = split_classifier(model, inputs[:1])
+    assert type(head) is nn.Linear
+    assert head.weight is own.weight
+    assert head.bias is own.bias
+    assert not head.training
+    assert torch.equal(head(backbone(inputs)), expected)
+    iada.Method(backbone, head, torch.optim.SGD(backbone.parameters(), lr=0.1))
+    _, new = split_classifier(nn.Sequential(nn.Linear(4, 5), OwnLinear(5, 3)), inputs, 9)
+    assert (type(new), new.out_features) == (nn.Linear, 9)
+
+
+class Scaled(nn.Linear):
+    def forward(self, inputs):
+        return 2 * super().forward(inputs)
+
+
+class Adapted(nn.Linear):
+    """Adds a matrix that is 0 at first, as adapters of low rank do."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.added = nn.Parameter(torch.zeros(2, 4))
+
+    def forward(self, inputs):
+        return super().forward(inputs) + nn.functional.linear(inputs, self.added)
+
+
 class TwiceUsed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -120,6 +163,9 @@ REFUSED = {
     "used twice": (TwiceUsed(), None),
     "shared weight": (Tied(), torch.zeros(1, 3, dtype=torch.int64)),
     "nothing before it": (nn.Linear(4, 2), None),
+    "a head that does more": (nn.Sequential(nn.ReLU(), Scaled(4, 2)), None),
+    "a head that will do more": (nn.Sequential(nn.ReLU(), Adapted()), None),
+    "a parametrized head": (nn.Sequential(nn.ReLU(), weight_norm(nn.Linear(4, 2))), None),
 }
 
 
@@ -131,6 +177,12 @@ def test_what_cannot_be_split(case):
         split_classifier(model, torch.zeros(1, 4) if example is None else example)
     assert [name for name, _ in model.named_modules()] == names
     assert model.training
+
+
+def test_a_head_that_does_more_is_named():
+    message = "got Sequential, whose 1 is a Scaled that does more; write the two yourself"
+    with pytest.raises(ValueError, match=message):
+        split_classifier(nn.Sequential(nn.ReLU(), Scaled(4, 2)), torch.ones(1, 4))
 
 
 @pytest.mark.parametrize("name", ["resnet", "torchvision/", "keras/resnet50", ""])
