@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iada.meta.method import MetaStep
+from iada.training.run import Run
 from iada.utils.checks import argument_error, check_float, check_sizes
 
 LAST_EPOCHS = 0.2  # of the run, in which ε is counted: forty of 200, as in the paper's Fig. 3 and 4
@@ -38,7 +39,7 @@ class SampleLog(nn.Module):
         >>> log = iada.SampleLog(len(train_set), config.epochs)
         >>> trainer = iada.Trainer(backbone, head, train_set, meta_set, config, observe=log)
         >>> history = trainer.fit()
-        >>> issues = iada.label_issues(log.mean_epsilon(), log.mean_loss())
+        >>> issues = iada.label_issues(epsilon=log.mean_epsilon(), loss=log.mean_loss())
         >>> len(issues.indices[:20])
         20
 
@@ -49,6 +50,9 @@ class SampleLog(nn.Module):
     Args:
         num_samples: of the training set.
         epochs: of the run, the last fifth of which counts for ε.
+
+    Raises:
+        ValueError: at the first step of a run of other epochs, or on another number of samples.
     """
 
     total: Tensor
@@ -58,6 +62,7 @@ class SampleLog(nn.Module):
 
     def __init__(self, num_samples: int, epochs: int) -> None:
         super().__init__()
+        self.epochs, self._checked = epochs, False
         self.first_epoch = epochs - max(1, round(LAST_EPOCHS * epochs))
         for name in ("total", "loss_total"):  # sums over visits
             self.register_buffer(name, torch.zeros(num_samples, dtype=torch.float64))
@@ -67,6 +72,8 @@ class SampleLog(nn.Module):
     @torch.no_grad()
     def __call__(self, trainer: Any, batch: Sequence[Any], result: Any) -> None:
         """Take in one step."""
+        if not self._checked:
+            self._check(trainer)
         index = batch[2]
         one = torch.ones_like(index)
         memory = getattr(trainer.method, "memory", None)
@@ -79,6 +86,18 @@ class SampleLog(nn.Module):
         if epsilon is not None:
             self.total.index_add_(0, index, epsilon.to(self.total.dtype))
             self.seen.index_add_(0, index, one)
+
+    def _check(self, trainer: Any) -> None:
+        """Whether it was made for the run that it is fed by."""
+        if isinstance(trainer, Run):
+            count = len(trainer.train_set)  # type: ignore[arg-type]
+            made = {"epochs": self.epochs, "num_samples": len(self.total)}
+            run = {"epochs": trainer.config.epochs, "num_samples": count}
+            for name, wanted in run.items():
+                if made[name] != wanted:
+                    remedy = "build it of this run: SampleLog(len(train_set), config.epochs)"
+                    raise argument_error(name, f"the run's {wanted}", made[name], remedy)
+        self._checked = True
 
     def late_epsilon(self, trainer: Any, result: Any) -> Tensor | None:
         """The ε of a step (N) that counts; None of an early one, or without."""
@@ -109,10 +128,12 @@ def label_issues(epsilon: Tensor | None = None, loss: Tensor | None = None) -> L
     Args:
         epsilon: the mean ε of each sample late in training, (N): `SampleLog.mean_epsilon`. NaN
             for a sample that was not visited.
-        loss: the mean loss of each sample over training, (N), in nats: `SampleLog.mean_loss`.
+        loss: the mean loss of each sample over training, (N), in nats: `SampleLog.mean_loss`. Pass
+            it by its name.
 
     Raises:
-        ValueError: neither is given, or they have other shapes.
+        ValueError: neither is given, or they have other shapes, know nothing of any sample, or are
+            no strengths (all 0; a loss in the place of ε).
     """
     given = {"epsilon": epsilon, "loss": loss}
     known = {name: values for name, values in given.items() if values is not None}
@@ -124,10 +145,26 @@ def label_issues(epsilon: Tensor | None = None, loss: Tensor | None = None) -> L
     for name, values in known.items():
         check_float(name, values, f"a number for each sample, ({count})", (count,))
         suspicion = values.detach().double().cpu()
+        _check_informative(name, suspicion[~suspicion.isnan()])
         scores.append(_relative_ranks(-suspicion if name == "epsilon" else suspicion))
     score = torch.stack(scores).mean(dim=0)
     order = (-score).nan_to_num(torch.inf).argsort(stable=True)
     return LabelIssues(order, score)
+
+
+def _check_informative(name: str, known: Tensor) -> None:
+    """Of the samples that something is known of."""
+    expected, remedy = "a number for some samples", "leave it out, or log the run's last epochs"
+    if not len(known):
+        raise argument_error(name, expected, "NaN for all", remedy)
+    if name == "loss":
+        return
+    low, high = float(known.min()), float(known.max())
+    if low == high == 0:
+        raise argument_error(name, "strengths of samples", "0 for all", remedy)
+    if low >= 0 and high > 1:
+        expected, got = "strengths, within ±1 or some below 0", f"{low:.3g} to {high:.3g}"
+        raise argument_error(name, expected, got, "pass losses by their name: loss=…")
 
 
 def _relative_ranks(values: Tensor) -> Tensor:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+import iada
 from iada.experiments.epsilon_log import EpsilonLog
 from iada.experiments.outcome import epsilon_record
 from iada.meta.method import MetaStep
 from iada.training.label_issues import detection, label_issues
+from tests.helpers.training import make_trainer
 
 
 @pytest.mark.parametrize("levels", [3, 1000])  # with and without equal values
@@ -42,6 +44,35 @@ def test_samples_that_were_not_visited_are_left_out():
     assert detection(epsilon, torch.tensor([True, False, False])) is None
     with pytest.raises(ValueError, match="wrong: expected bool"):
         detection(epsilon, torch.tensor([1, 0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"epsilon": [torch.nan, torch.nan]}, "epsilon: expected .* got NaN for all; leave it out"),
+        ({"epsilon": [0.5, -0.5], "loss": [torch.nan] * 2}, "loss: expected .* got NaN for all"),
+        ({"epsilon": [0.0, torch.nan]}, "epsilon: expected strengths .* got 0 for all"),
+        ({"epsilon": [0.1, 5.0]}, "epsilon: expected strengths, .* 0.1 to 5; pass losses by their"),
+    ],
+)
+def test_what_ranks_nothing_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        label_issues(**{name: torch.tensor(values) for name, values in arguments.items()})
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        (iada.SampleLog(44, 80), "epochs: expected the run's 6, got 80; build it of this run"),
+        (iada.SampleLog(43, 6), "num_samples: expected the run's 44, got 43; build it of this run"),
+        (iada.SampleLog(45, 6), "num_samples: expected the run's 44, got 45; build it of this run"),
+    ],
+)
+def test_a_log_made_for_another_run_is_refused_at_the_first_step(log, message):
+    trainer = make_trainer(observe=log)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        trainer.fit()
+    assert trainer.batch == 0
 
 
 def test_a_run_records_it_where_labels_are_known_to_be_wrong():
