@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from iada.meta.method import MetaStep
-from iada.training.run import Run
 from iada.utils.checks import argument_error, check_float, check_sizes
 
 LAST_EPOCHS = 0.2  # of the run, in which ε is counted: forty of 200, as in the paper's Fig. 3 and 4
@@ -89,10 +88,9 @@ class SampleLog(nn.Module):
 
     def _check(self, trainer: Any) -> None:
         """Whether it was made for the run that it is fed by."""
-        if isinstance(trainer, Run):
-            count = len(trainer.train_set)  # type: ignore[arg-type]
+        if hasattr(trainer, "config") and hasattr(trainer, "train_set"):  # an `iada.Trainer`
             made = {"epochs": self.epochs, "num_samples": len(self.total)}
-            run = {"epochs": trainer.config.epochs, "num_samples": count}
+            run = {"epochs": trainer.config.epochs, "num_samples": len(trainer.train_set)}
             for name, wanted in run.items():
                 if made[name] != wanted:
                     remedy = "build it of this run: SampleLog(len(train_set), config.epochs)"

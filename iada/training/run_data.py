@@ -102,3 +102,13 @@ def digest_of(dataset: Dataset | None) -> str | None:
     if labels is None:
         return None
     return blake2b(labels.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def check_same_labels(digests: dict[str, str | None], former: dict[str, str | None]) -> None:
+    """ValueError for data sets that had others: `digest_of` by the name of the argument."""
+    for name, digest in digests.items():
+        known = former.get(name)
+        if None not in (known, digest) and known != digest:
+            expected = "the labels that the checkpoint's run had, in their order"
+            remedy = "put the data set back as it was, or choose another folder"
+            raise argument_error(name, expected, "others", remedy)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -15,24 +16,34 @@ from iada.meta.method import MetaStep, Method
 from iada.nn.divergence import sign_of_divergence
 from iada.training.acceleration import Acceleration
 from iada.training.build_method import build_method, check_own_method
+from iada.training.checkpoint import RunFolder
 from iada.training.config import TrainerConfig, check_config
 from iada.training.divergence import FINITE, LossWatch, all_finite, diverged
 from iada.training.interrupt import stop_flag
 from iada.training.logs import Logger, Logs, measured
-from iada.training.measures import PhaseTimes, number_or_none
+from iada.training.measures import EpochMeasures, PhaseTimes, number_or_none
 from iada.training.meta_stream import MetaStream
-from iada.training.run import Run
 from iada.training.run_data import check_labels_at_hand, check_meta_set, check_sets
 from iada.training.schedule import build_optimizer, build_schedule
+from iada.training.state import state_of, take_up
 from iada.utils import seeds as random_state
 from iada.utils.checks import argument_error
-from iada.utils.distributed import any_rank, broadcast, check_parts, own_part, rank_of
+from iada.utils.distributed import (
+    Group,
+    GroupReference,
+    any_rank,
+    broadcast,
+    check_parts,
+    current_group,
+    own_part,
+    rank_of,
+)
 from iada.utils.evaluate import Outputs, by_batch, class_accuracy, evaluating, outputs
 from iada.utils.loading import batches, count_classes, epoch_order
 from iada.utils.workers import loaders_ended, lost_workers_named
 
 
-class Trainer(Run):
+class Trainer:
     """Trains a backbone and a linear head by one of `iada.methods.registry.METHODS`, or your own.
 
     Examples:
@@ -110,11 +121,15 @@ class Trainer(Run):
             check_labels_at_hand(sets, head.out_features)
         if tensorboard and folder is None:
             raise argument_error("folder", "one for TensorBoard's files", "None", "pass a folder")
-        super().__init__(backbone, head, train_set, meta_set, config, folder, observe)
+        self.config = config
+        self.backbone, self.head = backbone, head
+        self.train_set, self.meta_set = train_set, meta_set
         self.validation_set = validation_set
-        self.measure = measure
+        self._run_folder = None if folder is None else RunFolder(Path(folder))
+        self.observe, self.measure = observe, measure
         self.progress, self.num_workers = progress, num_workers
         self.tensorboard, self.logger = tensorboard, logger
+        self._group = GroupReference(current_group())
         rows = {"batch_size": len(train_set) // self._steps}  # type: ignore[arg-type]
         if meta_set is not None:
             rows["meta_batch_size"] = min(config.meta_batch_size, len(meta_set))  # type: ignore[arg-type]
@@ -135,7 +150,22 @@ class Trainer(Run):
         if self.method.needs_meta_batch:
             check_meta_set(train_set, meta_set)
         self._meta_stream: MetaStream | None = None
+        self.epoch = 0
+        self.batch = 0
+        self.history: list[dict[str, Any]] = []
+        self._first_loss: float | None = None  # of this phase
+        self._measures = self._new_measures()
         self._times = PhaseTimes()
+
+    @property
+    def folder(self) -> Path | None:
+        """Where checkpoint.pt and log.csv are kept."""
+        return None if self._run_folder is None else self._run_folder.path
+
+    @property
+    def group(self) -> Group:
+        """Of the processes that train together; None for one alone."""
+        return self._group()
 
     def fit(self) -> list[dict[str, Any]]:
         """Train from wherever the state stands to the last epoch; returns `history`.
@@ -302,6 +332,36 @@ class Trainer(Run):
                 self.backbone, self.method.head, dataset, batch_size, self.num_workers, rows
             )
 
+    def save(self) -> None:
+        """Write checkpoint.pt into `folder`, all or nothing; nothing without a folder."""
+        if self._run_folder is not None:
+            self._run_folder.save(self.state_dict(), self.group)
+
+    def resume(self) -> bool:
+        """Take up checkpoint.pt in `folder` if there is one; whether there was.
+
+        Rank 0 reads it for all.
+        """
+        state = None if self._run_folder is None else self._run_folder.load(self.group)
+        if self._run_folder is None or state is None:
+            return False
+        self.load_state_dict(state)
+        self._run_folder.has_our_checkpoint = True
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how the run goes on, the random state of all ranks included."""
+        return state_of(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: with nothing changed, if the run had other settings (see
+                `iada.training.config.check_same_run`) or other labels, or if the model is another.
+        """
+        take_up(self, state)
+
     def meta_batch(self) -> tuple[Any, ...] | None:
         """The next step's place in an endless stream of the meta set, if the method asks for it."""
         if self.meta_set is None or not self.method.needs_meta_batch:
@@ -319,3 +379,30 @@ class Trainer(Run):
         own = [rows[own_part(len(rows), self.group)] for rows in order]
         loader = batches(dataset, own, self.num_workers, self.config.seed, self._step)
         return map(self.acceleration.placed, loader)
+
+    def _new_measures(self) -> EpochMeasures:
+        dtype = torch.promote_types(torch.float32, self.head.weight.dtype)
+        return EpochMeasures(self._steps, self.head.out_features).to(self._device, dtype)
+
+    @property
+    def plain_phase(self) -> bool:
+        """Whether this epoch trains with plain CE, before the method's own: T1 of Algorithm 1."""
+        return self.epoch < self.config.ce_epochs
+
+    @property
+    def _steps(self) -> int:
+        """Steps of an epoch."""
+        return max(1, -(-len(self.train_set) // self.config.batch_size))  # type: ignore[arg-type]
+
+    @property
+    def _step(self) -> int:
+        """Steps done since the start of the run."""
+        return self.epoch * self._steps + self.batch
+
+    @property
+    def _device(self) -> torch.device:
+        return self.head.weight.device
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.backbone.parameters()
+        yield from self.head.parameters()

@@ -25,12 +25,12 @@ import weakref
 import torch
 import torch.distributed as dist
 import iada
-import iada.training.run
+import iada.training.trainer
 from tests.helpers.training import make_trainer
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 group = weakref.ref(dist.group.WORLD)
-iada.training.run.current_group = lambda: dist.group.WORLD  # though it is of one process
+iada.training.trainer.current_group = lambda: dist.group.WORLD  # though it is of one process
 trainers = [make_trainer(method=method, epochs=3) for method in ("meta-iada", "isda", "ce")]
 for trainer in trainers:
     assert trainer.group is group()
