@@ -149,15 +149,18 @@ def _listed(
             remedy = "put the data back as it was, or train again"
             raise argument_error(SAMPLES, "the data of the run", f"another sample {row}", remedy)
         known = {name: line[name] for name in COLUMNS if name in line}
-        path = f"row {row}" if isinstance(data.inputs, Tensor) else str(data.inputs[row])
-        listed.append(({**known, "rank": rank, "score": score, "path": path}, row))
+        own = {"rank": rank, "score": score, "path": data.place(row)}
+        if isinstance(data.inputs[row], str):
+            own["text"] = data.inputs[row]
+        listed.append(({**known, **own}, row))
     return listed
 
 
 def _write_csv(path: Path, listed: Sequence[tuple[dict[str, Any], int]]) -> None:
     rows = ({**line, "score": f"{line['score']:.6f}"} for line, _ in listed)
-    cells = [[row.get(name, "") for name in COLUMNS] for row in rows]
-    write_text(path, csv_text([COLUMNS, *cells]))
+    columns = [*COLUMNS, *["text"] * any("text" in line for line, _ in listed)]
+    cells = [[row.get(name, "") for name in columns] for row in rows]
+    write_text(path, csv_text([columns, *cells]))
 
 
 def _thumbnail(data: Labelled, row: int) -> str:

@@ -43,7 +43,7 @@ from iada_kernels.version import __version__
 
 DESCRIPTION, BEST, SAMPLES = "model.json", "best.pt", "samples.csv"
 WHICH = ("best", "last")
-SAMPLE_COLUMNS = ("row", "label", "prediction", "probability", "epsilon", "loss")
+SAMPLE_COLUMNS = ("row", "path", "label", "prediction", "probability", "epsilon", "loss")
 HIDDEN = (128, 64)  # of the backbone "mlp"
 NO_SAFETENSORS = "safetensors is not installed; pip install 'iada[own]'"
 
@@ -169,9 +169,9 @@ def feature_width(data: Labelled) -> int | None:
 def write_samples(path: Path, split: Split, final: Outputs, log: SampleLog) -> None:
     """samples.csv: what training says of each training sample, a line each, in their order.
 
-    row: within the data set's training part. prediction and probability: of the last epoch's
-    classifier, which was trained on it. epsilon: the mean late in training. loss: the mean over
-    training. Empty where it is not known.
+    row: within the training part, once others are held out. path: where a person finds it.
+    prediction and probability: of the last epoch's classifier, which was trained on it. epsilon:
+    the mean late in training. loss: the mean over training. Empty where it is not known.
     """
     train, rows = split.train, split.rows["train"].tolist()
     probability, prediction = final.logits.float().softmax(dim=1).max(dim=1)
@@ -185,7 +185,7 @@ def write_samples(path: Path, split: Split, final: Outputs, log: SampleLog) -> N
     for i, row in enumerate(rows):
         known = [names[train.labels[i]], names[prediction[i]], f"{probability[i]:.6f}"]
         numbers = ["" if value != value else f"{value:.9g}" for value in (epsilon[i], loss[i])]
-        lines.append([row, *known, *numbers])
+        lines.append([row, train.place(i), *known, *numbers])
     write_text(path, csv_text(lines))
 
 

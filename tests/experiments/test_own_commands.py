@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +55,11 @@ def features(tmp_path):
     return write_arrays(tmp_path / "f.npz", train=arrays(30))
 
 
+def lines_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def train(data, out, *words):
     return main(["train", "--data", str(data), "--out", str(out), *words, *QUICK])
 
@@ -63,8 +70,7 @@ def counts_of(out, method="meta-iada"):
 
 
 def ranked(folder):
-    with open(folder / "labels.csv", newline="") as file:
-        return len(list(csv.DictReader(file)))
+    return len(lines_of(folder / "labels.csv"))
 
 
 def test_a_meta_set_of_photos_that_is_given(tmp_path, monkeypatch):
@@ -156,6 +162,46 @@ def test_labels_trains_first_and_takes_the_run_that_ranks(features, tmp_path, ca
     assert f"got 2 of them; pass one, as {run}" in capsys.readouterr().err
     assert main(["labels", run, "--epochs", "9", "--set", "trainer.lr=1"]) == 2
     assert "--epochs, --set: expected options of training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("array", ["inputs", "train_inputs"])
+def test_labels_names_rows_of_what_was_passed(tmp_path, array):
+    given = arrays(60)
+    order = np.random.default_rng(0).permutation(60)  # a row's class does not tell its number
+    given = {name: values[order] for name, values in given.items()}
+    data, out = tmp_path / "f.npz", tmp_path / "run"
+    np.savez(data, **{array: given["inputs"], array.replace("inputs", "labels"): given["labels"]})
+    words = ["--out", str(out), "--meta-per-class", "3", "--test", "0.2", *QUICK]
+    assert main(["labels", str(data), *words]) == 0
+    place = re.compile(rf"{array}\[(\d+)\]")
+    for file in (out / "labels.csv", out / "meta-iada" / "seed0" / "samples.csv"):
+        rows = {
+            int(place.fullmatch(line["path"])[1]): int(line["label"]) for line in lines_of(file)
+        }
+        assert len(rows) == 60 - 12 - 9 - 9  # tested on, held out and clean
+        assert all(given["labels"][row] == label for row, label in rows.items())
+    shown = place.findall((out / "labels.html").read_text())
+    assert set(map(int, shown)) == set(rows)
+
+
+def test_samples_of_small_photos_are_named_by_their_files(tmp_path):
+    photos, out = write_photos(tmp_path / "photos", 6), tmp_path / "run"
+    assert train(photos, out, "--backbone", "resnet8", "--method", "ce") == 0
+    for line in lines_of(out / "ce" / "seed0" / "samples.csv"):
+        assert (photos / line["label"]) in Path(line["path"]).parents
+
+
+def test_of_several_arrays_the_one_that_is_classified_is_told(tmp_path, capsys):
+    data = write_arrays(tmp_path / "f.npz", train=arrays(30))
+    assert train(data, tmp_path / "run", "--method", "ce") == 0
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "run"), str(data)]) == 0  # one needs no word
+    assert not capsys.readouterr().err
+    parts = {"train": arrays(30), "test": {"inputs": arrays(9, 1)["inputs"]}}
+    several = write_arrays(tmp_path / "g.npz", **parts)
+    with pytest.warns(UserWarning, match=r"g\.npz: inputs of train taken, of test left out"):
+        assert main(["predict", str(tmp_path / "run"), str(several)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 30
 
 
 @pytest.mark.parametrize(

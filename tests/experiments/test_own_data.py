@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 
 import numpy as np
@@ -179,6 +180,17 @@ def test_a_saved_hugging_face_data_set(tmp_path):
     assert torch.equal(parts["train"].inputs, read_own(photos, 0.25)["train"].inputs)
     stored = read_own(tmp_path / "saved", memory=False)["train"].inputs[0]
     assert open_image(stored, photo=True).size == (8, 8)
+    for memory in (None, False):
+        train = read_own(tmp_path / "saved", validation=0.25, memory=memory)["train"]
+        for row in range(len(train)):
+            place = re.fullmatch(r"train\[(\d+)\]", train.place(row))
+            assert rows[int(place[1])]["label"] == train.labels[row]
+    texts = datasets.Dataset.from_dict({"text": list("abcdef"), "label": [0, 0, 0, 1, 1, 1]})
+    texts.save_to_disk(str(tmp_path / "texts"))
+    train = read_own(tmp_path / "texts", validation=0.4)["train"]
+    assert [(train.place(i), train.inputs[i]) for i in range(4)] == [
+        (f"train[{row}]", "abcdef"[row]) for row in map("abcdef".index, train.inputs)
+    ]
 
 
 def test_without_the_library_it_is_named(tmp_path, monkeypatch, capsys):

@@ -21,6 +21,7 @@ class Labelled(Dataset):
     labels: (N) int64 in [0, len(class_names)). groups: (N) int64 in [0, len(group_names)) or None.
     members: (N, M) bool or None, for sets of samples that overlap (CivilComments' identities by
     class), named by `member_names`.
+    places: where a person finds each sample, as "train_inputs[3]", (N) where inputs do not say it.
     """
 
     inputs: Tensor | Sequence[Path] | Sequence[str]
@@ -30,6 +31,7 @@ class Labelled(Dataset):
     group_names: tuple[str, ...] = ()
     members: Tensor | None = None
     member_names: tuple[str, ...] = ()
+    places: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         count = len(self.inputs)
@@ -53,12 +55,21 @@ class Labelled(Dataset):
         if self.members is not None:
             expected = f"bool ({count}, {len(self.member_names)})"
             check_sizes("members", self.members, expected, (count, len(self.member_names)))
+        if self.places and len(self.places) != count:
+            expected = f"a place for each of {count} samples"
+            raise argument_error("places", expected, len(self.places), "leave them out")
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.inputs[index], int(self.labels[index])
+
+    def place(self, row: int) -> str:
+        """Where a person finds the sample: its file, or its row in what was read."""
+        if self.places:
+            return self.places[row]
+        return f"row {row}" if isinstance(self.inputs, Tensor) else str(self.inputs[row])
 
     @property
     def num_classes(self) -> int:
@@ -91,10 +102,14 @@ class Labelled(Dataset):
             chosen: Any = inputs[rows]
         else:
             chosen = [inputs[row] for row in rows.tolist()]
-        groups = None if self.groups is None else self.groups[rows]
-        members = None if self.members is None else self.members[rows]
-        labels = self.labels[rows]
-        return replace(self, inputs=chosen, labels=labels, groups=groups, members=members)
+        return replace(
+            self,
+            inputs=chosen,
+            labels=self.labels[rows],
+            groups=None if self.groups is None else self.groups[rows],
+            members=None if self.members is None else self.members[rows],
+            places=[self.places[row] for row in rows.tolist()] if self.places else (),
+        )
 
     def relabelled(self, labels: Tensor) -> "Labelled":
         """The same samples with other labels; their groups stay as they were."""
@@ -124,6 +139,11 @@ def joined(first: Labelled, second: Labelled) -> Labelled:
         parts = getattr(first, name), getattr(second, name)
         return None if parts[0] is None else torch.cat(parts)
 
-    labels = torch.cat([first.labels, second.labels])
-    groups, members = both("groups"), both("members")
-    return replace(first, inputs=inputs, labels=labels, groups=groups, members=members)
+    return replace(
+        first,
+        inputs=inputs,
+        labels=torch.cat([first.labels, second.labels]),
+        groups=both("groups"),
+        members=both("members"),
+        places=[*first.places, *second.places],
+    )

@@ -139,8 +139,13 @@ def _in_order(labels: Iterable[str]) -> list[str]:
 
 
 def read_arrays(path: Path) -> Labelled:
-    """The inputs of an .npz, with labels 0 where it has none."""
-    return next(iter(_arrays(path, labelled=False).values()))
+    """The inputs of an .npz, with labels 0 where it has none; of several the first, and told."""
+    parts = _arrays(path, labelled=False)
+    first, *others = parts
+    if others:
+        left = ", ".join(others)
+        warnings.warn(f"{path}: inputs of {first} taken, of {left} left out", stacklevel=2)
+    return parts[first]
 
 
 def _arrays(path: Path, labelled: bool = True) -> dict[str, Labelled]:
@@ -158,7 +163,11 @@ def _arrays(path: Path, labelled: bool = True) -> dict[str, Labelled]:
     given = [name.removesuffix("_inputs") for name in arrays if name.endswith("_inputs")]
     for part, said in _spelled(given, path).items():
         inputs, labels = arrays[f"{said}_inputs"], arrays.get(f"{said}_labels")
-        parts[part] = _array_part(inputs, labels, names, f"{path} {said}")
+        if labels is None and not labelled:
+            labels = np.zeros(len(inputs), np.int64)
+        read = _array_part(inputs, labels, names, f"{path} {said}")
+        array = "inputs" if part == "train" and "inputs" in arrays else f"{said}_inputs"
+        parts[part] = replace(read, places=[f"{array}[{row}]" for row in range(len(read))])
     return parts
 
 
@@ -211,7 +220,7 @@ def _hugging_face(path: Path) -> dict[str, Labelled]:
     loaded = datasets.load_from_disk(str(path))
     splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
     return {
-        part: _columns(datasets, splits[name], f"{path} {name}")
+        part: _columns(datasets, splits[name], path, name)
         for part, name in _spelled(splits, path).items()
     }
 
@@ -227,8 +236,8 @@ def _spelled(names: Iterable[str], path: Path) -> dict[str, str]:
     return parts
 
 
-def _columns(datasets: Any, rows: Any, where: str) -> Labelled:
-    features = rows.features
+def _columns(datasets: Any, rows: Any, path: Path, part: str) -> Labelled:
+    features, where = rows.features, f"{path} {part}"
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     inputs = next(iter(images), _first(TEXT_COLUMNS, features))
     label = _first(LABEL_COLUMNS, features)
@@ -249,7 +258,8 @@ def _columns(datasets: Any, rows: Any, where: str) -> Labelled:
         ]
     else:
         listed = list(rows[inputs])
-    return Labelled(listed, torch.tensor(known), tuple(map(str, names)))
+    places = [f"{part}[{row}]" for row in range(len(rows))]
+    return Labelled(listed, torch.tensor(known), tuple(map(str, names)), places=places)
 
 
 def _first(names: Sequence[str], known: Mapping[str, Any]) -> str | None:
@@ -307,7 +317,9 @@ def _decoded(parts: dict[str, Labelled], memory: bool | None, check: bool) -> di
             return parts
         decoded[name] = images
     return {
-        name: replace(part, inputs=decoded[name]) if name in decoded else part
+        name: replace(part, inputs=decoded[name], places=part.places or [*map(str, part.inputs)])
+        if name in decoded
+        else part
         for name, part in parts.items()
     }
 
