@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -158,7 +159,9 @@ def test_every_kind_of_source(tmp_path):
     parts = read_own(tmp_path / "a.npz", validation=0.0)
     assert torch.equal(parts["train"].inputs, by_folder["train"].inputs)
     assert parts["train"].class_names == CLASSES
-    given = read_own(photos, validation=str(tmp_path / "list.csv"), meta=str(photos))
+    write_photos(tmp_path / "more", mode="L")
+    (tmp_path / "more.csv").write_text("\n".join(commas).replace("photos/", "more/"))
+    given = read_own(photos, validation=str(tmp_path / "more.csv"), meta=str(photos))
     assert names_of(given) == {"train": 24, "validation": 24, "meta": 24}
     numbers = [f"photos/{name}/0.png {9 + k}" for k, name in enumerate(CLASSES)]
     (tmp_path / "list.txt").write_text("\n".join(numbers))
@@ -293,3 +296,70 @@ def test_a_recipe_of_ones_own(tmp_path, capsys):
     file.write_text("[trainer]\nlrr = 1\n")
     assert main([*words, "--out", str(tmp_path / "run2")]) == 2
     assert "lrr: expected one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_parts_that_share_images_are_refused(tmp_path, name):
+    photos = write_photos(tmp_path / "photos", 4)
+    link = tmp_path / "link"
+    link.symlink_to(photos)
+    for path in (photos, link):
+        with pytest.raises(ValueError, match=rf"{name} \(.*{path.name}\): .* 12 of 12 that are "):
+            read_own(photos, **{name: str(path)})
+    some = tmp_path / "some.txt"
+    more = write_photos(tmp_path / "more", 2, mode="L")
+    lines = [f"more/{one}/0.png {one}" for one in CLASSES]
+    some.write_text("\n".join([*lines, f"{photos}/cat/0.png cat"]))
+    with pytest.raises(ValueError, match=r"1 of 4 that are there \(.*cat/0.png\)"):
+        read_own(photos, **{name: str(some)})
+    some.write_text("\n".join(lines))
+    assert names_of(read_own(photos, **{name: str(some)}))[name] == 3
+    copied = shutil.copytree(photos, tmp_path / "copied")
+    with pytest.raises(
+        ValueError, match=r"12 of 12 with the content of some .*copied.* is .*photos"
+    ):
+        read_own(photos, **{name: str(copied)})
+    shutil.copy(photos / "cat" / "0.png", more / "cat" / "same.png")  # as honest data may have
+    with pytest.warns(UserWarning, match=r"1 of 7 with the content of some .*same.png is "):
+        read_own(photos, **{name: str(more)})
+
+
+def test_a_meta_set_apart_from_what_is_held_out(tmp_path):
+    photos = write_photos(tmp_path / "photos", 5)
+    with pytest.raises(ValueError, match="meta .*apart from those of validation, got 3 of 15 that"):
+        read_own(photos, meta=str(photos))
+    given = {"validation": str(write_photos(tmp_path / "later", 2, mode="L"))}
+    with pytest.warns(UserWarning, match="meta .*apart from those of train, got 15 of 15 that are"):
+        parts = read_own(photos, meta=str(photos), **given)
+    assert names_of(parts) == {"train": 15, "validation": 6, "meta": 15}
+    with pytest.raises(ValueError, match="meta .*apart from those of validation, got 6 of 6 that"):
+        read_own(photos, meta=given["validation"], **given)
+
+
+def test_rows_that_parts_share(tmp_path):
+    inputs, labels = np.eye(12, dtype=np.float32), np.arange(12) % 2
+    np.savez(tmp_path / "f.npz", inputs=inputs, labels=labels)
+    with pytest.raises(ValueError, match=r"test .* 12 of 12 that are there \(inputs\[0\], "):
+        read_own(tmp_path / "f.npz", test=str(tmp_path / "f.npz"))
+    with pytest.raises(ValueError, match=r"meta .* validation, got 2 of 12 that are there"):
+        read_own(tmp_path / "f.npz", meta=str(tmp_path / "f.npz"))
+    np.savez(tmp_path / "g.npz", inputs=inputs[:6], labels=labels[:6])
+    with pytest.warns(UserWarning, match=r"6 of 6 with .* \(inputs\[0\] is inputs\[0\], "):
+        read_own(tmp_path / "f.npz", test=str(tmp_path / "g.npz"))  # as features it may be chance
+    images = (255 * inputs).astype(np.uint8).reshape(12, 4, 3)
+    np.savez(tmp_path / "f.npz", inputs=images, labels=labels)
+    np.savez(tmp_path / "g.npz", inputs=images[:6], labels=labels[:6])
+    with pytest.raises(ValueError, match="test .* 6 of 6 with the content of some there"):
+        read_own(tmp_path / "f.npz", test=str(tmp_path / "g.npz"))
+
+
+def test_an_image_with_several_labels_is_refused(tmp_path):
+    write_photos(tmp_path / "photos", 4)
+    lines = [f"photos/{name}/{k}.png,{name}" for name in CLASSES for k in range(4)]
+    data = tmp_path / "list.csv"
+    data.write_text("\n".join([*lines, "photos/cat/0.png,owl", "photos/../photos/dog/1.png,cat"]))
+    with pytest.raises(ValueError, match=r"got 2 with several \(.*cat/0.png: cat, owl; .*dog/1"):
+        read_own(data)
+    data.write_text("\n".join([*lines, lines[0]]))
+    with pytest.warns(UserWarning, match="1 of 13 images are listed again"):
+        read_own(data)

@@ -27,6 +27,7 @@ from iada.experiments.datasets.image_files import read_folder
 from iada.experiments.datasets.images import SUFFIXES, open_image, small_images
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.datasets.lists import entries_of
+from iada.experiments.datasets.overlap import check_apart
 from iada.utils.checks import argument_error
 
 KINDS = "a folder of class folders, a list of lines `path label`, an .npz, or a saved data set"
@@ -53,10 +54,10 @@ def read_own(
     of the same kinds. Parts that the data set has itself are taken as they are, unless a path is
     given. meta: a path to a clean meta set, "" for none.
     memory: keep decoded images in memory; None where all are of one size up to 64×64.
-    check: whether to look at every image first.
+    check: whether to look at every image first, and for samples that are in two parts.
 
-    Raises ValueError, or OSError for a file, for fewer than two classes, an unknown class, or files
-    that are no images, which are named.
+    Raises ValueError, or OSError for a file, for fewer than two classes, an unknown class, parts
+    that share samples, or files that are no images, which are named.
     """
     parts = _read(Path(path))
     if "train" not in parts:
@@ -66,14 +67,19 @@ def read_own(
     if train.num_classes < 2:
         remedy = "add samples of another class, a folder for each"
         raise argument_error(path, "at least 2 classes", f"1 ({train.class_names[0]})", remedy)
+    sources = dict.fromkeys(("train", "validation", "test", "meta"), path)
     for name, source in (("validation", validation), ("test", test), ("meta", meta)):
         if source and isinstance(source, str):
-            given = _read(Path(source))
+            given, sources[name] = _read(Path(source)), source
             parts[name] = next(given[part] for part in (name, "train", "test") if part in given)
     parts = {name: _with_classes(part, train, name) for name, part in parts.items()}
+    held_out = []
     for name, share in (("test", test), ("validation", validation)):
         if isinstance(share, float | int) and share and name not in parts:
             parts |= _held_out(parts["train"], name, share)
+            held_out.append(name)
+    if check:
+        check_apart({**parts, "train": train}, sources, held_out)
     return _decoded(parts, memory, check)
 
 
