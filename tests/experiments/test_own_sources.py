@@ -101,6 +101,33 @@ def test_columns_by_their_names(tmp_path):
         assert torch.equal(read.labels, plain.labels)
 
 
+@pytest.mark.parametrize("column", ["split", "Subset"])
+def test_a_column_of_parts(tmp_path, column):
+    listed = photos(tmp_path, 6)
+    parts = ("train", "train", "Train", "val", "test", "test")
+    rows = [(k, *row, parts[k % 6]) for k, row in enumerate(listed)]
+    data = write_csv(tmp_path / "list.csv", ("id", "path", "label", column), *rows)
+    with pytest.warns(UserWarning, match=r"list\.csv: columns id left out"):
+        read = read_own(data)
+    assert {name: part.class_counts().tolist() for name, part in read.items()} == {
+        "train": [3, 3, 3],
+        "validation": [1, 1, 1],
+        "test": [2, 2, 2],
+    }
+    by_name = {str(tmp_path / path): (name, parts[k % 6]) for k, (path, name) in enumerate(listed)}
+    for name, part in read.items():
+        for row in range(len(part)):
+            label, said = by_name[part.place(row)]
+            assert (part.class_names[part.labels[row]], said.lower()[:3]) == (label, name[:3])
+    rows[4] = (*rows[4][:3], "fold 3")
+    write_csv(data, ("id", "path", "label", column), *rows)
+    with pytest.raises(ValueError, match="line 6, column s.*: expected one of train, .*'fold 3'"):
+        read_own(data)
+    write_csv(data, ("path", "label", column), *[(*row, "test") for row in listed])
+    with pytest.raises(ValueError, match="expected a part 'train', got test"):
+        read_own(data)
+
+
 def test_a_header_that_is_not_known_is_told(tmp_path):
     listed = photos(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"line 1: .* header with one of path, file, .*img"):

@@ -23,6 +23,7 @@ from iada.experiments.datasets.labelled import Labelled, check_every_class
 from iada.utils.checks import argument_error
 
 PARTS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+SPELLINGS = {**PARTS, "meta": ("meta",)}  # of parts in data of one's own
 
 
 def read_folder(path: str | os.PathLike, memory: bool | None = None) -> dict[str, Labelled]:

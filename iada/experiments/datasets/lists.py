@@ -1,10 +1,13 @@
 """List files of one's own: lines `path label`, or a CSV with or without a header."""
 
 import csv
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from iada.experiments.datasets.files import at_line, damaged, lines_of
+from iada.experiments.datasets.image_files import SPELLINGS
 from iada.utils.checks import argument_error
 
 PATH_COLUMNS = (
@@ -12,14 +15,25 @@ PATH_COLUMNS = (
     *("image_path", "image_file", "image", "img_path", "img"),
 )
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "class_name", "category")
+PART_COLUMNS = ("split", "subset")
+PARTS = {said: part for part, names in SPELLINGS.items() for said in names}
 Line = tuple[int, list[str], str]  # its number, its fields, and all of it
 
 
-def entries_of(path: Path, labelled: bool = True) -> list[tuple[str, str]]:
-    """(path, label) of each line; a header of a CSV says which of its columns these are.
+class Entry(NamedTuple):
+    """What a line says of an image: its path as written there, its label, of which part it is."""
 
-    labelled: whether each line has a label; else some may, which are left out. Raises ValueError
-    naming the line, and FileNotFoundError where the first of a CSV is neither header nor image.
+    path: str
+    label: str
+    part: str = "train"
+
+
+def entries_of(path: Path, labelled: bool = True) -> list[Entry]:
+    """That of each line; a header of a CSV says which of its columns these are.
+
+    labelled: whether each line has a label; else some may, which are left out. A warning names the
+    columns that are not read. Raises ValueError naming the line, and FileNotFoundError where the
+    first of a CSV is neither header nor image.
     """
     comma = path.suffix.lower() == ".csv"
     rows: list[Line] = []
@@ -47,7 +61,7 @@ def entries_of(path: Path, labelled: bool = True) -> list[tuple[str, str]]:
             raise damaged(at_line(path, number), f"a line `path{',' if comma else ' '}label`", got)
         label = fields[-1].strip(' "') if labelled else ""
         name = _path_of(path, (number, fields, line), labelled)
-        entries.append((name or _names(path, fields, line, labelled)[0], label))
+        entries.append(Entry(name or _names(path, fields, line, labelled)[0], label))
     return entries
 
 
@@ -69,23 +83,43 @@ def _path_of(path: Path, row: Line, labelled: bool) -> str | None:
     return next((name for name in names if name and (path.parent / name).is_file()), None)
 
 
-def _by_header(path: Path, rows: Sequence[Line], labelled: bool) -> list[tuple[str, str]]:
-    """The two columns, by their names; the other one of two is the label's whatever its name."""
+def _by_header(path: Path, rows: Sequence[Line], labelled: bool) -> list[Entry]:
+    """The columns by their names; the other one of two is the label's whatever its name."""
     first, names = rows[0][0], _columns(rows[0])
-    path_at = next(names.index(name) for name in PATH_COLUMNS if name in names)
-    label_at = next((names.index(name) for name in LABEL_COLUMNS if name in names), None)
+
+    def column(known: Sequence[str]) -> int | None:
+        return next((names.index(name) for name in known if name in names), None)
+
+    path_at, label_at, part_at = map(column, (PATH_COLUMNS, LABEL_COLUMNS, PART_COLUMNS))
+    assert path_at is not None  # what makes it a header
     if label_at is None and len(names) == 2:
-        label_at = 1 - path_at
+        label_at, part_at = 1 - path_at, None
     if labelled and label_at is None:
         expected = f"a column of labels: {', '.join(LABEL_COLUMNS)}"
         raise argument_error(at_line(path, first), expected, ", ".join(names), "rename the column")
     if not rows[1:]:
         raise damaged(path, "lines below the header", "none")
+    read = path_at, label_at, part_at
+    left = [name or "one without a name" for at, name in enumerate(names) if at not in read]
+    if left and labelled:
+        warnings.warn(f"{path}: columns {', '.join(left)} left out", stacklevel=5)
     entries = []
     for number, fields, _ in rows[1:]:
         if len(fields) != len(names):
             got = len(fields)
             raise damaged(at_line(path, number), f"{len(names)} fields, as in the header", got)
         label = fields[label_at] if labelled and label_at is not None else ""
-        entries.append((fields[path_at].strip(' "'), label.strip(' "')))
+        part = "train"
+        if labelled and part_at is not None:
+            part = _part(fields[part_at], f"{at_line(path, number)}, column {names[part_at]}")
+        entries.append(Entry(fields[path_at].strip(' "'), label.strip(' "'), part))
     return entries
+
+
+def _part(text: str, where: str) -> str:
+    """The part of the data that a cell names."""
+    said = text.strip(' "').lower()
+    if said not in PARTS:
+        remedy = "rename it, or take the column away and pass --validation and --test"
+        raise argument_error(where, f"one of {', '.join(PARTS)}", repr(text), remedy)
+    return PARTS[said]

@@ -22,11 +22,10 @@ from iada.experiments.datasets.files import (
     missing,
     required,
 )
-from iada.experiments.datasets.image_files import PARTS as SPELLINGS
-from iada.experiments.datasets.image_files import read_folder
+from iada.experiments.datasets.image_files import SPELLINGS, read_folder
 from iada.experiments.datasets.images import SUFFIXES, open_image, small_images
 from iada.experiments.datasets.labelled import Labelled
-from iada.experiments.datasets.lists import entries_of
+from iada.experiments.datasets.lists import Entry, entries_of
 from iada.experiments.datasets.overlap import check_apart
 from iada.utils.checks import argument_error
 
@@ -90,7 +89,7 @@ def read_unlabelled(path: Path) -> Labelled:
         if not files:
             raise argument_error(path, "images in it or below it", "none", "pass their folder")
     elif path.suffix.lower() in (".txt", ".csv"):
-        files = [path.parent / name for name, _ in entries_of(path, labelled=False)]
+        files = [path.parent / entry.path for entry in entries_of(path, labelled=False)]
     else:
         files = [path]
     for file in files:
@@ -129,19 +128,22 @@ def _read(path: Path) -> dict[str, Labelled]:
 
 def _list(path: Path) -> dict[str, Labelled]:
     """The images that a list file names, from its folder on; labels are names or numbers."""
-    entries = entries_of(path)
-    names = _in_order({label for _, label in entries})
-    files = [path.parent / name for name, _ in entries]
-    for file in files:
-        check_image_file(file, str(path))
-    place = {name: row for row, name in enumerate(names)}
-    labels = torch.tensor([place[label] for _, label in entries])
-    return {"train": Labelled(files, labels, tuple(names))}
+    by_part: dict[str, list[Entry]] = {}
+    for entry in entries_of(path):
+        check_image_file(path.parent / entry.path, str(path))
+        by_part.setdefault(entry.part, []).append(entry)
+    parts = {}
+    for part, entries in by_part.items():
+        names = _in_order({entry.label for entry in entries})
+        place = {name: row for row, name in enumerate(names)}
+        labels = torch.tensor([place[entry.label] for entry in entries])
+        parts[part] = Labelled([path.parent / entry.path for entry in entries], labels, names)
+    return parts
 
 
-def _in_order(labels: Iterable[str]) -> list[str]:
+def _in_order(labels: Iterable[str]) -> tuple[str, ...]:
     """Class names by the alphabet, numbers by their size."""
-    return sorted(labels, key=lambda name: (len(name) * name.isdigit(), name))
+    return tuple(sorted(labels, key=lambda name: (len(name) * name.isdigit(), name)))
 
 
 def read_arrays(path: Path) -> Labelled:
@@ -182,7 +184,7 @@ def _class_names(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     if "class_names" in arrays:
         return tuple(map(str, arrays["class_names"].ravel()))
     if labels.dtype.kind in TEXT:
-        return tuple(_in_order(set(labels.astype(str).ravel().tolist())))
+        return _in_order(set(labels.astype(str).ravel().tolist()))
     count = int(labels.max(initial=0)) + 1 if labels.dtype.kind in "iu" else 0
     return tuple(map(str, range(count)))
 
@@ -233,11 +235,13 @@ def _hugging_face(path: Path) -> dict[str, Labelled]:
 
 def _spelled(names: Iterable[str], path: Path) -> dict[str, str]:
     """The parts that these names are, as in {"validation": "valid"}; a warning names the others."""
-    known, given = {**SPELLINGS, "meta": ("meta",)}, set(names)
-    parts = {part: name for part, said in known.items() for name in reversed(said) if name in given}
+    given = set(names)
+    parts = {
+        part: name for part, said in SPELLINGS.items() for name in reversed(said) if name in given
+    }
     unread = sorted(given - set(parts.values()))
     if unread:
-        text = f"{path}: {', '.join(unread)} left out; parts are {', '.join(known)}"
+        text = f"{path}: {', '.join(unread)} left out; parts are {', '.join(SPELLINGS)}"
         warnings.warn(text, stacklevel=4)
     return parts
 
