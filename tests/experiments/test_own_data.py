@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from iada.cli import main
 from iada.experiments.datasets.images import open_image
-from iada.experiments.datasets.own import read_own
+from iada.experiments.datasets.own import read_own, read_unlabelled
 from iada.experiments.model_file import load_trained
 
 Image = pytest.importorskip("PIL.Image")
@@ -201,6 +202,68 @@ def test_without_the_library_it_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert main(["train", "--data", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
     assert "pip install datasets" in capsys.readouterr().err
+
+
+def test_images_in_folders_of_a_class(tmp_path):
+    photos = write_photos(tmp_path / "photos", 4)
+    flat = read_own(photos, 0.0)["train"]
+    for name in ("more/deeper", ".hidden"):
+        (photos / "dog" / name).mkdir(parents=True)
+        shutil.copy(photos / "owl" / "0.png", photos / "dog" / name / "x.png")
+    (photos / "dog" / "more" / "back").symlink_to(photos / "dog")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train = read_own(photos, 0.0)["train"]
+    assert train.class_counts().tolist() == [4, 5, 4]
+    places = [place for place in train.places if "deeper" not in place]
+    assert places == flat.places  # in the order that they had
+    parent = tmp_path / "parent"
+    for name in ("first", "second"):
+        write_photos(parent / name, 4)
+    with pytest.warns(
+        UserWarning, match="all images lie below the folders of first, second, taken"
+    ):
+        read_own(parent, 0.0)
+
+
+def test_files_that_are_skipped_are_told(tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos", 4)
+    for number in range(3):
+        (photos / "dog" / f"{number}.png").rename(photos / "dog" / f"{number}.HEIC")
+    (photos / "loose.png").write_bytes((photos / "cat" / "0.png").read_bytes())
+    with (
+        pytest.warns(UserWarning, match="photos: skipped 3 files: .heic$"),
+        pytest.warns(UserWarning, match="photos: skipped images in no class's folder: 1"),
+    ):
+        assert read_own(photos, 0.0)["train"].class_counts().tolist() == [4, 1, 4]
+    with pytest.warns(UserWarning, match="photos: skipped 3 files: .heic$"):
+        assert len(read_unlabelled(photos)) == 10
+    (photos / "dog" / "3.png").rename(photos / "dog" / "3.heic")
+    with pytest.raises(
+        ValueError, match=r"dog: .* got none, but 4 files: .heic; .*\.jpg, .*\.webp"
+    ):
+        read_own(photos)
+    with pytest.raises(ValueError, match="dog: expected images, got none, but 4 files: .heic"):
+        read_unlabelled(photos / "dog")
+
+
+@pytest.mark.parametrize(
+    ("levels", "kind", "message"),
+    [
+        (np.linspace(0, 1, 64), np.float32, "floating-point ones"),
+        (np.linspace(0, 4095, 64), np.uint16, "levels from 0 to 4095"),
+        (np.linspace(0, 70000, 64), np.int32, "levels from 0 to 70000"),
+        (np.linspace(-9, 60000, 64), np.int32, "levels from -9 to 60000"),
+    ],
+)
+def test_grey_levels_that_would_be_lost_are_refused(tmp_path, levels, kind, message):
+    photos = write_photos(tmp_path / "photos", 4)
+    pixels = levels.astype(kind).reshape(8, 8)
+    Image.fromarray(pixels).save(photos / "dog" / "9.tif")
+    with pytest.raises(OSError, match=f"dog/9.tif: expected grey levels .*, got {message}; scale"):
+        read_own(photos)
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(photos / "dog" / "9.tif")  # black is black
+    assert len(read_own(photos, 0.0)["train"]) == 13
 
 
 def test_photos_are_read_as_a_person_sees_them(tmp_path):

@@ -5,6 +5,8 @@ Places-LT and iNaturalist 2018.
 """
 
 import os
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -27,12 +29,14 @@ SPELLINGS = {**PARTS, "meta": ("meta",)}  # of parts in data of one's own
 
 
 def read_folder(path: str | os.PathLike, memory: bool | None = None) -> dict[str, Labelled]:
-    """The images of each class's folder; classes in the alphabetical order of their names.
+    """The images of each class's folder and of those below it; classes in alphabetical order.
 
     path: a folder with `train` and, if there are any, `val` or `validation` and `test`; or one
     with a folder for each class, which is then all of `train`.
     memory: keep the decoded images in memory, as one uint8 tensor; None does so where all are of
     the same size, up to 64×64 pixels. True fails where that is not so.
+
+    A warning says how many files are skipped, as they are no images by their suffixes.
     """
     folder = folder_at(path, "train/<class>/ or <class>/ with images")
     spelled = [(part, folder / name) for part, names in PARTS.items() for name in names]
@@ -42,7 +46,16 @@ def read_folder(path: str | os.PathLike, memory: bool | None = None) -> dict[str
             raise missing(folder / "train", "the training images", f"look into {folder}")
         folders = {"train": folder}
     names = _classes(folders["train"])
-    listed = {part: _images(folder_of_part, names) for part, folder_of_part in folders.items()}
+    skipped: Counter[str] = Counter()
+    listed = {part: _images(own, names, skipped) for part, own in folders.items()}
+    if skipped:
+        warnings.warn(f"{folder}: skipped {files_with(skipped)}", stacklevel=3)
+    for own in folders.values():
+        if loose := sum(Path(entry.name).suffix.lower() in SUFFIXES for entry in _visible(own)):
+            warnings.warn(f"{own}: skipped images in no class's folder: {loose}", stacklevel=3)
+    if all(image.parent.parent != folders["train"] for image in listed["train"][0]):
+        text = f"all images lie below the folders of {', '.join(names[:3])}, taken as the classes"
+        warnings.warn(f"{folders['train']}: {text}", stacklevel=3)
     loaded = [] if memory is False else _decoded([paths for paths, _ in listed.values()])
     if memory and not loaded:
         remedy = "pass memory=None to read them as needed"
@@ -60,8 +73,10 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def _images(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]]:
-    """Paths and labels of all images in the folders of the classes."""
+def _images(
+    folder: Path, names: tuple[str, ...], skipped: Counter[str]
+) -> tuple[list[Path], list[int]]:
+    """Paths and labels of all images in the classes' folders; `skipped` takes in other files."""
     other = sorted(set(_classes(folder)) - set(names))
     if other:
         expected = "the classes of the training images"
@@ -72,15 +87,43 @@ def _images(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]
         class_folder = folder / name
         if not class_folder.is_dir():
             raise missing(class_folder, f"the images of class {name!r}", "add them")
-        files = (Path(entry.path) for entry in _visible(class_folder))
-        images = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
-        if not images:
-            raise argument_error(class_folder, "images", "none", "add some, or take the class away")
+        images, others = images_below(class_folder, "or take the class away")
+        skipped += others
         for image in images:
             check_image_file(image, str(class_folder))
         paths += images
         labels += [label] * len(images)
     return paths, labels
+
+
+def images_below(path: Path, remedy: str) -> tuple[list[Path], Counter[str]]:
+    """The images in a folder and in those below it, links followed, and other files by suffix.
+
+    ValueError without images; remedy: beside adding some.
+    """
+    images: list[Path] = []
+    others: Counter[str] = Counter()
+    seen = set()
+    for root, folders, files in os.walk(path, followlinks=True):
+        place = os.path.realpath(root)
+        folders[:] = [name for name in folders if name[0] != "." and place not in seen]
+        visible = [Path(root, name) for name in files if name[0] != "." and place not in seen]
+        seen.add(place)  # a link may lead back
+        for file in visible:
+            if file.suffix.lower() in SUFFIXES:
+                images.append(file)
+            else:
+                others[file.suffix.lower() or "no suffix"] += 1
+    if not images:
+        got = "none" + (f", but {files_with(others)}" if others else "")
+        raise argument_error(path, "images", got, f"add some ({', '.join(SUFFIXES)}), {remedy}")
+    return sorted(images), others
+
+
+def files_with(suffixes: Counter[str]) -> str:
+    """As in "9 files: .heic"."""
+    count = suffixes.total()
+    return f"{count} file{'s' if count > 1 else ''}: {', '.join(sorted(suffixes))}"
 
 
 def _decoded(listed: list[list[Path]]) -> list[torch.Tensor]:

@@ -16,27 +16,43 @@ from iada.utils.checks import argument_error
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 SMALL = 64  # pixels a side: images up to this size are kept in memory
+DEEP = 2**12, 2**16 - 1  # the brightest level of 16 bits; below it few of 256 levels are left
 
 
 def open_image(path: Path, photo: bool = False) -> "Image":
     """The image of a file, decoded, as RGB; OSError naming the file where that fails.
 
     photo: as a person sees it: turned as its EXIF orientation says, on white where it is
-    transparent, and 16-bit grey levels in 8 bits. The papers' data sets are read without.
+    transparent, and 16-bit grey levels in 8 bits; levels that would be lost there are refused. The
+    papers' data sets are read without.
     """
     Image = required("PIL.Image", "image files are read by Pillow: pip install 'iada[paper]'")
     try:
         with Image.open(io.BytesIO(path.read_bytes())) as image:
-            return _as_seen(image) if photo else image.convert("RGB")
+            lost = _lost_levels(image) if photo else None
+            if lost is None:
+                return _as_seen(image) if photo else image.convert("RGB")
     except FileNotFoundError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         text = argument_error(path, "an image", error, "fetch that image again")
         raise OSError(str(text)) from error
+    expected, remedy = "grey levels that fill 8 or 16 bits", "scale them to 8 bits"
+    raise OSError(str(argument_error(path, expected, lost, remedy)))
+
+
+def _lost_levels(image: "Image") -> str | None:
+    """Grey levels of which hardly any would be left in 8 bits; None where all is well."""
+    if image.mode == "F":
+        return "floating-point ones"
+    if image.mode.startswith("I"):
+        levels, (least, most) = np.asarray(image), DEEP
+        low, high = int(levels.min()), int(levels.max())
+        if low < 0 or 0 < high < least or high > most:
+            return f"levels from {low} to {high}"
+    return None
 
 
 def _as_seen(image: "Image") -> "Image":

@@ -22,8 +22,13 @@ from iada.experiments.datasets.files import (
     missing,
     required,
 )
-from iada.experiments.datasets.image_files import SPELLINGS, read_folder
-from iada.experiments.datasets.images import SUFFIXES, open_image, small_images
+from iada.experiments.datasets.image_files import (
+    SPELLINGS,
+    files_with,
+    images_below,
+    read_folder,
+)
+from iada.experiments.datasets.images import open_image, small_images
 from iada.experiments.datasets.labelled import Labelled
 from iada.experiments.datasets.lists import Entry, entries_of
 from iada.experiments.datasets.overlap import check_apart
@@ -85,9 +90,9 @@ def read_own(
 def read_unlabelled(path: Path) -> Labelled:
     """Images to be classified: all of a folder and those below it, one image, or a list file."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        if not files:
-            raise argument_error(path, "images in it or below it", "none", "pass their folder")
+        files, skipped = images_below(path, "or pass their folder")
+        if skipped:
+            warnings.warn(f"{path}: skipped {files_with(skipped)}", stacklevel=2)
     elif path.suffix.lower() in (".txt", ".csv"):
         files = [path.parent / entry.path for entry in entries_of(path, labelled=False)]
     else:
