@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except KeyboardInterrupt as stop:
         if launched_rank() == 0:
-            print(f"\n{stop}" if str(stop) else "\nstopped")
+            print(f"\n{_stopped(stop, options)}")
         return 130
     except BrokenPipeError:  # as `| head` leaves behind
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -134,13 +135,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _stopped(stop: KeyboardInterrupt, options: argparse.Namespace) -> str:
+    """What a stopped command says; what it left in the folder of a run is gone on from by it."""
+    where, begun, _ = (str(stop) or "stopped").partition("; resume from ")
+    if begun and options.command == "train" and options.data is None:
+        return f"{stop}: the same command with --resume goes on"
+    if begun and options.command in ("train", "labels", "paper"):
+        where += f"; the same command goes on, with --out {shlex.quote(str(options.out))}"
+    return where
+
+
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "train",
         help="train on data of your own, or by a TOML configuration",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=_settings_help(),
-        epilog="Ctrl-C finishes the step and leaves a checkpoint; --resume goes on from it.\n"
+        epilog="Ctrl-C finishes the step and leaves a checkpoint, from which the same command goes "
+        "on; with --config it takes --resume.\n"
         "With several processes: torchrun --nproc-per-node 2 -m iada train --config run.toml",
     )
     parser.add_argument("--data", type=Path, help="data of your own")

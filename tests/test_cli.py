@@ -104,7 +104,7 @@ def test_ctrl_c_leaves_a_resumable_checkpoint(config, tmp_path):
         text, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped at epoch" in text
-    assert "resume from" in text
+    assert f"resume from {out}: the same command with --resume goes on" in text
     epoch = torch.load(out / "checkpoint.pt", weights_only=True)["epoch"]
     config.write_text(steady.format(epochs=epoch + 1))
     assert main(["train", "--config", str(config), "--out", str(out), "--resume"]) == 0

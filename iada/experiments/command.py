@@ -17,7 +17,8 @@ from iada.experiments.on_demand import NOTHING, OnDemand, check_demand, with_dem
 from iada.experiments.progress import Series
 from iada.experiments.recipe import Recipe
 from iada.experiments.records import RECORD, read_records
-from iada.experiments.run import RunOptions, plan, run
+from iada.experiments.run import REQUEST, RunOptions, plan, run
+from iada.training.checkpoint import CHECKPOINT
 from iada.utils.checks import argument_error, check_choice
 from iada.utils.distributed import by_first, current_group, launched_group, rank_of
 from iada.utils.files import check_writable
@@ -112,9 +113,7 @@ def _paper(options: argparse.Namespace) -> int:
         for recipe in chosen:
             _dry_run(recipe, options, limits, run_options)
         return 0
-    by_first(
-        lambda: check_writable(options.out), current_group()
-    )  # before hours of training, not after
+    by_first(lambda: check_out(options.out), current_group())  # before hours of training, not after
     seeds = _seeds(options)
     shorter = [limited(recipe, limits) for recipe in chosen]
     runs = [(r, entry, seed) for r in shorter for seed in seeds for entry in r.methods]
@@ -155,6 +154,14 @@ def check_at_least(least: int, options: argparse.Namespace, *names: str) -> None
         if value is not None and value < least:
             expected = f"at least {least}" if least else "0 or more"
             raise argument_error(f"--{name.replace('_', '-')}", expected, value, "raise it")
+
+
+def check_out(folder: Path) -> None:
+    """A folder that runs can be written below; ValueError for the folder of one."""
+    if any((folder / name).exists() for name in (REQUEST, RECORD, CHECKPOINT)):
+        remedy = "pass the --out that the run was made with, or another"
+        raise argument_error("--out", "a folder for runs", f"{folder}, which is a run's", remedy)
+    check_writable(folder)
 
 
 def _check_one_data_set(chosen: Sequence[Recipe]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from iada.experiments import recipe as recipes
 from iada.experiments.command import (
     check_at_least,
+    check_out,
     check_processes,
     device_named,
     run_methods,
@@ -28,7 +29,6 @@ from iada.models import BUILT_IN
 from iada.training.loggers import LOGGERS, logger_package
 from iada.utils.checks import argument_error
 from iada.utils.distributed import by_first, current_group
-from iada.utils.files import check_writable
 
 BASE = "base/own"
 PRETRAINED_LR = 0.01  # weights that know something are moved less
@@ -110,7 +110,7 @@ def train_methods(recipe: Recipe, options: argparse.Namespace) -> None:
     check_at_least(1, options, "seeds")
     if options.logger is not None:
         logger_package(options.logger)
-    by_first(lambda: check_writable(options.out), current_group())  # before reading all the images
+    by_first(lambda: check_out(options.out), current_group())  # before reading all the images
     say(f"reading {options.data}")
     parts = read_parts(recipe, options.data, Limits())
     if "meta" in parts and options.meta_per_class:

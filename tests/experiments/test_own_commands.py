@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import re
 import shlex
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from iada.experiments.datasets.own import read_own
 from iada.experiments.metrics import measure
 from iada.experiments.model_file import load_trained
 from iada.experiments.run import run
+from iada.experiments.watch import Watch
 
 pytest.importorskip("PIL.Image")
 CLASSES = ("cat", "dog", "owl")
@@ -144,6 +147,33 @@ def test_the_printed_commands_work(features, tmp_path, capsys, words, kinds):
     assert [command[3] for command in commands] == kinds
     for command in commands:
         assert main(command[3:]) == 0
+
+
+@pytest.mark.parametrize("command", ["train", "labels"])
+def test_what_a_stopped_command_says_goes_on(features, tmp_path, capsys, monkeypatch, command):
+    out = tmp_path / "a run"
+    words = [command, *["--data"] * (command == "train"), str(features), "--out", str(out)]
+    words += ["--meta-per-class", "2", *QUICK]
+    observe, visits = Watch.__call__, []
+
+    def stopped_once(*parts):
+        observe(*parts)
+        visits.append(parts)
+        if len(visits) == 4:  # in the second epoch
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Watch, "__call__", stopped_once)
+    assert main(words) == 130
+    text = capsys.readouterr().out
+    assert f"stopped at epoch 1; the same command goes on, with --out '{out}'" in text
+    run = out / "meta-iada" / "seed0"
+    assert main([*words, "--out", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert f"--out: expected a folder for runs, got {run}, which is a run's; pass the" in error
+    assert not (run / "meta-iada").exists()
+    steps = len(visits)
+    assert main(words) == 0
+    assert len(visits) - steps == 2 * 3 - 4  # of three steps an epoch
 
 
 def test_labels_trains_first_and_takes_the_run_that_ranks(features, tmp_path, capsys):
