@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from iada.cli import main
-from iada.experiments.datasets.own import read_own
+from iada.experiments.datasets.own import read_own, read_unlabelled
 from iada.experiments.report.style import paint
 
 Image = pytest.importorskip("PIL.Image")
@@ -137,6 +137,40 @@ def test_a_header_that_is_not_known_is_told(tmp_path):
         read_own(write_csv(tmp_path / "a.csv", ("path", "set", "kind"), *rows))
     with pytest.raises(ValueError, match="line 3: expected 2 fields, as in the header, got 3"):
         read_own(write_csv(tmp_path / "a.csv", ("path", "label"), listed[0], rows[1]))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "txt"])
+@pytest.mark.parametrize("header", [True, False])
+def test_paths_that_start_from_elsewhere(tmp_path, monkeypatch, capsys, suffix, header):
+    listed = photos(tmp_path)
+    (tmp_path / "sub").mkdir()
+    data = tmp_path / "sub" / f"list.{suffix}"
+    if suffix == "csv":
+        write_csv(data, *[("path", "label")] * header, *listed)
+    else:
+        data.write_text("\n".join(["path label"] * header + [f"{p} {name}" for p, name in listed]))
+    tried, here = tmp_path / "sub" / listed[0][0], f"working directory, {tmp_path}, there is one:"
+    for folder, remedies in ((tmp_path, [here, "write absolute ones"]), (tmp_path / "sub", [])):
+        monkeypatch.chdir(folder)
+        text = refused(capsys, "train", "--data", data.relative_to(folder), "--out", tmp_path / "o")
+        assert str(tried) in text
+        assert f"from {tmp_path / 'sub'}" in text
+        assert all(remedy in text for remedy in remedies)
+        assert ("there is one" in text) == bool(remedies)
+
+
+def test_all_files_that_are_not_there_are_told(tmp_path):
+    listed = photos(tmp_path)
+    absent = [(f"none{k}.png", "owl") for k in range(12)]
+    for name, rows in (
+        ("a.csv", [("path", "label"), *absent, *listed]),
+        ("b.csv", listed + absent),
+    ):
+        with pytest.raises(FileNotFoundError, match="got 12 of 24 that are no files") as error:
+            read_own(write_csv(tmp_path / name, *rows))
+        assert "none9.png\nand 2 more" in str(error.value)
+        with pytest.raises(FileNotFoundError, match="got 12 of 24 that are no files"):
+            read_unlabelled(tmp_path / name)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "txt"])

@@ -19,6 +19,7 @@ import torch
 from iada.utils.checks import argument_error
 
 DAMAGED = "mend the file, or fetch it again"
+NAMED_AT_MOST = 10  # faults in one message
 
 
 def required(name: str, hint: str) -> Any:
@@ -38,6 +39,12 @@ def missing(path: Path, expected: str, remedy: str) -> FileNotFoundError:
 def damaged(where: object, expected: str, got: object) -> ValueError:
     """The error for a file, or a place in it, that holds something else than `expected`."""
     return argument_error(where, expected, got, DAMAGED)
+
+
+def first_of(faults: Sequence[str]) -> str:
+    """The first few, a line each, and how many more there are."""
+    left = len(faults) - NAMED_AT_MOST
+    return "\n".join([*faults[:NAMED_AT_MOST], *[f"and {left} more"] * (left > 0)])
 
 
 def at_line(path: Path, line: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from iada.experiments.datasets.files import at_line, damaged, lines_of
+from iada.experiments.datasets.files import at_line, damaged, first_of, lines_of
 from iada.experiments.datasets.image_files import SPELLINGS
 from iada.utils.checks import argument_error
 
@@ -49,10 +49,13 @@ def entries_of(path: Path, labelled: bool = True) -> list[Entry]:
     if not rows:
         raise damaged(path, "lines with paths", "none")
     if comma and _path_of(path, rows[0], labelled) is None:
-        number, _, line = rows[0]
-        expected = f"the path of an image, or a header with one of {', '.join(PATH_COLUMNS)}"
-        remedy = "mend the line, or rename the column"
-        error = argument_error(at_line(path, number), expected, repr(line), remedy)
+        number, fields, line = rows[0]
+        folder, names = path.parent.absolute(), _names(path, fields, line, labelled)
+        header = f"a header with one of {', '.join(PATH_COLUMNS)}"
+        expected = f"the path of an image, from {folder} on, or {header}"
+        got = f"{line!r}, and no file {folder / names[-1]}"
+        remedy = _remedy(names, "mend the line, or rename the column")
+        error = argument_error(at_line(path, number), expected, got, remedy)
         raise FileNotFoundError(str(error))
     entries = []
     for number, fields, line in rows:
@@ -63,6 +66,30 @@ def entries_of(path: Path, labelled: bool = True) -> list[Entry]:
         name = _path_of(path, (number, fields, line), labelled)
         entries.append(Entry(name or _names(path, fields, line, labelled)[0], label))
     return entries
+
+
+def files_of(path: Path, entries: Sequence[Entry]) -> list[Path]:
+    """The files that these lines name, from the list's folder on.
+
+    FileNotFoundError naming those that are not there.
+    """
+    absent = [entry.path for entry in entries if not (path.parent / entry.path).is_file()]
+    if absent:
+        folder = path.parent.absolute()
+        expected = f"images at its paths, which start from {folder}"
+        got = f"{len(absent)} of {len(entries)} that are no files"
+        remedy = _remedy(absent, "put them there, or mend the lines")
+        error = argument_error(path, expected, got, remedy)
+        raise FileNotFoundError(f"{error}\n{first_of([str(folder / name) for name in absent])}")
+    return [path.parent / entry.path for entry in entries]
+
+
+def _remedy(names: Sequence[str], otherwise: str) -> str:
+    """What to do about paths that lead to nothing from the list's folder."""
+    if any(name and Path(name).is_file() for name in names):
+        here = f"from the working directory, {Path.cwd()}, there is one"
+        return f"{here}: move the list to where its paths start, or write absolute ones"
+    return otherwise
 
 
 def _columns(row: Line) -> list[str]:

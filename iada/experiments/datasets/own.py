@@ -30,7 +30,7 @@ from iada.experiments.datasets.image_files import (
 )
 from iada.experiments.datasets.images import open_image, small_images
 from iada.experiments.datasets.labelled import Labelled
-from iada.experiments.datasets.lists import Entry, entries_of
+from iada.experiments.datasets.lists import entries_of, files_of
 from iada.experiments.datasets.overlap import check_apart
 from iada.utils.checks import argument_error
 
@@ -94,11 +94,10 @@ def read_unlabelled(path: Path) -> Labelled:
         if skipped:
             warnings.warn(f"{path}: skipped {files_with(skipped)}", stacklevel=2)
     elif path.suffix.lower() in (".txt", ".csv"):
-        files = [path.parent / entry.path for entry in entries_of(path, labelled=False)]
+        files = files_of(path, entries_of(path, labelled=False))
     else:
+        check_image_file(path, str(path))
         files = [path]
-    for file in files:
-        check_image_file(file, str(path))
     return Labelled(files, torch.zeros(len(files), dtype=torch.int64), ("",))
 
 
@@ -133,16 +132,15 @@ def _read(path: Path) -> dict[str, Labelled]:
 
 def _list(path: Path) -> dict[str, Labelled]:
     """The images that a list file names, from its folder on; labels are names or numbers."""
-    by_part: dict[str, list[Entry]] = {}
-    for entry in entries_of(path):
-        check_image_file(path.parent / entry.path, str(path))
-        by_part.setdefault(entry.part, []).append(entry)
+    entries = entries_of(path)
+    files = files_of(path, entries)
     parts = {}
-    for part, entries in by_part.items():
-        names = _in_order({entry.label for entry in entries})
+    for part in dict.fromkeys(entry.part for entry in entries):
+        rows = [row for row, entry in enumerate(entries) if entry.part == part]
+        names = _in_order({entries[row].label for row in rows})
         place = {name: row for row, name in enumerate(names)}
-        labels = torch.tensor([place[entry.label] for entry in entries])
-        parts[part] = Labelled([path.parent / entry.path for entry in entries], labels, names)
+        labels = torch.tensor([place[entries[row].label] for row in rows])
+        parts[part] = Labelled([files[row] for row in rows], labels, names)
     return parts
 
 
