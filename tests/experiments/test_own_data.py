@@ -339,6 +339,23 @@ def test_what_cannot_be_trained_on_is_named(tmp_path, capsys):
     assert not (tmp_path / "run" / "meta-iada").exists()
 
 
+def test_all_images_that_cannot_be_read_are_counted(tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos", 8)
+    broken = [photos / name / f"{k}.png" for name in CLASSES[:2] for k in range(6)]
+    for file in broken:
+        file.write_bytes(file.read_bytes()[: int(file.stem) * 9])  # the first is empty
+    with pytest.raises(OSError, match="^12 of 24 images cannot be read\n") as error:
+        read_own(photos, 0.0)
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0] for line in lines[1:11]] == list(map(str, broken[:10]))
+    assert "expected an image, got an empty file" in lines[1]
+    assert lines[11] == "and 2 more"
+    rows = [f"{file} {file.parent.name}" for file in sorted(photos.rglob("*.png"))]
+    (tmp_path / "list.txt").write_text("\n".join(rows))
+    with pytest.raises(OSError, match="^12 of 24 images cannot be read\n"):
+        read_own(tmp_path / "list.txt")
+
+
 def test_an_unknown_class_of_a_given_part_is_named(tmp_path):
     photos = write_photos(tmp_path / "photos", 3)
     more = write_photos(tmp_path / "more", 3)

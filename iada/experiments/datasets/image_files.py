@@ -28,13 +28,16 @@ PARTS = {"train": ("train",), "validation": ("val", "validation", "valid"), "tes
 SPELLINGS = {**PARTS, "meta": ("meta",)}  # of parts in data of one's own
 
 
-def read_folder(path: str | os.PathLike, memory: bool | None = None) -> dict[str, Labelled]:
+def read_folder(
+    path: str | os.PathLike, memory: bool | None = None, check: bool = True
+) -> dict[str, Labelled]:
     """The images of each class's folder and of those below it; classes in alphabetical order.
 
     path: a folder with `train` and, if there are any, `val` or `validation` and `test`; or one
     with a folder for each class, which is then all of `train`.
     memory: keep the decoded images in memory, as one uint8 tensor; None does so where all are of
     the same size, up to 64×64 pixels. True fails where that is not so.
+    check: whether to look for empty files.
 
     A warning says how many files are skipped, as they are no images by their suffixes.
     """
@@ -48,6 +51,9 @@ def read_folder(path: str | os.PathLike, memory: bool | None = None) -> dict[str
     names = _classes(folders["train"])
     skipped: Counter[str] = Counter()
     listed = {part: _images(own, names, skipped) for part, own in folders.items()}
+    if check:
+        for image in (image for images, _ in listed.values() for image in images):
+            check_image_file(image, str(image.parent))
     if skipped:
         warnings.warn(f"{folder}: skipped {files_with(skipped)}", stacklevel=3)
     for own in folders.values():
@@ -89,8 +95,6 @@ def _images(
             raise missing(class_folder, f"the images of class {name!r}", "add them")
         images, others = images_below(class_folder, "or take the class away")
         skipped += others
-        for image in images:
-            check_image_file(image, str(class_folder))
         paths += images
         labels += [label] * len(images)
     return paths, labels

@@ -30,7 +30,10 @@ def open_image(path: Path, photo: bool = False) -> "Image":
     """
     Image = required("PIL.Image", "image files are read by Pillow: pip install 'iada[paper]'")
     try:
-        with Image.open(io.BytesIO(path.read_bytes())) as image:
+        content = path.read_bytes()
+        if not content:
+            raise OSError("an empty file")
+        with Image.open(io.BytesIO(content)) as image:
             lost = _lost_levels(image) if photo else None
             if lost is None:
                 return _as_seen(image) if photo else image.convert("RGB")

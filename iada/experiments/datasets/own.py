@@ -19,6 +19,7 @@ from iada.experiments.datasets.files import (
     arrays_of,
     check_image_file,
     class_indices,
+    first_of,
     missing,
     required,
 )
@@ -36,7 +37,6 @@ from iada.utils.checks import argument_error
 
 KINDS = "a folder of class folders, a list of lines `path label`, an .npz, or a saved data set"
 TEXT = "US"  # numpy's kinds of text
-NAMED_AT_MOST = 5  # damaged files in one message
 TEXT_COLUMNS = ("text", "sentence", "content")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target")
 
@@ -123,7 +123,7 @@ def _read(path: Path) -> dict[str, Labelled]:
     """The parts at a path, images as paths."""
     if path.is_dir():
         saved = any((path / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
-        return _hugging_face(path) if saved else read_folder(path, memory=False)
+        return _hugging_face(path) if saved else read_folder(path, memory=False, check=False)
     if not path.is_file():
         raise missing(path, KINDS, "pass where the data lies")
     readers: dict[str, Callable[[Path], dict[str, Labelled]]] = {".npz": _arrays}
@@ -338,7 +338,7 @@ def _decoded(parts: dict[str, Labelled], memory: bool | None, check: bool) -> di
 
 
 def check_images(files: Sequence[Path]) -> None:
-    """OSError naming the files that are no whole images; each is decoded once."""
+    """OSError that counts and names the files that are no whole images; each is decoded once."""
 
     def fault(file: Path) -> str | None:
         try:
@@ -350,5 +350,5 @@ def check_images(files: Sequence[Path]) -> None:
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
         faults = [text for text in pool.map(fault, files) if text is not None]
     if faults:
-        more = f"\nand {len(faults) - NAMED_AT_MOST} more" * (len(faults) > NAMED_AT_MOST)
-        raise OSError("\n".join(faults[:NAMED_AT_MOST]) + more)
+        counted = [f"{len(faults)} of {len(files)} images cannot be read"] * (len(faults) > 1)
+        raise OSError("\n".join([*counted, first_of(faults)]))
