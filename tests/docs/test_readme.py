@@ -22,19 +22,26 @@ def blocks(language, text=README):
 
 def test_python_examples():
     torch.manual_seed(0)
-    swap, meta = blocks("python")
+    swap, validate, meta = blocks("python")
     batches = [(torch.randn(8, 20), torch.arange(8)), (torch.randn(8, 20), torch.arange(8) + 2)]
     backbone = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU())
     names = {
         "make_backbone": lambda: backbone,
         "train_labels": torch.arange(100) % 10,
         "loader": batches,
+        "validation_loader": batches,
         "meta_loader": batches[:1],  # shorter than the loader
         "optimizer": torch.optim.SGD(backbone.parameters(), lr=0.1),
     }
     exec(swap, names)
     assert int(names["criterion"].covariance.count.sum()) == 16
     assert torch.isfinite(names["loss"])
+    exec(validate, names)
+    assert int(names["criterion"].covariance.count.sum()) == 16
+    assert backbone.training
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    plain = torch.nn.functional.cross_entropy(names["head"](backbone(images)), labels)
+    assert float(names["validation_loss"]) == pytest.approx(float(plain.detach()))
     names["optimizer"].add_param_group({"params": [*names["head"].parameters()]})
     exec(meta, names)
     assert int(names["meta"].covariance.count.sum()) == 16
