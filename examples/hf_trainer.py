@@ -222,7 +222,7 @@ def main(
             train_dataset=train,
             eval_dataset=test,
             meta_dataset=meta,
-            class_counts=torch.bincount(train.labels),
+            class_counts=torch.bincount(train.labels, minlength=CLASSES),
             compute_metrics=lambda p: {"accuracy": float((p[0].argmax(-1) == p[1]).mean())},
         )
         trainer.train(resume_from_checkpoint=resume or None)

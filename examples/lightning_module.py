@@ -30,7 +30,8 @@ class MetaIADAModule(L.LightningModule):
         parameters = [*backbone.parameters(), *head.parameters()]
         optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
         # A module: .to(), checkpoints and resuming take Ω, its optimizer, Σ and the memory along.
-        self.meta = iada.MetaIADA(backbone, head, optimizer, class_counts, alpha=0.1)
+        options = {"alpha": 0.1, "clip_norm": 1.0}
+        self.meta = iada.MetaIADA(backbone, head, optimizer, class_counts, **options)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The classifier's optimizer, with a cosine schedule, stepped below."""

@@ -47,6 +47,7 @@ def main(epochs: int = 30, ce_epochs: int = 10) -> float:
         class_counts=torch.bincount(labels, minlength=CLASSES),
         memory=iada.TrainingMemory(CLASSES, SIZE),
         alpha=0.1,
+        clip_norm=1.0,
     )
 
     epsilon = torch.zeros(SIZE)
@@ -56,7 +57,7 @@ def main(epochs: int = 30, ce_epochs: int = 10) -> float:
                 meta.cross_entropy_step(batch)
             else:
                 epsilon[batch[2]] = meta.step(batch, next(meta_stream)).epsilon
-        meta.memory.end_epoch()
+        meta.end_epoch()
         schedule.step()
 
     with torch.no_grad():
