@@ -1,7 +1,7 @@
 """Records of runs: one JSON file each, read again by the settings that decide the result."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from iada.utils.files import write_text
 Record = dict[str, Any]
 RECORD = "record.json"
 RENAMED = {"departures": "deviations", "strengths": "epsilon"}  # by earlier versions
+SHORT = 60  # letters of a value that a message shows
 NAMES = ("experiment", "title", "method", "method_name")  # what a run is called, not what it is
 
 
@@ -44,11 +45,15 @@ def deviations_of(record: Record) -> str:
 def previous_record(path: Path, request: Mapping[str, Any]) -> Record:
     """What a previous run wrote to `path`; ValueError if it is not of the same request."""
     record = renamed(read_json(path))
-    for name, value in request.items():
-        if name not in ("title", "method_name") and not _agrees(record, name, value):
-            expected, got = "no run, or one with the same settings", f"one with another {name}"
-            remedy = "choose another --out, or move it"
-            raise argument_error(path.parent, expected, got, remedy)
+    others = [
+        f"another {name}{_differences(record, name, value)}"
+        for name, value in request.items()
+        if name not in ("title", "method_name") and not _agrees(record, name, value)
+    ]
+    if others:
+        expected, got = "no run, or one with the same settings", f"one with {', '.join(others)}"
+        remedy = "choose another --out, or move it"
+        raise argument_error(path.parent, expected, got, remedy)
     return record
 
 
@@ -79,11 +84,40 @@ def read_json(path: Path) -> Any:
         raise argument_error(path, "a run's record", got, remedy) from error
 
 
+def _differences(record: Mapping[str, Any], name: str, value: Any) -> str:
+    """In parentheses what differs, with both values where they are short; "" where none can be."""
+    known, parts = record.get(name), []
+    if name == "settings" and isinstance(known, dict):
+        known = {key: v for key, v in _with_defaults(known).items() if key in value}
+    if name == "split" and isinstance(known, dict) and "parts" in known:
+        parts = other_parts(known["parts"], value["parts"])
+        known, value = ({**split, "parts": None} for split in (known, value))
+    then, now = dict(_plain(known)), dict(_plain(value))
+    names = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    words = [f"{' '.join(key)} {then.get(key)}, here {now.get(key)}".lstrip() for key in names]
+    words += [f"samples of {part}" for part in parts]
+    return f" ({'; '.join(words)})" if words else ""
+
+
+def _plain(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of each short value in a table and in those that it holds."""
+    if isinstance(value, Mapping):
+        for key, held in value.items():
+            yield from _plain(held, (*path, key))
+    elif len(str(value)) <= SHORT:
+        yield path, value
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """As they would be read again: tuples are lists."""
+    return json.loads(json.dumps(with_defaults(settings)))
+
+
 def _agrees(record: Mapping[str, Any], name: str, value: Any) -> bool:
     """Whether a record has this value; a setting that its version did not know had its default."""
     known = record.get(name)
     if name == "settings" and isinstance(known, dict):
-        known = json.loads(json.dumps(with_defaults(known)))
+        known = _with_defaults(known)
         return all(known.get(key) == setting for key, setting in value.items())
     if name == "split" and isinstance(known, dict) and "parts" in known:
         rest = {**known, "parts": None} == {**value, "parts": None}

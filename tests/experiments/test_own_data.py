@@ -69,6 +69,16 @@ def test_the_same_command_goes_on_and_another_is_refused(trained, capsys):
     assert (out / "meta-iada" / "seed0" / "record.json").read_bytes() == before
     assert main([*words, *SMALL, "trainer.lr=0.01"]) == 2
     assert "one with the same settings" in capsys.readouterr().err
+    assert main([*words, *SMALL, "trainer.lr=0.01", "trainer.milestones=[1]"]) == 2
+    text = capsys.readouterr().err
+    assert "one with another settings (lr 0.05, here 0.01; milestones [], here [1]);" in text
+    words[words.index("2")] = "3"
+    words += ["--test", "0.2"]
+    assert main([*words, *SMALL]) == 2
+    text = capsys.readouterr().err
+    assert "another settings (epochs 2, here 3)" in text
+    assert "class_counts train [6, 6, 6], here [4, 4, 4]" in text
+    assert "samples of train" in text
 
 
 def test_predict_from_the_run_and_from_an_export(trained, tmp_path, capsys):
