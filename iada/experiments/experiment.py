@@ -75,14 +75,19 @@ def read_parts(recipe: Recipe, path: Path | None, limits: Limits) -> Parts:
     options = dict(recipe.data)
     name, colored = options.pop("reader"), options.pop("colored", False)
     reader = READERS[name]
-    if name not in BUNDLED and (path is None or not path.exists()):
-        raise argument_error("--data", recipe.needs, f"nothing at {path}", "pass where it lies")
+    check_data(recipe, path)
     _check_keys("data", options, reader, "reader", "colored")
     parts = reader(path, **options)
     if colored:
         parts = colored_mnist(parts)
     limit_of = {"train": limits.train, "test": limits.test, "validation": limits.test}
     return {part: first_of_each(data, limit_of.get(part, 0)) for part, data in parts.items()}
+
+
+def check_data(recipe: Recipe, path: Path | None) -> None:
+    """ValueError if there is nothing at the path of a data set that is not bundled."""
+    if recipe.data["reader"] not in BUNDLED and (path is None or not path.exists()):
+        raise argument_error("--data", recipe.needs, f"nothing at {path}", "pass where it lies")
 
 
 def _check_keys(section: str, options: Iterable[str], taker: Callable, *others: str) -> None:

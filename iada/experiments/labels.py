@@ -59,8 +59,14 @@ def labels(options: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     check_at_least(0, options, "top")
     source, folder = options.source, options.out
+    if not source.exists():
+        got, remedy = f"no run and no data at {source}", "pass where one of them lies"
+        raise argument_error("RUN_OR_DATA", "a run, or data to train on", got, remedy)
     if source.is_file() or not any(source.rglob(DESCRIPTION)):
         folder = folder or Path("runs") / source.stem
+        if folder.resolve() == source.resolve():
+            remedy = "pass a run, or another --out if it is data"
+            raise argument_error(source, "a run in it", f"no {DESCRIPTION}", remedy)
         run = _trained(options, source, folder)
         source = folder
     else:

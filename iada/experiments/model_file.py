@@ -125,7 +125,8 @@ def describe(
 
 def training_samples(data: Mapping[str, Any]) -> Labelled:
     """The training part of such `data` as model.json has it; image files as their paths."""
-    options = {name: data[name] for name in data if name not in ("path", "reader", "memory")}
+    others = ("path", "reader", "memory", "check")
+    options = {name: data[name] for name in data if name not in others}
     return read_own(data["path"], **options, memory=False, check=False)["train"]
 
 

@@ -20,7 +20,7 @@ from iada.experiments.command import (
     with_methods,
 )
 from iada.experiments.datasets.own import KINDS
-from iada.experiments.experiment import Limits, Parts, read_parts
+from iada.experiments.experiment import Limits, Parts, check_data, read_parts
 from iada.experiments.progress import Series
 from iada.experiments.recipe import MethodEntry, Recipe
 from iada.experiments.run import RunOptions
@@ -110,7 +110,7 @@ def train_methods(recipe: Recipe, options: argparse.Namespace) -> None:
     check_at_least(1, options, "seeds")
     if options.logger is not None:
         logger_package(options.logger)
-    by_first(lambda: check_out(options.out), current_group())  # before reading all the images
+    by_first(lambda: _prepare(recipe, options), current_group())  # before reading all the images
     say(f"reading {options.data}")
     parts = read_parts(recipe, options.data, Limits())
     if "meta" in parts and options.meta_per_class:
@@ -143,6 +143,18 @@ def train_methods(recipe: Recipe, options: argparse.Namespace) -> None:
     seeds = range(1 if options.seeds is None else options.seeds)
     series = Series([(recipe, entry, seed) for seed in seeds for entry in recipe.methods])
     run_methods(recipe, parts, seeds, Limits(), run_options, series, shlex.join(options.words))
+
+
+def _prepare(recipe: Recipe, options: argparse.Namespace) -> None:
+    """A folder for the runs, outside of the data, which would be read with them the next time."""
+    check_data(recipe, options.data)
+    given = [recipe.data.get(name) for name in ("meta", "validation", "test")]
+    for source in [options.data, *(Path(path) for path in given if isinstance(path, str) and path)]:
+        if source.is_dir() and options.out.resolve().is_relative_to(source.resolve()):
+            remedy = "pass another: what is written there would be read as data"
+            got = f"{options.out}, which is in {source}"
+            raise argument_error("--out", "a folder outside of the data", got, remedy)
+    check_out(options.out)
 
 
 def labels_run(recipe: Recipe, out: Path) -> Path | None:

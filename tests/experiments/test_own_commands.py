@@ -335,6 +335,28 @@ def test_a_row_of_which_a_run_diverged_does_not_keep_the_next_one(tmp_path, caps
     assert "CE, seed 0: loss" in capsys.readouterr().err
 
 
+def test_what_is_not_there_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["labels", "runs/typo"]) == 2
+    assert "no run and no data at runs/typo" in capsys.readouterr().err
+    assert train("typo", "runs/other") == 2
+    assert "nothing at typo" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "runs" / "begun").mkdir(parents=True)
+    assert main(["labels", "runs/begun"]) == 2
+    assert "runs/begun: expected a run in it, got no model.json" in capsys.readouterr().err
+
+
+def test_runs_are_not_written_into_the_data(tmp_path, capsys):
+    photos, clean = write_photos(tmp_path / "photos", 4), write_photos(tmp_path / "clean", 2)
+    (tmp_path / "link").symlink_to(photos)
+    before = sorted(tmp_path.rglob("*"))
+    for out in (photos, photos / "runs" / "a", tmp_path / "link" / "a", clean / "a"):
+        assert train(photos, out, "--meta", str(clean)) == 2
+        assert "--out: expected a folder outside of the data, got" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_damaged_weights_are_named(features, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(features, out, "--method", "ce") == 0

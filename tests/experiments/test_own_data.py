@@ -14,7 +14,7 @@ import torch
 from iada.cli import main
 from iada.experiments.datasets.images import open_image
 from iada.experiments.datasets.own import read_own, read_unlabelled
-from iada.experiments.model_file import load_trained
+from iada.experiments.model_file import load_trained, training_samples
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -439,8 +439,11 @@ def test_rows_that_parts_share(tmp_path):
     images = (255 * inputs).astype(np.uint8).reshape(12, 4, 3)
     np.savez(tmp_path / "f.npz", inputs=images, labels=labels)
     np.savez(tmp_path / "g.npz", inputs=images[:6], labels=labels[:6])
+    given = {"path": str(tmp_path / "f.npz"), "test": str(tmp_path / "g.npz")}
     with pytest.raises(ValueError, match="test .* 6 of 6 with the content of some there"):
-        read_own(tmp_path / "f.npz", test=str(tmp_path / "g.npz"))
+        read_own(**given)
+    assert len(read_own(**given, check=False)["test"]) == 6
+    assert len(training_samples({**given, "reader": "own", "check": False})) == 10
 
 
 def test_an_image_with_several_labels_is_refused(tmp_path):
