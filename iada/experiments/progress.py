@@ -8,6 +8,7 @@ from typing import Any
 
 from iada.experiments.metrics import METRICS
 from iada.experiments.recipe import MethodEntry, Recipe
+from iada.experiments.report.variants import tested_on
 from iada.methods.options import BilevelOptions
 from iada.training.config import TrainerConfig
 from iada.training.first_phase import can_share, first_phase_config
@@ -48,7 +49,7 @@ class Series:
         metric = recipe.metrics[0]
         value = record["last"].get(metric)
         shown = "–" if value is None else f"{100 * value:.2f}"
-        words = [f"{METRICS[metric]} {shown} at the last epoch"]
+        words = [f"{METRICS[metric]} {shown} on the {tested_on(record)} set at the last epoch"]
         left = self.seconds_left()
         if left:
             words.append(f"about {timedelta(seconds=round(left))} left")

@@ -76,7 +76,7 @@ def ranked(folder):
     return len(lines_of(folder / "labels.csv"))
 
 
-def test_a_meta_set_of_photos_that_is_given(tmp_path, monkeypatch):
+def test_a_meta_set_of_photos_that_is_given(tmp_path, monkeypatch, capsys):
     for name, count in (("photos", 4), ("clean", 2), ("later", 3)):
         write_photos(tmp_path / name, count)
     monkeypatch.chdir(tmp_path)
@@ -84,6 +84,10 @@ def test_a_meta_set_of_photos_that_is_given(tmp_path, monkeypatch):
     words += ["--meta", "clean", "--test", "later"]
     assert train("photos", tmp_path / "run", *words) == 0
     assert counts_of(tmp_path / "run") == {"train": 9, "meta": 6, "validation": 3, "test": 9}
+    assert "on the test set at the last epoch" in capsys.readouterr().out
+    page = (tmp_path / "run" / "index.html").read_text()
+    assert "Test accuracy of each class" in page
+    assert "no test set" not in page
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # the run knows where its parts lie
     assert main(["labels", str(tmp_path / "run")]) == 0

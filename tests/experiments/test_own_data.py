@@ -53,6 +53,13 @@ def test_one_command_trains_and_reports(trained, capsys):
     assert "published" not in page
     assert "as in several papers" not in page
     assert str(photos) in page  # the command that made it
+    assert "There is no test set: figures are on the validation set." in page
+    assert "Validation accuracy of each class" in page
+    assert "accuracy of the validation samples" in page
+    assert not re.search(r"\btest (samples|accuracy)", page, re.IGNORECASE)
+    words = ["train", "--data", str(photos), "--out", str(out), "--method", "ce", "meta-iada"]
+    assert main([*words, *QUICK, *SMALL]) == 0  # of runs that are there
+    assert len(re.findall("accuracy .* on the validation set at", capsys.readouterr().out)) == 2
     record = json.loads((out / "meta-iada" / "seed0" / "record.json").read_text())
     assert record["split"]["class_counts"]["meta"] == [2, 2, 2]
     assert record["split"]["class_counts"]["test"] == [2, 2, 2]

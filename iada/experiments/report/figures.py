@@ -27,6 +27,7 @@ from iada.experiments.report.variants import (
     differing_settings,
     is_noisy,
     setting,
+    tested_on,
     with_styles,
 )
 
@@ -141,8 +142,8 @@ def _class_accuracy(name: str, title: str, variants: Variants) -> Picture | None
             return None
         return [row[index] / sum(row) if sum(row) else None for index, row in enumerate(rows)]
 
-    caption = f"Test accuracy of each class at the last epoch, {title}."
-    names = _class_names(variants[0].records[0])
+    part, names = tested_on(variants[0].records[0]), _class_names(variants[0].records[0])
+    caption = f"{part.capitalize()} accuracy of each class at the last epoch, {title}."
     return bars(name, caption, names, _series(variants, recall))
 
 
@@ -168,7 +169,8 @@ def _groups(name: str, title: str, variants: Variants) -> Picture | None:
         shares = record.get("group_accuracy")
         return [shares.get(group) for group in names] if shares else None
 
-    caption = f"Test accuracy of each group at the last epoch, {title}."
+    part = tested_on(variants[0].records[0])
+    caption = f"{part.capitalize()} accuracy of each group at the last epoch, {title}."
     return bars(name, caption, names, _series(variants, row))
 
 
@@ -288,8 +290,9 @@ def _reliability(name: str, title: str, variants: Variants) -> Picture | None:
     ideal = Series("as sure as right", SeriesStyle("#000000", dashes=":"), np.array([centres]))
     axis = "confidence (%)"
     caption = (
-        f"Reliability, {title}: accuracy of the test samples whose confidence lies in each of "
-        f"{bins} bins, at the last epoch. Below the dotted line a method is too sure."
+        f"Reliability, {title}: accuracy of the {tested_on(variants[0].records[0])} samples whose "
+        f"confidence lies in each of {bins} bins, at the last epoch. Below the dotted line a "
+        "method is too sure."
     )
     panels, positions = {axis: [*series, ideal]}, {axis: centres}
     return curves(name, caption, panels, ylabel="accuracy (%)", positions=positions)

@@ -27,7 +27,7 @@ from iada.experiments.report.tables import (
     settings,
 )
 from iada.experiments.report.template import fill
-from iada.experiments.report.variants import Record, Variant, by_experiment, variants_of
+from iada.experiments.report.variants import Record, Variant, by_experiment, tested_on, variants_of
 from iada.utils.checks import argument_error
 from iada.utils.files import write_text
 from iada_kernels.environment import source_commit
@@ -175,6 +175,8 @@ def _explanation(variants: Sequence[Variant], with_published: bool, with_gaps: b
     text = "One seed. " if number == "1 " else f"Mean ± standard deviation over {number}seeds. "
     if len(variants) > 1:
         text += "The best mean at the last epoch is in bold. "
+    if {tested_on(r) for variant in variants for r in variant.records} == {"validation"}:
+        text += "There is no test set: figures are on the validation set. "
     judges = {
         str(r.get("best_by") or "").split("_")[0] for variant in variants for r in variant.records
     }

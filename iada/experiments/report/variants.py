@@ -122,6 +122,12 @@ def is_noisy(record: Record) -> bool:
     return scenario == "noise" or (record.get("epsilon") or {}).get("share_flipped") is not None
 
 
+def tested_on(record: Record) -> str:
+    """The part of the data that a run's figures are on: "test", or without one "validation"."""
+    source = (record.get("split") or {}).get("from") or {}
+    return "validation" if source.get("test") == "validation" else "test"
+
+
 def setting(record: Record, name: str) -> Any:
     """One setting of a run, None where it is not recorded."""
     return (record.get("settings") or {}).get(name)
