@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from iada.cli import main
-from iada.experiments.datasets.own import read_own, read_unlabelled
+from iada.experiments.datasets.own import read_arrays, read_own, read_unlabelled
 from iada.experiments.report.style import paint
 
 Image = pytest.importorskip("PIL.Image")
@@ -58,12 +58,36 @@ def test_names_as_labels_of_arrays(tmp_path, kind):
         (np.zeros((9, 2, 16, 16), np.uint8), np.arange(9) % 3, r"_inputs: .* \(9, 2, 16, 16\)"),
         (np.zeros((9, 2), np.float32), np.full(9, np.nan), "_labels: expected 9 whole numbers"),
         (np.zeros((9, 2), np.float32), np.array(["a"] * 9, object), r"labels\.astype\(str\)"),
+        (
+            np.where(np.eye(9, 2, 1), np.nan, 0.0),
+            np.arange(9) % 3,
+            r"_inputs: expected finite features, got nan at \[0, 1\], and 1 in all",
+        ),
     ],
 )
 def test_arrays_that_cannot_be_trained_on(tmp_path, inputs, labels, message):
     np.savez(tmp_path / "a.npz", inputs=inputs, labels=labels)
     with pytest.raises(ValueError, match=message):
         read_own(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (1 + np.arange(9) % 3, r"1 of 4 classes .* samples \(0\); do labels start at 1\?"),
+        (10 * (np.arange(9) % 2), r"9 of 11 classes .* \(1, 2, 3, 4, 5, …\); are numbers left"),
+    ],
+)
+def test_classes_without_samples_are_told(tmp_path, labels, message):
+    np.savez(tmp_path / "a.npz", inputs=np.eye(9, dtype=np.float32), labels=labels)
+    with pytest.warns(UserWarning, match=message):
+        read_own(tmp_path / "a.npz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of names the order is known
+        names = {"class_names": np.array(list("abcdefghijk"))}
+        np.savez(tmp_path / "a.npz", inputs=np.eye(9, dtype=np.float32), labels=labels, **names)
+        read_own(tmp_path / "a.npz")
+        read_arrays(tmp_path / "a.npz")
 
 
 def test_arrays_of_images_that_are_not_square(tmp_path, capsys):

@@ -170,6 +170,8 @@ def _arrays(path: Path, labelled: bool = True) -> dict[str, Labelled]:
         got = ", ".join(arrays) or "none"
         raise argument_error(path, "arrays inputs and labels", got, "name them so")
     names = _class_names(arrays)
+    if labelled and "class_names" not in arrays:
+        _tell_empty_classes(path, arrays["train_labels"], len(names))
     parts = {}
     given = [name.removesuffix("_inputs") for name in arrays if name.endswith("_inputs")]
     for part, said in _spelled(given, path).items():
@@ -192,6 +194,16 @@ def _class_names(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
+def _tell_empty_classes(path: Path, labels: np.ndarray, count: int) -> None:
+    """Warn of classes without samples: labels may count from 1, or leave numbers out."""
+    empty = sorted(set(range(count)) - set(np.unique(labels).tolist()))
+    if empty and labels.dtype.kind in "iu":
+        start = f"do labels start at {labels.min()}?" if empty[0] == 0 else "are numbers left out?"
+        named = ", ".join(map(str, empty[:5])) + ", …" * (len(empty) > 5)
+        text = f"{path}: {len(empty)} of {count} classes without training samples ({named})"
+        warnings.warn(f"{text}; {start}", stacklevel=4)
+
+
 def _array_part(
     inputs: np.ndarray, labels: np.ndarray | None, names: tuple[str, ...], where: str
 ) -> Labelled:
@@ -205,11 +217,14 @@ def _array_part(
         images = images if images.shape[1] in (1, 3) else images.permute(0, 3, 1, 2)
         if images.shape[1] in (1, 3):
             tensor, accepted = images.expand(-1, 3, -1, -1).contiguous(), True
-    elif inputs.dtype.kind == "f" and inputs.ndim == 2 and np.isfinite(inputs).all():
+    elif inputs.dtype.kind == "f" and inputs.ndim == 2:
+        if len(places := np.argwhere(~np.isfinite(inputs))):
+            got = f"{inputs[tuple(places[0])]} at {places[0].tolist()}, and {len(places)} in all"
+            raise argument_error(f"{where}_inputs", "finite features", got, "mend or drop them")
         tensor, accepted = tensor.float(), True
     if not accepted:
         got = f"{inputs.dtype} {inputs.shape}"
-        expected = "uint8 images (N, H, W), (N, H, W, 3), (N, 3, H, W), or finite features (N, A)"
+        expected = "uint8 images (N, H, W), (N, H, W, 3), (N, 3, H, W), or features (N, A)"
         raise argument_error(f"{where}_inputs", expected, got, "convert them")
     return Labelled(tensor, indices, names)
 
