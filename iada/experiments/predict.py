@@ -12,6 +12,10 @@ from iada.utils.files import check_writable, csv_text, write_text
 def add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands to the parser's."""
     run = "the --out of a train --data, a run in it, or an exported file"
+    which = (
+        "weights of the epoch that is best on the samples held out, whose labels may be wrong too, "
+        "or of the last one (default best)"
+    )
     parser = commands.add_parser(
         "predict",
         help="classify photos by a trained model",
@@ -19,14 +23,14 @@ def add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("model", metavar="RUN", type=Path, help=run)
     parser.add_argument("inputs", metavar="PHOTOS", type=Path, help="a folder, an image, a list")
-    parser.add_argument("--which", choices=WHICH, default="best", help="epoch (default best)")
+    parser.add_argument("--which", choices=WHICH, default="best", help=which)
     parser.add_argument("--out", type=Path, help="a CSV file to write")
     add_machine(parser)
     parser.set_defaults(run=predict)
     parser = commands.add_parser("export", help="a trained model as one .safetensors file")
     parser.add_argument("model", metavar="RUN", type=Path, help=run)
     parser.add_argument("out", metavar="FILE", type=Path, help="the .safetensors to write")
-    parser.add_argument("--which", choices=WHICH, default="best", help="epoch (default best)")
+    parser.add_argument("--which", choices=WHICH, default="best", help=which)
     parser.set_defaults(run=export_model)
 
 

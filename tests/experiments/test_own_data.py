@@ -88,6 +88,14 @@ def test_the_same_command_goes_on_and_another_is_refused(trained, capsys):
     assert "samples of train" in text
 
 
+@pytest.mark.parametrize("command", ["predict", "export"])
+def test_the_help_says_what_the_best_epoch_is(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "best on the samples held out, whose labels may be wrong too, or of the last" in text
+
+
 def test_predict_from_the_run_and_from_an_export(trained, tmp_path, capsys):
     pytest.importorskip("safetensors")
     photos, out = trained
