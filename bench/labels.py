@@ -110,7 +110,7 @@ def one(
     scores = {
         "ε of Meta-IADA": label_issues(epsilon=epsilon).scores,
         "loss of Meta-IADA": label_issues(loss=loss).scores,
-        "both": label_issues(epsilon, loss).scores,
+        "both": label_issues(epsilon, loss=loss).scores,
         "loss of CE": label_issues(loss=plain_loss).scores,
         "cleanlab, logistic": confident_learning(logistic, X[noisy], given, X[clean], y[clean]),
         "cleanlab, network": confident_learning(

@@ -131,12 +131,13 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
         ):
             if values is not None:
                 known[rows] = values.numpy()
-        measured = [
-            None if np.isnan(values).all() else torch.from_numpy(values)
-            for values in (self.epsilon_, self.loss_)
-        ]
-        if any(values is not None for values in measured):
-            self.label_issues_ = label_issues(*measured)
+        measured = {
+            name: torch.from_numpy(values)
+            for name, values in (("epsilon", self.epsilon_), ("loss", self.loss_))
+            if not np.isnan(values).all()
+        }
+        if measured:
+            self.label_issues_ = label_issues(**measured)
         elif hasattr(self, "label_issues_"):
             del self.label_issues_  # of another fit
         del self._log

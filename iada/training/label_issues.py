@@ -114,7 +114,7 @@ class SampleLog(nn.Module):
         return (self.loss_total / self.loss_seen).cpu() if self.loss_seen.any() else None
 
 
-def label_issues(epsilon: Tensor | None = None, loss: Tensor | None = None) -> LabelIssues:
+def label_issues(epsilon: Tensor | None = None, *, loss: Tensor | None = None) -> LabelIssues:
     """Rank samples by how likely their labels are wrong: small ε, large loss, or both.
 
     With both, a sample's score is the mean of its two ranks, equal values having equal ranks.
@@ -126,8 +126,7 @@ def label_issues(epsilon: Tensor | None = None, loss: Tensor | None = None) -> L
     Args:
         epsilon: the mean ε of each sample late in training, (N): `SampleLog.mean_epsilon`. NaN
             for a sample that was not visited.
-        loss: the mean loss of each sample over training, (N), in nats: `SampleLog.mean_loss`. Pass
-            it by its name.
+        loss: the mean loss of each sample over training, (N), in nats: `SampleLog.mean_loss`.
 
     Raises:
         ValueError: neither is given, or they have other shapes, know nothing of any sample, or are
