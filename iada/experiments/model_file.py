@@ -5,6 +5,7 @@ epoch's); `python -m iada export` writes one of the two as a single .safetensors
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -127,7 +128,9 @@ def training_samples(data: Mapping[str, Any]) -> Labelled:
     """The training part of such `data` as model.json has it; image files as their paths."""
     others = ("path", "reader", "memory", "check")
     options = {name: data[name] for name in data if name not in others}
-    return read_own(data["path"], **options, memory=False, check=False)["train"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were shown when it was read for training
+        return read_own(data["path"], **options, memory=False, check=False)["train"]
 
 
 def build_model(

@@ -11,6 +11,7 @@ import torch
 
 from iada.cli import main
 from iada.experiments.datasets.own import read_arrays, read_own, read_unlabelled
+from iada.experiments.model_file import training_samples
 from iada.experiments.report.style import paint
 
 Image = pytest.importorskip("PIL.Image")
@@ -83,7 +84,8 @@ def test_classes_without_samples_are_told(tmp_path, labels, message):
     with pytest.warns(UserWarning, match=message):
         read_own(tmp_path / "a.npz")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of names the order is known
+        warnings.simplefilter("error")  # a second time; and of names the order is known
+        training_samples({"path": str(tmp_path / "a.npz"), "reader": "own"})
         names = {"class_names": np.array(list("abcdefghijk"))}
         np.savez(tmp_path / "a.npz", inputs=np.eye(9, dtype=np.float32), labels=labels, **names)
         read_own(tmp_path / "a.npz")
