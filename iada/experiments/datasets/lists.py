@@ -51,8 +51,8 @@ def entries_of(path: Path, labelled: bool = True) -> list[Entry]:
     if comma and _path_of(path, rows[0], labelled) is None:
         number, fields, line = rows[0]
         folder, names = path.parent.absolute(), _names(path, fields, line, labelled)
-        named = f"a header with one of {', '.join(PATH_COLUMNS)}"
-        expected = f"the path of an image, from {folder} on, or {named}"
+        known = f"a header with one of {', '.join(PATH_COLUMNS)}"
+        expected = f"the path of an image, from {folder} on, or {known}"
         got = f"{line!r}, and no file {folder / names[-1]}"
         remedy = _remedy(names, "mend the line, or rename the column")
         error = argument_error(at_line(path, number), expected, got, remedy)
