@@ -19,7 +19,7 @@ from iada.experiments.command import (
     say,
     with_methods,
 )
-from iada.experiments.datasets.own import KINDS
+from iada.experiments.datasets.own import KINDS, folders_read
 from iada.experiments.experiment import Limits, Parts, check_data, read_parts
 from iada.experiments.progress import Series
 from iada.experiments.recipe import MethodEntry, Recipe
@@ -149,8 +149,10 @@ def _prepare(recipe: Recipe, options: argparse.Namespace) -> None:
     """A folder for the runs, outside of the data, which would be read with them the next time."""
     check_data(recipe, options.data)
     given = [recipe.data.get(name) for name in ("meta", "validation", "test")]
+    out = options.out.resolve()
     for source in [options.data, *(Path(path) for path in given if isinstance(path, str) and path)]:
-        if source.is_dir() and options.out.resolve().is_relative_to(source.resolve()):
+        read = [folder.resolve() for folder in folders_read(source)]
+        if out == source.resolve() or any(out.is_relative_to(folder) for folder in read):
             remedy = "pass another: what is written there would be read as data"
             got = f"{options.out}, which is in {source}"
             raise argument_error("--out", "a folder outside of the data", got, remedy)

@@ -359,6 +359,15 @@ def test_runs_are_not_written_into_the_data(tmp_path, capsys):
         assert train(photos, out, "--meta", str(clean)) == 2
         assert "--out: expected a folder outside of the data, got" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+    data = tmp_path / "data"
+    data.mkdir()
+    photos.rename(data / "train")
+    for out in (data, data / "train" / "runs"):
+        assert train(data, out) == 2
+        assert "--out: expected a folder outside of the data, got" in capsys.readouterr().err
+    words = ["--backbone", "resnet8", "--method", "ce"]
+    for _ in range(2):  # beside the parts nothing is read
+        assert train(data, data / "runs", *words) == 0
 
 
 def test_damaged_weights_are_named(features, tmp_path, capsys):

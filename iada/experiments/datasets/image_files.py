@@ -42,12 +42,7 @@ def read_folder(
     A warning says how many files are skipped, as they are no images by their suffixes.
     """
     folder = folder_at(path, "train/<class>/ or <class>/ with images")
-    spelled = [(part, folder / name) for part, names in PARTS.items() for name in names]
-    folders = {part: there for part, there in spelled if there.is_dir()}
-    if "train" not in folders:
-        if folders:
-            raise missing(folder / "train", "the training images", f"look into {folder}")
-        folders = {"train": folder}
+    folders = part_folders(folder)
     names = _classes(folders["train"])
     skipped: Counter[str] = Counter()
     listed = {part: _images(own, names, skipped) for part, own in folders.items()}
@@ -70,6 +65,15 @@ def read_folder(
     for index, (part, (paths, labels)) in enumerate(listed.items()):
         parts[part] = Labelled(loaded[index] if loaded else paths, torch.tensor(labels), names)
     return parts
+
+
+def part_folders(folder: Path) -> dict[str, Path]:
+    """The folder of each part; without any, `folder` itself is that of the training images."""
+    spelled = [(part, folder / name) for part, names in PARTS.items() for name in names]
+    folders = {part: there for part, there in spelled if there.is_dir()}
+    if folders and "train" not in folders:
+        raise missing(folder / "train", "the training images", f"look into {folder}")
+    return folders or {"train": folder}
 
 
 def _classes(folder: Path) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from iada.experiments.datasets.image_files import (
     SPELLINGS,
     files_with,
     images_below,
+    part_folders,
     read_folder,
 )
 from iada.experiments.datasets.images import open_image, small_images
@@ -87,6 +88,11 @@ def read_own(
     return _decoded(parts, memory, check)
 
 
+def folders_read(path: Path) -> list[Path]:
+    """The folders at a path of which all that is in them is read."""
+    return [] if not path.is_dir() or _is_saved(path) else list(part_folders(path).values())
+
+
 def read_unlabelled(path: Path) -> Labelled:
     """Images to be classified: all of a folder and those below it, one image, or a list file."""
     if path.is_dir():
@@ -122,12 +128,16 @@ class StoredImage:
 def _read(path: Path) -> dict[str, Labelled]:
     """The parts at a path, images as paths."""
     if path.is_dir():
-        saved = any((path / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
-        return _hugging_face(path) if saved else read_folder(path, memory=False, check=False)
+        return _hugging_face(path) if _is_saved(path) else read_folder(path, False, check=False)
     if not path.is_file():
         raise missing(path, KINDS, "pass where the data lies")
     readers: dict[str, Callable[[Path], dict[str, Labelled]]] = {".npz": _arrays}
     return readers.get(path.suffix.lower(), _list)(path)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether it is a Hugging Face data set."""
+    return any((folder / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
 def _list(path: Path) -> dict[str, Labelled]:
