@@ -433,6 +433,9 @@ def test_a_meta_set_apart_from_what_is_held_out(tmp_path):
     photos = write_photos(tmp_path / "photos", 5)
     with pytest.raises(ValueError, match="meta .*apart from those of validation, got 3 of 15 that"):
         read_own(photos, meta=str(photos))
+    copied = shutil.copytree(photos, tmp_path / "copied")
+    with pytest.raises(ValueError, match="meta .*validation, got 3 of 15 with the content of some"):
+        read_own(photos, meta=str(copied))
     given = {"validation": str(write_photos(tmp_path / "later", 2, mode="L"))}
     with pytest.warns(UserWarning, match="meta .*apart from those of train, got 15 of 15 that are"):
         parts = read_own(photos, meta=str(photos), **given)

@@ -22,7 +22,7 @@ Shared = list[tuple[int, int]]  # row in a part, row in another
 def check_apart(
     parts: Mapping[str, Labelled], sources: Sources, held_out: Collection[str] = ()
 ) -> None:
-    """ValueError for parts that share files or rows, or most of their images by content.
+    """ValueError for parts that share files or rows, or most images of the smaller by content.
 
     parts: "train" as it was read, before others were held out of it; held_out: these. Warns of
     what may be meant: a meta set that repeats training samples, samples of one content, which
@@ -41,7 +41,7 @@ def check_apart(
         wrong, words = bool(shared), f"that are there ({_named(shared, part)})"
         if not shared:
             shared = _shared(*_contents(part, there))
-            wrong = _are_images(part) and 2 * len(shared) > len(part)
+            wrong = _are_images(part) and 2 * len(shared) > min(len(part), len(there))
             words = f"with the content of some there ({_named(shared, part, there)})"
         if not shared:
             continue
