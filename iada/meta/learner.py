@@ -88,12 +88,12 @@ def check_classifier(backbone: nn.Module, head: nn.Module) -> None:
         expected = "an nn.Linear whose weight is a parameter"
         remedy = "remove it: torch.nn.utils.parametrize.remove_parametrizations(head, 'weight')"
         raise argument_error("head", expected, "a parametrized one", remedy)
+    check_unwrapped(backbone, head)
     own_forward = type(head).forward is not nn.Linear.forward
     if own_forward or head._forward_pre_hooks:
         got = f"{type(head).__name__} with a forward or hooks of its own"
         remedy = "the losses take W and b and never call it; for weight_norm use a plain layer"
         raise argument_error("head", "an nn.Linear that is Wh + b", got, remedy)
-    check_unwrapped(backbone, head)
 
 
 def check_optimizer(optimizer: Any) -> None:
