@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iada.meta.backbone_passes import RandomState
 from iada.meta.feature_jvp import DIFFERENCES, GRAPH, FeatureJVP
 from iada.meta.hypergradient import ForwardPass, MetaPasses
 from iada.meta.learner import HeadGradients, ShardedBatch
@@ -72,7 +71,7 @@ class BilevelMethod(Method):
         if self.needs_meta_batch:
             meta_rows = learner.shard_batch("meta_batch", meta_batch, 0)
         with self._passes.own_autocast():
-            random_state = RandomState.now(self._passes.device)
+            random_state = self._passes.random_state()
             features = self._passes.forward_and_update_buffers(rows.inputs)
             forward = ForwardPass(rows, random_state, features, learner.gather(features, rows))
             observed = self.observe(forward)
