@@ -14,6 +14,7 @@ from typing import Any
 
 from iada.experiments.datasets import NORMALISATIONS, READERS
 from iada.experiments.datasets.augment import PADDINGS
+from iada.experiments.datasets.views import AUGMENTATIONS
 from iada.experiments.metrics import METRICS, OURS
 from iada.experiments.scenarios import SCENARIOS
 from iada.methods.registry import METHODS
@@ -21,7 +22,7 @@ from iada.training.config import TrainerConfig
 from iada.utils.checks import argument_error, check_choice
 from iada.utils.settings import check_settings
 
-AUGMENTS = ("none", "crop-flip", "autoaugment-cutout", "autoaugment-contrastive")
+AUGMENTS = ("none", *filter(None, AUGMENTATIONS))
 LATER = ("weights", "frozen", "normalise", "crop_padding")  # fields of [model]
 Figures = dict[str, float]
 Sections = dict[str, dict[str, Any]]  # of a TOML file

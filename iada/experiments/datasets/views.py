@@ -129,7 +129,7 @@ class MemoryView(View):
             got = f"{mean.shape[1]} and {deviation.shape[1]}"
             remedy = "one a channel"
             raise argument_error("normalise", f"{channels} means and deviations", got, remedy)
-        learned = augment in ("autoaugment-cutout", "autoaugment-contrastive")
+        learned = augment is not None and augment.startswith("autoaugment")
         self._policy = auto_augment() if learned else None
         size = (data.inputs.shape[2], data.inputs.shape[3])
         self._other = contrastive(size) if augment == "autoaugment-contrastive" else None
