@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import iada
-from bench.memory import peak_bytes
-from bench.shapes import EAGER_LIMIT, SHAPES, make_problem
-from bench.timing import interleave, ratio
+from bench.measuring.memory import peak_bytes
+from bench.measuring.shapes import EAGER_LIMIT, SHAPES, make_problem
+from bench.measuring.timing import interleave, ratio
 from iada.utils.files import write_text
 from iada_kernels.dispatch import served_by
 from iada_kernels.environment import environment, headline
@@ -55,7 +55,7 @@ def main() -> int:
         print(extra_memory(options.memory_of))
         return 0
     if options.plot:
-        from bench.plots import plot_speed  # matplotlib is needed here alone
+        from bench.measuring.plots import plot_speed  # matplotlib is needed here alone
     if options.rows:
         if not options.plot:
             parser.error("--from: expected --plot beside it, got none; name the picture")

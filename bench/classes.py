@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import iada
-from bench.memory import peak_bytes
+from bench.measuring.memory import peak_bytes
 from iada_kernels.environment import environment, headline
 
 

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 import iada
-from bench.isda import ISDAEstimator
-from bench.shapes import EAGER_LIMIT, IGNORED, SHAPES, Problem, make_problem
-from bench.timing import interleave, ratio
+from bench.measuring.isda import ISDAEstimator
+from bench.measuring.shapes import EAGER_LIMIT, IGNORED, SHAPES, Problem, make_problem
+from bench.measuring.timing import interleave, ratio
 from iada.utils.files import write_text
 from iada_kernels import native, torch_ops
 from iada_kernels.contract import Backend, HeadTangents, LossOptions

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
-from bench.launches import backend_step, options_of
-from bench.offline import SHARED_LIMIT, compiling_for
-from bench.shapes import SHAPES, Shape, make_problem
+from bench.measuring.shapes import SHAPES, Shape, make_problem
+from bench.offline.compiler import SHARED_LIMIT, compiling_for
+from bench.offline.launches import backend_step, options_of
 from iada_kernels.contract import ClassStatistics
 from iada_kernels.environment import environment, headline
 from iada_kernels.triton import config

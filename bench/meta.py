@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
 import iada
-from bench.memory import peak_bytes
-from bench.timing import interleave, ratio
+from bench.measuring.memory import peak_bytes
+from bench.measuring.timing import interleave, ratio
 from iada.models import cifar_resnet
 from iada.training.acceleration import SingleGraph
 from iada.utils.files import write_text

@@ -9,9 +9,9 @@ import sys
 
 import torch
 
-from bench.accuracy import make_state
-from bench.contestants import fused_side, loss_side
-from bench.shapes import SHAPES, Problem, Shape, make_problem
+from bench.gpu.accuracy import make_state
+from bench.gpu.contestants import fused_side, loss_side
+from bench.measuring.shapes import SHAPES, Problem, Shape, make_problem
 from iada_kernels.contract import HeadTangents, LossNeeds, LossOptions
 from iada_kernels.dispatch import INTERPRETED, triton_backend
 

@@ -4,7 +4,7 @@ Every kernel that training launches at a reference shape, with the configuration
 compiled for each architecture, and its binary read. Exit code 1 if a kernel does not compile, keeps
 registers in memory (stack > 0), or wants more shared memory or a larger grid than there is.
 With --sample one launch of each kernel, another one for each architecture: a test's breadth.
-With --matrix the same of random combinations, see bench/matrix.py.
+With --matrix the same of random combinations, see bench/offline/matrix.py.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.launches import recorded
-from bench.matrix import run_matrix
-from bench.offline import SHARED_LIMIT, compiling_for, complaint, figures_of
-from bench.shapes import SHAPES
+from bench.measuring.shapes import SHAPES
+from bench.offline.compiler import SHARED_LIMIT, compiling_for, complaint, figures_of
+from bench.offline.launches import recorded
+from bench.offline.matrix import run_matrix
 from iada.utils.files import write_text
 from iada_kernels.environment import environment, headline
 from iada_kernels.triton.launch import INTERPRETED, Launch

@@ -1,6 +1,6 @@
 """`python -m bench.roofline`: predicted times on an H200, before any was measured.
 
-Each kernel of a training step is compiled for sm_90; its bytes and operations (bench/work.py), its
+Each kernel of a training step is compiled for sm_90; bytes and operations (offline/work.py), its
 grid, and the programs that registers and shared memory let a multiprocessor hold give
 
     time = start + max(bytes, operations, chain)
@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.launches import recorded
-from bench.offline import CUDA_RESERVED, Usage, compiled, compiling_for, usage
-from bench.shapes import SHAPES, Shape, draw_labels
-from bench.work import Work, work_of
+from bench.measuring.shapes import SHAPES, Shape, draw_labels
+from bench.offline.compiler import CUDA_RESERVED, Usage, compiled, compiling_for, usage
+from bench.offline.launches import recorded
+from bench.offline.work import Work, work_of
 from iada.utils.files import write_text
 from iada_kernels.environment import environment, headline
 from iada_kernels.triton.head_backward import Grid

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 
 import iada
-from bench.memory import peak_bytes, return_freed_memory
-from bench.shapes import Problem, Shape, make_problem
-from bench.timing import interleave
+from bench.measuring.memory import peak_bytes, return_freed_memory
+from bench.measuring.shapes import Problem, Shape, make_problem
+from bench.measuring.timing import interleave
 from iada.utils.files import write_text
 from iada_kernels.environment import environment, headline
 
@@ -126,7 +126,7 @@ def main() -> int:
         "--from", dest="rows", type=Path, metavar="CSV", help="draw these rows, measure nothing"
     )
     options = parser.parse_args()
-    from bench.plots import plot_scaling  # matplotlib is needed here alone
+    from bench.measuring.plots import plot_scaling  # matplotlib is needed here alone
 
     if options.rows:
         plot_scaling(read_csv(options.rows), options.out)
@@ -191,7 +191,7 @@ def _can(side: str, shape: Shape) -> bool:
 def in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
     """What `call`, a function of this module, gives in a fresh process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["iada", "bench.shapes"])  # torch is imported once
+    context.set_forkserver_preload(["iada", "bench.measuring.shapes"])  # torch is imported once
     with ProcessPoolExecutor(1, mp_context=context) as fresh:
         return fresh.submit(call, *arguments).result()
 

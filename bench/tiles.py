@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from bench.accuracy import make_state
-from bench.device import Stopwatch, describe
-from bench.kernel_times import step_of
-from bench.launches import relaunch
-from bench.shapes import SHAPES, Shape, make_problem
-from bench.timing import ratio
+from bench.gpu.accuracy import make_state
+from bench.gpu.device import Stopwatch, describe
+from bench.gpu.kernel_times import step_of
+from bench.measuring.shapes import SHAPES, Shape, make_problem
+from bench.measuring.timing import ratio
+from bench.offline.launches import relaunch
 from iada.utils.files import write_text
 from iada_kernels.dispatch import INTERPRETED
 from iada_kernels.environment import headline

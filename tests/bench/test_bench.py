@@ -8,9 +8,9 @@ import torch
 
 from bench import classes, cpu, first_use, labels
 from bench.__main__ import timed_row
-from bench.memory import peak_bytes
-from bench.shapes import IGNORED, SHAPES, make_problem
-from bench.timing import interleave, ratio
+from bench.measuring.memory import peak_bytes
+from bench.measuring.shapes import IGNORED, SHAPES, make_problem
+from bench.measuring.timing import interleave, ratio
 from iada_kernels import native
 from iada_kernels.environment import environment, source_commit
 

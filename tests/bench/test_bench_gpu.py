@@ -11,14 +11,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.accuracy import judged
-from bench.contestants import why_not_eager
-from bench.device import Ceilings, Stopwatch
-from bench.gpu_table import table
-from bench.kernel_times import matched
-from bench.launches import recorded
-from bench.shapes import SHAPES
-from bench.work import OPERATIONS, work_of
+from bench.gpu.accuracy import judged
+from bench.gpu.contestants import why_not_eager
+from bench.gpu.device import Ceilings, Stopwatch
+from bench.gpu.kernel_times import matched
+from bench.gpu.table import table
+from bench.measuring.shapes import SHAPES
+from bench.offline.launches import recorded
+from bench.offline.work import OPERATIONS, work_of
 
 pytestmark = pytest.mark.slow
 CEILINGS = Ceilings(bytes=3e12, float32=5e13, tf32=3e14)

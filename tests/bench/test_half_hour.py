@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench import half_hour
-from bench.half_hour import Stage, run_stage, slowest
+from bench.gpu import half_hour
+from bench.gpu.half_hour import Stage, run_stage, slowest
 from bench.tiles import changes, record_of
 from iada_kernels.triton.config import NVIDIA, Tile
 
@@ -111,10 +111,10 @@ def test_ctrl_c_leaves_no_stage_behind(tmp_path):
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
 from pathlib import Path
-from bench.half_hour import Stage, run_stage
+from bench.gpu.half_hour import Stage, run_stage
 run_stage(Stage("one", (sys.executable, "-c", {code!r}), 0, 0), Path({str(tmp_path)!r}), 60.0)
 """
-    env = {**os.environ, "PYTHONPATH": str(Path(half_hour.__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(half_hour.__file__).parents[2])}
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=env)
     deadline = time.monotonic() + 60
     while not (tmp_path / "begun").exists():

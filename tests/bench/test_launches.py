@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.launches import relaunch
+from bench.offline.launches import relaunch
 from iada_kernels.contract import ClassStatistics, LossNeeds
 from iada_kernels.dispatch import select_backend
 from iada_kernels.triton import config

@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.combinations import NEEDS, combinations, recorded_launches
-from bench.offline import complaint
+from bench.offline.combinations import NEEDS, combinations, recorded_launches
+from bench.offline.compiler import complaint
 from tests.helpers.forks import forked
 from tests.kernels.test_triton_compile import FITS, shipped_kernels
 
@@ -46,9 +46,9 @@ def test_a_sample_of_the_matrix_compiles_and_fits(architecture):
 
 COVARIANCE_ALONE = """
 import sys
-from bench.combinations import Combination, recorded_launches
-from bench.offline import compiling_for
-from bench.offline import complaint, figures_of
+from bench.offline.combinations import Combination, recorded_launches
+from bench.offline.compiler import compiling_for
+from bench.offline.compiler import complaint, figures_of
 from iada_kernels.contract import LossNeeds
 needs = LossNeeds(False, False, False, True, False, False)
 for width, structure in ((16, "full"), (65, "full"), (65, "diag")):

@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.accuracy import make_state
-from bench.device import Ceilings
-from bench.gpu_parts import Run, refute_plans, repeated
-from bench.half_hour import plans_left
-from bench.shapes import Shape, make_problem
+from bench.gpu.accuracy import make_state
+from bench.gpu.device import Ceilings
+from bench.gpu.half_hour import plans_left
+from bench.gpu.parts import Run, refute_plans, repeated
+from bench.measuring.shapes import Shape, make_problem
 from iada_kernels.triton import config, launch, plans, replay
 from tests.helpers.planned_interpreter import plan_in_the_interpreter
 

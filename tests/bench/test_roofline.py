@@ -9,11 +9,11 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("kernels are interpreted on CPUs only", allow_module_level=True)
 
-from bench.launches import recorded
-from bench.offline import Usage
+from bench.measuring.shapes import SHAPES
+from bench.offline.compiler import Usage
+from bench.offline.launches import recorded
+from bench.offline.work import Work, work_of
 from bench.roofline import H200, predict, resident, tasks_of, waits
-from bench.shapes import SHAPES
-from bench.work import Work, work_of
 from iada_kernels.contract import ClassStatistics, LossNeeds
 from iada_kernels.dispatch import select_backend
 from iada_kernels.triton import config

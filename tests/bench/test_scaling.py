@@ -7,7 +7,7 @@ import pytest
 
 from bench import __main__ as main_bench
 from bench import scaling
-from bench.shapes import Shape
+from bench.measuring.shapes import Shape
 from tests.helpers.launch import ROOT
 
 

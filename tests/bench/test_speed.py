@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import iada
-from bench.shapes import SHAPES, make_problem
+from bench.measuring.shapes import SHAPES, make_problem
 from iada_kernels import native
 
 SPEEDS = ("cifar10-r32", "cifar100-r32", "cifar10-wrn", "civil-bert")

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-WRITTEN = [*PAGES, *ROOT.glob("*.md")]
+WRITTEN = [*PAGES, *ROOT.glob("*.md"), ROOT / "bench/README.md"]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?:^\n)((?:^ {4}[^\n]*\n|^\n)+)", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s#:]+)?(#[^)\s]+)?\)")

@@ -21,7 +21,7 @@ SERVER = """
 import importlib.util, json, os, runpy, sys, traceback, warnings
 import iada
 if importlib.util.find_spec("triton"):
-    import bench.combinations, bench.offline, iada_kernels.triton
+    import bench.offline.combinations, bench.offline.compiler, iada_kernels.triton
 
 def run(arguments):
     if arguments[0] == "-W":

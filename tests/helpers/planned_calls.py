@@ -15,7 +15,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from bench.combinations import FLOATS, TERMS, Combination, combinations
+from bench.offline.combinations import FLOATS, TERMS, Combination, combinations
 from iada_kernels.contract import ClassStatistics, HeadTangents, LossInputs, LossOptions
 from iada_kernels.dispatch import triton_backend
 from iada_kernels.triton import config

@@ -29,8 +29,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from bench.combinations import Combination
-from bench.offline import compiling_for
+from bench.offline.combinations import Combination
+from bench.offline.compiler import compiling_for
 from iada_kernels.triton import launch, plans
 from tests.helpers.planned_calls import Case, calls_of, families, in_force
 

@@ -21,8 +21,8 @@ PACKAGE = Path(iada_kernels.__file__).parent / "triton"
 # Instructions of each kernel in order, (file, line, kind): "past" beside a load is how it reads.
 LISTING = """
 import json, re, sys
-from bench.combinations import Combination, recorded_launches
-from bench.offline import compiled, compiling_for
+from bench.offline.combinations import Combination, recorded_launches
+from bench.offline.compiler import compiled, compiling_for
 from iada_kernels.contract import LossNeeds
 architecture = sys.argv[1]
 kinds = (

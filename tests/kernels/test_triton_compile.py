@@ -18,7 +18,7 @@ import iada_kernels
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from bench.offline import SHARED_LIMIT, amd_usage, complaint, cuda_usage
+from bench.offline.compiler import SHARED_LIMIT, amd_usage, complaint, cuda_usage
 from bench.resources import summary
 from tests.helpers.forks import forked
 
@@ -68,10 +68,10 @@ def test_every_kernel_compiles_and_fits(architecture, tmp_path):
 # The backward pass of one loss, which has a kernel for each set of gradients: every pair, and all.
 GRADIENTS = """
 import itertools, sys
-from bench.launches import inputs_of, meta, options_of
-from bench.offline import compiling_for
-from bench.offline import figures_of
-from bench.shapes import SHAPES
+from bench.offline.launches import inputs_of, meta, options_of
+from bench.offline.compiler import compiling_for
+from bench.offline.compiler import figures_of
+from bench.measuring.shapes import SHAPES
 from iada_kernels.contract import LossNeeds
 from iada_kernels.dispatch import triton_backend
 from iada_kernels.triton.launch import recording
@@ -160,10 +160,10 @@ def test_reports_are_read():
 # One launch of one kernel: tiles of 256 columns, several of them in flight.
 ABSURD = """
 import dataclasses, json, sys
-from bench.launches import recorded
-from bench.offline import compiling_for
-from bench.offline import complaint, figures_of
-from bench.shapes import SHAPES
+from bench.offline.launches import recorded
+from bench.offline.compiler import compiling_for
+from bench.offline.compiler import complaint, figures_of
+from bench.measuring.shapes import SHAPES
 from iada_kernels.triton.config import Tile, configuration_for, use
 architecture, *sizes = sys.argv[1:]
 change = {"logits": Tile(*map(int, sizes))}

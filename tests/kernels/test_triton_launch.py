@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton
 from triton.compiler import CompiledKernel
 
-from bench.combinations import Combination, recorded_launches
+from bench.offline.combinations import Combination, recorded_launches
 from iada_kernels.contract import LossNeeds
 from iada_kernels.triton import config, launch
 from iada_kernels.triton.config import cdiv, next_power_of_2

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from bench.device import describe
+from bench.gpu.device import describe
 from iada.utils.files import atomic_write
 from iada_kernels.triton.plans import ALLOWED_BY
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.accuracy import (
+from bench.gpu.accuracy import (
     State,
     exact,
     judged,
@@ -22,7 +22,7 @@ from bench.accuracy import (
     step,
     with_sure_signs,
 )
-from bench.contestants import (
+from bench.gpu.contestants import (
     Side,
     cross_entropy_side,
     eager_side,
@@ -31,7 +31,7 @@ from bench.contestants import (
     loss_side,
     why_not_eager,
 )
-from bench.device import (
+from bench.gpu.device import (
     Ceilings,
     Stopwatch,
     captured,
@@ -40,9 +40,9 @@ from bench.device import (
     peak_bytes,
     release,
 )
-from bench.kernel_times import kernel_rows
-from bench.shapes import Problem, Shape, make_problem
-from bench.timing import ratio
+from bench.gpu.kernel_times import kernel_rows
+from bench.measuring.shapes import Problem, Shape, make_problem
+from bench.measuring.timing import ratio
 from iada_kernels.triton import plans
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bench.device import Ceilings
+from bench.gpu.device import Ceilings
 
 COLUMNS = ("eager", "eager_compiled", "torch", "torch_compiled", "triton", "triton_loss")
 

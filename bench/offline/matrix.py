@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.combinations import Combination, combinations, recorded_launches
-from bench.offline import SHARED_LIMIT, compiling_for, complaint, figures_of
+from bench.offline.combinations import Combination, combinations, recorded_launches
+from bench.offline.compiler import SHARED_LIMIT, compiling_for, complaint, figures_of
 from iada.utils.files import write_text
 from iada_kernels.environment import environment, headline
 

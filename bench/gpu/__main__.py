@@ -7,7 +7,7 @@ device alone); each kernel's share of what the machine's bandwidth and matrix pr
 loss without ε, Σ and log π beside plain cross-entropy. Writes one JSON, anew after each shape;
 exit code 1 if anything is wrong. What the budget leaves no time for is named; `--resume` goes on.
 
-`--full` runs more than that, in calls of ten minutes: see `bench.half_hour`.
+`--full` runs more than that, in calls of ten minutes: see `bench.gpu.half_hour`.
 `--dry-run` takes the same path on a CPU with tiny shapes and interpreted kernels.
 """
 
@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from bench import gpu_parts
-from bench.contestants import MEANING
-from bench.device import Ceilings, describe
-from bench.gpu_parts import Run
-from bench.gpu_table import table
-from bench.half_hour import add_half_hour, half_hour
-from bench.shapes import SHAPES, Shape
+from bench.gpu import parts
+from bench.gpu.contestants import MEANING
+from bench.gpu.device import Ceilings, describe
+from bench.gpu.half_hour import add_half_hour, half_hour
+from bench.gpu.parts import Run
+from bench.gpu.table import table
+from bench.measuring.shapes import SHAPES, Shape
 from iada.utils.files import write_text
 from iada_kernels.dispatch import INTERPRETED
 from iada_kernels.environment import headline, triton_version
@@ -55,11 +55,11 @@ TINY = {
 
 
 PARTS: dict[str, Callable[[Run, str, Shape], None]] = {
-    "errors": gpu_parts.errors,
-    "times": gpu_parts.measure,
-    "floor": gpu_parts.floor,
-    "torch-compiled": gpu_parts.torch_compiled,
-    "eager-compiled": gpu_parts.eager_compiled,
+    "errors": parts.errors,
+    "times": parts.measure,
+    "floor": parts.floor,
+    "torch-compiled": parts.torch_compiled,
+    "eager-compiled": parts.eager_compiled,
 }
 
 
@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=450, help="seconds in all (default 450)")
     parser.add_argument("--shapes", nargs="+", choices=ORDER, metavar="NAME")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     parser.add_argument("--resume", action="store_true", help="leave out what the JSON has")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     add_half_hour(parser)

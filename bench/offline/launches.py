@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.shapes import Shape
+from bench.measuring.shapes import Shape
 from iada_kernels.contract import ClassStatistics, HeadTangents, LossInputs, LossNeeds, LossOptions
 from iada_kernels.dispatch import triton_backend
 from iada_kernels.triton.launch import Launch, recording

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from bench.launches import characteristics_pass, hypergradient_pass, loss_pass, meta, update_pass
+from bench.offline.launches import (
+    characteristics_pass,
+    hypergradient_pass,
+    loss_pass,
+    meta,
+    update_pass,
+)
 from iada_kernels.contract import HeadTangents, LossInputs, LossNeeds, LossOptions
 from iada_kernels.triton.launch import Launch, recording
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import iada
-from bench.shapes import Problem, Shape
+from bench.measuring.shapes import Problem, Shape
 from iada_kernels import reference
 from iada_kernels.contract import LossInputs, LossOptions
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from bench.accuracy import ALPHA, BETA, State
-from bench.device import Ceilings, Stopwatch
-from bench.launches import backend_step, relaunch
-from bench.shapes import Problem, Shape
-from bench.work import work_of
+from bench.gpu.accuracy import ALPHA, BETA, State
+from bench.gpu.device import Ceilings, Stopwatch
+from bench.measuring.shapes import Problem, Shape
+from bench.offline.launches import backend_step, relaunch
+from bench.offline.work import work_of
 from iada_kernels.contract import ClassStatistics, LossOptions
 from iada_kernels.triton.launch import Launch, recording
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import iada
-from bench.accuracy import ALPHA, BETA, State, loss_module, step
-from bench.isda import ISDAEstimator
-from bench.shapes import Problem, Shape
+from bench.gpu.accuracy import ALPHA, BETA, State, loss_module, step
+from bench.measuring.isda import ISDAEstimator
+from bench.measuring.shapes import Problem, Shape
 
 Side = Callable[[], tuple[Tensor, ...]]
 

@@ -1,0 +1,1 @@
+"""Shapes, clocks, memory and pictures that the measurements share."""
