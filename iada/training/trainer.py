@@ -25,7 +25,7 @@ from iada.training.measures import EpochMeasures, PhaseTimes, number_or_none
 from iada.training.meta_stream import MetaStream
 from iada.training.run_data import check_labels_at_hand, check_meta_set, check_sets
 from iada.training.schedule import build_optimizer, build_schedule
-from iada.training.state import state_of, take_up
+from iada.training.state import Place, RunParts
 from iada.utils import seeds as random_state
 from iada.utils.checks import argument_error
 from iada.utils.distributed import (
@@ -351,7 +351,8 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how the run goes on, the random state of all ranks included."""
-        return state_of(self)
+        place = Place(self.epoch, self.batch, self._first_loss, self.history)
+        return self._run_parts().state_dict(place)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`.
@@ -360,7 +361,18 @@ class Trainer:
             ValueError: with nothing changed, if the run had other settings (see
                 `iada.training.config.check_same_run`) or other labels, or if the model is another.
         """
-        take_up(self, state)
+        place = self._run_parts().take_up(state)
+        self.epoch, self.batch = place.epoch, place.batch
+        self._first_loss, self.history = place.first_loss, place.history
+
+    def _run_parts(self) -> RunParts:
+        names = ["backbone", "head", "optimizer", "scheduler", "method"]
+        if hasattr(self.observe, "load_state_dict"):
+            names.append("observe")
+        stateful = {name: getattr(self, name) for name in names}
+        data = {"train_set": self.train_set, "meta_set": self.meta_set}
+        place = self._device, self.group
+        return RunParts(self.config, data, stateful, self._measures, *place)
 
     def meta_batch(self) -> tuple[Any, ...] | None:
         """The next step's place in an endless stream of the meta set, if the method asks for it."""
