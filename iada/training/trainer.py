@@ -87,7 +87,7 @@ class Trainer:
     set keeps as its own are not. Modules in eval mode inside a backbone in training mode stay so.
 
     Where torch.distributed is initialised, each rank trains on its part of every batch, rank 0
-    writes, and all ranks must make the same calls: docs/training.md.
+    writes, and all ranks must make the same calls: docs/distributed.md.
 
     Attributes:
         history: one dict an epoch: epoch, loss, accuracy (mean over classes) where there is a

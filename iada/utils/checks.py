@@ -73,7 +73,7 @@ def check_tensor(name: str, tensor: Tensor, expected: str) -> None:
     if is_sharded(tensor):
         remedy = (
             f"pass {name}.full_tensor(grad_placements=[Partial('avg')]), or compute the loss in "
-            "the sharded module's own forward: docs/training.md"
+            "the sharded module's own forward: docs/distributed.md"
         )
         raise argument_error(name, expected, "a DTensor, which lies on several processes", remedy)
 

@@ -20,7 +20,7 @@ def compiled(backbone, head):
 def test_goes_by_differences_and_says_so(name, low_memory, caplog):
     torch._dynamo.reset()
     batches = make_batches(name)
-    # As docs/training.md tells people to, where a graph is kept for a second backward.
+    # As docs/own-loop.md tells people to, where a graph is kept for a second backward.
     donated = config.patch(donated_buffer=low_memory)
     with donated, caplog.at_level(logging.WARNING, "iada"):
         meta = make_engine(name, prepare=compiled, low_memory=low_memory)
