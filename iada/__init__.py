@@ -20,13 +20,14 @@ from iada.training.label_issues import LabelIssues, SampleLog, label_issues
 from iada.training.loggers import open_logger
 from iada.training.trainer import Trainer
 from iada.utils.checks import value_checks
-from iada.utils.loading import TensorData
+from iada.utils.loading import Collated, TensorData
 from iada.utils.loop_data import Indexed, endless
 from iada_kernels.low_rank import LowRankCovariance
 from iada_kernels.version import __version__
 
 __all__ = [
     "ClassCovariance",
+    "Collated",
     "IADALoss",
     "Indexed",
     "LabelIssues",

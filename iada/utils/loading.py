@@ -7,7 +7,14 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from iada.utils.checks import argument_error, check_label_values, check_labels, check_tensor
 from iada.utils.seeds import preserved, seed_host, seed_of
@@ -65,7 +72,7 @@ class WholeBatches(Protocol):
     process itself, others in the workers.
     """
 
-    labels: Tensor
+    labels: Tensor | None  # None: class counts have to be told
     in_memory: bool
 
     def whole_batch(self, seed: int, step: int, indices: Sequence[int]) -> WholeBatch:
@@ -186,6 +193,57 @@ class WithIndex(Dataset):
                 seed_host(seed_of(self.seed, step, index))
                 items.append(self[index])
         return items
+
+
+class Collated(Dataset):
+    """A map-style data set of (input, label) whose batches of inputs are made by `collate`.
+
+    For inputs that do not stack: sequences of several lengths, graphs. What the data set draws for
+    a sample stays a function of the run's seed, the step and the sample.
+
+    Examples:
+        >>> def pad(rows):
+        ...     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        >>> texts = [(torch.arange(1 + k), k % 3) for k in range(6)]
+        >>> iada.Collated(texts, pad).whole_batch(0, 0, [0, 3, 2])[0].shape
+        torch.Size([3, 4])
+
+    Args:
+        dataset: of (input, label) items; whatever follows the label is dropped.
+        collate: makes a batch of the list of its inputs: a tensor, or a mapping or sequence of
+            tensors with the samples along the first dimension. A Hugging Face tokenizer's `pad`
+            takes a list of dicts; pass `partial(tokenizer.pad, return_tensors="pt")`.
+
+    Attributes:
+        labels, groups: of the data set where it has them at hand, (N) int64; else None.
+        in_memory: whether batches are made in the training process though there are workers; False.
+
+    Raises:
+        ValueError: no map-style data set, or `collate` is no function.
+    """
+
+    def __init__(self, dataset: Dataset, collate: Callable[[list[Any]], Any]) -> None:
+        check_dataset("dataset", dataset)
+        if not callable(collate):
+            got = f"a {type(collate).__name__}"
+            raise argument_error("collate", "a function of a list of inputs", got, "pass one")
+        self.dataset, self.collate = dataset, collate
+        self.labels, self.groups = labels_of(dataset), groups_of(dataset)
+        self.in_memory = False
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        item = self.dataset[index]
+        check_item(item)
+        return item[0], item[1]
+
+    def whole_batch(self, seed: int, step: int, indices: Sequence[int]) -> WholeBatch:
+        """Inputs as `collate` makes them, labels (N) and index (N) of these samples."""
+        items = WithIndex(self.dataset, seed).__getitems__((step, indices))
+        labels = default_collate([label for _, label, _ in items])
+        return self.collate([row for row, *_ in items]), labels, as_rows(indices)
 
 
 class _AtStep(Dataset):
