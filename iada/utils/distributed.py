@@ -12,6 +12,7 @@ function is the identity. All ranks of the group must make the same calls in the
 import contextlib
 import gc
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -111,20 +112,25 @@ def size_of(group: Group) -> int:
 
 
 def check_unwrapped(backbone: nn.Module, head: nn.Module) -> None:
-    """ValueError if DistributedDataParallel or FSDP, of all or of a part, sees to the gradients."""
-    remedy, kind = "gradients are averaged here, over the process group", "DistributedDataParallel"
+    """ValueError if a wrapper or FSDP, of all or of a part, sees to the gradients."""
+    why = "gradients are averaged here, over the process group"
+    replicated = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # unless imported, no module is one
+    sharded = (fsdp.FullyShardedDataParallel,) if fsdp else ()
     for name, module in (("backbone", backbone), ("head", head)):
-        parts = module.named_modules(prefix=name)
-        wrapped = [p for p, m in parts if isinstance(m, nn.parallel.DistributedDataParallel)]
-        if wrapped == [name]:
-            got, remedy = kind, f"pass {name}.module: {remedy}"
-        elif wrapped:
-            got, remedy = f"{kind} as {wrapped[0]}", f"put its .module in its place: {remedy}"
-        elif any(is_sharded(parameter) for parameter in module.parameters()):
-            got, remedy = "one sharded into DTensors", f"leave out fully_shard: {remedy}"
-        else:
-            continue
-        raise argument_error(name, "a plain module", got, remedy)
+        for place, part in module.named_modules(prefix=name):
+            for kind in (*replicated, *sharded):
+                if isinstance(part, kind):
+                    got = kind.__name__ + ("" if place == name else f" as {place}")
+                    remedy = "put its .module in its place"
+                    if kind in sharded:
+                        remedy = "leave it out"
+                    elif place == name:
+                        remedy = f"pass {name}.module"
+                    raise argument_error(name, "a plain module", got, f"{remedy}: {why}")
+        if any(is_sharded(parameter) for parameter in module.parameters()):
+            got, remedy = "one sharded into DTensors", f"leave out fully_shard: {why}"
+            raise argument_error(name, "a plain module", got, remedy)
 
 
 def check_parts(rows: dict[str, int], group: Group) -> None:

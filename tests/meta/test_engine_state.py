@@ -323,3 +323,17 @@ def test_a_distributed_module_is_refused():
         got = f"got DistributedDataParallel as {place}; put its .module in its place"
         with pytest.raises(ValueError, match=f"^backbone: expected a plain module, {got}"):
             iada.MetaIADA(backbone, nn.Linear(8, 3), None, torch.ones(3))
+
+
+def test_other_wrappers_are_refused():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class Sharded(FullyShardedDataParallel):
+        def __init__(self):
+            nn.Module.__init__(self)
+
+    head, counts = nn.Linear(8, 3), torch.ones(3)
+    with pytest.raises(ValueError, match=r"got DataParallel; pass backbone\.module: gradients are"):
+        iada.MetaIADA(nn.DataParallel(nn.Linear(6, 8)), head, None, counts)
+    with pytest.raises(ValueError, match="got FullyShardedDataParallel; leave it out"):
+        iada.MetaIADA(Sharded(), head, None, counts)
