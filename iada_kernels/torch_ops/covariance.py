@@ -36,6 +36,8 @@ def covariance_update(
     # A second pass over the residuals recovers what one float32 sum of large features loses.
     batch_mean += sums.index_add(0, labels, features - batch_mean[labels]) / divisor
     centred = features - batch_mean[labels]
+    # 0 times a NaN is NaN: products with a mask do not leave out a row that is not finite.
+    centred.masked_fill_((labels == num_classes)[:, None], 0.0)
 
     present, batch_mean, divisor = size[:-1], batch_mean[:-1], divisor[:-1]
     w = (present.to(mean.dtype) / (count + present).clamp(min=1))[:, None]

@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import iada
+from iada.nn import class_covariance
+from iada.utils import checks
 from iada_kernels import reference, torch_ops
 from iada_kernels.torch_ops import covariance as torch_ops_covariance
+from iada_kernels.torch_ops import low_rank_update
 from tests.helpers.problems import LAYOUTS, lay_out, max_norm
 from tests.nn.test_loss_gradients import NoHostReads
 
@@ -418,6 +421,23 @@ def test_masked_path_keeps_the_precision(offset, masked_path):
 
 def test_masked_path_keeps_absent_classes(masked_path):
     test_absent_classes_keep_their_bits("full", torch.float32, "torch", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("structure", ["full", "triangle", "diag", "low-rank"])
+def test_masked_path_leaves_out_rows_that_are_not_finite(structure, masked_path, monkeypatch):
+    """As `update` asks for rows of float16 on accelerators."""
+    monkeypatch.setattr(low_rank_update, "counts_classes", lambda labels: False)
+    monkeypatch.setattr(class_covariance, "values_are_checked", lambda device: False)
+    monkeypatch.setattr(checks, "values_are_checked", lambda device: False)
+    features, labels = random_stream(40, 4, 5)
+    features = features.half()
+    rank = 2 if structure == "low-rank" else None
+    state, expected = (iada.ClassCovariance(4, 5, structure, rank) for _ in range(2))
+    expected.update(features, labels.where(torch.arange(40) % 10 != 3, -100), backend="torch")
+    features[3], features[13, 2] = torch.nan, torch.inf
+    features[23], features[33, 0] = -torch.inf, torch.nan
+    state.update(features, labels, backend="torch")
+    assert_same_bits(state, bits(expected))
 
 
 @STRUCTURES
