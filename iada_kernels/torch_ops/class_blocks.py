@@ -13,7 +13,8 @@ and D_j = P exp(z̃_j − λ), D_y = −P, nothing cancels on confident samples:
 
 where m⁰ is m of the plain logits. A diagonal Σ is part of the products: but for a constant of the
 row, z̃_j = w_j·u + w_j²·v + b_j + β log π_j with v = ½ α Σ_y and u = h + ε s − 2 v ∘ w_y. Centred on
-their mean the rows w_j lose no common offset in the squares.
+their mean the rows w_j lose no common offset in the squares. A label that is no class makes its
+loss NaN, and has no gradient.
 
 Memory beside inputs and gradients: m − w_y of the features' size in the compute dtype, with ε a
 byte more for each feature, and some tiles of at most 4 MiB, on a GPU 64 MiB, where smaller products
@@ -89,8 +90,10 @@ def loss_forward(
 ) -> tuple[Tensor, SavedRows]:
     """The reduced loss and what `loss_backward` needs."""
     dtype, has_sigma = inputs.compute_dtype, inputs.covariance is not None
-    ignored = inputs.labels == options.ignore_index
-    target = inputs.labels.masked_fill(ignored, 0)
+    labels, ignored = inputs.labels, inputs.labels == options.ignore_index
+    # An index of −1 would be the last class.
+    no_class = ~ignored & ((labels < 0) | (labels >= len(inputs.weight)))
+    target = labels.masked_fill(ignored | no_class, 0)
     plain, bias = Head(inputs.weight, None, dtype), _offset(inputs, None)
     head, offset = _head(inputs), _offset(inputs, options.beta)
     needs_spread = has_sigma and needs.covariance
@@ -128,9 +131,10 @@ def loss_forward(
             pull[rows] = mean.sub_(label_weight)
 
     divisor = mean_divisor(ignored, options)
-    wrong = join(wrongs).masked_fill_(ignored, 0.0)
+    wrong = join(wrongs).masked_fill_(ignored | no_class, 0.0)
     saved = SavedRows(target, join(log_sums), wrong, pull, spread, signs, divisor)
-    return reduced(join(losses).masked_fill(ignored, 0.0), divisor, options), saved
+    loss = join(losses).masked_fill_(ignored, 0.0).masked_fill_(no_class, torch.nan)
+    return reduced(loss, divisor, options), saved
 
 
 def loss_backward(

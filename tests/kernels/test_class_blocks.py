@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import iada
+from iada_kernels.contract import LossNeeds
 from iada_kernels.torch_ops import class_blocks
 from tests.conftest import _targets
 from tests.helpers.problems import (
@@ -148,6 +149,29 @@ def test_a_second_backward_of_one_graph(tiles):
     loss, leaves = fused("torch")(problem), list(problem.floating().values())
     first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_label_that_is_no_class_makes_its_loss_nan(structure, tiles):
+    """As in Triton's kernels: on a GPU nobody has looked at the labels."""
+    problem = random_problem(20, 30, 6, structure=structure, reduction="none")
+    inputs, options = problem.records()
+    needs = LossNeeds(True, True, True, structure is not None, True, True)
+
+    def computed(labels):
+        given = inputs._replace(labels=labels)
+        loss, saved = class_blocks.loss_forward(given, options, needs)
+        return loss, class_blocks.loss_backward(given, options, saved, torch.ones(20), needs)
+
+    wrong = torch.arange(20) % 5 == 2
+    labels = torch.where(wrong, torch.tensor([-1, 30, -30, 2**40]).repeat(5), inputs.labels)
+    loss, grads = computed(labels)
+    assert torch.equal(loss.isnan(), wrong)
+    expected, expected_grads = computed(labels.where(~wrong, options.ignore_index))
+    assert torch.equal(loss[~wrong], expected[~wrong])
+    for found, wanted in zip(grads.tensors(), expected_grads.tensors(), strict=True):
+        assert (found is None) == (wanted is None)
+        assert found is None or torch.equal(found, wanted)
 
 
 # When, and what it holds -----------------------------------------------------------------------
