@@ -33,6 +33,7 @@ from iada_kernels.torch_ops.blocking import blocks, join
 from iada_kernels.torch_ops.reduction import mean_divisor, reduced
 
 MOST_LOGITS = 2**24  # 64 MiB of float32: up to here all at once, which is a product less
+MOST_CLASSES = 2**20  # in Triton's tiles of 32 or more: a grid of CUDA's has 65,535 along columns
 NARROW = 1024  # features below this number make tiles no larger
 SIDE = 4  # a tile's side on a GPU, times that on a CPU
 
@@ -71,13 +72,13 @@ class Tilt(NamedTuple):
 
 
 def has_many_classes(inputs: LossInputs) -> bool:
-    """Whether N×C is large, and larger than the features: then these passes serve.
+    """Whether N×C or C is large, and larger than the features: then these passes serve.
 
     Not while torch.compile traces, which would write out every tile.
     """
     (count, width), num_classes = inputs.features.shape, len(inputs.weight)
     return (
-        count * num_classes > MOST_LOGITS
+        (count * num_classes > MOST_LOGITS or num_classes >= MOST_CLASSES)
         and num_classes > max(1, width)
         and not inputs.has_full_covariance
         and not inputs.has_low_rank_covariance

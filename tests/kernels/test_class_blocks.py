@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import iada
-from iada_kernels.contract import LossNeeds
+from iada_kernels.contract import LossInputs, LossNeeds, LossOptions
 from iada_kernels.torch_ops import class_blocks
 from tests.conftest import _targets
 from tests.helpers.problems import (
@@ -230,6 +230,30 @@ def test_triton_leaves_large_heads_to_these_passes(structure, streams, tiles):
     )
     assert_same(found, wanted)
     assert len(tiles) == before + 2
+
+
+@needs_triton
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("classes", [2**20 - 1, 2**20, 5_000_000])
+def test_few_rows_of_very_many_classes_fit_in_a_grid(structure, classes, monkeypatch):
+    """Of which CUDA has 65,535 programs along all axes but the first."""
+    from iada_kernels import triton
+    from iada_kernels.triton.launch import recording
+
+    def on_meta(*size, dtype=torch.float32):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    sigma = None if structure is None else on_meta(classes, 4)
+    labels = on_meta(3, dtype=torch.int64)
+    inputs = LossInputs(on_meta(3, 4), on_meta(classes, 4), None, labels, sigma, on_meta(3), None)
+    options, needs = LossOptions(), LossNeeds(True, True, False, structure is not None, True, False)
+    monkeypatch.setattr(class_blocks, "MOST_LOGITS", 2**24)
+    monkeypatch.setattr(class_blocks, "loss_forward", lambda *arguments: (on_meta(), None))
+    with recording(execute=False, architecture="sm_90") as launches:
+        triton.loss_forward(inputs, options, needs)
+    assert bool(launches) == (classes < class_blocks.MOST_CLASSES)
+    for launch in launches:
+        assert max(launch.grid[1:], default=1) < 2**16, launch.kernel
 
 
 def test_tiles_of_a_gpu_are_larger(monkeypatch, block_elements):
