@@ -16,7 +16,8 @@ enum class InstructionSet { portable, avx2, avx512 };
 inline InstructionSet choose_instruction_set() {
   [[maybe_unused]] const char* wish = std::getenv("IADA_INSTRUCTION_SET");
 #ifdef IADA_X86_SETS
-  const auto may = [wish](const char* name) { return wish == nullptr || std::strcmp(wish, name) == 0; };
+  const bool any = wish == nullptr || *wish == 0;
+  const auto may = [&](const char* name) { return any || std::strcmp(wish, name) == 0; };
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("bmi2");

@@ -15,6 +15,8 @@ from iada_kernels.version import __version__
 
 REQUIRED_BY = "IADA_REQUIRE_NATIVE"  # set: a missing library is an error
 TAKEN_FROM = "IADA_NATIVE_LIBRARY"  # set: another build of it; "none": act as if there were none
+CHOSEN_BY = "IADA_INSTRUCTION_SET"  # set: its variant for one of these, where the processor has it
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
 ARGUMENTS = {  # of each operator: a library of other sources may have others
     "loss_forward": 14,
@@ -36,10 +38,12 @@ IS_TURNED_OFF = os.environ.get(TAKEN_FROM) == "none"
 
 def _load() -> tuple[str | None, str, str]:
     """(path of the library, why it is missing, what helps): the first, or the two others."""
-    path = os.environ.get(TAKEN_FROM)
     if IS_TURNED_OFF:
         return None, f"{TAKEN_FROM} turns it off", f"Unset {TAKEN_FROM}"
-    if path is None:
+    path = os.environ.get(TAKEN_FROM)
+    if path:
+        path = os.path.abspath(path)  # a loader looks for bare names elsewhere; folders change
+    else:
         spec = importlib.util.find_spec("iada_kernels._native")
         if spec is None or spec.origin is None:
             return None, *_why_not_here()
@@ -78,6 +82,9 @@ def _why_not_here() -> tuple[str, str]:
 PATH, WHY_MISSING, REMEDY = _load()
 if PATH is None and os.environ.get(REQUIRED_BY, "0") not in ("", "0"):
     raise ImportError(f"{REQUIRED_BY}: the native CPU library is required; {WHY_MISSING}. {REMEDY}")
+if (_wish := os.environ.get(CHOSEN_BY)) and _wish not in INSTRUCTION_SETS:
+    _names = ", ".join(map(repr, INSTRUCTION_SETS))
+    raise ValueError(f"{CHOSEN_BY}: expected one of {_names}, got {_wish!r}; set one, or unset it")
 if PATH is not None:
     # Called under autograd.Function only: without this, torch's fallback looks for requires_grad at
     # every call.

@@ -460,9 +460,10 @@ def test_native_says_why_it_cannot_serve():
         assert select_backend(None, torch.device("cpu")) is native
 
 
-def python(code, **environment):
+def python(code, folder=None, **environment):
     return subprocess.run(
         [sys.executable, "-c", code],
+        cwd=folder,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -521,6 +522,34 @@ print(json.dumps([native.instruction_set(), loss.item(), h.grad.abs().sum().item
     assert "portable" in sets
     for values in sets.values():
         assert values == pytest.approx(sets["portable"], rel=1e-12)
+
+
+SERVED = "from iada_kernels import native; print(native.instruction_set())"
+
+
+@needs_library
+def test_an_instruction_set_that_there_is_not_is_an_error():
+    """And none that is asked for is the best one."""
+    best, empty, unknown = (
+        python(SERVED, IADA_INSTRUCTION_SET=name)
+        for name in ("avx512" if native.instruction_set() == "avx512" else "avx2", "", "AVX2")
+    )
+    if native.instruction_set() != "portable":
+        assert empty.stdout == best.stdout, empty.stderr
+    assert "IADA_INSTRUCTION_SET: expected one of 'portable', 'avx2', " in unknown.stderr
+    assert "got 'AVX2'; set one, or unset it" in unknown.stderr
+
+
+@needs_library
+def test_a_library_may_be_named_by_a_relative_path():
+    """Once and for all, whatever the folder is later. An empty name is no name."""
+    code = f"import os, iada_kernels.native; os.chdir('/'); {SERVED}"
+    path, home = Path(library.PATH), str(Path(iada.__file__).parents[1])
+    done = python(code, path.parent, IADA_NATIVE_LIBRARY=path.name, PYTHONPATH=home)
+    assert done.stdout.strip() == native.instruction_set(), done.stderr
+    unnamed = "from iada_kernels.native import library; print(library.WHY_MISSING)"
+    done = python(unnamed, IADA_NATIVE_LIBRARY="", IADA_REQUIRE_NATIVE="0")
+    assert "does not load" not in done.stdout, done.stdout
 
 
 @pytest.fixture
