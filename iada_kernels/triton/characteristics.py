@@ -6,7 +6,8 @@ cosine with w_y, and all features of the batch, tile by tile, for the cosines wi
 these it keeps the k largest so far, by k rounds of exchanging the largest of a tile for the
 smallest kept.
 
-features (N, A) · logits (N, C) · labels (N) in [0, C) · weight (C, A) → (N, 8).
+features (N, A) · logits (N, C) · labels (N) · weight (C, A) → (N, 8). A label outside [0, C) makes
+its row NaN.
 """
 
 import torch
@@ -62,7 +63,9 @@ def characteristics_kernel(
 ):  # fmt: skip
     N, C, A = sizes
     rows, row_mask = tile_axis(0, BLOCK_N, N)
-    y = tl.load(labels + rows, mask=row_mask, other=0).to(tl.int32)
+    y = tl.load(labels + rows, mask=row_mask, other=0)
+    blank = tl.where((y >= 0) & (y < C), 0.0, float("nan"))
+    y = tl.where((y >= 0) & (y < C), y, 0).to(tl.int32)  # an address
     label_z = tl.load(logits + rows.to(tl.int64) * logits_stride + y, mask=row_mask, other=0.0).to(
         ACC
     )
@@ -126,14 +129,14 @@ def characteristics_kernel(
     fraction /= tl.maximum(num_neighbours, 1)
 
     ptrs = out + rows.to(tl.int64) * 8
-    tl.store(ptrs, log_total + (row_max - label_z), mask=row_mask)
-    tl.store(ptrs + 1, label_p - runner_up, mask=row_mask)
-    tl.store(ptrs + 2, tl.sqrt(others * others + squares), mask=row_mask)
-    tl.store(ptrs + 3, cosine, mask=row_mask)
-    tl.store(ptrs + 4, entropy, mask=row_mask)
-    tl.store(ptrs + 5, w_norm, mask=row_mask)
-    tl.store(ptrs + 6, label_p, mask=row_mask)
-    tl.store(ptrs + 7, fraction, mask=row_mask)
+    tl.store(ptrs, log_total + (row_max - label_z) + blank, mask=row_mask)
+    tl.store(ptrs + 1, label_p - runner_up + blank, mask=row_mask)
+    tl.store(ptrs + 2, tl.sqrt(others * others + squares) + blank, mask=row_mask)
+    tl.store(ptrs + 3, cosine + blank, mask=row_mask)
+    tl.store(ptrs + 4, entropy + blank, mask=row_mask)
+    tl.store(ptrs + 5, w_norm + blank, mask=row_mask)
+    tl.store(ptrs + 6, label_p + blank, mask=row_mask)
+    tl.store(ptrs + 7, fraction + blank, mask=row_mask)
 
 
 @planned

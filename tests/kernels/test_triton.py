@@ -145,6 +145,24 @@ def test_a_label_that_is_no_class_makes_its_loss_nan_and_reads_nothing(structure
     assert torch.equal(loss.isnan().cpu(), wrong)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="accesses are watched in the interpreter")
+def test_characteristics_of_a_label_that_is_no_class_are_nan_and_nothing_else_is_read():
+    from tests.helpers.sanitizer import watching
+
+    problem = random_problem(9, ignored=0.0, dtype=torch.float32)
+    features, labels, weight = problem.features, problem.labels, problem.weight
+    logits = features @ weight.T
+    passes = select_backend("triton", DEVICE)
+    wrong = torch.arange(9) % 3 == 2
+    given = labels.masked_scatter(wrong, torch.tensor([-100, 10**6, 2**32]))
+    with watching():
+        found = passes.characteristics(features, logits, given, weight, 2)
+    assert found[wrong].isnan().all()
+    right = passes.characteristics(features, logits, labels, weight, 2)
+    assert torch.equal(found[~wrong, :7], right[~wrong, :7])
+    assert found[~wrong].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("structure", "width", "forward", "backward"),
     [("full", 20, 4, 2), ("full", 40, 4, 2), ("diag", 20, 3, 2)],
