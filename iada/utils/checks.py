@@ -166,9 +166,14 @@ def check_finite_features(features: Tensor, dtype: torch.dtype) -> None:
     check_finite("features", features.detach().to(dtype), remedy)
 
 
+def _is_finite(value: float) -> bool:
+    """As math.isfinite, of which torch.compile makes no graph where the number may change."""
+    return value - value == 0
+
+
 def check_number(name: str, value: float, least: float = -math.inf, remedy: str = "") -> None:
     """A plain finite number; tensors are refused because reading one waits for its device."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         raise argument_error(name, "a finite Python number", repr(value), f"pass float({name})")
     if value < least:
         raise argument_error(name, f"a number from {least:g} on", repr(value), remedy)
@@ -204,7 +209,7 @@ def check_loss_arguments(inputs: LossInputs, options: LossOptions, streams: bool
     if (
         type(options.alpha) in (float, int)
         and type(options.beta) in (float, int)
-        and math.isfinite(options.alpha + options.beta)
+        and _is_finite(options.alpha + options.beta)
         and type(options.ignore_index) is int
         and options.reduction in REDUCTIONS
         and type(options.label_smoothing) is float
@@ -281,7 +286,7 @@ def check_covariance(covariance: Tensor, num_classes: int, width: int) -> None:
     full, diagonal = (num_classes, width, width), (num_classes, width)
     triangles = (num_classes, *triangular_shape(width))
     expected = f"a float32 or float64 tensor {full} (full) or {diagonal} (diagonal)"
-    check_tensor("covariance", covariance, expected + " or an iada.ClassCovariance")
+    check_tensor("covariance", covariance, f"{expected} or an iada.ClassCovariance")
     if covariance.dtype not in (torch.float32, torch.float64):
         remedy = "keep statistics in float32: covariance.float()"
         raise argument_error("covariance", expected, f"dtype {covariance.dtype}", remedy)

@@ -49,6 +49,31 @@ def test_compiles_in_one_graph(backend, device, reduction):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_numbers_that_change_are_compiled_in_one_graph(backend, device, dynamic):
+    """As an annealed α, which torch.compile takes for a symbol from its second value on.
+
+    With dynamic=True all sizes and numbers are, from the first.
+    """
+    given = {name: t.to(device) for name, t in make_tensors().items()}
+    features, weight = given["features"].requires_grad_(), given["weight"].requires_grad_()
+    labels, sigma = LABELS.to(device), given["covariance"]
+
+    def loss(features, weight, alpha, beta):
+        numbers = {"alpha": alpha, "beta": beta, "log_prior": given["bias"]}
+        return iada.fused_loss(
+            features, weight, None, labels, covariance=sigma, backend=backend, **numbers
+        )
+
+    torch.compiler.reset()  # what other backends made of this function counts against its limit
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for numbers in ((0.1, 1.5), (0.2, 0.5), (0.4, 0.7)):
+        expected, got = (f(features, weight, *numbers) for f in (loss, compiled))
+        torch.testing.assert_close(got, expected)
+        wanted, found = (torch.autograd.grad(v, (features, weight)) for v in (expected, got))
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("shrinkage", [0.0, 2.0])
 def test_the_module_compiles_in_one_graph(shrinkage):
     """And streams each batch. Where torch's operators stand in, with breaks at the update of Σ."""
