@@ -98,9 +98,10 @@ def _taken_apart(record: Any, tensors: list[Tensor]) -> Any:
 
 
 def _put_together(record: Any, tensors: list[Tensor]) -> Any:
-    """The inverse."""
+    """The inverse. Backends read what they kept as they left it, contiguous; hooks of autograd's,
+    which may hold it elsewhere meanwhile, give back its numbers in any layout."""
     if isinstance(record, int):
-        return tensors[record]
+        return tensors[record].contiguous()
     if isinstance(record, tuple):
         kind, parts = record
         return kind(*(_put_together(part, tensors) for part in parts))

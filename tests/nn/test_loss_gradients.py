@@ -179,6 +179,26 @@ def test_backward_with_another_cotangent_on_a_retained_graph(backend, device):
     assert_same(dict(zip(names, thrice, strict=True)), expected, tolerance=1e-14)
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_what_hooks_held_may_come_back_in_another_layout(structure, reduction, backend, device):
+    """As of torch.autograd.graph.saved_tensors_hooks that compress, or keep elsewhere."""
+    problem = random_problem(structure=structure, reduction=reduction).to(device)
+    loss, leaves = as_function(problem, backend)
+    value = loss(*leaves)
+    expected = torch.autograd.grad(value, leaves, cotangent(value))
+    hooks = torch.autograd.graph.saved_tensors_hooks
+
+    def by_columns(tensor):
+        return tensor.detach().movedim(0, -1).contiguous().movedim(-1, 0)
+
+    with hooks(lambda tensor: by_columns(tensor) if tensor.dim() else tensor, lambda held: held):
+        value = loss(*leaves)
+    found = torch.autograd.grad(value, leaves, cotangent(value))
+    for have, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(have, want)
+
+
 def test_changing_an_input_before_backward_is_an_error(backend, device):
     problem = random_problem().to(device)
     loss, leaves = as_function(problem, backend)
