@@ -137,6 +137,7 @@ class Learner:
         """A batch, checked: (inputs, labels) or (inputs, labels, index)."""
         if not isinstance(batch, list | tuple) or len(batch) < 2:
             raise _no_batch(name, batch)
+        self._group.tell_of_others("method", stacklevel=4)  # who called step
         inputs, labels, *rest = batch
         index = rest[0] if rest and num_samples else None
         check_tensor("labels", labels, f"the class indices of {name}")

@@ -122,13 +122,18 @@ def _row_weights(inputs: LossInputs, options: LossOptions, extras: Extras) -> Te
     if class_weight is not None:
         _check_weights("class_weight", class_weight, len(inputs.weight), inputs.features)
         if options.label_smoothing:
-            remedy = "pass row_weight=class_weight[labels]: smoothed classes are not weighted then"
-            raise argument_error("class_weight", "None with label_smoothing", "both", remedy)
+            raise not_both()
         weights = class_weight.detach().to(dtype)[inputs.labels.masked_fill(ignored, 0)]
     if row_weight is not None:
         _check_weights("row_weight", row_weight, len(inputs.labels), inputs.features)
         weights = weights * row_weight.detach().to(dtype)
     return weights.masked_fill(ignored, 0.0)
+
+
+def not_both() -> ValueError:
+    """Of class_weight and label_smoothing with indices: which classes the smoothing weighs."""
+    remedy = "pass row_weight=class_weight[labels.clamp(min=0)]: the share of smoothing has none"
+    return argument_error("class_weight", "None with label_smoothing", "both", remedy)
 
 
 def _check_weights(name: str, weights: Tensor, count: int, features: Tensor) -> None:
@@ -233,6 +238,11 @@ def _flat(inputs: LossInputs, extras: Extras, soft: bool) -> tuple[LossInputs, E
         remedy = "pool the map: features.mean((2, 3))"
         got = f"a map {tuple(features.shape)}"
         raise argument_error("features", f"a row for each of {len(labels)} labels", got, remedy)
+
+    places = (features.shape[0], *features.shape[2:])  # of channels first
+    if isinstance(labels, Tensor) and labels.shape == places != leading:
+        got, remedy = f"{tuple(features.shape)}, channels first", "pass features.movedim(1, -1)"
+        raise argument_error("features", f"{(*places, features.shape[1])}", got, remedy)
 
     def flat(name: str, tensor: Any) -> Any:
         if not isinstance(tensor, Tensor):

@@ -180,6 +180,8 @@ class ClassCovariance(KeepsPrecision):
                 float16 that are not finite are left out, as a GradScaler leaves out their step.
         """
         group = self._group()
+        if not torch.compiler.is_compiling():
+            self._group.tell_of_others("ClassCovariance", stacklevel=3)  # no_grad is one
         with others_told(group):
             self._check(features, labels, ignore_index)
         if group is not None:

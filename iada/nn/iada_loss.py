@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iada.nn.arguments import Extras, loss_of_rows
+from iada.nn.arguments import Extras, loss_of_rows, not_both
 from iada.nn.autograd import IADALossFunction, lender
 from iada.nn.class_covariance import ClassCovariance
 from iada.nn.precision import KeepsPrecision
@@ -21,6 +21,8 @@ from iada.utils.checks import (
 from iada.utils.distributed import Group, GroupReference, others_told
 from iada_kernels.contract import ClassStatistics, LossInputs, LossOptions
 from iada_kernels.dispatch import backend_for
+
+CALLER = 4  # frames from forward to who called the module
 
 
 def streams_batch(criterion: nn.Module) -> bool:
@@ -39,10 +41,7 @@ def _may_overflow(features: Tensor) -> bool:
     A GradScaler skips the step of a float16 batch that overflows. Elsewhere such a batch is an
     error, where values are checked, or the end of training.
     """
-    compiling = torch.compiler.is_compiling()
-    return features.dtype is torch.float16 and not (
-        compiling or values_are_checked(features.device)
-    )
+    return features.dtype is torch.float16 and not values_are_checked(features.device)
 
 
 class IADALoss(KeepsPrecision):
@@ -70,7 +69,7 @@ class IADALoss(KeepsPrecision):
         alpha: weight of the quadratic term; a plain attribute, to be annealed.
         beta: weight of the log prior; likewise.
         class_weight: of each class, (C), as in `fused_loss`; kept in a buffer.
-        label_smoothing: as in `fused_loss`.
+        label_smoothing: as in `fused_loss`; not beside class_weight.
         ignore_index: as in `fused_loss`.
         reduction: as in `fused_loss`.
         backend: as in `fused_loss`.
@@ -118,6 +117,8 @@ class IADALoss(KeepsPrecision):
         )
         self._group, self._told = GroupReference(process_group), False
         check_loss_options(LossOptions(alpha, beta, ignore_index, reduction, label_smoothing))
+        if class_weight is not None and label_smoothing:
+            raise not_both()
         if class_weight is not None:
             check_weights("class_weight", class_weight, num_classes, always=True)
         prior = None if class_counts is None else log_class_prior(class_counts, num_classes)
@@ -157,8 +158,10 @@ class IADALoss(KeepsPrecision):
             ValueError: as `fused_loss`; the statistics are then untouched.
         """
         state, streams = self.covariance, streams_batch(self)
-        if streams and not self._told and not torch.compiler.is_compiling():
-            self._warn_of_validation()
+        if streams and not torch.compiler.is_compiling():
+            self._group.tell_of_others("IADALoss", CALLER)
+            if not self._told:
+                self._warn_of_validation()
         sigma = state.covariance if self.training else state.shrunk()
         inputs = LossInputs(features, weight, bias, labels, sigma, epsilon, self.log_prior)
         options = LossOptions(
@@ -216,7 +219,7 @@ class IADALoss(KeepsPrecision):
             warnings.warn(
                 "IADALoss: called in training mode without gradients, which streams these rows "
                 "into its covariance; call criterion.eval() before a validation loss",
-                stacklevel=4,
+                stacklevel=CALLER + 1,
             )
 
     def _check_head(self, weight: Tensor) -> None:

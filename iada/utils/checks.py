@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iada_kernels import native
 from iada_kernels.contract import LossInputs, LossOptions
@@ -68,8 +68,12 @@ def check_float(name: str, tensor: Tensor, expected: str, sizes: tuple[int | Non
 def check_tensor(name: str, tensor: Tensor, expected: str) -> None:
     """A torch tensor, whatever its dtype."""
     if not isinstance(tensor, Tensor):
-        got = f"a {type(tensor).__name__}"
-        raise argument_error(name, expected, got, "wrap it with torch.as_tensor(...)")
+        got, remedy = f"a {type(tensor).__name__}", "wrap it with torch.as_tensor(...)"
+        if tensor is None:
+            got, remedy = "None", "look at where it is made"
+        elif isinstance(tensor, nn.Module):
+            remedy = "pass its parameter: head.weight, head.bias"
+        raise argument_error(name, expected, got, remedy)
     if is_sharded(tensor):
         remedy = (
             f"pass {name}.full_tensor(grad_placements=[Partial('avg')]), or compute the loss in "
@@ -116,6 +120,12 @@ def check_indices(name: str, indices: Tensor, count: int, kind: str) -> None:
     dtype = indices.dtype
     if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
         raise argument_error(name, expected, f"dtype {dtype}", f"convert: {name}.long()")
+    if indices.dim() == 2 and len(indices) == count and name == "labels":
+        one = indices.shape[1] == 1
+        remedy = f"pass labels.{'squeeze(1)' if one else 'argmax(1)'}" + " of one-hot rows" * (
+            not one
+        )
+        raise argument_error(name, expected, f"shape {tuple(indices.shape)}", remedy)
     check_sizes(name, indices, expected, (count,))
 
 

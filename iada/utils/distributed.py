@@ -13,6 +13,7 @@ import contextlib
 import gc
 import os
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -48,6 +49,22 @@ class GroupReference:
             remedy = "pass torch.distributed.group.WORLD, or a new_group() on its members alone"
             raise argument_error("process_group", expected, f"a {type(group).__name__}", remedy)
         self._reference = None if group is None else weakref.ref(group)
+        self._told = False
+
+    def tell_of_others(self, name: str, stacklevel: int) -> None:
+        """A warning, once, where there are several processes and no group was given.
+
+        `torch.distributed.group.WORLD` is None until init_process_group().
+        """
+        if self._reference is not None or self._told or current_group() is None:
+            return
+        self._told = True
+        warnings.warn(
+            f"{name}: expected process_group=torch.distributed.group.WORLD, as torch.distributed "
+            f"has {dist.get_world_size()} processes, got None: this one knows of its own rows "
+            "alone. Build it after init_process_group(), before which group.WORLD is None",
+            stacklevel=stacklevel + 1,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         if self._reference is not None:

@@ -91,6 +91,23 @@ def test_the_module_compiles_in_one_graph(shrinkage):
     torch.testing.assert_close(module.covariance.covariance, eager.covariance.covariance)
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 2.0])
+def test_a_compiled_module_leaves_rows_of_float16_that_overflow_out_of_the_covariance(shrinkage):
+    """What a GradScaler skips: Σ would not be finite for good."""
+    given = make_tensors()
+    features, weight = given["features"].half(), given["weight"]
+    expected, module = (iada.IADALoss(3, 5, shrinkage=shrinkage) for _ in range(2))
+    whole = native.is_available()
+    compiled = torch.compile(module, fullgraph=whole, backend="aot_eager")
+    compiled(features, weight, None, LABELS)
+    expected(features, weight, None, LABELS)
+    expected(features, weight, None, LABELS.where(torch.arange(7) != 2, -100))
+    features[2, 3] = torch.inf
+    compiled(features, weight, None, LABELS)
+    assert torch.equal(module.covariance.count, expected.covariance.count)
+    torch.testing.assert_close(module.covariance.covariance, expected.covariance.covariance)
+
+
 @pytest.mark.skipif(not native.is_available(), reason="needs the native library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("needs", [0, FEATURES, WEIGHT | EPSILON, 63])

@@ -285,6 +285,32 @@ BUILT_WITH = [
 ]
 
 
+def test_what_is_no_tensor_of_its_kind_is_told_what_to_pass():
+    problem = good()
+    head = torch.nn.Linear(WIDTH, CLASSES)
+    hot = torch.nn.functional.one_hot(problem.labels.clamp(min=0), CLASSES)
+    for changed, remedy in (
+        ({"labels": hot}, r"labels\.argmax\(1\) of one-hot rows"),
+        ({"labels": problem.labels[:, None]}, r"pass labels\.squeeze\(1\)$"),
+        ({"labels": None}, "got None; look at where it is made"),
+        ({"weight": head}, "got a Linear; pass its parameter: head.weight"),
+    ):
+        tensors = {n: getattr(problem, n) for n in ("features", "weight", "bias", "labels")}
+        with pytest.raises(ValueError, match=remedy):
+            iada.fused_loss(**tensors | changed)
+
+
+def test_smoothing_beside_class_weights_is_refused_at_once():
+    problem, weights = good(), torch.rand(CLASSES)
+    both = {"class_weight": weights, "label_smoothing": 0.1}
+    with pytest.raises(ValueError, match="^class_weight: expected None with label_smoothing"):
+        iada.IADALoss(CLASSES, WIDTH, **both)
+    rows = weights[problem.labels.clamp(min=0)]  # as the message says
+    tensors = (problem.features, problem.weight, problem.bias, problem.labels)
+    options = {"label_smoothing": 0.1, "ignore_index": problem.options["ignore_index"]}
+    assert iada.fused_loss(*tensors, row_weight=rows, **options).isfinite()
+
+
 @pytest.mark.parametrize(("name", "value"), BUILT_WITH)
 def test_modules_are_not_built_with_what_their_calls_would_refuse(name, value):
     makers = [iada.IADALoss]
@@ -306,6 +332,9 @@ def test_what_is_no_row_of_features_is_named(name):
     maps = problem.features[:, :, None, None].expand(-1, -1, 2, 2)
     with pytest.raises(ValueError, match=r"^features: expected a row for each .*mean\(\(2, 3\)\)"):
         loss(maps, *head)
+    maps, places = maps[..., :1].expand(-1, -1, 2, 3), torch.zeros(len(maps), 2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"channels first; pass features\.movedim\(1, -1\)$"):
+        loss(maps, problem.weight, problem.bias, places)
     assert int(module.covariance.count.sum()) == 0
 
 
@@ -316,8 +345,9 @@ def test_a_validation_loss_in_training_mode_is_told_of_once(recwarn):
     with torch.no_grad():
         module.eval()(*call)
         assert not recwarn.list
-        with pytest.warns(UserWarning, match="criterion.eval"):
+        with pytest.warns(UserWarning, match="criterion.eval") as told:
             module.train()(*call)
+        assert told[0].filename == __file__
         recwarn.clear()
         module(*call)
     assert not recwarn.list

@@ -53,6 +53,42 @@ def test_copies_share_the_group_and_pickles_refuse_it(group):
     other.load_state_dict(loss.state_dict())
 
 
+def losses_of_a_batch(group=None):
+    """Calls of what takes a process group, by the name that it has in messages."""
+    features, labels = torch.randn(6, 4), torch.arange(6) % 3
+    backbone, head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.1)
+    loss = iada.IADALoss(3, 4, process_group=group)
+    state = iada.ClassCovariance(3, 4, process_group=group)
+    meta = iada.MetaIADA(backbone, head, optimizer, torch.ones(3), process_group=group)
+    return {
+        "IADALoss": lambda: loss(features, head.weight, head.bias, labels),
+        "ClassCovariance": lambda: state.update(features, labels),
+        "method": lambda: meta.step((features, labels), (features, labels)),
+    }
+
+
+def test_a_group_that_was_asked_for_too_early_is_told(recwarn):
+    """group.WORLD is None before init_process_group(), as where Lightning builds a module."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    calls = losses_of_a_batch(dist.group.WORLD)
+    for call in calls.values():
+        call()
+    assert not [w for w in recwarn if "process_group" in str(w.message)]
+    dist.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=2)
+    try:
+        for name, call in calls.items():
+            recwarn.clear()
+            call()
+            call()
+            (told,) = [w for w in recwarn if "process_group" in str(w.message)]
+            assert str(told.message).startswith(f"{name}: expected process_group=torch.dist")
+            assert "has 2 processes, got None" in str(told.message)
+            assert told.filename == __file__
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_group_that_was_destroyed_is_told(group):
     state = iada.ClassCovariance(3, 4, process_group=group)
     dist.destroy_process_group()
