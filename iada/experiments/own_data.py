@@ -101,7 +101,8 @@ def train_own(options: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     recipe = own_recipe(options)
     train_methods(recipe, options)
-    say(next_commands(recipe, options.out))
+    new = "NEW.npz" if options.data.suffix.lower() == ".npz" else "PHOTOS"
+    say(next_commands(recipe, options.out, new))
     return 0
 
 
@@ -116,7 +117,7 @@ def train_methods(recipe: Recipe, options: argparse.Namespace) -> None:
     if "meta" in parts and options.meta_per_class:
         expected = "none, as the data has a meta set of its own"
         raise argument_error("--meta-per-class", expected, options.meta_per_class, "leave it out")
-    recipe = with_fair_meta(fitting(recipe, parts), given="meta" in parts)
+    recipe = with_fair_meta(fitting(recipe, parts, options.backbone), given="meta" in parts)
     if not {"validation", "test"} & set(parts):
         expected = "a share of the samples to hold out, or a path"
         raise argument_error("--validation", expected, "none", "pass 0.2, or the path of others")
@@ -166,12 +167,15 @@ def labels_run(recipe: Recipe, out: Path) -> Path | None:
     return None if key is None else out / key / "seed0"
 
 
-def next_commands(recipe: Recipe, out: Path) -> str:
-    """What may be done with one of the runs in `out`: one that ranks labels, or the first."""
+def next_commands(recipe: Recipe, out: Path, new: str) -> str:
+    """What may be done with one of the runs in `out`: one that ranks labels, or the first.
+
+    new: how samples to be classified are named.
+    """
     ranking = labels_run(recipe, out)
     run = shlex.quote(str(ranking or out / recipe.methods[0].key / "seed0"))
     lines = [f"labels {run}"] * (ranking is not None)
-    lines += [f"predict {run} PHOTOS", f"export {run} MODEL.safetensors"]
+    lines += [f"predict {run} {new}", f"export {run} MODEL.safetensors"]
     return "\n".join(["Next:", *(f"  python -m iada {line}" for line in lines)])
 
 
@@ -244,13 +248,16 @@ def with_fair_meta(recipe: Recipe, given: bool) -> Recipe:
     return replace(recipe, scenario=scenario, methods=methods)
 
 
-def fitting(recipe: Recipe, parts: Parts) -> Recipe:
-    """The recipe with a backbone that can take these inputs; ValueError where it cannot."""
+def fitting(recipe: Recipe, parts: Parts, asked: str | None = None) -> Recipe:
+    """The recipe with a backbone that can take these inputs; ValueError where it cannot.
+
+    asked: the backbone that was asked for, and stays.
+    """
     inputs, model = parts["train"].inputs, recipe.model
     default = recipes.sections_of(BASE)["model"]["backbone"]
     if isinstance(inputs, Tensor) and inputs.is_floating_point():
         kind, fits = "features", model.backbone in ("mlp", "identity")
-        if model.backbone == default:
+        if model.backbone == default and asked is None:
             model, fits = replace(model, backbone="mlp"), True
         remedy = "pass --backbone mlp, or identity for a head alone"
     elif not isinstance(inputs, Tensor) and isinstance(inputs[0], str):

@@ -92,6 +92,9 @@ def read_toml(
 
     Raises ValueError naming the file, the section and the key, and OSError if it cannot be read.
     """
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "nothing there"
+        raise argument_error(path, "a TOML file", got, "check the path")
     with open(path, "rb") as file:
         try:
             tables = tomllib.load(file)

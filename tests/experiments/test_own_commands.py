@@ -145,7 +145,7 @@ def test_the_printed_commands_work(features, tmp_path, capsys, words, kinds):
     assert train(features, tmp_path / "a run", *words) == 0
     text = capsys.readouterr().out
     lines = text[text.index("Next:") :].splitlines()[1:]
-    names = {"PHOTOS": str(features), "MODEL.safetensors": str(tmp_path / "m.safetensors")}
+    names = {"NEW.npz": str(features), "MODEL.safetensors": str(tmp_path / "m.safetensors")}
     commands = [[names.get(word, word) for word in shlex.split(line)] for line in lines]
     assert [command[:3] for command in commands] == [["python", "-m", "iada"]] * len(kinds)
     assert [command[3] for command in commands] == kinds

@@ -329,6 +329,10 @@ def test_features_of_an_npz_train_a_small_network(tmp_path, capsys):
     out = tmp_path / "run"
     words = ["train", "--data", str(tmp_path / "f.npz"), "--out", str(out), "--method", "ce"]
     assert main([*words, "--epochs", "3", "--device", "cpu"]) == 0
+    assert "NEW.npz" in capsys.readouterr().out
+    other = [*words[:4], str(tmp_path / "b"), *words[5:], "--backbone", "resnet32"]
+    assert main(other) == 2
+    assert "--backbone: expected one for features, got 'resnet32'" in capsys.readouterr().err
     np.savez(tmp_path / "new.npz", inputs=inputs[:4])
     capsys.readouterr()
     assert main(["predict", str(out), str(tmp_path / "new.npz")]) == 0
@@ -346,20 +350,24 @@ def test_what_cannot_be_trained_on_is_named(tmp_path, capsys):
     data = ["--data", str(photos)]
     assert "nothing at" in refused("--data", str(tmp_path / "none"))
     assert "expected --data PATH or --config FILE, got neither" in refused()
+    assert "no.toml: expected a TOML file, got nothing there" in refused("--config", "no.toml")
     one = tmp_path / "one"
     (one / "cat").mkdir(parents=True)
     (photos / "cat" / "0.png").rename(one / "cat" / "0.png")
     assert "expected at least 2 classes, got 1 (cat)" in refused("--data", str(one))
     text = refused(*data, *QUICK, "--meta-per-class", "3")
-    assert "class 'cat': expected at least 4 samples: 3 to take, 1 to stay, got 2" in text
-    assert "ask for 1 at most" in text
+    assert (
+        "class 'cat': expected at least 4 samples: 3 to take (meta_per_class), 1 to stay, got 2"
+        in text
+    )
+    assert "ask for 1 at most in meta_per_class" in text
     assert "--validation: expected a share" in refused(*data, "--validation", "0")
     assert "--method: expected one of" in refused(*data, "--method", "focal")
     assert "--meta: expected no --meta-per-class" in refused(*data, *QUICK, "--meta", str(photos))
     (photos / "dog" / "1.png").write_bytes(b"no image")
     (photos / "owl" / "2.png").write_bytes((photos / "owl" / "1.png").read_bytes()[:60])
     text = refused(*data)
-    assert "dog/1.png: expected an image" in text
+    assert "dog/1.png: expected an image, got a file that Pillow does not know" in text
     assert "owl/2.png: expected an image" in text
     assert not (tmp_path / "run" / "meta-iada").exists()
 

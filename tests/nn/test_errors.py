@@ -332,7 +332,10 @@ def test_what_is_no_row_of_features_is_named(name):
     maps = problem.features[:, :, None, None].expand(-1, -1, 2, 2)
     with pytest.raises(ValueError, match=r"^features: expected a row for each .*mean\(\(2, 3\)\)"):
         loss(maps, *head)
-    maps, places = maps[..., :1].expand(-1, -1, 2, 3), torch.zeros(len(maps), 2, 3, dtype=torch.int64)
+    maps, places = (
+        maps[..., :1].expand(-1, -1, 2, 3),
+        torch.zeros(len(maps), 2, 3, dtype=torch.int64),
+    )
     with pytest.raises(ValueError, match=r"channels first; pass features\.movedim\(1, -1\)$"):
         loss(maps, problem.weight, problem.bias, places)
     assert int(module.covariance.count.sum()) == 0

@@ -40,7 +40,10 @@ def open_image(path: Path, photo: bool = False) -> "Image":
     except FileNotFoundError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        text = argument_error(path, "an image", error, "fetch that image again")
+        got: object = error
+        if isinstance(error, required("PIL", "").UnidentifiedImageError):  # names a buffer of ours
+            got = "a file that Pillow does not know for one"
+        text = argument_error(path, "an image", got, "fetch that image again")
         raise OSError(str(text)) from error
     expected, remedy = "grey levels that fill 8 or 16 bits", "scale them to 8 bits"
     raise OSError(str(argument_error(path, expected, lost, remedy)))

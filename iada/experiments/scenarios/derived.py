@@ -65,5 +65,7 @@ def hold_out(
         raise argument_error("name", expected, repr(name), "use the part that there is")
     train = part_of(parts, "train")
     rng = np.random.default_rng(seed)
-    taken, left = pick_evenly(train.labels, train.class_names, per_class, rng, "class", spare=1)
+    taken, left = pick_evenly(
+        train.labels, train.class_names, per_class, rng, "class", "per_class", spare=1
+    )
     return {**parts, "train": train.subset(left), name: train.subset(taken)}

@@ -55,7 +55,9 @@ def noisy_labels(
     rng = np.random.default_rng(seed)
     table = transition(kind, share, train.num_classes, rng)
     if each:
-        meta, train_rows = pick_evenly(train.labels, train.class_names, each, rng, "class", spare=1)
+        meta, train_rows = pick_evenly(
+            train.labels, train.class_names, each, rng, "class", "meta_size", spare=1
+        )
     else:
         meta, train_rows = torch.empty(0, dtype=torch.int64), torch.arange(len(train))
     request = requested("noise", seed, kind=kind, share=share, meta_size=meta_size)

@@ -52,7 +52,9 @@ def as_given(
     spare = 0 if all_used else 1
     rng = np.random.default_rng(seed)
     names = source.class_names
-    chosen = pick_evenly(source.labels, names, meta_per_class, rng, "class", spare)
+    chosen = pick_evenly(
+        source.labels, names, meta_per_class, rng, "class", "meta_per_class", spare
+    )
     if meta_in_train:
         chosen = chosen._replace(left=torch.arange(len(source)))
     return _split(parts, meta_from, chosen, request)
@@ -78,7 +80,7 @@ def subpopulation(
         source = _source(parts, meta_from)
         rng = np.random.default_rng(seed)
         groups, names = source.grouped(), source.group_names
-        chosen = pick_evenly(groups, names, meta_per_group, rng, "group", spare=1)
+        chosen = pick_evenly(groups, names, meta_per_group, rng, "group", "meta_per_group", spare=1)
     return _split(parts, meta_from, chosen, request)
 
 

@@ -47,11 +47,13 @@ def pick_evenly(
     each: int,
     rng: np.random.Generator,
     kind: str,
+    setting: str,
     spare: int = 0,
 ) -> Picked:
     """`each` rows of every key; at least `spare` rows of every key are left.
 
-    keys: (N) int64 in [0, len(names)). kind: what a key is, for the message ("class").
+    keys: (N) int64 in [0, len(names)). For the message, kind: what a key is ("class"), and
+    setting: which one asks for so many.
     """
     check_count(f"samples of each {kind}", each)
     by_key = rows_by_key(keys, len(names), rng)
@@ -59,9 +61,11 @@ def pick_evenly(
     if short:
         most = min(len(rows) for rows in by_key) - spare
         stay = f", {spare} to stay" if spare else ""
-        expected = f"at least {each + spare} samples: {each} to take{stay}"
+        expected = f"at least {each + spare} samples: {each} to take ({setting}){stay}"
         got = f"{len(by_key[short[0]])} ({len(short)} of {len(names)} have too few)"
-        remedy = f"ask for {most} at most" if most > 0 else "take them from another part"
+        remedy = (
+            f"ask for {most} at most in {setting}" if most > 0 else "take them from another part"
+        )
         raise argument_error(f"{kind} {names[short[0]]!r}", expected, got, remedy)
     return picked(torch.cat([rows[:each] for rows in by_key]), len(keys))
 
