@@ -68,9 +68,8 @@ def closed_form_step(
     else:
         move(sigma)
     if skip_overflow:
-        fine = torch.isfinite(tangents.weight).all()
-        if grad_epsilon is not None:
-            fine &= torch.isfinite(grad_epsilon).all()
+        parts = [part for part in tangents if part is not None]
+        fine = torch.stack([torch.isfinite(part).all() for part in parts]).all()
         sigma = torch.where(fine, sigma, former)
     return grad_epsilon, sigma
 

@@ -217,6 +217,30 @@ def test_an_overflow_skips_all_three_steps():
     assert torch.isfinite(meta.covariance.covariance).all()
 
 
+@pytest.mark.parametrize("epsilon", [None, 0.0])
+@pytest.mark.parametrize("where", ["virtual step", "meta loss", "meta loss of the head"])
+def test_an_overflow_of_the_meta_step_alone_leaves_the_covariance_as_streamed(where, epsilon):
+    """With a constant ε too, of which no gradient tells that ḣ or v is not finite."""
+    options = {"epsilon": epsilon, "keep_semidefinite": False}
+    meta, scaler = scaled(scope="head" if where == "meta loss of the head" else "full", **options)
+    batch, meta_batch = make_batches("conv")
+    streamed = copy.deepcopy(meta.covariance)
+    streamed.update(copy.deepcopy(meta.classifier.backbone)(batch[0]), batch[1])
+    if where == "meta loss of the head":
+        scaler._init_scale = torch.inf
+    passes = []
+
+    def overflow(module, grads, _):
+        passes.append(module)
+        if len(passes) == (1 if where == "virtual step" else 2):
+            return tuple(torch.full_like(g, torch.inf) for g in grads)
+        return None
+
+    meta.classifier.backbone[3].register_full_backward_hook(overflow)
+    meta.step(batch, meta_batch)
+    torch.testing.assert_close(meta.covariance.covariance, streamed.covariance)
+
+
 def test_a_row_that_overflows_does_not_reach_the_covariance(monkeypatch):
     """As where values are not checked: on an accelerator."""
     for place in ("nn.class_covariance", "nn.iada_loss", "meta.learner", "utils.checks"):
