@@ -186,6 +186,22 @@ def random_problem(
     raise AssertionError(f"every draw has a coordinate of g within {margin} of 0")
 
 
+def confident_problem(scale: float, structure: str | None, epsilon: bool = False) -> Problem:
+    """Twelve classes on a circle and a row of each: 1 − p_y is 2 exp(−0.134 scale) in all of them.
+
+    In float64 the definition knows it to 1e-16 / (1 − p_y) of itself. In any precision logits, and
+    so exponents, are known to eps · scale.
+    """
+    labels = torch.arange(12)
+    angle = 0.2 + labels.double() * (torch.pi / 6)  # no coordinate is 0: signs are beyond doubt
+    weight = torch.stack([angle.cos(), angle.sin()], dim=1)
+    sigma = {None: None, "diag": torch.ones(12, 2).double()}
+    sigma["full"] = torch.eye(2).double().repeat(12, 1, 1)
+    strength = torch.linspace(-0.1, 0.1, 12).double() if epsilon else None
+    options = {"alpha": 0.5, "beta": 1.0, "ignore_index": -100, "reduction": "sum"}
+    return Problem(scale * weight, weight, None, labels, sigma[structure], strength, None, options)
+
+
 def _covariance(
     normal: Callable[..., Tensor],
     classes: int,

@@ -7,7 +7,14 @@ import torch
 
 from iada_kernels import reference, select_backend
 from iada_kernels.contract import HeadTangents
-from tests.helpers.problems import assert_same, max_norm, random_problem, sign_argument, target_of
+from tests.helpers.problems import (
+    assert_same,
+    confident_problem,
+    max_norm,
+    random_problem,
+    sign_argument,
+    target_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -112,6 +119,19 @@ def test_single_precision_is_as_good_as_torch(target, structure, confident, dtyp
         allowed = 4 * max_norm(by_torch[name].double() - exact[name])
         floor = 2**-22 * max_norm(exact[name])  # a result right to its last digits is right
         assert error <= max(allowed, floor), f"{name}: {error:.2e} against {allowed:.2e} of torch"
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("scale", [75.0, 150.0])
+def test_confident_samples_keep_their_digits(target, structure, scale):
+    """Where operators of torch lose them: D and c relative to themselves, by the definition."""
+    exact = confident_problem(scale, structure, epsilon=True)
+    problem = exact.map(torch.Tensor.float).to(target.device)
+    tangents = tangents_of(problem)
+    wanted = by_reference(exact, HeadTangents(*(None if t is None else t.cpu() for t in tangents)))
+    for name, found in by_backend(problem, tangents, target.backend).items():
+        error = max_norm(found.cpu().double() - wanted[name]) / max_norm(wanted[name])
+        assert error < 16 * torch.finfo(torch.float32).eps * scale, name
 
 
 @pytest.mark.parametrize("structure", ["full", "diag"])

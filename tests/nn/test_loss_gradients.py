@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,9 +14,11 @@ from tests.helpers.problems import (
     REDUCTIONS,
     TENSORS,
     assert_same,
+    confident_problem,
     cotangent,
     eager,
     fused,
+    max_norm,
     random_problem,
     reference_loss,
     value_and_gradients,
@@ -114,6 +117,18 @@ def test_finite_differences_of_an_asymmetric_covariance(shape, compiled_target):
     backend, device = compiled_target
     problem = small_problem(*shape, symmetric=False).to(device)
     assert_derivatives(problem, backend)
+
+
+@pytest.mark.parametrize("scale", [75.0, 150.0])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_confident_samples_keep_their_digits(scale, structure, backend, device):
+    """1 − p_y is e⁻¹⁰ or e⁻²⁰: relative to themselves, gradients are those of the definition."""
+    exact = confident_problem(scale, structure)
+    wanted = value_and_gradients(reference_loss, exact)
+    found = value_and_gradients(fused(backend), exact.map(Tensor.float).to(device))
+    for name in exact.floating():
+        error = max_norm(found[name].cpu().double() - wanted[name]) / max_norm(wanted[name])
+        assert error < 16 * torch.finfo(torch.float32).eps * scale, name
 
 
 def test_no_gradients_no_graph(backend, device):
