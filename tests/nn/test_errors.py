@@ -240,6 +240,12 @@ def test_epsilon_may_be_large(epsilon):
         assert loss_of(problem).isfinite()
 
 
+def test_finite_numbers_are_allowed_where_their_sum_is_not_finite():
+    state = iada.ClassCovariance(CLASSES, WIDTH, dtype=torch.float64)
+    state.update(torch.full((2, WIDTH), 1e308, dtype=torch.float64), torch.tensor([0, 1]))
+    assert state.count.sum() == 2
+
+
 @pytest.mark.parametrize(
     "options", [{"alpha": 1}, {"beta": 0}, {"alpha": -0.5}, {"ignore_index": 0}]
 )

@@ -109,13 +109,21 @@ def test_weights_of_rows(name, reduction, backend):
 
 def test_a_mean_over_no_weight_is_0():
     tensors, problem = inputs()
-    loss = iada.fused_loss(*tensors, problem.labels, row_weight=torch.zeros(ROWS))
-    assert loss == 0
-    assert all((grad == 0).all() for grad in gradients(loss, tensors))
+    none = [tensors[0][:0].detach().requires_grad_(), *tensors[1:]]
+    for given, labels, weights in (
+        (tensors, problem.labels, torch.zeros(ROWS)),
+        (none, problem.labels[:0], None),
+        (none, torch.ones(0, CLASSES), None),
+    ):
+        loss = iada.fused_loss(*given, labels, row_weight=weights)
+        assert loss == 0
+        assert all((grad == 0).all() for grad in gradients(loss, given))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("kind", ["a row's weight", "a class's weight", "a share"])
+@pytest.mark.parametrize(
+    "kind", ["a row's weight", "a class's weight", "a share", "a class's weight of a share"]
+)
 def test_what_counts_for_nothing_may_be_infinite(name, kind):
     """A class without a sample has log prior −∞; 0 · ∞ would be NaN."""
     tensors, problem = inputs()
@@ -126,6 +134,10 @@ def test_what_counts_for_nothing_may_be_infinite(name, kind):
     want = LOSSES[name](*tensors, labels, log_prior=prior, reduction="sum")
     if kind == "a share":
         labels, weights = F.one_hot(labels, CLASSES).double(), {}
+    elif kind == "a class's weight of a share":
+        labels, want = 0.9 * F.one_hot(labels, CLASSES).double(), 0.9 * want
+        labels[:, absent] = 0.1
+        weights = {"class_weight": torch.arange(CLASSES).ne(absent).double()}
     else:  # one row more, of the absent class
         tensors = [torch.cat((tensors[0], tensors[0][:1])), *tensors[1:]]
         labels = torch.cat((labels, torch.tensor([absent])))
@@ -134,6 +146,17 @@ def test_what_counts_for_nothing_may_be_infinite(name, kind):
         weights = rows if kind == "a row's weight" else classes
     got = LOSSES[name](*tensors, labels, log_prior=prior, reduction="sum", **weights)
     assert_same(got, want, tensors[1:])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_share_that_smoothing_gives_an_impossible_class_is_infinite(name):
+    tensors, problem = inputs()
+    prior = torch.zeros(CLASSES, dtype=torch.float64)
+    prior[1] = -torch.inf
+    labels = problem.labels.masked_fill(problem.labels == 1, 0)
+    for y in (labels, F.one_hot(labels, CLASSES).double()):
+        assert LOSSES[name](*tensors, y, log_prior=prior) < torch.inf
+        assert LOSSES[name](*tensors, y, log_prior=prior, label_smoothing=0.1) == torch.inf
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -184,7 +207,7 @@ def test_label_smoothing_names_the_backends_that_have_it():
 def test_leading_dimensions(name, leading, reduction):
     count = 1 if not leading else ROWS
     problem = random_problem(count, CLASSES, WIDTH, dtype=torch.float64, ignored=0.0)
-    head = problem.weight, problem.bias
+    head = problem.weight.requires_grad_(), problem.bias
     covariance = problem.covariance
     rows = torch.rand(count).double()
     terms = {"covariance": covariance, "log_prior": problem.log_prior, "reduction": reduction}
@@ -211,6 +234,11 @@ BAD = {
     "a negative class weight": ("class_weight", {"class_weight": -torch.ones(CLASSES)}),
     "an infinite row weight": ("row_weight", {"row_weight": torch.full((3, 4), torch.inf)}),
     "integer row weights": ("row_weight", {"row_weight": torch.ones(3, 4, dtype=torch.int64)}),
+    "class weights elsewhere": (
+        "class_weight",
+        {"class_weight": torch.ones(CLASSES, device="meta")},
+    ),
+    "row weights elsewhere": ("row_weight", {"row_weight": torch.ones(3, 4, device="meta")}),
     "smoothing of 1": ("label_smoothing", {"label_smoothing": 1.0}),
     "negative smoothing": ("label_smoothing", {"label_smoothing": -0.1}),
     "smoothing as a tensor": ("label_smoothing", {"label_smoothing": torch.tensor(0.1)}),
