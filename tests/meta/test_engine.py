@@ -23,10 +23,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def by_both(name, structure="full", **options):
     """Hypergradients by the default way, and by double backward."""
     batches = make_batches(name)
-    return [
-        hypergradients(make_engine(name, structure, hypergradient=way, **options), *batches)
+    engines = [
+        make_engine(name, structure, hypergradient=way, **options)
         for way in ("jvp", "double-backward")
     ]
+    found = [hypergradients(engine, *batches) for engine in engines]
+    assert engines[0]._feature_jvp.mode == "graph"  # differences may be as near
+    return found
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -182,6 +185,46 @@ class Round(nn.Module):
         return inputs.round() + inputs.sign() * inputs
 
 
+class Factors(nn.Module):
+    """Sums and products with alpha and beta."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 64).view(8, 8))
+
+    def forward(self, inputs):
+        both = torch.add(inputs, inputs.sin(), alpha=0.3)
+        second = torch.add(torch.ones_like(inputs), inputs, alpha=0.7)
+        return torch.addmm(both + second, inputs, self.weight, beta=0.5, alpha=0.2)
+
+
+class FrozenFilter(nn.Module):
+    """A convolution of which input and bias move, and the weight does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.filter = nn.Conv1d(1, 1, 3, padding=1)
+        self.filter.weight.requires_grad_(False)
+
+    def forward(self, inputs):
+        return self.filter(inputs[:, None])[:, 0]
+
+
+class Attention(nn.Module):
+    """Four tokens of width 2."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, inputs):
+        tokens = inputs.unflatten(1, (1, 4, 2))
+        parts = (tokens, tokens.sin(), tokens.cos())
+        return nn.functional.scaled_dot_product_attention(*parts, **self.settings).flatten(1)
+
+
+MASK = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4)
+
 ACTIVATIONS = [
     nn.ELU(),
     nn.GELU(),
@@ -209,6 +252,11 @@ ACTIVATIONS = [
     nn.Bilinear(8, 8, 8),
     nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
     nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+    Factors(),
+    FrozenFilter(),
+    Attention(is_causal=True),
+    Attention(scale=0.3),
+    Attention(attn_mask=MASK),
 ]
 
 
@@ -233,11 +281,16 @@ def test_other_layers(layer):
         backbone.append(Between().double())
         backbone.append(nn.Linear(8, 8).double())
 
-    found = [
-        hypergradients(make_engine(prepare=prepare, hypergradient=way), *make_batches())
-        for way in ("jvp", "double-backward")
-    ]
-    errors = relative(*found)
+    errors = relative(*by_both("mlp", "full", prepare=prepare))
+    assert max(errors.values()) < 1e-8, errors
+
+
+def test_features_that_are_not_the_first_output_of_their_operator():
+    class Second(nn.Module):
+        def forward(self, inputs):
+            return torch.cat([inputs.exp(), inputs], dim=1).chunk(2, dim=1)[1]
+
+    errors = relative(*by_both("mlp", prepare=lambda backbone, _: backbone.append(Second())))
     assert max(errors.values()) < 1e-8, errors
 
 
