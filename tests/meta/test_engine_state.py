@@ -137,6 +137,7 @@ def test_interval():
         assert torch.isfinite(result.meta_loss)
         omegas.append(torch.cat([p.detach().flatten() for p in meta.perturbation.parameters()]))
     assert needed == [True, False, False, True, False] == planned
+    assert meta.meta_steps(2) == [False, True]
     assert torch.equal(omegas[0], omegas[2])
     assert not torch.equal(omegas[2], omegas[3])
     assert int(meta.perturbation.norm.num_batches_tracked) == 5
@@ -170,6 +171,36 @@ def test_autocast(name, options):
     assert meta._feature_jvp.mode == "graph"
     assert all(p.dtype == torch.float32 for p in meta.classifier.parameters())
     torch.testing.assert_close(result.meta_loss, expected.meta_loss, rtol=0.1, atol=0)
+
+
+class Scale(nn.Module):
+    """A product by numbers, which autocast leaves alone; remembers whether it was on."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = nn.Parameter(torch.linspace(0.5, 1.5, 8)), []
+
+    def forward(self, inputs):
+        self.seen.append(torch.is_autocast_enabled("cpu"))
+        return inputs.repeat(1, 2)[:, :8] * self.weight
+
+
+def test_autocast_is_the_backbones_alone_and_that_of_its_step():
+    def scale(backbone, head):
+        del backbone[:]
+        backbone.append(Scale())
+
+    batches = make_batches("mlp", torch.float32)
+    states, scales = [], []
+    for mode in (torch.autocast("cpu", torch.bfloat16), contextlib.nullcontext()):
+        meta = make_engine("mlp", dtype=torch.float32, prepare=scale)
+        with mode:
+            meta.step(*batches)
+        meta.step(*batches)
+        states.append(plain_leaves([meta.classifier.state_dict(), meta.state_dict()]))
+        scales.append(meta.classifier.backbone[0])
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert scales[0].seen == [True, True, False, False]  # the training and the meta batch's passes
 
 
 def test_autocast_hypergradient_is_that_of_double_backward_to_rounding():
@@ -291,11 +322,11 @@ def test_state_dict_resumes_bit_for_bit(options):
     parts = (other.classifier, other.optimizer, other)
     for part, saved in zip(parts, state, strict=True):
         part.load_state_dict(saved)
+    ends = []
     for meta in (one, other):
         torch.set_rng_state(random_state)
-        for _ in range(3):
-            meta.step(*batches)
-    ends = [[meta.classifier.state_dict(), meta.state_dict()] for meta in (one, other)]
+        seen = [meta.step(*batches).meta_loss.clone() for _ in range(3)]
+        ends.append([meta.classifier.state_dict(), meta.state_dict(), seen])
     torch.testing.assert_close(*map(plain_leaves, ends), rtol=0, atol=0)
 
 
@@ -318,7 +349,7 @@ class Skipped(nn.Module):
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
 def test_passes_that_repeat_draw_the_same_from_every_generator(draw):
     batch, meta_batch = make_batches("mlp")
-    ends = []
+    ends, draws = [], []
     for low_memory in (False, True):
         torch.manual_seed(0)
         backbone = nn.Sequential(*(Skipped(draw) for _ in range(6)), nn.Linear(6, 8)).double()
@@ -329,6 +360,8 @@ def test_passes_that_repeat_draw_the_same_from_every_generator(draw):
         np.random.seed(1)  # noqa: NPY002 - what backbones draw from
         meta.step(batch, meta_batch)
         ends.append([*backbone.parameters(), *meta.perturbation.parameters()])
+        draws.append(draw())
+    assert draws[0] == draws[1]  # and the generator goes on from the same place
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
