@@ -44,6 +44,8 @@ def test_class_deviation(structure):
     scale = EpsilonScale(0.5, "class-deviation").at(covariance, labels[:4])
     radius = [features[labels == c].var(dim=0, correction=0).sum().sqrt() for c in (0, 1, 2, 0)]
     torch.testing.assert_close(scale, 0.5 * torch.stack(radius) / 2)
+    covariance.covariance.neg_()  # as Eq. 9 may leave it, taken literally
+    assert not EpsilonScale(0.5, "class-deviation").at(covariance, labels).any()
 
 
 def test_epsilon_is_scaled_in_the_loss_and_for_the_caller():

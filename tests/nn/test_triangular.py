@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import iada
+from iada.meta.closed_form_step import relative_change
 from iada.nn.projection import nearest_positive_semidefinite, semidefinite_or_former
 from iada_kernels import reference, torch_ops
 from iada_kernels.contract import HeadTangents, LossInputs, LossOptions
@@ -38,6 +39,21 @@ def test_triangles_and_back(width):
     assert torch.equal(matrices(held, width), sigma.tril() + sigma.tril(-1).mT)
     assert torch.equal(triangles(matrices(held, width)), held)
     assert torch.equal(variances(held, width), sigma.diagonal(dim1=1, dim2=2))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_change_is_measured_as_of_matrices(width):
+    sigma = sigma_of(4, width)
+    former, sigma = sigma[:2], sigma[2:]
+    want = (sigma - former).norm() / former.norm()
+    found = relative_change(triangles(sigma), triangles(former), width)
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), triangular_shape(5), (5,), (15,)])
+def test_zeros_that_stay_have_not_changed(shape):
+    zeros = torch.zeros(2, *shape)
+    assert relative_change(zeros, zeros, 5) == 0
 
 
 @pytest.mark.parametrize("width", WIDTHS)
