@@ -79,8 +79,9 @@ class FeatureJVP:
         values = list(directions.values())
         dtype = torch.promote_types(torch.float32, values[0].dtype)
         share = torch.finfo(dtype).eps ** (1 / 3)
-        tiny = torch.finfo(dtype).tiny
-        step = share * _norm([p.detach() for p in directions]) / _norm(values).clamp(min=tiny)
+        size = _norm(values)
+        size = torch.where(size > 0, size, 1.0)  # of a rate of 0: any step is one of nothing
+        step = share * _norm([p.detach() for p in directions]) / size
         named = {n: p for n, p in self.passes.backbone.named_parameters() if p in directions}
         ends = []
         for signed in (step, -step):

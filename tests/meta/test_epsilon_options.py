@@ -118,8 +118,10 @@ def test_rate_free_covariance_step_is_eta_2_over_eta_1(way):
     torch.testing.assert_close(changes[1], changes[0], rtol=1e-9, atol=1e-15)
 
 
-def test_a_rate_of_zero_moves_nothing_and_stays_finite():
-    engine = make_engine("conv", rate_free_perturbation=True, rate_free_covariance=True)
+@pytest.mark.parametrize("way", ["jvp", "finite-difference", "double-backward"])
+def test_a_rate_of_zero_moves_nothing_and_stays_finite(way):
+    options = {"rate_free_perturbation": True, "rate_free_covariance": True}
+    engine = make_engine("conv", hypergradient=way, **options)
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
     found = hypergradients(engine, *make_batches("conv"))
@@ -189,6 +191,8 @@ def test_relative_change_of_the_covariance(persistent):
         assert torch.equal(one.covariance_change, first)  # of the epoch's first meta step
         one.end_epoch()
         assert torch.isnan(one.covariance_change)
+        one.step(batch, meta_batch)
+        assert float(one.covariance_change) > 0  # of the next epoch's
 
 
 @pytest.mark.parametrize(
