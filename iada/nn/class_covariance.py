@@ -200,10 +200,11 @@ class ClassCovariance(KeepsPrecision):
 
     def _check(self, features: Tensor, labels: Tensor, ignore_index: int) -> None:
         num_classes, width = self.mean.shape
-        if any(kept.dtype not in PRECISIONS for kept in (self.covariance, self.mean)):
-            remedy = "call .float(), or load its state without assign=True"
-            expected = "statistics in torch.float32 or torch.float64"
-            raise argument_error("ClassCovariance", expected, f"{self.mean.dtype}", remedy)
+        for kept in (self.covariance, self.mean):
+            if kept.dtype not in PRECISIONS:
+                remedy = "call .float(), or load its state without assign=True"
+                expected = "statistics in torch.float32 or torch.float64"
+                raise argument_error("ClassCovariance", expected, kept.dtype, remedy)
         check_float("features", features, f"a floating-point tensor (N, {width})", (None, width))
         check_labels(labels, len(features))
         for name, tensor in (("features", features), ("labels", labels)):

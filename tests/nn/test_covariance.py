@@ -180,12 +180,13 @@ def test_double_keeps_double_precision(structure, backend, device):
 
 
 @STRUCTURES
-def test_ignored_rows_are_left_out(structure, backend, device):
-    features, labels = random_stream(50, 4, 5, ignored=0.3, ignore_index=255)
-    keep = labels != 255
+@pytest.mark.parametrize("ignore_index", [255, 0, 2])
+def test_ignored_rows_are_left_out(structure, ignore_index, backend, device):
+    features, labels = random_stream(50, 4, 5, ignored=0.3, ignore_index=ignore_index)
+    keep = labels != ignore_index
     features[~keep] *= 100
     state, kept = (new_state(4, 5, structure, device, torch.float64) for _ in range(2))
-    state.update(features.to(device), labels.to(device), ignore_index=255, backend=backend)
+    state.update(features.to(device), labels.to(device), ignore_index=ignore_index, backend=backend)
     kept.update(features[keep].to(device), labels[keep].to(device), backend=backend)
     assert_state(state, {name: t.cpu() for name, t in bits(kept).items()}, 1e-14)
 
@@ -303,6 +304,8 @@ BAD_BATCHES = {
     "one-hot labels": lambda h, y: (h, torch.nn.functional.one_hot(y, 4)),
     "list of labels": lambda h, y: (h, y.tolist()),
     "list of features": lambda h, y: (h.tolist(), y),
+    "features elsewhere": lambda h, y: (h.to("meta"), y),
+    "labels elsewhere": lambda h, y: (h, y.to("meta")),
 }
 
 
@@ -483,9 +486,11 @@ def test_statistics_of_low_precision_are_refused(dtype):
     low = {
         name: b.to(dtype) if b.is_floating_point() else b for name, b in state.state_dict().items()
     }
-    state.load_state_dict(low, assign=True)
-    with pytest.raises(ValueError, match=r"^ClassCovariance: expected statistics in torch.float32"):
-        state.update(torch.randn(4, 8), torch.arange(4) % 3)
+    for names in (("covariance",), ("mean",), ("covariance", "mean")):
+        state.load_state_dict(iada.ClassCovariance(3, 8).state_dict(), assign=True)
+        state.load_state_dict({**state.state_dict(), **{n: low[n] for n in names}}, assign=True)
+        with pytest.raises(ValueError, match=rf"^ClassCovariance: expected .+, got {dtype}; "):
+            state.update(torch.randn(4, 8), torch.arange(4) % 3)
 
 
 def test_statistics_are_in_float32_at_least_whatever_the_default():
