@@ -217,6 +217,42 @@ def test_the_check_for_loops_of_ones_own(structure):
     )
     with pytest.raises(FloatingPointError, match="finite head and covariance"):
         meta.check()
+    covariance.covariance.copy_(sound)
+    meta.check()
+    meta.alpha = 1e5
+    with pytest.raises(FloatingPointError, match="quadratic term"):
+        meta.check()
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_where_a_divergence_begins(structure, autocast):
+    """By hand: w₀ − w₁ = (1, 0), so that α R is ¼ of Σ's first entry; logits differ by 2 at μ₀."""
+    head = nn.Linear(2, 2)
+    head.weight.data = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    head.bias.data = torch.tensor([0.0, 1.0])
+
+    def diverges(first, second, count=(5, 5), shrinkage=0.0):
+        state = iada.ClassCovariance(2, 2, structure, shrinkage=shrinkage)
+        variances = torch.tensor([first, second])
+        state.covariance.copy_(variances if structure == "diag" else torch.diag_embed(variances))
+        state.mean[0, 0] = 3.0
+        state.count.copy_(torch.tensor(count))
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                iada.check_divergence(head, state, alpha=0.5)
+        except FloatingPointError:
+            return True
+        return False
+
+    one = (1.0, 1.0)
+    assert not diverges((1199.0, 0.0), one)  # 299.75 of 100 · (1 + 2)
+    assert diverges((1203.0, 0.0), one)
+    assert diverges((0.0, 1e5), (1203.0, 0.0))  # the class of the smaller trace
+    assert not diverges((100.0, 0.0), (-0.98, 0.0))  # of −0.01 · 100
+    assert diverges((100.0, 0.0), (-1.02, 0.0))
+    assert diverges((1e5, 0.0), one)
+    assert not diverges((1e5, 0.0), one, count=(0, 5), shrinkage=1.0)  # losses see the other's
 
 
 def test_features_that_are_not_finite_name_the_remedy():
