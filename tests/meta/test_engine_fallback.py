@@ -110,6 +110,7 @@ def test_fallback_logs_one_line_that_names_the_layer(layer, plain, place, low_me
         meta.step(*batches)
     assert [record.name for record in caplog.records] == ["iada"]
     assert f"layer {place}" in caplog.text
+    assert not any(module._forward_hooks for module in meta.classifier.modules())
     errors = relative(found, by_oracle(plain))
     assert max(errors.values()) < 1e-3, errors
 

@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import iada
+from iada.meta.backbone_passes import BackbonePasses
+from iada.meta.feature_jvp import FeatureJVP
 from tests.helpers.engine_cases import (
     CLASSES,
     eq_10_by_hand,
@@ -211,6 +213,33 @@ def test_autocast_hypergradient_is_that_of_double_backward_to_rounding():
             found[way] = hypergradients(meta, *make_batches("conv", torch.float32))
     errors = relative(found["jvp"], found["double-backward"])
     assert max(errors.values()) < 0.05, errors  # bfloat16 has eight bits
+
+
+def test_small_tangents_do_not_underflow_in_float16():
+    """ḣ of one layer is its inputs times v; η v is often below float16's smallest number, 6e-8."""
+    torch.manual_seed(0)
+    backbone, inputs, direction = nn.Linear(6, 8), torch.randn(4, 6), torch.randn(8, 6)
+    passes = BackbonePasses(backbone, nn.Linear(8, 3))
+    with torch.autocast("cpu", torch.float16), passes.own_autocast():
+        random_state = passes.random_state()
+        features = passes.forward_and_update_buffers(inputs)
+        moved = {backbone.weight: 1e-9 * direction}
+        found = FeatureJVP(passes)(features, inputs, random_state, moved)
+    assert features.dtype == torch.float16
+    # Inputs, v and the result are rounded, each to 2⁻¹¹ of itself.
+    bound = 2**-9 * 1e-9 * (inputs.abs() @ direction.abs().T).max()
+    assert (found - 1e-9 * inputs @ direction.T).abs().max() < bound
+
+
+@pytest.mark.parametrize("way", ["jvp", "finite-difference"])
+def test_a_frozen_backbone_is_a_virtual_step_of_the_head(way):
+    def freeze(backbone, head):
+        backbone.requires_grad_(False)
+
+    batches = make_batches("conv")
+    found = hypergradients(make_engine("conv", prepare=freeze, hypergradient=way), *batches)
+    wanted = hypergradients(make_engine("conv", scope="head"), *batches)
+    assert max(relative(found, wanted).values()) < 1e-12
 
 
 def scaled(**options):

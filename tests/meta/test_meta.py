@@ -161,13 +161,14 @@ def test_covariance_stays_symmetric_and_transient_leaves_it():
 
 @pytest.mark.parametrize("structure", ["full", "diag"])
 def test_projection_is_counted(structure):
-    meta = make_meta(structure, covariance_lr=1e5, project=True)
+    meta = make_meta(structure, covariance_lr=1e5, project=True, keep_semidefinite=True)
     batch, meta_batch = make_batches()
     meta.step(batch, meta_batch)
     sigma = meta.covariance.covariance
     smallest = sigma if structure == "diag" else torch.linalg.eigvalsh(sigma)
     assert smallest.min() >= -1e-9 * smallest.abs().max()
     assert meta.projections > 0
+    assert meta.held == 0
 
 
 def test_projection_keeps_the_bits_of_what_is_semidefinite():
