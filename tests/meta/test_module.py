@@ -149,6 +149,8 @@ def test_a_parameter_of_the_methods_own_learns_if_the_optimizer_has_it(given):
             "batch index: expected integer places .* torch.bool",
         ),
         ({2: torch.arange(5)}, r"batch index: expected integer places .*shape \(5,\)"),
+        ({2: torch.arange(-1, 5)}, r"batch index: expected places in \[0, 50\).* got -1 to 4"),
+        ({2: torch.arange(45, 51)}, r"batch index: expected places in \[0, 50\).* got 45 to 50"),
         ({0: torch.zeros(5, 6)}, r"backbone: expected features \(6, 8\), got shape \(5, 8\)"),
         ({1: torch.tensor(3)}, r"labels: expected integer class indices"),
     ],
@@ -162,6 +164,21 @@ def test_a_batch_that_does_not_fit_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         method.step(tuple(parts), make_batches("mlp")[1])
     assert torch.equal(method.covariance.count, count)
+
+
+def test_losses_are_remembered_in_both_phases_and_become_the_last_epochs():
+    memory = iada.TrainingMemory(CLASSES, num_samples=50, dtype=torch.float64)
+    method = make_engine("mlp", memory=memory)
+    (inputs, labels), meta_batch = make_batches("mlp")
+    first, second = torch.arange(20, 32), torch.arange(5, 17)
+    loss = method.cross_entropy_step((inputs, labels, first))
+    torch.testing.assert_close(memory.samples[first, 0].mean(), loss)
+    method.step((inputs, labels, second), meta_batch)
+    assert memory.seen.nonzero()[:, 0].tolist() == list(range(5, 17)) + list(range(20, 32))
+    seen = torch.stack([memory.samples[first], memory.samples[second]])
+    method.end_epoch()
+    means = [seen[:, labels == c].mean(dim=(0, 1)) for c in range(CLASSES)]
+    torch.testing.assert_close(memory.class_means, torch.stack(means))
 
 
 def test_places_of_any_integer_dtype_are_places():
@@ -226,6 +243,47 @@ def test_arguments_that_do_not_fit(name, value):
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=rf"(?s)^{name}: expected .+, got .+; .+"):
         iada.MetaIADA(nn.Identity(), head, optimizer, torch.ones(CLASSES), **{name: value})
+
+
+def test_a_callers_class_weights_stay_the_callers():
+    weights = torch.ones(CLASSES, dtype=torch.float64)
+    meta = make_engine("mlp", class_weights=weights)
+    weights[0] = 7.0
+    assert meta.class_weights.tolist() == [1.0] * CLASSES
+
+
+@pytest.mark.parametrize("step", ["step", "cross_entropy_step"])
+def test_gradients_are_clipped_to_the_norm_that_was_asked_for(step):
+    engines = [make_engine("mlp", epsilon=0.0, covariance_lr=0.0, clip_norm=n) for n in (0, 1e-2)]
+    grads = []
+    for engine in engines:
+        torch.manual_seed(3)
+        getattr(engine, step)(make_batches("mlp")[0])
+        grads.append(torch.cat([p.grad.flatten() for p in engine.classifier.parameters()]))
+    norm = grads[0].norm()
+    torch.testing.assert_close(grads[1], grads[0] * (1e-2 / (norm + 1e-6)))  # as torch's own
+
+
+def test_what_a_step_does_not_go_through_keeps_still():
+    """Its gradient of the step before is no gradient of this one."""
+
+    class Now(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.other, self.uses_other = nn.Linear(5, 4), nn.Linear(4, 4), True
+
+        def forward(self, inputs):
+            hidden = self.first(inputs)
+            return self.other(hidden) if self.uses_other else hidden
+
+    backbone, head, data = Now(), nn.Linear(4, CLASSES), make_data()
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.1)
+    method = Smoothed(backbone, head, optimizer)
+    method.step((data.inputs, data.labels))
+    backbone.uses_other = False
+    before = [parameter.clone() for parameter in backbone.other.parameters()]
+    method.step((data.inputs, data.labels))
+    assert all(map(torch.equal, before, backbone.other.parameters()))
 
 
 class Smoothed(iada.Method):
