@@ -23,6 +23,17 @@ def test_perturbation_net():
         net(torch.randn(8, 14))
 
 
+def test_evaluation_and_a_single_row_go_by_the_running_statistics():
+    torch.manual_seed(0)
+    net, values = iada.PerturbationNet(), 3 + 2 * torch.randn(8, 15)
+    net(values)
+    alone = [net(row[None]) for row in values]
+    net.norm.eval()
+    want = net.strength(net.hidden(net.norm(values)).relu()).squeeze(1).tanh()
+    for got in (torch.cat(alone), net.eval()(values)):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("network_dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_network_computes_in_its_own_dtype(network_dtype, dtype):

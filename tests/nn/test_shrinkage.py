@@ -152,3 +152,13 @@ def test_settings_and_refusals(structure):
         iada.ClassCovariance(3, 4, structure, shrinkage=float("nan"))
     with pytest.raises(ValueError, match="^shrinkage: expected 0 with structure='low-rank'"):
         iada.ClassCovariance(3, 4, "low-rank", 2, shrinkage=1.0)
+
+
+def test_terms_are_shown_of_the_shrunk_one(structure):
+    """As the method's loss has them: Table 1."""
+    meta = make_engine("mlp", structure)
+    meta.covariance.shrinkage = 5.0
+    meta.step(*make_batches("mlp"))
+    _, seen = meta.seen_by_loss(torch.zeros(2, 8), torch.tensor([0, 1]))
+    assert torch.equal(seen, meta.covariance.shrunk())
+    assert not torch.allclose(seen, meta.covariance.covariance)
