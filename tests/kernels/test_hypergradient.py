@@ -157,9 +157,10 @@ def test_the_step_adds_in_place_and_leaves_absent_classes_alone(target, structur
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", SIZES[:-2] + [(40, 3, 33), (9, 30, 4)])
-def test_the_bound_is_no_less_than_the_norm_and_not_far_from_it(target, size, dtype):
-    problem = random_problem(*size, dtype=dtype).to(target.device)
+@pytest.mark.parametrize("size", SIZES[:-2] + [(40, 3, 33), (9, 30, 4), (11, 12, 4)])
+@pytest.mark.parametrize("alpha", [0.5, -0.5])
+def test_the_bound_is_no_less_than_the_norm_and_not_far_from_it(target, size, dtype, alpha):
+    problem = random_problem(*size, dtype=dtype, alpha=alpha).to(target.device)
     tangents = tangents_of(problem)
     inputs, options = problem.records()
     passes = select_backend(target.backend, target.device)
