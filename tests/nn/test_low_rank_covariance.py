@@ -121,12 +121,13 @@ def test_rank_0_is_the_diagonal_structure():
     assert torch.equal(states[1].dense(), states[0].dense())
 
 
+@pytest.mark.parametrize("step", [90, 45])  # of the second batch the mean is another
 @pytest.mark.parametrize("scratch", [1, 2**24])
-def test_many_rows_of_a_class_are_taken_in_a_part_at_a_time(path, scratch, monkeypatch):
+def test_many_rows_of_a_class_are_taken_in_a_part_at_a_time(path, scratch, step, monkeypatch):
     monkeypatch.setattr(low_rank_update, "MOST_ROWS", 7)
     monkeypatch.setattr(low_rank_update, "MOST_SCRATCH", scratch)
     features, labels = random_stream(90, 2, 30)
-    state = streamed(features, labels, 2, 4, step=90)
+    state = streamed(features, labels, 2, 4, step=step)
     assert_within_the_bound(state, population(features, labels, 2, "full"), 1e-12)
 
 

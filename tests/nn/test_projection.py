@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from iada.nn.projection import SemidefiniteSteps, semidefinite_or_former
+from iada.nn.projection import (
+    SemidefiniteSteps,
+    nearest_positive_semidefinite,
+    semidefinite_or_former,
+)
 
 CLASSES, WIDTH = 4, 24
 
@@ -96,3 +100,16 @@ def test_classes_that_do_not_move_have_no_account():
         )
     assert guarded.unchecked[0] == 0
     assert (guarded.unchecked[1:] > 0).all()
+
+
+def test_classes_are_counted_and_not_their_variances():
+    former = torch.ones(4, 5)
+    stepped = former.clone()
+    stepped[1, :2] = -1.0
+    stepped[3] = -2.0
+    for found, count in (
+        nearest_positive_semidefinite(stepped),
+        semidefinite_or_former(stepped, former),
+    ):
+        assert count == 2
+        assert (found >= 0).all()
