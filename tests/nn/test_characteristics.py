@@ -140,6 +140,25 @@ def test_characteristics_without_memory_or_index():
     assert torch.isfinite(confident).all()
 
 
+def test_a_sample_not_seen_yet_has_no_change():
+    h, w, y = torch.randn(4, 6), torch.randn(3, 6), torch.tensor([0, 1, 2, 0])
+    memory, index = iada.TrainingMemory(3, num_samples=9), torch.tensor([2, 3, 5, 8])
+    memory.record(torch.rand(2), torch.rand(2), y[:2], index[:2])
+    found = iada.characteristics(h, h @ w.T, y, w, torch.zeros(3), memory, index)
+    assert (found[:2, 12:14] != 0).all()
+    assert (found[2:, 12:14] == 0).all()
+    none = (t[:0] for t in (h, h @ w.T, y))
+    assert iada.characteristics(*none, w, torch.zeros(3), memory, index[:0]).shape == (0, 15)
+
+
+def test_five_neighbours_are_asked_by_default():
+    angle = torch.arange(7) * 0.1
+    h = torch.stack([angle.cos(), angle.sin()], dim=1)
+    y = torch.tensor([0, 0, 0, 0, 0, 1, 1])  # four of the five nearest of the first row
+    found = iada.characteristics(h, torch.zeros(7, 2), y, torch.ones(2, 2), torch.zeros(2))
+    torch.testing.assert_close(found[0, 14], torch.tensor(4 / 5))
+
+
 def test_a_class_not_seen_in_an_epoch_keeps_its_means():
     memory = iada.TrainingMemory(2)
     memory.record(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0]), torch.tensor([0, 1]))
