@@ -197,3 +197,24 @@ def test_where_groups_come_from():
     for wrong in (GROUPS[:5], GROUPS.double()):
         with pytest.raises(ValueError, match="groups: expected an integer from 0 for each sample"):
             make_set(groups=wrong)
+
+
+@pytest.mark.parametrize("options", [GroupDROOptions, UpweightingOptions])
+def test_balanced_batches_are_asked_for_and_other_ones_at_each_step(options):
+    order = [list(range(ROWS))] * 2
+    assert options().build(make_run(make_head())).begin_epoch(0, order, 0) == order
+    first, second = (
+        options(balanced_batches=True).build(make_run(make_head())).begin_epoch(0, order, 0)
+    )
+    assert first != second
+    assert options(balanced_batches=True).build(make_run(make_head())).begin_epoch(
+        0, order[1:], 1
+    ) == [second]
+
+
+def test_the_weights_of_the_groups_are_in_the_state():
+    one, other = (build(GroupDRO, make_head()) for _ in range(2))
+    one.group_loss(torch.arange(3).double(), torch.tensor([0, 1, 3]))
+    assert not torch.equal(one.log_q, other.log_q)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.log_q, other.log_q)

@@ -248,6 +248,9 @@ def test_cmo_pastes_in_half_of_the_steps_between_its_epochs():
         wanted = method.begin_epoch(epoch, order, 50)
         pasted = [rows for rows in wanted if len(rows) == 6]
         assert 70 < len(pasted) < 130
+        rests = np.array([plan.rest for plan in method._plans if plan is not None])
+        # λ is uniform: |λ − ½| has mean ¼ and deviation 0.144. Of four of its errors.
+        assert abs(np.abs(rests - 0.5).mean() - 0.25) < 4 * 0.144 / len(rests) ** 0.5
         assert all(rows[:3] == [0, 1, 2] for rows in wanted)
         assert [plan is not None for plan in method._plans] == [len(r) == 6 for r in wanted]
         # A run that goes on at a later step draws the same.
@@ -269,6 +272,11 @@ def test_the_box_has_its_share_of_the_area(rest):
     assert area == pytest.approx(1 - rest, abs=0.01)
 
 
+def test_the_box_is_that_of_the_published_code():
+    """Half of 10 pixels is 5, of which half, cut, is 2 to each side."""
+    assert Paste(0.75, (0.5, 0.05)).box(10, 10) == (slice(3, 7), slice(0, 2))
+
+
 def test_cmo_needs_images_and_labels():
     features, labels = make_rows()
     method = make_cmo(make_head(), labels)
@@ -277,6 +285,9 @@ def test_cmo_needs_images_and_labels():
         ValueError, match=r"inputs: expected images \(N, channels, H, W\), got shape"
     ):
         method.step((features, labels, torch.arange(ROWS)))
+
+    with pytest.raises(ValueError, match=r"^labels: expected class indices in \[0, \d+\), got 99"):
+        make_cmo(make_head(), labels.index_fill(0, torch.tensor([1]), 99))
 
     class WithoutLabels(torch.utils.data.Dataset):
         def __len__(self):
@@ -312,7 +323,7 @@ def test_the_minority_is_far_from_the_mean_of_its_class():
         assert not all(want)
 
 
-@pytest.mark.parametrize("unit", [1.0, torch.tensor([2.0, 0.5]).double().view(2, 1, 1)])
+@pytest.mark.parametrize("unit", [1.0, 100.0, torch.tensor([2.0, 0.5]).double().view(2, 1, 1)])
 def test_the_attack_steps_towards_its_target(unit):
     """Of a linear classifier of two classes the gradient's sign never changes."""
     torch.manual_seed(0)
@@ -333,6 +344,21 @@ def test_the_categories_are_told_apart():
     layer = nn.Linear(8, 6)
     fit_categories(layer, embeddings, targets)
     assert (layer(embeddings).argmax(dim=1) == targets).double().mean() > 0.95
+
+
+def test_small_categories_count_in_the_fit():
+    """At the minimum of Balanced Softmax its gradient vanishes; that of CE does not."""
+    torch.manual_seed(0)
+    targets = torch.tensor([0] * 40 + [1] * 8 + [2] * 2)
+    embeddings = torch.randn(50, 2, dtype=torch.float64)
+    layer = nn.Linear(2, 3, dtype=torch.float64)
+    fit_categories(layer, embeddings, targets)
+    prior = torch.tensor([40, 8, 2]).double().log()
+    sizes = []
+    for shift in (prior, 0 * prior):
+        loss = F.cross_entropy(layer(embeddings) + shift, targets)
+        sizes.append(float(torch.autograd.grad(loss, layer.bias)[0].abs().max()))
+    assert sizes[0] < 1e-5 < 0.1 < sizes[1]
 
 
 def make_afr(deviation=None, **options):
@@ -363,10 +389,10 @@ def test_afr_prepares_every_ten_epochs_of_the_second_stage():
     assert method.prepared_epoch == -1
     state = torch.get_rng_state()
     found = []
-    for epoch in (5, 6, 14, 15):
+    for epoch in (5, 6, 10, 14, 15):
         method.begin_epoch(epoch, order, 3 * epoch)
         found.append((method.prepared_epoch, method.attacked.clone()))
-    assert [epoch for epoch, _ in found] == [5, 5, 5, 15]
+    assert [epoch for epoch, _ in found] == [5, 5, 5, 5, 15]
     for _, attacked in found:
         assert int(attacked.sum()) == 10  # half of the majority
         assert not (attacked & tail).any()
@@ -375,6 +401,24 @@ def test_afr_prepares_every_ten_epochs_of_the_second_stage():
     assert len(method.pool.rows) == 40
     assert method.attacker.training is False
     assert method._learner.classifier.backbone.training
+
+
+def test_afr_goes_on_in_an_epoch_by_what_it_prepared_for_it():
+    method, _, _ = make_afr()
+    order = [list(range(30))] * 3
+    method.begin_epoch(5, order, 0)
+    fitted = method.categories.weight.detach().clone()
+    method.head.weight.data.neg_()
+    method.begin_epoch(5, order[1:], 1)
+    assert torch.equal(method.categories.weight, fitted)
+
+
+def test_a_class_without_minority_has_no_copies(monkeypatch):
+    method, data, tail = make_afr()
+    monkeypatch.setattr("iada.methods.afr.minority_mask", lambda *_: tail & (data.labels == 0))
+    method.begin_epoch(5, [list(range(30))] * 3, 0)
+    assert int(method.attacked.sum()) == 5  # half of class 0's majority, and none of class 1
+    assert not data.labels[method.attacked].any()
 
 
 @pytest.mark.parametrize("deviation", [None, 0.25])
