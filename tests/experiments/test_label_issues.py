@@ -85,3 +85,14 @@ def test_a_run_records_it_where_labels_are_known_to_be_wrong():
         log(trainer, (None, labels, torch.arange(3)), result)
         found = epsilon_record(log)["label_issues"]
         assert found == (None if noise is None else detection(result.epsilon, wrong))
+
+
+def test_scores_go_from_0_to_1():
+    issues = iada.label_issues(epsilon=torch.tensor([0.5, -0.9, torch.nan, 0.1, 0.1]))
+    expected = [0.0, 1.0, torch.nan, 0.5, 0.5]  # of equal ones the mean of ranks 1 and 2, of 3
+    torch.testing.assert_close(issues.scores, torch.tensor(expected).double(), equal_nan=True)
+
+
+@pytest.mark.parametrize(("epochs", "first"), [(1, 0), (2, 1), (5, 4), (200, 160)])
+def test_the_last_fifth_of_a_run_is_one_epoch_at_least(epochs, first):
+    assert iada.SampleLog(3, epochs).first_epoch == first

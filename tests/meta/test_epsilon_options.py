@@ -290,6 +290,7 @@ def test_settings_reach_the_engine():
     assert engine.rate_free_perturbation
     assert engine.rate_free_covariance
     assert engine.needs_meta_batch
+    assert len(engine.memory.samples) == len(data)
     assert not method(perturbation="untrained", covariance_lr=0.0).needs_meta_batch
     assert method(perturbation="untrained").needs_meta_batch
     with pytest.raises(ValueError, match="^epsilon: expected 0 with a perturbation"):

@@ -308,3 +308,17 @@ def test_constant_strengths(epsilon):
     assert "perturbation" not in method.state_dict()
     other = make_engine("conv", epsilon=epsilon)
     other.load_state_dict(method.state_dict())
+
+
+def test_the_gradient_of_a_step_is_that_step_s():
+    one, batches = make_weight_net("mlp"), make_batches("mlp")
+    torch.manual_seed(1)
+    one.step(*batches)
+    other = copy.deepcopy(one)
+    other.weight_optimizer.zero_grad()
+    for method in (one, other):
+        torch.manual_seed(2)
+        method.step(*batches)
+    for a, b in zip(one.weight_net.parameters(), other.weight_net.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+        assert torch.equal(a, b)

@@ -247,3 +247,17 @@ def test_a_low_rank_covariance_is_not_mixed():
         ValueError, match="structure: expected one of 'full', 'diag', got 'low-rank'"
     ):
         iada.TrainerConfig.from_settings({"method": "risda", "structure": "low-rank"})
+
+
+def test_of_equal_classes_the_first_are_larger_and_shares_are_rounded():
+    assert tail_classes(torch.full((50,), 5.0), 0.2).tolist() == [False] * 10 + [True] * 40
+    assert tail_classes(torch.arange(7, 0, -1), 0.25).tolist() == [False] * 2 + [True] * 5
+
+
+def test_a_finished_run_shows_the_terms_of_its_last_epoch():
+    one, other = build(), build()
+    one.begin_epoch(9, [], 0)
+    other.load_state_dict(one.state_dict())
+    assert (other.alpha, other.shift) == (one.alpha, one.shift)
+    assert one.alpha != build().alpha
+    assert one.shift != build().shift

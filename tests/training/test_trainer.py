@@ -12,6 +12,7 @@ from iada.methods.options import MethodOptions
 from iada.methods.registry import METHODS
 from iada.models import mlp
 from iada.training.checkpoint import load_checkpoint, save_checkpoint
+from iada.training.interrupt import stop_flag
 from iada.utils.loading import WithIndex, batches, epoch_order, stream_order
 
 SMALL = {
@@ -103,6 +104,17 @@ def test_resume_refuses_another_run_and_changes_nothing(tmp_path, other):
         trainer.resume()
     for a, b in zip(before, parameters(trainer), strict=True):
         assert torch.equal(a, b)
+
+
+def test_epochs_are_the_runs_where_the_method_counts_them(tmp_path):
+    """α rises to its value at the last one, where the rate does not ask for their number."""
+    settings = {"method": "isda", "ce_epochs": 0, "schedule": "constant", "alpha_ramp": True}
+    make_trainer(tmp_path, **settings, epochs=2).fit()
+    more = make_trainer(tmp_path, **settings, epochs=3, loss_limit=7.0, checkpoint_every=2)
+    with pytest.raises(ValueError, match="checkpoint's epochs: expected 3 .* got 2; resume with"):
+        more.resume()
+    same = make_trainer(tmp_path, **settings, epochs=2, loss_limit=7.0, checkpoint_every=2)
+    assert same.resume()
 
 
 def test_a_setting_that_the_former_run_did_not_know_had_its_default():
@@ -201,6 +213,14 @@ def test_a_subclass_of_tensor_data_is_asked_item_by_item():
 def test_nothing_to_resume(tmp_path):
     assert not make_trainer(tmp_path).resume()
     assert not make_trainer().resume()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step():
+    with stop_flag() as stopped:
+        signal.raise_signal(signal.SIGINT)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_signal_handlers_are_restored():
