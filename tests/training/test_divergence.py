@@ -224,6 +224,18 @@ def test_the_check_for_loops_of_ones_own(structure):
         meta.check()
 
 
+def test_each_phase_has_its_own_start_and_each_epoch_its_end():
+    trainer, losses = make_trainer(epochs=3, ce_epochs=2), []
+
+    def note(own, batch, result):
+        losses.append((own.epoch, float(getattr(result, "loss", result))))
+
+    trainer.observe = note
+    trainer.fit()
+    assert trainer._first_loss == next(loss for epoch, loss in losses if epoch == 2)
+    assert trainer.method.memory.epochs == 3
+
+
 @pytest.mark.parametrize("structure", ["full", "diag"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_where_a_divergence_begins(structure, autocast):

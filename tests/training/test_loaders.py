@@ -20,7 +20,7 @@ from torch.utils.data import (
 
 import iada
 from iada.models import mlp
-from iada.utils.loading import labels_of, to_device
+from iada.utils.loading import WithIndex, labels_of, to_device
 from tests.helpers.training import differences, make_data, make_trainer
 
 LABELS = [0, 2, 1, 1, 0]
@@ -396,3 +396,18 @@ def test_a_meta_batch_is_the_step_s_wherever_it_is_asked():
         trainer.epoch, trainer.batch = divmod(step, 6)
         batch = trainer.meta_batch()
         assert differences(read.setdefault(step, batch), batch) == []
+
+
+def test_draws_follow_from_the_step_and_the_sample():
+    class Draws(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            return float(torch.rand(())), 0
+
+    def drawn(step, rows, seed=3):
+        return [draw for draw, _, _ in WithIndex(Draws(), seed).__getitems__((step, rows))]
+
+    first, second = drawn(4, [0, 1])
+    assert first != second
+    assert drawn(4, [1]) == [second]
+    assert drawn(5, [0]) != [first]
+    assert drawn(4, [0], seed=2) != [first]

@@ -47,6 +47,20 @@ def test_milestones_count_from_the_start_of_the_run():
     assert warm == pytest.approx([0.01, 0.505, 1, 0.1, 0.1, 0.01])
 
 
+def test_a_last_stage_has_a_cosine_of_its_own():
+    stage = {"method": "afr", "epochs": 8, "finetune_epochs": 4, "finetune_lr": 0.5, "lr": 1.0}
+    found = rates(**stage, schedule="constant", warmup_epochs=0)
+    cosine = [0.25 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]
+    assert found == pytest.approx([1.0] * 4 + cosine)
+
+
+@pytest.mark.parametrize("each", ["epoch", "step"])
+def test_the_trainer_moves_it_as_often_as_asked(each):
+    trainer = make_trainer(method="ce", ce_epochs=0, epochs=3, schedule_each=each)
+    trainer.fit()
+    assert trainer.scheduler.last_epoch == (3 if each == "epoch" else 3 * 6)  # 44 rows in eights
+
+
 def test_schedules_may_move_every_step():
     seen = rates(steps=4, epochs=3, warmup_epochs=0.5, schedule_each="step", lr=1.0)
     assert seen[:3] == pytest.approx([0.01, 0.505, 1.0])

@@ -92,6 +92,15 @@ def test_measure_goes_into_the_history_and_the_checkpoint():
     assert trainer.state_dict()["history"] == trainer.history
 
 
+def test_what_measures_sees_the_model_as_it_is_evaluated():
+    trainer, _ = make("ce")
+    modes = []
+    trainer.measure = lambda own: {"seen": modes.append(own.backbone.training or own.head.training)}
+    trainer.fit()
+    assert modes == [False, False]
+    assert trainer.backbone.training
+
+
 def test_outputs_are_in_the_order_of_the_data():
     trainer, data = make("ce")
     trainer.fit()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import iada
+from iada.meta.method import MetaStep
 from iada.training.logs import COLUMNS, LISTS, CsvLog
 from iada.training.measures import HISTOGRAM_BINS, PHASES, EpochMeasures
 from tests.helpers.training import CLASSES, make_trainer
@@ -114,6 +115,14 @@ def test_methods_without_strengths_leave_them_out(tmp_path):
     with open(tmp_path / "log.csv") as file:
         rows = list(csv.DictReader(file))
     assert all(row[name] == "" for row in rows for name in (*LISTS, "meta_loss"))
+
+
+def test_no_strength_is_neither_adversarial_nor_not_a_visit():
+    measures, zero = EpochMeasures(1, 3), torch.zeros(())
+    strengths = torch.tensor([0.0, 0.5, -0.5])
+    measures.record(0, MetaStep(zero, zero, strengths), torch.arange(3))
+    assert measures.adversarial.tolist() == [0, 1, 0]
+    assert measures.visits.tolist() == [1, 1, 1]
 
 
 def test_a_class_without_visits_has_no_share():

@@ -144,6 +144,52 @@ def test_a_last_step_that_ruins_the_parameters_is_not_saved(tmp_path):
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state["head"].values())
 
 
+class Runs:
+    def __reduce__(self):
+        return os.mkdir, ("made-by-a-checkpoint",)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": "iada-checkpoint-2", "config": Runs()}, "checkpoint.pt")
+    with pytest.raises(ValueError, match="checkpoint: expected one written by iada"):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "made-by-a-checkpoint").exists()
+
+
+def test_a_stop_in_the_step_that_ruins_the_parameters_saves_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, method="ce", ce_epochs=0)
+
+    def ruin(optimizer, arguments, options):
+        if trainer.batch == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            with torch.no_grad():
+                trainer.head.weight[0, 0] = torch.inf
+
+    trainer.optimizer.register_step_post_hook(ruin)
+    with pytest.raises(FloatingPointError, match=r"parameters that are not finite at step 2 "):
+        trainer.fit()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["batch"] == 0
+
+
+def test_an_omega_that_is_ruined_is_not_saved(tmp_path):
+    trainer = make_trainer(tmp_path, ce_epochs=0, batch_size=44, warmup_epochs=0)
+
+    def ruin(own, batch, result):
+        with torch.no_grad():
+            own.method.perturbation.strength.bias.fill_(torch.nan)
+
+    trainer.observe = ruin
+    with pytest.raises(FloatingPointError, match=r"parameters that are not finite at step 0 "):
+        trainer.fit()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 0
+
+
+def test_the_last_epoch_is_saved_whatever_comes_between(tmp_path):
+    make_trainer(tmp_path, method="ce", ce_epochs=0, epochs=5, checkpoint_every=3).fit()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 5
+
+
 def test_a_loss_that_is_not_finite_stops_the_epoch(tmp_path):
     trainer = make_trainer(tmp_path)
     step, calls = trainer.method.cross_entropy_step, []
