@@ -68,7 +68,7 @@ def closed_form_step(
     else:
         move(sigma)
     if skip_overflow:
-        parts = [part for part in tangents if part is not None]
+        parts = [part for part in (*tangents, grad_epsilon) if part is not None]
         fine = torch.stack([torch.isfinite(part).all() for part in parts]).all()
         sigma = torch.where(fine, sigma, former)
     return grad_epsilon, sigma
