@@ -45,7 +45,9 @@ class IADAClassifier(ClassifierMixin, BaseEstimator):
             "meta-iada": ε and Σ are learned on a small clean meta set, against wrong labels.
         hidden: widths of hidden layers before the head; () for a linear classifier.
         alpha: of Eq. 6: how far features spread within their class's covariance; 0 for not at all.
-        beta: of Eq. 6: how much the classes' shares count; 0 for not at all.
+        beta: of Eq. 6: how much the classes' shares count; 0 for not at all. At 1, predictions and
+            probabilities are for equally frequent classes; pass 0 where what is predicted has the
+            shares of the training set.
         epochs: passes over the training set. Of "meta-iada" the first half is plain CE.
         batch_size: rows of a step.
         lr: of SGD with momentum 0.9, falling to 0 as a cosine.

@@ -49,21 +49,24 @@ def fused_loss(
         True
 
     Args:
-        features: last-layer features h, (…, A), float16, bfloat16, float32 or float64. N below is
-            the number of rows, all leading dimensions together.
+        features: last-layer features h, (…, A), float16, bfloat16, float32 or float64; a map with
+            its channels last. N below is the number of rows, all leading dimensions together.
         weight: the head's weight W, (C, A).
         bias: the head's bias b, (C), or None.
         labels: class indices y, (…), any integer dtype; or probabilities (…, C), floating, which
-            take a log_prior but no covariance and no epsilon.
+            take a log_prior but no covariance and no epsilon. One class a row: neither several
+            labels nor regression.
         covariance: Σ, symmetric: (C, A, A), its diagonals (C, A), an `iada.LowRankCovariance` or
             an `iada.ClassCovariance`, or None for 0. float32 or float64. A low-rank Σ is served by
             torch operators, with gradients by its diagonal and its factors.
         epsilon: perturbation strength ε of each row, (…), in units of the features; None for 0.
             The paper keeps it in (−1, 1); larger values are allowed.
-        log_prior: log π, (C), or None for no adjustment.
+        log_prior: log π, (C), or None for no adjustment. With it the plain logits are learned for
+            equally frequent classes; those of data with the shares π are z + β log π.
         alpha: weight of the quadratic term; a Python number, so that it can be annealed freely.
         beta: weight of the log prior.
-        class_weight: of each class, (C), as F.cross_entropy's weight; a constant.
+        class_weight: of each class, (C), as F.cross_entropy's weight; a constant. Not beside
+            label_smoothing with class indices.
         row_weight: of each row, (…); a constant. The mean is Σ w ℓ / Σ w over the rows. A row of
             weight 0 is left out, an infinite loss of it too.
         label_smoothing: in [0, 1), of the outer CE; served by torch operators.

@@ -64,7 +64,8 @@ class IADALoss(KeepsPrecision):
         num_classes: C.
         num_features: A.
         class_counts: training samples of each class, (C), from which π follows; None for no
-            adjustment.
+            adjustment. With them the head's logits are for equally frequent classes: add beta *
+            log_prior where data has the training set's shares.
         structure: of the covariance, see `ClassCovariance`.
         alpha: weight of the quadratic term; a plain attribute, to be annealed.
         beta: weight of the log prior; likewise.
