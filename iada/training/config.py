@@ -75,7 +75,8 @@ class TrainerConfig:
         ValueError: a setting of another type or beyond its bounds, or that the method lacks.
     """
 
-    method: MethodOptions | None = setting("meta-iada", checked=False)  # options once it is built
+    # A name is taken too, and is options once it is built: Any lets type checkers pass it.
+    method: MethodOptions | Any | None = setting("meta-iada", checked=False)
     epochs: int = setting(200, least=1)
     ce_epochs: int = setting(None, least=0)  # a number once it is built
     batch_size: int = setting(100, least=1)
