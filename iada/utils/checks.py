@@ -239,8 +239,17 @@ def check_loss_arguments(inputs: LossInputs, options: LossOptions, streams: bool
     if epsilon is not None:
         remedy = "look at the perturbation network's output; its tanh cannot give this"
         check_finite("epsilon", epsilon.detach(), remedy)
+    if inputs.log_prior is not None:
+        check_is_log(inputs.log_prior.detach().double())
     if streams and covariance is not None:
         check_finite_features(features, covariance.dtype)
+
+
+def check_is_log(log_prior: Tensor) -> None:
+    """log π (C), which any constant may be added to, and not π."""
+    if len(log_prior) > 1 and log_prior.min() >= 0 and abs(float(log_prior.sum()) - 1) < 1e-3:
+        got, remedy = "numbers from 0 on that add up to 1: π", "pass their log()"
+        raise argument_error("log_prior", f"log π ({len(log_prior)},)", got, remedy)
 
 
 def check_loss_tensors(inputs: LossInputs) -> None:

@@ -102,6 +102,22 @@ bool are_finite(const Tensor& tensor) {
   return finite;
 }
 
+// Whether log π is not π itself, as far as can be told here: contiguous, in float32 or float64.
+bool is_log(const Tensor& log_prior) {
+  const ScalarType type = log_prior.scalar_type();
+  if (!log_prior.is_contiguous()) return false;
+  const auto told = [C = log_prior.size(0)](const auto* values) {
+    double sum = 0, least = 0;
+    for (int64_t c = 0; c < C; ++c) {
+      sum += double(values[c]);
+      least = values[c] < least ? double(values[c]) : least;
+    }
+    return C < 2 || least < 0 || !(sum > 0.999 && sum < 1.001);
+  };
+  if (type == ScalarType::Float) return told(pointer<float>(log_prior));
+  return type == ScalarType::Double && told(pointer<double>(log_prior));
+}
+
 }  // namespace
 
 bool arguments_fit(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -131,6 +147,7 @@ bool arguments_fit(const Tensor& features, const Tensor& weight, const std::opti
   bool fit = true;
   for (int64_t i = 0; i < N; ++i) fit &= (y[i] >= 0 && y[i] < C) || y[i] == ignore_index;
   if (epsilon.has_value()) fit = fit && are_finite(*epsilon);
+  if (log_prior.has_value()) fit = fit && is_log(*log_prior);
   return fit && !(streams && covariance.has_value() && !are_finite(features));
 }
 

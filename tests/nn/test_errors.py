@@ -306,6 +306,23 @@ def test_what_is_no_tensor_of_its_kind_is_told_what_to_pass():
             iada.fused_loss(**tensors | changed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shares_for_their_logarithms_are_refused(dtype):
+    problem = good()
+    for shares, refused in (
+        (torch.tensor([0.75, 0.125, 0.125, 0.0]), True),
+        (torch.tensor([0.5, 0.25, 0.5, -0.25]), False),
+        (torch.tensor([4.0, 2.0, 1.0, 3.0]).log(), False),  # of counts: a constant more
+        (torch.tensor([0.5, 0.25, 0.125, 0.125]).log(), False),
+    ):
+        given = replace(problem, log_prior=shares.to(dtype))
+        for loss_of in (fused(None), eager):
+            if refused:
+                assert complaint(loss_of, given).startswith("log_prior: expected log π (4,), got n")
+            else:
+                assert loss_of(given).isfinite()
+
+
 def test_smoothing_beside_class_weights_is_refused_at_once():
     problem, weights = good(), torch.rand(CLASSES)
     both = {"class_weight": weights, "label_smoothing": 0.1}
