@@ -92,6 +92,8 @@ def _taken_apart(record: Any, tensors: list[Tensor]) -> Any:
     if isinstance(record, Tensor):
         tensors.append(record)
         return len(tensors) - 1
+    if isinstance(record, list):
+        return [_taken_apart(part, tensors) for part in record]
     if isinstance(record, tuple):  # a NamedTuple of tensors, None and such
         return type(record), [_taken_apart(part, tensors) for part in record]
     return record
@@ -105,6 +107,8 @@ def _put_together(record: Any, tensors: list[Tensor]) -> Any:
     if isinstance(record, tuple):
         kind, parts = record
         return kind(*(_put_together(part, tensors) for part in parts))
+    if isinstance(record, list):
+        return [_put_together(part, tensors) for part in record]
     return record
 
 

@@ -44,7 +44,7 @@ def loss_forward(
     if stream is not None:
         update_statistics(_update, inputs, options, stream)
     loss, *saved = _forward(list(inputs), *options.values(), list(needs))
-    return loss, saved
+    return loss, list(saved)  # torch 2.11 traces `*saved` as a tuple
 
 
 def loss_backward(
@@ -85,7 +85,7 @@ def hypergradient(
         return _hypergradient.hypergradient(inputs, options, tangents, needs_covariance)
     arguments = (list(inputs), *options.values(), *tangents, needs_covariance)
     grad_epsilon, *sums = _hypergradient_operator(*arguments)
-    return _present(grad_epsilon), (sums, options.alpha) if needs_covariance else None
+    return _present(grad_epsilon), (list(sums), options.alpha) if needs_covariance else None
 
 
 def covariance_step(

@@ -134,8 +134,9 @@ def loss_backward(
         bias=cdiv(num_classes, columns) if needs.bias or needs.log_prior else 0,
         rows=cdiv(count, block_n) if needs.features or needs.epsilon else 0,
     )
+    classes = num_classes if needs.covariance else 0
     launch(
-        single_launch_backward_kernel, (sum(programs) + num_classes * needs.covariance,),
+        single_launch_backward_kernel, (sum(programs) + classes,),
         grad_loss, Labels.of(inputs, options), saved, Gradients(*grads.tensors()),
         split(options.beta), programs, sizes,
         like=saved.sums, BLOCK_N=block_n, BLOCK_C=32, BLOCK=columns, BLOCK_A=block_a,
