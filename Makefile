@@ -81,7 +81,7 @@ fallback: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n auto -k "not triton" tests/nn/test_covariance.py \
 	tests/nn/test_loss.py tests/nn/test_loss_gradients.py tests/kernels/test_characteristics.py \
 	tests/kernels/test_compile.py tests/kernels/test_hypergradient.py tests/kernels/test_native.py \
-	tests/kernels/test_sign.py
+	tests/kernels/test_native_library.py tests/kernels/test_sign.py
 
 # A build that was asked for by name is asked for again: pip is quick where it is there already.
 $(VENV)/.torch: Makefile $(if $(TORCH),FORCE)
@@ -126,7 +126,8 @@ sanitize: $(VENV)/.dev
 	IADA_NATIVE_LIBRARY=build/sanitize/_native.so IADA_REQUIRE_NATIVE=1 \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
-	$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels/test_native.py
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels/test_native.py \
+	  tests/kernels/test_native_library.py
 
 # manylinux: which systems may install it follows from the C library and compiler of this one.
 # libtorch_cpu is torch's, which has loaded it before. A wheel without the library is an error.
