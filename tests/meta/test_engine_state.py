@@ -337,6 +337,15 @@ def test_a_disabled_scaler_is_none(disabled):
         assert torch.equal(a, b)
 
 
+def test_double_backward_is_refused_with_what_it_does_without():
+    with pytest.raises(ValueError, match="^hypergradient: expected 'jvp' .* scaler, got 'double-b"):
+        scaled(hypergradient="double-backward")
+    with pytest.raises(ValueError, match="^hypergradient: expected .* with low_memory"):
+        make_engine("mlp", low_memory=True, hypergradient="double-backward")
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    make_engine("mlp", scaler=disabled, hypergradient="double-backward")
+
+
 @pytest.mark.parametrize("options", [{}, {"low_memory": True}, {"interval": 2}])
 def test_state_dict_resumes_bit_for_bit(options):
     batches = make_batches("transformer")

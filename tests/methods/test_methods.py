@@ -171,6 +171,7 @@ def test_ldam_is_evaluated_by_cosines():
     )
     assert isinstance(trainer.method.head, CosineLinear)
     torch.testing.assert_close(trainer.method.head(data.inputs), 30 * cosine)
+    torch.testing.assert_close(trainer.outputs(data).logits, 30 * cosine)
     right = (cosine.argmax(dim=1) == data.labels).double()
     for c, share in enumerate(trainer.class_accuracy(data)):
         own = right[data.labels == c]

@@ -9,6 +9,7 @@ from torch import nn
 import iada
 from iada.methods.options import MethodRun
 from iada.methods.risda import RISDAOptions, tail_classes
+from iada.utils.evaluate import by_batch
 from tests.helpers.largest_output import LargestOutput
 from tests.helpers.training import differences, make_trainer
 
@@ -209,6 +210,20 @@ def test_the_pass_is_loaded_as_the_training_is():
         trainer.fit()
         found.append(trainer.state_dict())
     assert differences(*found) == []
+
+
+def test_the_pass_draws_by_the_seed_of_the_run():
+    trainer = make_trainer(method="risda", seed=5)
+    method = trainer.method
+    method.prepare()
+
+    def means(seed):
+        given = list(by_batch(trainer.backbone, trainer.head, trainer.train_set, seed=seed))
+        features, labels = (torch.cat([b[place] for b in given]).double() for place in (0, 2))
+        return torch.stack([features[labels == c].mean(dim=0) for c in range(3)])
+
+    torch.testing.assert_close(method.covariance.mean.double(), means(5), rtol=1e-5, atol=1e-5)
+    assert (means(0) - means(5)).abs().max() > 1e-3
 
 
 def test_all_processes_have_the_first_one_s_statistics(monkeypatch):

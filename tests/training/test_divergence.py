@@ -1,6 +1,7 @@
 """A run that diverges says so; a first use, with the defaults, does not."""
 
 import dataclasses
+import math
 import os
 import signal
 
@@ -137,6 +138,26 @@ def test_the_trainer_stops_at_an_explosion(tmp_path):
         exploding(make_trainer(tmp_path), at=8).fit()
     assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 3
     exploding(make_trainer(loss_limit=0.0), at=8).fit()
+
+
+def test_a_run_that_starts_too_well_is_measured_by_chance():
+    """The bound is loss_limit · log C, C = 3, where the first loss is below that of chance."""
+    for share, sound in ((0.999, True), (1.001, False)):
+        losses = iter([1e-6, share * 10 * math.log(CLASSES)])
+        settings = {"epochs": 1, "ce_epochs": 0, "warmup_epochs": 0, "batch_size": 22}
+        trainer = make_trainer(method="ce", loss_limit=10.0, **settings)
+        step = trainer.method.step
+
+        def told(*arguments, step=step, losses=losses):
+            step(*arguments)
+            return torch.tensor(next(losses))
+
+        trainer.method.step = told
+        if sound:
+            trainer.fit()
+            continue
+        with pytest.raises(FloatingPointError, match=r"^loss: expected at most 11, loss_limit=10 "):
+            trainer.fit()
 
 
 def test_a_resumed_run_knows_its_start(tmp_path):

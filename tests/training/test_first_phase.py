@@ -220,6 +220,9 @@ def test_errors(tmp_path):
     state = first_phase_state(trainer)
     with pytest.raises(ValueError, match="^first phase: expected at most ce_epochs=2"):
         start_from(make_trainer(dataclasses.replace(CONFIG, ce_epochs=2)), state)
+    foreign = {**state, "optimizer": {**state["optimizer"], "backbone.9.weight": {}}}
+    with pytest.raises(ValueError, match=r"^first phase: .* got 'backbone\.9\.weight'; take the"):
+        start_from(make_trainer(CONFIG), foreign)
     state["head"]["weight"] = torch.zeros(CLASSES, 5)
     with pytest.raises(ValueError, match="^first phase: expected the model of this run"):
         start_from(make_trainer(CONFIG), state)
