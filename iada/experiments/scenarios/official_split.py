@@ -142,7 +142,7 @@ def _one_class(
     state = int(rng.integers(2**31))
     assigned = cluster.KMeans(count, n_init=10, random_state=state).fit(features).labels_
     order = rng.permutation(len(class_rows))
-    rounds = [order[assigned[order] == cluster][:each] for cluster in range(count)]
+    rounds = [order[assigned[order] == cluster] for cluster in range(count)]
     turns = [rows[turn] for turn in range(each) for rows in rounds if turn < len(rows)]
     return class_rows[torch.tensor(turns)]
 
