@@ -7,7 +7,17 @@ import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
 
-from iada.experiments.metrics import METRICS, calibration_error, mean_std, measure, paired
+from iada.experiments.metrics import (
+    METRICS,
+    calibration_error,
+    mean_std,
+    measure,
+    paired,
+    paired_by_seed,
+    posthoc_predictions,
+    reliability_bins,
+)
+from iada.experiments.report.tables import difference
 
 COUNTS = [500, 101, 100, 20, 19, 3]
 
@@ -57,6 +67,15 @@ def test_post_hoc_adjustment_takes_log_pi_off_the_logits():
     assert measure(logits, labels, [0, *COUNTS[1:]]).metrics["posthoc_top1"] is not None
 
 
+def test_post_hoc_adjustment_by_hand():
+    """A class without training images is taken to have one; large logits lose no digits."""
+    logits = torch.tensor([[0.0, 0.5], [0.0, 0.7]])  # log 2 is 0.693
+    for counts in ([1, 2], [0, 2]):
+        assert posthoc_predictions(logits, torch.tensor(counts)).tolist() == [0, 1]
+    large = torch.tensor([[1e8, 1e8]])  # float32's neighbours are 8 apart
+    assert posthoc_predictions(large, torch.tensor([2, 1])).tolist() == [1]
+
+
 def test_precision_is_over_the_classes_that_have_samples():
     # Class 1 is never predicted, class 2 is predicted but has no sample, class 3 is neither.
     logits, labels = hits([(0, 0), (0, 0), (0, 2), (1, 0), (1, 0)], 4)
@@ -101,6 +120,14 @@ def test_groups_average_and_worst():
     assert found.metrics["average"] == 17 / 20
 
 
+def test_groups_without_names_and_of_one_training_image():
+    logits, labels = hits([(0, 0), (0, 1), (1, 1)], 2)
+    groups = torch.tensor([0, 0, 2])
+    found = measure(logits, labels, [2, 2], groups=groups, group_counts=[3, 0, 1])
+    assert found.group_accuracy == {"0": 0.5, "1": None, "2": 1.0}
+    assert found.metrics["weighted_average"] == (3 * 0.5 + 1 * 1.0) / 4
+
+
 @pytest.mark.parametrize("classes", [2, 6])
 def test_calibration_error_is_its_definition(classes):
     logits, labels = draw(classes=classes, seed=3)
@@ -122,6 +149,15 @@ def test_calibration_error_of_certainty():
     assert calibration_error(1000 * logits, labels) == 0.25
 
 
+def test_a_bin_has_its_upper_edge():
+    logits = torch.tensor([[0.0, 0.0], [0.0, 1000.0]])  # sure by ½ and by 1
+    assert reliability_bins(logits, torch.tensor([0, 0]), bins=2) == {
+        "count": [1, 1],
+        "confidence": [0.5, 1.0],
+        "accuracy": [1.0, 0.0],
+    }
+
+
 def test_half_precision_logits_and_any_label_type():
     logits, labels = draw()
     whole = measure(logits.bfloat16(), labels.to(torch.uint8), torch.tensor(COUNTS))
@@ -138,6 +174,7 @@ def test_half_precision_logits_and_any_label_type():
         ({"labels": torch.tensor([0, 1, 2, 3])}, "labels: expected class indices in"),
         ({"class_counts": [1, 2]}, "class_counts: expected"),
         ({"groups": torch.tensor([0, 1, 2, 5]), "group_names": ["a", "b"]}, "groups: expected"),
+        ({"groups": torch.tensor([0, 1, 1, -1])}, "groups: expected"),
         ({"groups": torch.zeros(3).long()}, "groups: expected"),
     ],
 )
@@ -203,6 +240,8 @@ def test_paired_differences_are_scipys():
     gap = stats.ttest_rel(scores["a"], scores["b"])
     low, high = gap.confidence_interval(0.95)
     assert (found.mean - found.margin, found.mean + found.margin) == pytest.approx((low, high))
+    back = paired(other, one, "top1")
+    assert (-back.mean, back.margin, back.p) == pytest.approx(found[:3])
     assert paired(one[:3], [*other[1:], {"seed": 9, "last": {}}], "top1").seeds == 2
     assert paired(one[:1], other, "top1") == (pytest.approx(0.1), None, None, 1)
     assert paired(one[:1], other[1:], "top1") is None
@@ -218,3 +257,21 @@ def test_differences_that_are_all_the_same_have_no_p():
     )
     found = paired(one, other, "top1")
     assert (found.mean, found.margin, found.p) == (pytest.approx(0.05), 0.0, None)
+
+
+def test_differences_of_rounding_alone_are_none():
+    ours = dict(enumerate([0.3, 0.1 + 0.2, 0.3, 0.5]))
+    theirs = dict(enumerate([0.1 + 0.2, 0.3, 0.1 + 0.2, 0.5]))
+    found = paired_by_seed(ours, theirs)
+    assert 0 < -found.mean < 1e-16
+    assert found[1:] == (0.0, 1.0, 4)
+
+
+def test_without_scipy_there_is_no_interval(monkeypatch):
+    def absent(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr("iada.experiments.metrics.import_module", absent)
+    found = paired_by_seed({0: 0.5, 1: 0.75}, {0: 0.25, 1: 0.25})
+    assert found == (0.375, None, None, 2)
+    assert difference("top1", found) == "+37.5"
