@@ -197,7 +197,7 @@ def _best(variants: Variants, metric: str, decimals: int = 2) -> set[str]:
     None of fewer than two that can be compared.
     """
     known = {
-        variant.label: round(100 * variant.figures["last"][metric].mean, decimals)
+        variant.label: round(unit_of(metric) * variant.figures["last"][metric].mean, decimals)
         for variant in variants
         if metric in variant.figures["last"]
     }
