@@ -16,6 +16,7 @@ from iada.experiments.datasets.corruptions import (
     corrupted,
     made,
 )
+from iada.experiments.diagnostics.corruption_accuracy import corruption_accuracy
 from iada.experiments.on_demand import OnDemand, check_demand
 from iada.experiments.recipe import load
 
@@ -84,6 +85,41 @@ def test_noise_is_as_strong_as_stated():
     _, amounts = CORRUPTIONS["shot_noise"]
     noise = corrupted(grey, "shot_noise", 3).double() / 255
     assert float(noise.var()) == pytest.approx(128 / 255 / amounts[2], rel=0.05)
+
+
+def test_lost_values_are_as_often_white_as_black_and_photons_keep_the_mean():
+    """Within 4.5 deviations of a binomial count, and of a mean of Poisson counts."""
+    grey = torch.full((20, 3, 32, 32), 128, dtype=torch.uint8)
+    found = corrupted(grey, "impulse_noise", 5)
+    lost = found[found != 128]
+    assert set(lost.tolist()) == {0, 255}
+    assert float((lost == 255).double().mean()) == pytest.approx(0.5, abs=2.25 / len(lost) ** 0.5)
+    _, amounts = CORRUPTIONS["shot_noise"]
+    mean = float(corrupted(grey, "shot_noise", 2).double().mean()) / 255
+    deviation = (128 / 255 / amounts[1] / grey.numel()) ** 0.5
+    assert mean == pytest.approx(128 / 255, abs=4.5 * deviation)
+
+
+def test_light_by_hand():
+    image = torch.tensor([0, 100, 200, 250, 30, 20]).to(torch.uint8).view(1, 3, 1, 2)
+    plus = [0 + 102, 100 + 102, 255, 255, 30 + 102, 20 + 102]  # 0.4 of 255
+    assert corrupted(image, "brightness", 5).flatten().tolist() == plus
+    towards = [60, 100, 140, 160, 72, 68]  # 0.4 of the distance to 100, the mean of all
+    assert corrupted(image, "contrast", 3).flatten().tolist() == towards
+    black = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    fog = corrupted(black, "fog", 3).flatten(1)  # half of the light, and a quarter of it
+    assert fog.amax(dim=1).tolist() == [round(255 * 0.9 * 0.5)] * 3
+    assert fog.amin(dim=1).tolist() == [round(255 * 0.9 * 0.25)] * 3
+
+
+def test_coarse_pixels_are_the_means_of_their_blocks():
+    """Four of eight pixels are left: blocks of two by two."""
+    image = smooth_images(3, side=8)
+    means = torch.nn.functional.avg_pool2d(image.double(), 2)
+    means = means.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    found, halves = corrupted(image, "pixelate", 3).double(), means % 1 == 0.5
+    assert torch.equal(found[~halves], means[~halves].round())
+    assert ((found - means)[halves].abs() == 0.5).all()
 
 
 @pytest.mark.parametrize("name", ["defocus_blur", "motion_blur", "zoom_blur", "pixelate"])
@@ -173,3 +209,31 @@ def test_published_files_go_with_the_whole_test_set(folder):
     parts["test"] = labelled(smooth_images(3))
     with pytest.raises(ValueError, match="expected the whole test set, 4 images, with .*, got 3"):
         check_demand(OnDemand(corruptions=folder), recipe, parts)
+
+
+@pytest.mark.parametrize("extra", [("saturate",), ("saturate", "fog", "snow")])
+def test_the_mean_is_over_the_corruptions_of_the_benchmark(folder, monkeypatch, extra):
+    """By hand: fog 0 to 0.4, saturate 1, snow 0.5 to 0.9; of all where there is no other."""
+    monkeypatch.setattr("iada.experiments.diagnostics.corruption_accuracy.EXTRA", extra)
+    np.save(folder / "saturate.npy", np.load(folder / "fog.npy"))
+    shares = {
+        "fog": [0.0, 0.1, 0.2, 0.3, 0.4],
+        "saturate": [1.0] * 5,
+        "snow": [0.5, 0.6, 0.7, 0.8, 0.9],
+    }
+    given = iter([*sum(shares.values(), []), 0.75])
+    source = PublishedCorruptions(folder, labelled(smooth_images(4)))
+    found = corruption_accuracy(lambda data: next(given), source)
+    assert found["accuracy"] == shares
+    assert (found["clean"], found["images"]) == (0.75, 4)
+    alone = len(extra) == 1
+    assert found["in_mean"] == (["fog", "snow"] if alone else ["fog", "saturate", "snow"])
+    assert found["mean"] == pytest.approx((1 + 3.5) / 10 if alone else (1 + 5 + 3.5) / 15)
+
+
+def test_published_labels_are_those_of_their_severity(folder):
+    labels = torch.arange(4 * SEVERITIES) // 2 % 4
+    np.save(folder / "labels.npy", labels.numpy())
+    source = PublishedCorruptions(folder, labelled(smooth_images(4)))
+    found = torch.cat([part.labels for name, part in source if name == "fog"])
+    assert torch.equal(found, labels)

@@ -116,6 +116,16 @@ def test_chunks_change_nothing_but_the_draws(monkeypatch):
     torch.testing.assert_close(small.standard_error, whole.standard_error, rtol=0.15, atol=0)
 
 
+def test_the_variance_of_draws_is_unbiased():
+    """Against torch's of the same draws, of which there are three."""
+    centre, factor = torch.tensor([[0.0, 1.0, -0.5]]).double(), torch.randn(3, 2).double()
+    mean, variance = surrogate._expected(centre, factor, 3, torch.Generator().manual_seed(0))
+    noise = torch.randn(3, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = (centre + noise @ factor.T).logsumexp(dim=2)
+    torch.testing.assert_close(mean, values.mean(dim=0))
+    torch.testing.assert_close(variance, values.var(dim=0))
+
+
 def test_overall_is_weighted_as_in_eq_2():
     problem = random_problem(30, 3, 5, ignored=0.0)
     found = gap_of(problem, samples=500)
@@ -288,6 +298,24 @@ def test_terms_log_is_the_mean_over_what_it_saw():
         assert row[name] == pytest.approx(float(want), rel=1e-5)
 
 
+@pytest.mark.parametrize(("every", "looks"), [(1, range(6)), (4, (0, 4)), (9, (0,))])
+def test_terms_log_looks_every_so_many_steps(every, looks):
+    """Of six steps an epoch, from each epoch's first on."""
+    trainer = make_trainer(epochs=4)
+    seen = []
+
+    def note(module, given, out):
+        if not module.training:
+            seen.append((trainer.epoch, trainer.batch))
+
+    log = TermsLog(every)
+    trainer.observe = log
+    trainer.validation_set = None
+    trainer.backbone.register_forward_hook(note)
+    trainer.fit()
+    assert seen == [(epoch, step) for epoch in (2, 3) for step in looks]
+
+
 @pytest.mark.parametrize("method", ["ce", "isda", "logit-adjustment"])
 def test_terms_log_of_other_methods(method):
     log = TermsLog()
@@ -344,6 +372,7 @@ def test_a_curve_of_balance_is_best_where_the_prior_is_taken_off():
         near = [t for t, share in zip(found["tau"], found["balanced"], strict=True) if share == top]
         assert min(abs(tau - best) for tau in near) <= 0.2
         assert found["top1"] == pytest.approx(found["balanced"])  # as many samples of each
+    np.testing.assert_allclose(found["tau"], np.arange(-1, 1.55, 0.1), atol=1e-12)
     plain = measure(bayes, labels, counts).metrics
     at = dict(zip(found["tau"], found["top1"], strict=True))
     assert at[0.0] == plain["top1"]

@@ -1,5 +1,7 @@
 """ε as a detector of wrong labels, against scikit-learn."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -87,6 +89,20 @@ def test_a_run_records_it_where_labels_are_known_to_be_wrong():
         assert found == (None if noise is None else detection(result.epsilon, wrong))
 
 
+def test_a_strength_of_zero_is_not_adversarial():
+    labels = torch.tensor([0, 0, 1, 1])
+    log = EpsilonLog(labels, torch.tensor([False, True, False, True]), 2, epochs=1)
+    epsilon = torch.tensor([0.0, 0.5, 0.5, 0.0])
+    trainer = type("Run", (), {"epoch": 0, "method": None})
+    step = MetaStep(torch.zeros(()), torch.zeros(()), epsilon)
+    log(trainer, (None, labels, torch.arange(4)), step)
+    found = log.as_record()
+    assert found["class_share"] == [0.5, 0.5]
+    assert (found["share_clean"], found["share_flipped"]) == (0.5, 0.5)
+    log(trainer, (None, labels[:1], torch.arange(1)), replace(step, epsilon=epsilon[:1]))
+    assert log.as_record()["class_share"] == [1 / 3, 0.5]
+
+
 def test_scores_go_from_0_to_1():
     issues = iada.label_issues(epsilon=torch.tensor([0.5, -0.9, torch.nan, 0.1, 0.1]))
     expected = [0.0, 1.0, torch.nan, 0.5, 0.5]  # of equal ones the mean of ranks 1 and 2, of 3
@@ -96,3 +112,23 @@ def test_scores_go_from_0_to_1():
 @pytest.mark.parametrize(("epochs", "first"), [(1, 0), (2, 1), (5, 4), (200, 160)])
 def test_the_last_fifth_of_a_run_is_one_epoch_at_least(epochs, first):
     assert iada.SampleLog(3, epochs).first_epoch == first
+
+
+def test_large_losses_come_first_and_both_are_ranked_alike():
+    """Ranks of ε from its largest, ⅓ of 0, 3, 2 and 1; of losses ⅓ of 3, 1, 2 and 0."""
+    epsilon, loss = torch.tensor([0.5, -0.9, 0.1, 0.2]), torch.tensor([3.0, 1.0, 2.0, 0.5])
+    assert iada.label_issues(loss=loss).indices.tolist() == [0, 2, 1, 3]
+    both = iada.label_issues(epsilon, loss=loss)
+    assert both.scores.tolist() == pytest.approx([3 / 6, 4 / 6, 4 / 6, 1 / 6])
+    assert both.indices.tolist() == [1, 2, 0, 3]
+
+
+def test_samples_that_rank_alike_stay_in_order():
+    epsilon = torch.arange(300) % 2 - 0.5
+    indices = iada.label_issues(epsilon).indices
+    assert torch.equal(indices, torch.cat([torch.arange(0, 300, 2), torch.arange(1, 300, 2)]))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_labels_that_are_all_alike_tell_nothing(wrong):
+    assert detection(torch.tensor([0.5, -0.5]), torch.full((2,), wrong)) is None
