@@ -296,6 +296,20 @@ def test_file_view_augments_by_place(tmp_path):
     assert torch.equal(loaded[0], whole)
 
 
+def test_half_of_the_files_are_flipped_by_their_last_draw(tmp_path):
+    made.write_folder(tmp_path, size=(64, 64), suffix=".png")
+    data = read_folder(tmp_path)["train"]
+    for file in data.inputs:  # brighter to the right
+        Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))).save(file, "PNG")
+    rows = torch.arange(len(data))
+    found = torch.cat(
+        [FileView(data, augment=True, size=8).inputs(3, step, rows)[:, 0, 0] for step in range(4)]
+    )
+    drawn = torch.cat([draws(3, step, rows, (2**30,) * 22 + (2,))[-1] for step in range(4)])
+    assert torch.equal(found[:, 0] > found[:, -1], drawn == 1)
+    assert 0 < drawn.sum() < len(drawn)
+
+
 def test_a_damaged_image_is_named_when_it_is_read(tmp_path):
     made.write_folder(tmp_path, size=(90, 70))
     path = tmp_path / "train/cat/0001.jpg"
@@ -315,6 +329,14 @@ def test_random_parts_lie_in_the_image(width, height, chances):
     left, upper, right, lower = random_part(width, height, (0.08, 1.0), chances)
     assert 0 <= left < right <= width
     assert 0 <= upper < lower <= height
+
+
+@pytest.mark.parametrize(("aspect", "sides"), [(0.0, (52, 69)), (0.5, (60, 60)), (1.0, (69, 52))])
+def test_a_random_part_by_hand(aspect, sides):
+    """A quarter of 120 × 120: sides √(3600 · ¾) and √(3600 · 4/3), in the middle."""
+    box = random_part(120, 120, (0.25, 1.0), [0.0, aspect] * 10 + [0.5, 0.5])
+    left, upper = (int((120 - side + 1) / 2) for side in sides)
+    assert box == (left, upper, left + sides[0], upper + sides[1])
 
 
 def test_the_middle():

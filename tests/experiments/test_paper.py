@@ -218,6 +218,9 @@ def test_a_shorter_schedule_is_the_same_in_proportion():
     short = shortened(config, 20)
     assert (short.epochs, short.ce_epochs, short.milestones) == (20, 16, (16, 18))
     assert replace(short, epochs=200, ce_epochs=160, milestones=(160, 180)) == config
+    assert shortened(replace(config, warmup_epochs=5.0), 20).warmup_epochs == 0.5
+    assert shortened(config, 2).ce_epochs == 1  # of 1.6, as the last epoch is the method's own
+    assert shortened(replace(config, milestones=(1, 199)), 20).milestones == (1,)
 
 
 @pytest.mark.parametrize(
