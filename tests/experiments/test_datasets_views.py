@@ -297,10 +297,10 @@ def test_file_view_augments_by_place(tmp_path):
 
 
 def test_half_of_the_files_are_flipped_by_their_last_draw(tmp_path):
-    made.write_folder(tmp_path, size=(64, 64), suffix=".png")
+    made.write_folder(tmp_path, size=(90, 90), suffix=".png")
     data = read_folder(tmp_path)["train"]
     for file in data.inputs:  # brighter to the right
-        Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))).save(file, "PNG")
+        Image.fromarray(np.tile(np.arange(90, dtype=np.uint8) * 2, (90, 1))).save(file)
     rows = torch.arange(len(data))
     found = torch.cat(
         [FileView(data, augment=True, size=8).inputs(3, step, rows)[:, 0, 0] for step in range(4)]

@@ -1,6 +1,7 @@
 """Splits: what they say of themselves, other uses of the meta set, tails of uneven data."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from iada.experiments.scenarios import (
     generalized_long_tail,
     long_tail,
     noisy_labels,
+    subpopulation,
 )
 from iada.experiments.scenarios.split import outline
 
@@ -39,6 +41,25 @@ def test_meta_images_that_are_trained_on_have_right_labels():
     assert joined.record["class_counts"]["train"] == joined.train.class_counts().tolist()
     assert joined.record["class_counts"]["train"] != split.record["class_counts"]["train"]
     assert "meta" not in joined.record["class_counts"]
+
+
+def test_groups_and_sets_of_samples_come_with_the_meta_images():
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    members = groups[:, None] == torch.tensor([0, 1, 1])
+    kinds = {"group_names": ("g", "h"), "members": members, "member_names": ("k", "l", "m")}
+    part = replace(numbered([0, 1, 0, 1, 0, 1]), groups=groups, **kinds)
+    split = subpopulation({"train": part, "test": part}, meta_per_group=1, meta_from="train")
+    assert split.train.group_counts().tolist() == [2, 2]
+    joined = split.with_meta_in_train().train
+    assert torch.equal(joined.groups, groups[numbers(joined)])
+    assert torch.equal(joined.members, members[numbers(joined)])
+
+
+def test_classes_and_groups_without_samples_are_counted():
+    part = Labelled(torch.zeros(3, 1), torch.tensor([0, 1, 1]), tuple("abcd"))
+    assert part.class_counts().tolist() == [1, 2, 0, 0]
+    part = replace(part, groups=torch.tensor([1, 1, 0]), group_names=tuple("ghi"))
+    assert part.group_counts().tolist() == [1, 2, 0]
 
 
 def test_a_limit_of_the_meta_set_leaves_the_rest_unused():
