@@ -39,6 +39,46 @@ def test_a_process_alone(structure, rank):
     assert torch.isfinite(confident)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_class_that_is_ignored_and_the_other_options(reduction):
+    """Rows of class 1 are ignored: it has no statistics, as in IADALoss."""
+    counts = torch.tensor([5, 3, 1])
+    options = {"alpha": 0.25, "beta": 2.0, "ignore_index": 1, "reduction": reduction}
+    sharded = iada.ShardedIADALoss(3, 2, None, counts, **options).double()
+    whole = iada.IADALoss(3, 2, counts, structure="diag", **options).double()
+    features, weight = torch.randn(8, 2).double(), torch.randn(3, 2).double()
+    labels, epsilon = torch.tensor([0, 1, 2, 1, 0, 2, 0, 2]), torch.rand(8).double()
+    got = sharded(features, weight, None, labels, epsilon)
+    torch.testing.assert_close(got, whole(features, weight, None, labels, epsilon))
+    assert sharded.covariance.count.tolist() == [3, 0, 3]
+    for own, expected in zip(sharded.buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(own, expected)
+    kept = sharded.covariance.mean.clone()
+    sharded.eval()(features + 1, weight, None, labels, epsilon)
+    assert torch.equal(sharded.covariance.mean, kept)
+
+
+def test_what_all_rows_of_the_head_share_cancels():
+    """R is that of the differences of W: 4096 in all of its rows costs no digits."""
+    weight, features = torch.randn(4, 3), torch.zeros(6, 3)
+    labels = torch.arange(6) % 4
+    losses = []
+    for common in (0.0, 2.0**12):
+        criterion = iada.ShardedIADALoss(4, 3, None)
+        criterion.covariance.covariance.fill_(1.0)
+        criterion.eval()
+        shifted = (weight * 2**8).round() / 2**8 + common  # exact in float32
+        losses.append(criterion(features, shifted, None, labels))
+    torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_a_strength_that_is_not_finite_is_told():
+    criterion = iada.ShardedIADALoss(3, 2, None)
+    arguments = torch.zeros(2, 2), torch.zeros(3, 2), None, torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="^epsilon: expected finite numbers"):
+        criterion(*arguments, torch.tensor([0.0, torch.nan]))
+
+
 def test_arguments_that_do_not_fit():
     for options, message in (
         ({"rows": "some"}, "^rows: expected one of 'own', 'shared'"),
