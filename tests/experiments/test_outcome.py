@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import iada
+from iada.experiments import run
 from iada.experiments.datasets import Labelled
 from iada.experiments.diagnostics import surrogate_gap
 from iada.experiments.metrics import METRICS, Measured
@@ -68,6 +69,18 @@ def test_of_equally_good_epochs_the_first_is_the_best():
     history = [{"epoch": e, "test_top1": v} for e, v in enumerate((0.5, 0.75, 0.75))]
     found = last_and_best(history, SimpleNamespace(metrics=("top1",)), Measured({}, [], None, {}))
     assert found["best_epoch"] == 1
+
+
+@pytest.mark.parametrize(("value", "kept"), [(0.75, False), (0.8, True), (None, False)])
+def test_weights_are_kept_of_an_epoch_that_none_was_as_good_as(tmp_path, monkeypatch, value, kept):
+    saved = []
+    monkeypatch.setattr(run, "save_weights", lambda *arguments: saved.append(arguments))
+    history = [{"test_top1": 0.5}, {"test_top1": 0.75}, {}]
+    trainer = SimpleNamespace(history=history, epoch=3, backbone="b", head="h")
+    recipe, options = SimpleNamespace(metrics=("top1",)), SimpleNamespace(folder=tmp_path)
+    planned = SimpleNamespace(recipe=recipe, options=options)
+    run._keep_best(trainer, planned, {"test_top1": value})
+    assert saved == [(tmp_path / run.BEST, "b", "h", 4, {"test_top1": value})] * kept
 
 
 def test_what_the_best_epoch_is_chosen_by():
