@@ -80,7 +80,8 @@ class FeatureJVP:
         dtype = torch.promote_types(torch.float32, values[0].dtype)
         share = torch.finfo(dtype).eps ** (1 / 3)
         size = _norm(values)
-        size = torch.where(size > 0, size, 1.0)  # of a rate of 0: any step is one of nothing
+        tiny = torch.finfo(size.dtype).tiny
+        size = torch.where(size > tiny, size, 1.0)  # of a rate of 0: any step is one of nothing
         step = share * _norm([p.detach() for p in directions]) / size
         named = {n: p for n, p in self.passes.backbone.named_parameters() if p in directions}
         ends = []
