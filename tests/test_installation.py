@@ -247,7 +247,9 @@ def test_one_version(capsys):
     assert capsys.readouterr().out == f"iada {iada.__version__}\n"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" not in project["project"]
-    source = project["tool"]["scikit-build"]["metadata"]["version"]["input"]
+    (version,) = project["tool"]["dynamic-metadata"]
+    assert version["field"] == "version"
+    source = version["input"]
     assert f'"{iada.__version__}"' in (ROOT / source).read_text()
 
 
