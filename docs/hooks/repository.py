@@ -1,9 +1,9 @@
 """The rest of the repository in the site: its own pages, and files that pages link to.
 
 Pages are written for a reader of the repository, with links relative to the file they are in. Here
-CONTRIBUTING and CHANGELOG become pages; a linked file of code becomes a page that shows it, another
-file is copied, and a linked folder, which a site cannot show, is its name alone. A link to what is
-not there is a warning, which `mkdocs build --strict` ends with.
+CONTRIBUTING, CHANGELOG and the README of bench become pages; a linked file of code becomes a page
+that shows it, another file is copied, and a linked folder, which a site cannot show, is its name
+alone. A link to what is not there is a warning, which `mkdocs build --strict` ends with.
 """
 
 import logging
@@ -18,6 +18,7 @@ PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "bench/README.md": "measurements.md",
 }
 CODE = {".py": "python", ".toml": "toml", ".cff": "yaml"}
 LINK = re.compile(r"(?P<text>\[[^\]]*\])\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
@@ -78,8 +79,9 @@ def on_page_markdown(markdown, page, config, files):
 
 def folder_of(uri):
     """Where in the repository links of this page count from."""
-    if uri in PAGES.values() and uri != "index.md":
-        return ""
+    for source, page in PAGES.items():
+        if uri == page != "index.md":
+            return posixpath.dirname(source)
     return posixpath.join("docs", posixpath.dirname(uri))
 
 
