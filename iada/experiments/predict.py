@@ -8,11 +8,10 @@ from iada.experiments.datasets.own import check_images, read_arrays, read_unlabe
 from iada.experiments.model_file import WHICH, export, load_trained
 from iada.utils.files import check_writable, csv_text, write_text
 
-PHOTOS = "a folder, an image, a list; or an .npz with `inputs`, of what the model was trained on"
-
 
 def add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands to the parser's."""
+    inputs = "a folder, an image, a list; or an .npz with `inputs`, as the model was trained on"
     run = "the --out of a train --data, a run in it, or an exported file"
     which = (
         "weights of the epoch that is best on the samples held out, whose labels may be wrong too, "
@@ -24,7 +23,7 @@ def add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description="A line `path,class,probability` of CSV for each input, on stdout or in --out.",
     )
     parser.add_argument("model", metavar="RUN", type=Path, help=run)
-    parser.add_argument("inputs", metavar="PHOTOS", type=Path, help=PHOTOS)
+    parser.add_argument("inputs", metavar="PHOTOS", type=Path, help=inputs)
     parser.add_argument("--which", choices=WHICH, default="best", help=which)
     parser.add_argument("--out", type=Path, help="a CSV file to write")
     add_machine(parser)

@@ -121,10 +121,9 @@ def check_indices(name: str, indices: Tensor, count: int, kind: str) -> None:
     if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
         raise argument_error(name, expected, f"dtype {dtype}", f"convert: {name}.long()")
     if indices.dim() == 2 and len(indices) == count and name == "labels":
-        one = indices.shape[1] == 1
-        remedy = f"pass labels.{'squeeze(1)' if one else 'argmax(1)'}" + " of one-hot rows" * (
-            not one
-        )
+        remedy = "pass labels.argmax(1) of one-hot rows"
+        if indices.shape[1] == 1:
+            remedy = "pass labels.squeeze(1)"
         raise argument_error(name, expected, f"shape {tuple(indices.shape)}", remedy)
     check_sizes(name, indices, expected, (count,))
 
